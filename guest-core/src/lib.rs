@@ -1,0 +1,11 @@
+//! The patch core of vmpatch: given a guest's physical memory and its vCPUs, find the Linux kernel in it and
+//! change that kernel's functions. No I/O, no async, no unsafe; any VMM can embed it.
+#![forbid(unsafe_code)]
+
+pub mod addr;
+pub mod memory;
+pub mod vcpu;
+
+pub use addr::{Gpa, Gva};
+pub use memory::{MemoryError, PhysMemory, VirtMemory};
+pub use vcpu::Registers;

@@ -1,0 +1,1 @@
+//! The vmpatch host agent.

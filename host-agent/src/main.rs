@@ -1,0 +1,2 @@
+//! The `vmpatch` program.
+fn main() {}
