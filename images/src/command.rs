@@ -1,0 +1,84 @@
+//! Runs a program of the host to its end and reports a failure with the program's own words.
+
+use std::io;
+use std::path::Path;
+use std::process::{Command, ExitStatus};
+
+/// Bytes of a failed program's standard error that go into the error's text: its last lines, where the reason stands.
+const STDERR_TAIL_BYTES: usize = 2000;
+
+/// Why a program gave no result.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// It could not be started.
+    #[error("can't start `{program}` (is it installed? images/setup.sh installs what is needed)")]
+    Start {
+        /// The program with its arguments.
+        program: String,
+        /// The cause.
+        source: io::Error,
+    },
+    /// It ran and failed.
+    #[error("`{program}` failed: {status}: {stderr}")]
+    Failed {
+        /// The program with its arguments.
+        program: String,
+        /// How it ended.
+        status: ExitStatus,
+        /// The end of what it wrote to standard error.
+        stderr: String,
+    },
+}
+
+/// Runs `program` with `args` in `directory` and returns its standard output; an exit status other than 0 is an error.
+pub fn output(program: &str, args: &[&str], directory: &Path) -> Result<Vec<u8>, Error> {
+    let spelled = || [&[program], args].concat().join(" ");
+    let output = Command::new(program)
+        .args(args)
+        .current_dir(directory)
+        .env("LC_ALL", "C")
+        .output()
+        .map_err(|source| Error::Start {
+            program: spelled(),
+            source,
+        })?;
+    if output.status.success() {
+        return Ok(output.stdout);
+    }
+    Err(Error::Failed {
+        program: spelled(),
+        status: output.status,
+        stderr: tail(&output.stderr),
+    })
+}
+
+/// The last [`STDERR_TAIL_BYTES`] of a text, without the line break at its end.
+fn tail(text: &[u8]) -> String {
+    let start = text.len().saturating_sub(STDERR_TAIL_BYTES);
+    String::from_utf8_lossy(text.get(start..).unwrap_or_default())
+        .trim()
+        .to_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_program_that_fails_is_reported_with_its_own_words() {
+        let error = output("sh", &["-c", "echo reason >&2; exit 3"], Path::new("/")).unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            "`sh -c echo reason >&2; exit 3` failed: exit status: 3: reason"
+        );
+    }
+
+    #[test]
+    fn a_missing_program_is_named() {
+        let error = output("vmpatch-no-such-program", &["x"], Path::new("/")).unwrap_err();
+        assert!(
+            error.to_string().starts_with("can't start `vmpatch-no-such-program x`"),
+            "{error}"
+        );
+    }
+}
