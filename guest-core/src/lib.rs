@@ -3,6 +3,7 @@
 #![forbid(unsafe_code)]
 
 pub mod addr;
+pub mod btf;
 pub mod memory;
 pub mod vcpu;
 
