@@ -1,0 +1,304 @@
+//! Lines and messages of the QMP wire format.
+
+use serde_json::Value;
+use std::io;
+use tokio::io::AsyncReadExt;
+use tokio::net::UnixStream;
+
+/// The longest line accepted, in bytes. The longest honest ones are `query-qmp-schema` (0.3 MB) and `info mtree` of a
+/// guest with hundreds of devices (a few MB); a peer that sends more is not to fill our memory.
+const LINE_BYTES_MAX: usize = 16 << 20;
+
+/// Bytes asked of the socket at once; a reply to `info mtree -f` comes in a few reads.
+const READ_BYTES: usize = 64 << 10;
+
+/// Bytes of a foreign message quoted in an error.
+const EXCERPT_BYTES: usize = 120;
+
+/// How reading a line failed.
+#[derive(Debug, thiserror::Error)]
+pub enum LineError {
+    /// The peer closed the connection.
+    #[error("QEMU closed the connection")]
+    Closed,
+    /// No end of line within the limit.
+    #[error("a line is longer than {LINE_BYTES_MAX} bytes")]
+    TooLong,
+    /// The socket failed.
+    #[error("the socket failed: {0}")]
+    Io(#[from] io::Error),
+}
+
+/// Cuts bytes into lines, each at most `limit` bytes.
+#[derive(Debug)]
+struct LineBuffer {
+    bytes: Vec<u8>,
+    /// Bytes already searched for an end of line.
+    searched: usize,
+    limit: usize,
+}
+
+impl LineBuffer {
+    fn new(limit: usize) -> Self {
+        Self {
+            bytes: Vec::new(),
+            searched: 0,
+            limit,
+        }
+    }
+
+    /// Takes the next whole line, without its end; `None` where more bytes are needed.
+    fn take(&mut self) -> Result<Option<Vec<u8>>, LineError> {
+        let unsearched = self.bytes.get(self.searched..).unwrap_or_default();
+        let Some(found) = unsearched.iter().position(|&byte| byte == b'\n') else {
+            self.searched = self.bytes.len();
+            return if self.bytes.len() > self.limit {
+                Err(LineError::TooLong)
+            } else {
+                Ok(None)
+            };
+        };
+        let rest = self.bytes.split_off(self.searched + found + 1);
+        let mut line = std::mem::replace(&mut self.bytes, rest);
+        self.searched = 0;
+        while matches!(line.last(), Some(b'\n' | b'\r')) {
+            line.pop();
+        }
+        Ok(Some(line))
+    }
+}
+
+/// A QMP socket read line by line.
+#[derive(Debug)]
+pub struct LineReader {
+    stream: UnixStream,
+    buffer: LineBuffer,
+}
+
+impl LineReader {
+    pub fn new(stream: UnixStream) -> Self {
+        Self {
+            stream,
+            buffer: LineBuffer::new(LINE_BYTES_MAX),
+        }
+    }
+
+    pub fn stream(&self) -> &UnixStream {
+        &self.stream
+    }
+
+    /// The next line that is not empty. Cancelling it loses nothing: bytes read are in the buffer already.
+    pub async fn next(&mut self) -> Result<Vec<u8>, LineError> {
+        loop {
+            while let Some(line) = self.buffer.take()? {
+                if !line.is_empty() {
+                    return Ok(line);
+                }
+            }
+            self.buffer.bytes.reserve(READ_BYTES);
+            if self.stream.read_buf(&mut self.buffer.bytes).await? == 0 {
+                return Err(LineError::Closed);
+            }
+        }
+    }
+}
+
+/// QEMU's first line: its version.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Greeting {
+    /// Major, minor and micro version, as in 10.0.2.
+    pub version: (u64, u64, u64),
+    /// The distribution's own version, or empty.
+    pub package: String,
+}
+
+impl Greeting {
+    pub(super) fn parse(line: &[u8]) -> Option<Self> {
+        let message: Value = serde_json::from_slice(line).ok()?;
+        let version = message.get("QMP")?.get("version")?;
+        let qemu = version.get("qemu")?;
+        let number = |name: &str| qemu.get(name).and_then(Value::as_u64);
+        Some(Self {
+            version: (number("major")?, number("minor")?, number("micro")?),
+            package: version
+                .get("package")
+                .and_then(Value::as_str)
+                .unwrap_or_default()
+                .to_owned(),
+        })
+    }
+}
+
+/// Something that QEMU reported unasked.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Event {
+    /// QEMU's name for it, such as `STOP`.
+    pub name: String,
+    /// What comes with it; `Null` where nothing does.
+    pub data: Value,
+    /// When, in microseconds since 1970 by the host's clock; `None` where QEMU could not tell.
+    pub at_us: Option<u64>,
+}
+
+/// A line from QEMU, sorted.
+#[derive(Debug, PartialEq)]
+pub enum Message {
+    Event(Event),
+    /// A command's result, with the id that the command had.
+    Reply {
+        id: u64,
+        result: Result<Value, Refusal>,
+    },
+    /// Valid JSON that answers nothing of ours.
+    Other,
+}
+
+/// A QMP `error` member.
+#[derive(Debug, PartialEq)]
+pub struct Refusal {
+    pub class: String,
+    pub description: String,
+}
+
+/// Sorts a line. `None`: it is not JSON, so the connection is not to be trusted any more.
+pub fn parse_message(line: &[u8]) -> Option<Message> {
+    let Value::Object(mut message) = serde_json::from_slice(line).ok()? else {
+        return Some(Message::Other);
+    };
+    if let Some(Value::String(name)) = message.get("event") {
+        let stamp = |unit: &str| {
+            message
+                .get("timestamp")
+                .and_then(|stamp| stamp.get(unit))
+                .and_then(Value::as_u64)
+        };
+        let at_us = stamp("seconds")
+            .and_then(|seconds| seconds.checked_mul(1_000_000))
+            .and_then(|us| us.checked_add(stamp("microseconds")?));
+        let name = name.clone();
+        let data = message.remove("data").unwrap_or(Value::Null);
+        return Some(Message::Event(Event { name, data, at_us }));
+    }
+    let Some(id) = message.get("id").and_then(Value::as_u64) else {
+        return Some(Message::Other);
+    };
+    if let Some(error) = message.get("error") {
+        let word = |name: &str| error.get(name).and_then(Value::as_str).unwrap_or_default().to_owned();
+        let refusal = Refusal {
+            class: word("class"),
+            description: word("desc"),
+        };
+        return Some(Message::Reply {
+            id,
+            result: Err(refusal),
+        });
+    }
+    Some(match message.remove("return") {
+        Some(value) => Message::Reply { id, result: Ok(value) },
+        None => Message::Other,
+    })
+}
+
+/// The beginning of a message, printable, for an error.
+pub fn excerpt(bytes: &[u8]) -> String {
+    let head = bytes.get(..EXCERPT_BYTES).unwrap_or(bytes);
+    let dots = if head.len() < bytes.len() { "…" } else { "" };
+    format!("{:?}{dots}", String::from_utf8_lossy(head))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn lines_are_cut_wherever_the_reads_fall() {
+        let mut buffer = LineBuffer::new(16);
+        buffer.bytes.extend_from_slice(b"{\"a\":1}\r\n{\"b");
+        assert_eq!(buffer.take().unwrap().unwrap(), b"{\"a\":1}");
+        assert!(buffer.take().unwrap().is_none());
+        buffer.bytes.extend_from_slice(b"\":2}\n");
+        assert_eq!(buffer.take().unwrap().unwrap(), b"{\"b\":2}");
+        assert!(buffer.take().unwrap().is_none());
+    }
+
+    #[test]
+    fn a_line_without_end_is_refused_at_the_limit() {
+        let mut buffer = LineBuffer::new(16);
+        buffer.bytes.extend_from_slice(&[b'x'; 17]);
+        assert!(matches!(buffer.take(), Err(LineError::TooLong)));
+    }
+
+    #[test]
+    fn the_greetings_of_two_qemus_are_read() {
+        // Debian's QEMU 10.0.2 and 7.2.22.
+        let new = br#"{"QMP": {"version": {"qemu": {"micro": 2, "minor": 0, "major": 10}, "package": "Debian 1:10.0.2+ds-2+deb13u1~bpo12+1"}, "capabilities": ["oob"]}}"#;
+        let old = br#"{"QMP": {"version": {"qemu": {"micro": 22, "minor": 2, "major": 7}, "package": ""}, "capabilities": ["oob"]}}"#;
+        assert_eq!(Greeting::parse(new).unwrap().version, (10, 0, 2));
+        assert_eq!(
+            Greeting::parse(old).unwrap(),
+            Greeting {
+                version: (7, 2, 22),
+                package: String::new()
+            }
+        );
+        assert_eq!(Greeting::parse(b"SSH-2.0-OpenSSH_9.2"), None);
+        assert_eq!(Greeting::parse(br#"{"QMP": {"version": 3}}"#), None);
+    }
+
+    #[test]
+    fn an_event_of_any_name_keeps_its_data_and_time() {
+        let line = br#"{"timestamp": {"seconds": 1795335746, "microseconds": 259866}, "event": "NOT_YET_INVENTED", "data": {"x": [1]}}"#;
+        let expected = Event {
+            name: "NOT_YET_INVENTED".into(),
+            data: json!({"x": [1]}),
+            at_us: Some(1_795_335_746_259_866),
+        };
+        assert_eq!(parse_message(line), Some(Message::Event(expected)));
+    }
+
+    #[test]
+    fn an_event_whose_time_is_unknown_is_kept() {
+        // QEMU writes -1 where it cannot tell the time.
+        let line = br#"{"timestamp": {"seconds": -1, "microseconds": -1}, "event": "STOP"}"#;
+        let expected = Event {
+            name: "STOP".into(),
+            data: Value::Null,
+            at_us: None,
+        };
+        assert_eq!(parse_message(line), Some(Message::Event(expected)));
+    }
+
+    #[test]
+    fn replies_and_refusals_carry_their_id() {
+        let ok = br#"{"return": {}, "id": 7}"#;
+        assert_eq!(
+            parse_message(ok),
+            Some(Message::Reply {
+                id: 7,
+                result: Ok(json!({}))
+            })
+        );
+        let refused =
+            br#"{"id": 8, "error": {"class": "CommandNotFound", "desc": "The command x has not been found"}}"#;
+        let refusal = Refusal {
+            class: "CommandNotFound".into(),
+            description: "The command x has not been found".into(),
+        };
+        assert_eq!(
+            parse_message(refused),
+            Some(Message::Reply {
+                id: 8,
+                result: Err(refusal)
+            })
+        );
+    }
+
+    #[test]
+    fn foreign_json_is_ignored_and_other_text_is_not_qmp() {
+        assert_eq!(parse_message(b"[]"), Some(Message::Other));
+        assert_eq!(parse_message(br#"{"return": {}}"#), Some(Message::Other));
+        assert_eq!(parse_message(br#"{"return": {}, "id": "text"}"#), Some(Message::Other));
+        assert_eq!(parse_message(b"(qemu) "), None);
+    }
+}

@@ -1,0 +1,148 @@
+//! The QMP client against a real QEMU.
+
+mod common;
+
+use common::{PATIENCE, Qemu, TempDir};
+use qmp::{Client, CommandError, ConnectError};
+use serde_json::{Value, json};
+use std::io::{Read, Seek, Write};
+use std::time::Duration;
+use tokio::net::UnixStream;
+
+const SHORT: Duration = Duration::from_millis(300);
+
+#[tokio::test]
+async fn a_typed_command_and_a_monitor_line_are_answered() {
+    let qemu = Qemu::start(&["-S", "-name", "guest=vm42"]);
+    let client = Client::connect(&qemu.qmp(), PATIENCE).await.unwrap();
+    assert_eq!(
+        client.execute(qapi::qmp::query_name {}).await.unwrap().name.as_deref(),
+        Some("vm42")
+    );
+    assert!(client.hmp("info status").await.unwrap().contains("paused"));
+    assert_eq!(client.peer_pid(), i32::try_from(qemu.pid()).ok());
+    assert!(client.greeting().version.0 >= 7);
+}
+
+#[tokio::test]
+async fn a_missing_socket_and_one_without_listener_are_told_apart() {
+    let mut qemu = Qemu::start(&["-S"]);
+    let missing = Client::connect(&qemu.dir().join("none"), SHORT).await;
+    assert!(matches!(missing, Err(ConnectError::NoSocket { .. })), "{missing:?}");
+    qemu.kill();
+    let refused = Client::connect(&qemu.qmp(), SHORT).await;
+    assert!(matches!(refused, Err(ConnectError::Refused { .. })), "{refused:?}");
+}
+
+#[tokio::test]
+async fn a_socket_held_by_another_client_is_said_to_be_held_and_is_free_afterwards() {
+    let qemu = Qemu::start(&["-S"]);
+    let holder = Client::connect(&qemu.qmp(), PATIENCE).await.unwrap();
+    // The first waits in QEMU's listen queue, later ones find it full: the same answer. The plain connections stay.
+    let mut waiting = Vec::new();
+    for _ in 0..3 {
+        let second = Client::connect(&qemu.qmp(), SHORT).await;
+        assert!(matches!(second, Err(ConnectError::Held { .. })), "{second:?}");
+        waiting.push(UnixStream::connect(qemu.qmp()).await);
+    }
+    assert!(holder.execute(qapi::qmp::query_status {}).await.is_ok());
+    drop((holder, waiting));
+    Client::connect(&qemu.qmp(), PATIENCE).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_peer_that_does_not_speak_qmp_is_named_with_what_it_said() {
+    let dir = TempDir::new();
+    let path = dir.path().join("s");
+    let listener = std::os::unix::net::UnixListener::bind(&path).unwrap();
+    let peer = std::thread::spawn(move || {
+        listener
+            .accept()
+            .unwrap()
+            .0
+            .write_all(b"SSH-2.0-OpenSSH_9.2\r\n")
+            .unwrap()
+    });
+    match Client::connect(&path, PATIENCE).await {
+        Err(ConnectError::NotQmp { found, .. }) => assert!(found.contains("SSH-2.0"), "{found}"),
+        other => panic!("{other:?}"),
+    }
+    peer.join().unwrap();
+}
+
+#[tokio::test]
+async fn a_refusal_names_the_command_and_the_connection_goes_on() {
+    let qemu = Qemu::start(&["-S"]);
+    let client = Client::connect(&qemu.qmp(), PATIENCE).await.unwrap();
+    let refused = client
+        .execute_as::<Value>("no-such-command", json!({}))
+        .await
+        .unwrap_err();
+    assert!(refused.is_unknown_command(), "{refused}");
+    assert!(refused.to_string().contains("no-such-command"), "{refused}");
+    assert!(client.execute(qapi::qmp::query_status {}).await.is_ok());
+}
+
+#[tokio::test]
+async fn every_event_arrives_also_those_the_types_do_not_know() {
+    let qemu = Qemu::start(&[]);
+    let client = Client::connect(&qemu.qmp(), PATIENCE).await.unwrap();
+    let mut events = client.events();
+    client.execute(qapi::qmp::stop {}).await.unwrap();
+    client.execute(qapi::qmp::cont {}).await.unwrap();
+    for name in ["STOP", "RESUME"] {
+        let event = tokio::time::timeout(PATIENCE, events.recv()).await.unwrap().unwrap();
+        assert_eq!(event.name, name);
+        assert!(event.at_us.is_some());
+    }
+}
+
+#[tokio::test]
+async fn a_late_reply_is_dropped_and_harms_nothing() {
+    let qemu = Qemu::start(&["-S"]);
+    let mut client = Client::connect(&qemu.qmp(), PATIENCE).await.unwrap();
+    client.set_command_timeout(SHORT);
+    qemu.signal("STOP");
+    let late = client.execute(qapi::qmp::query_version {}).await;
+    assert!(matches!(late, Err(CommandError::Timeout { .. })), "{late:?}");
+    qemu.signal("CONT");
+    client.set_command_timeout(PATIENCE);
+    for _ in 0..3 {
+        assert!(!client.execute(qapi::qmp::query_status {}).await.unwrap().running);
+    }
+}
+
+#[tokio::test]
+async fn commands_waiting_when_qemu_dies_are_told_so() {
+    let mut qemu = Qemu::start(&["-S"]);
+    let client = Client::connect(&qemu.qmp(), PATIENCE).await.unwrap();
+    qemu.kill();
+    for _ in 0..2 {
+        let lost = client.execute(qapi::qmp::query_status {}).await;
+        assert!(matches!(lost, Err(CommandError::Disconnected { .. })), "{lost:?}");
+    }
+}
+
+#[tokio::test]
+async fn a_descriptor_is_passed_and_written_through() {
+    let qemu = Qemu::start(&["-S"]);
+    let client = Client::connect(&qemu.qmp(), PATIENCE).await.unwrap();
+    let path = qemu.dir().join("dump");
+    let mut file = std::fs::File::options()
+        .create_new(true)
+        .read(true)
+        .write(true)
+        .open(&path)
+        .unwrap();
+    let fd = file.try_clone().unwrap().into();
+    client
+        .execute_with_fd(qapi::qmp::getfd { fdname: "out".into() }, fd)
+        .await
+        .unwrap();
+    let dump = json!({"paging": false, "protocol": "fd:out", "begin": 0, "length": 4096});
+    client.execute_as::<Value>("dump-guest-memory", dump).await.unwrap();
+    let mut magic = [0; 4];
+    file.rewind().unwrap();
+    file.read_exact(&mut magic).unwrap();
+    assert_eq!(&magic, b"\x7fELF");
+}
