@@ -4,9 +4,15 @@
 
 pub mod addr;
 pub mod btf;
+pub mod kernel;
 pub mod memory;
+pub mod paging;
 pub mod vcpu;
 
+#[cfg(test)]
+mod testing;
+
 pub use addr::{Gpa, Gva};
+pub use kernel::Kernel;
 pub use memory::{MemoryError, PhysMemory, VirtMemory};
 pub use vcpu::Registers;

@@ -1,0 +1,232 @@
+//! Where the kernel image lies: from a vCPU's interrupt descriptor table to the image's mapping.
+//!
+//! x86-64 Linux maps its image into the 1 GiB from `__START_KERNEL_map` on (arch/x86/include/asm/page_64_types.h,
+//! since 2.6.x; KASLR moves it within that window since 3.14).
+
+use crate::addr::{Gpa, Gva};
+use crate::memory::{MemoryError, PhysMemory, VirtMemory};
+use crate::paging::{AddressSpace, MappedMemory, PAGE_SIZE, PMD_SIZE};
+use crate::vcpu::Registers;
+use std::ops::Range;
+
+/// `__START_KERNEL_map`, and the end of the 1 GiB that a KASLR kernel may use.
+pub const WINDOW: Range<Gva> = Gva(0xffff_ffff_8000_0000)..Gva(0xffff_ffff_c000_0000);
+/// With page-table isolation the user tables lie one page above the kernel's: CR3 bit 12
+/// (`PTI_USER_PGTABLE_BIT`, arch/x86/entry/calling.h, since 4.15).
+const PTI_USER_BIT: u64 = 1 << 12;
+/// EFER.LMA: long mode is active.
+const EFER_LMA: u64 = 1 << 10;
+/// A Linux image is larger than this; the few pages of entry code that user tables map are not.
+const IMAGE_BYTES_MIN: u64 = 8 << 20;
+/// Gates looked at; the first 32 are the CPU's own exceptions and always set.
+const GATES: u64 = 32;
+
+/// Why no kernel image was found. Nothing was changed.
+#[derive(Debug, thiserror::Error)]
+pub enum ImageError {
+    /// No vCPU runs in 64-bit mode.
+    #[error(
+        "no vCPU is in 64-bit mode (CR0 {cr0:#x}, EFER {efer:#x}): the guest is in firmware, a boot loader or early boot"
+    )]
+    NotLongMode {
+        /// CR0 of the first vCPU.
+        cr0: u64,
+        /// EFER of the first vCPU.
+        efer: u64,
+    },
+    /// The interrupt table does not lead into the window where Linux lives.
+    #[error(
+        "the interrupt table at {idt} leads to {handler}, outside of Linux's kernel window {:#x}-{:#x}: no running Linux kernel",
+        WINDOW.start.0, WINDOW.end.0
+    )]
+    NotLinux {
+        /// Base of the table.
+        idt: Gva,
+        /// Its first handler.
+        handler: Gva,
+    },
+    /// The table or the mapping could not be read.
+    #[error("reading the interrupt table at {idt}")]
+    Unreadable {
+        /// Base of the table.
+        idt: Gva,
+        /// Why.
+        source: MemoryError,
+    },
+    /// What is mapped around the handler is too small for a kernel.
+    #[error(
+        "only {bytes} bytes are mapped around the handler {handler}; a kernel image has more than {IMAGE_BYTES_MIN}"
+    )]
+    TooSmall {
+        /// The interrupt handler.
+        handler: Gva,
+        /// Bytes mapped with the handler's own distance to guest-physical addresses.
+        bytes: u64,
+    },
+}
+
+/// A stretch of the image with one set of permissions.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Segment {
+    /// First byte.
+    pub start: Gva,
+    /// One past the last byte.
+    pub end: Gva,
+    /// The guest may write there.
+    pub writable: bool,
+    /// The guest may run it.
+    pub executable: bool,
+}
+
+/// The kernel image as the guest's page tables map it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Image {
+    /// The page tables it was found through.
+    pub space: AddressSpace,
+    /// What is mapped, ascending, not overlapping.
+    pub segments: Vec<Segment>,
+    /// Guest-virtual minus guest-physical: one distance for the whole image.
+    pub distance: u64,
+}
+
+impl Image {
+    /// Finds the image through any vCPU that is in 64-bit mode.
+    ///
+    /// Each vCPU's tables are tried as they are and with the PTI user bit cleared, and the larger mapping wins: user
+    /// tables map the entry code only. Errors: [`ImageError`], for the vCPU that came furthest.
+    pub fn find(memory: &dyn PhysMemory, vcpus: &[Registers]) -> Result<Self, ImageError> {
+        let first = vcpus.first().copied().unwrap_or_default();
+        let mut failure = ImageError::NotLongMode {
+            cr0: first.cr0,
+            efer: first.efer,
+        };
+        for vcpu in vcpus.iter().filter(|vcpu| vcpu.efer & EFER_LMA != 0) {
+            let mut best: Option<Image> = None;
+            for cr3 in [vcpu.cr3 & !PTI_USER_BIT, vcpu.cr3] {
+                let space = AddressSpace::from_control_registers(cr3, vcpu.cr4);
+                match Self::through(memory, space, Gva(vcpu.idt_base)) {
+                    Ok(image) if best.as_ref().is_none_or(|best| best.len() < image.len()) => best = Some(image),
+                    Ok(_) => {}
+                    Err(error) => failure = error,
+                }
+            }
+            if let Some(image) = best {
+                return Ok(image);
+            }
+        }
+        Err(failure)
+    }
+
+    /// Bytes mapped.
+    pub fn len(&self) -> u64 {
+        self.segments
+            .iter()
+            .map(|segment| segment.end.0 - segment.start.0)
+            .sum()
+    }
+
+    /// True where nothing is mapped; [`Image::find`] never gives such a one.
+    pub fn is_empty(&self) -> bool {
+        self.segments.is_empty()
+    }
+
+    /// First byte mapped.
+    pub fn start(&self) -> Gva {
+        self.segments.first().map_or(WINDOW.end, |segment| segment.start)
+    }
+
+    /// One past the last byte mapped.
+    pub fn end(&self) -> Gva {
+        self.segments.last().map_or(WINDOW.start, |segment| segment.end)
+    }
+
+    /// The guest-physical address of an address of the image; `None` outside of it.
+    pub fn physical(&self, at: Gva) -> Option<Gpa> {
+        self.segment(at).map(|_| Gpa(at.0.wrapping_sub(self.distance)))
+    }
+
+    /// The segment that holds `at`.
+    pub fn segment(&self, at: Gva) -> Option<&Segment> {
+        self.segments
+            .iter()
+            .find(|segment| segment.start <= at && at < segment.end)
+    }
+
+    /// Copies a segment out of guest memory.
+    pub fn read_segment(&self, memory: &dyn PhysMemory, segment: &Segment) -> Result<Vec<u8>, MemoryError> {
+        let len = usize::try_from(segment.end.0 - segment.start.0).unwrap_or(0);
+        let mut bytes = vec![0; len];
+        memory.read(Gpa(segment.start.0.wrapping_sub(self.distance)), &mut bytes)?;
+        Ok(bytes)
+    }
+
+    fn through(memory: &dyn PhysMemory, space: AddressSpace, idt: Gva) -> Result<Self, ImageError> {
+        let mapped = MappedMemory { memory, space };
+        let handler = handler(&mapped, idt).map_err(|source| ImageError::Unreadable { idt, source })?;
+        if !WINDOW.contains(&handler) {
+            return Err(ImageError::NotLinux { idt, handler });
+        }
+        let there = space
+            .translate(memory, handler)
+            .map_err(|source| ImageError::Unreadable { idt, source })?;
+        let distance = handler.0.wrapping_sub(there.gpa.0);
+        let segments = segments(memory, space, distance).map_err(|source| ImageError::Unreadable { idt, source })?;
+        let image = Self {
+            space,
+            segments,
+            distance,
+        };
+        if image.len() < IMAGE_BYTES_MIN {
+            return Err(ImageError::TooSmall {
+                handler,
+                bytes: image.len(),
+            });
+        }
+        Ok(image)
+    }
+}
+
+/// The handler of the first gate that is present. Gate format: Intel SDM volume 3A, figure 6-8.
+fn handler(memory: &MappedMemory<'_>, idt: Gva) -> Result<Gva, MemoryError> {
+    let mut found = Gva(0);
+    for gate in 0..GATES {
+        let low = memory.read_u64(idt.wrapping_add(gate * 16))?;
+        let high = memory.read_u64(idt.wrapping_add(gate * 16 + 8))?;
+        if low & (1 << 47) != 0 {
+            found = Gva((low & 0xffff) | (low >> 32 & 0xffff_0000) | (high << 32));
+            break;
+        }
+    }
+    Ok(found)
+}
+
+/// Everything in the kernel window that is mapped at `distance`, merged by permission. At most 512 × 512 entries.
+fn segments(memory: &dyn PhysMemory, space: AddressSpace, distance: u64) -> Result<Vec<Segment>, MemoryError> {
+    let mut segments: Vec<Segment> = Vec::new();
+    let mut at = WINDOW.start;
+    while at < WINDOW.end {
+        let (len, there) = match space.translate(memory, at) {
+            Ok(there) => (there.page_size - (at.0 & (there.page_size - 1)), Some(there)),
+            Err(MemoryError::NotMapped { level: 1, .. }) => (PAGE_SIZE, None),
+            Err(MemoryError::NotMapped { .. } | MemoryError::NotRam { .. }) => (PMD_SIZE, None),
+            Err(error) => return Err(error),
+        };
+        let end = at.wrapping_add(len);
+        if let Some(there) = there.filter(|there| at.0.wrapping_sub(there.gpa.0) == distance) {
+            match segments
+                .last_mut()
+                .filter(|last| last.end == at && last.writable == there.writable && last.executable == there.executable)
+            {
+                Some(last) => last.end = end,
+                None => segments.push(Segment {
+                    start: at,
+                    end,
+                    writable: there.writable,
+                    executable: there.executable,
+                }),
+            }
+        }
+        at = end;
+    }
+    Ok(segments)
+}

@@ -1,0 +1,328 @@
+//! The guest's kernel: found in guest memory alone, and everything about it that patching needs.
+//!
+//! The way in: interrupt table → [`image`] → [`kallsyms`] → `banner`, `vmcoreinfo`, BTF. Each step is checked against
+//! another; a kernel that is not understood is refused.
+
+pub mod image;
+pub mod kallsyms;
+
+use crate::addr::{Gpa, Gva};
+use crate::btf::{Btf, BtfError};
+use crate::memory::{MemoryError, PhysMemory, VirtMemory};
+use crate::paging::{AddressSpace, MappedMemory};
+use crate::vcpu::Registers;
+use image::{Image, ImageError, Segment};
+use kallsyms::{Kallsyms, KallsymsError};
+
+/// Longest banner that is read.
+const BANNER_BYTES_MAX: usize = 512;
+/// More BTF than any kernel carries; bounds memory.
+const BTF_BYTES_MAX: u64 = 32 << 20;
+/// Bytes of VMCOREINFO, at the most one page (kernel/crash_core.c).
+const VMCOREINFO_BYTES_MAX: u64 = 4096;
+/// CPUs that a kernel can be built for at the most (`NR_CPUS` of a distribution kernel is 8192).
+const CPUS_MAX: u32 = 8192;
+
+/// Why the kernel was not understood. Nothing was changed.
+#[derive(Debug, thiserror::Error)]
+pub enum FindError {
+    /// There is no kernel image.
+    #[error("finding the kernel image")]
+    Image(#[from] ImageError),
+    /// There is an image, without a symbol table that fits it.
+    #[error("reading the kernel's symbols")]
+    Kallsyms(#[from] KallsymsError),
+    /// A symbol that every supported kernel has is not there.
+    #[error("the kernel has no symbol {0}")]
+    NoSymbol(&'static str),
+    /// Something the symbols point at could not be read.
+    #[error("reading {what} at {at}")]
+    Unreadable {
+        /// What was being read.
+        what: &'static str,
+        /// Where.
+        at: Gva,
+        /// Why.
+        source: MemoryError,
+    },
+    /// Two sources that must agree do not.
+    #[error("{what}: {found:?} is not {expected:?}")]
+    Disagrees {
+        /// What was compared.
+        what: &'static str,
+        /// What the second source says.
+        found: String,
+        /// What the first source says.
+        expected: String,
+    },
+    /// The kernel's type information is not understood.
+    #[error("reading the kernel's type information (BTF)")]
+    Btf(#[from] BtfError),
+}
+
+/// A kernel found in a guest: pure data, valid as long as that kernel runs.
+#[derive(Debug)]
+pub struct Kernel {
+    /// Its image.
+    pub image: Image,
+    /// Its symbols, without those of modules.
+    pub symbols: Kallsyms,
+    /// Its types.
+    pub btf: Btf,
+    /// Its own page tables (`init_top_pgt`), which hold all kernel mappings.
+    pub space: AddressSpace,
+    /// `linux_banner`, without the newline.
+    pub banner: String,
+    /// `uname -r`.
+    pub release: String,
+    /// What agreed with what, for `inspect`.
+    pub sources: Vec<String>,
+    /// First byte of the direct map of all physical memory.
+    page_offset: Gva,
+    /// One per possible CPU: what to add to a per-CPU symbol.
+    per_cpu_offsets: Vec<u64>,
+}
+
+impl Kernel {
+    /// Finds the kernel. Nothing is assumed to be stopped: only what does not change after boot is read.
+    pub fn find(memory: &dyn PhysMemory, vcpus: &[Registers]) -> Result<Self, FindError> {
+        let image = Image::find(memory, vcpus)?;
+        let (symbols, rodata) = read_symbols(memory, &image)?;
+        let space = own_tables(&image, &symbols)?;
+        let mapped = MappedMemory { memory, space };
+        let banner = read_text(&mapped, &symbols, "linux_banner", BANNER_BYTES_MAX)?;
+        let banner = banner.trim_end().to_owned();
+        let release = banner.split(' ').nth(2).unwrap_or_default().to_owned();
+        let mut sources = vec![
+            format!("image {}-{} through the interrupt table", image.start(), image.end()),
+            format!("{} symbols ({:?}) at {}", symbols.len(), symbols.form(), rodata.start),
+        ];
+        sources.push(check_vmcoreinfo(&mapped, &symbols, &release)?);
+        let btf = Btf::parse(read_btf(&mapped, &symbols)?)?;
+        let page_offset = read_word(&mapped, &symbols, "page_offset_base")?;
+        let cpus = read_word(&mapped, &symbols, "nr_cpu_ids")? as u32;
+        let offsets = require(&symbols, "__per_cpu_offset")?;
+        let per_cpu_offsets = (0..u64::from(cpus.min(CPUS_MAX)))
+            .map(|cpu| mapped.read_u64(offsets.wrapping_add(8 * cpu)))
+            .collect::<Result<_, _>>()
+            .map_err(|source| FindError::Unreadable {
+                what: "__per_cpu_offset",
+                at: offsets,
+                source,
+            })?;
+        Ok(Self {
+            image,
+            symbols,
+            btf,
+            space,
+            banner,
+            release,
+            sources,
+            page_offset: Gva(page_offset),
+            per_cpu_offsets,
+        })
+    }
+
+    /// The address of a kernel symbol that must exist once.
+    pub fn symbol(&self, name: &'static str) -> Result<Gva, FindError> {
+        require(&self.symbols, name)
+    }
+
+    /// For each possible CPU, what to add to a per-CPU symbol.
+    pub fn per_cpu_offsets(&self) -> &[u64] {
+        &self.per_cpu_offsets
+    }
+
+    /// The kernel together with the memory it lives in.
+    pub fn live<'a>(&'a self, memory: &'a dyn PhysMemory) -> Live<'a> {
+        Live { kernel: self, memory }
+    }
+}
+
+/// A kernel and the guest memory that it lives in: reads its virtual addresses.
+#[derive(Clone, Copy)]
+pub struct Live<'a> {
+    /// The kernel.
+    pub kernel: &'a Kernel,
+    /// The guest's memory.
+    pub memory: &'a dyn PhysMemory,
+}
+
+impl Live<'_> {
+    /// The guest-physical address of a kernel address, through the image's and the direct map's constant distances
+    /// where it lies in one of them, else through the kernel's page tables.
+    pub fn physical(&self, at: Gva) -> Result<(Gpa, u64), MemoryError> {
+        if let Some(segment) = self.kernel.image.segment(at) {
+            return Ok((Gpa(at.0.wrapping_sub(self.kernel.image.distance)), segment.end.0 - at.0));
+        }
+        let direct = Gpa(at.0.wrapping_sub(self.kernel.page_offset.0));
+        if let Some(range) = self.memory.ram().iter().find(|range| range.contains(&direct)) {
+            return Ok((direct, range.end.0 - direct.0));
+        }
+        let there = self.kernel.space.translate(self.memory, at)?;
+        Ok((there.gpa, there.page_size - (at.0 & (there.page_size - 1))))
+    }
+}
+
+impl VirtMemory for Live<'_> {
+    fn read(&self, at: Gva, buf: &mut [u8]) -> Result<(), MemoryError> {
+        let mut at = at;
+        let mut rest = buf;
+        while !rest.is_empty() {
+            let (gpa, contiguous) = self.physical(at)?;
+            let len = rest.len().min(usize::try_from(contiguous).unwrap_or(usize::MAX));
+            let (now, later) = rest.split_at_mut(len);
+            self.memory.read(gpa, now)?;
+            at = at.wrapping_add(len as u64);
+            rest = later;
+        }
+        Ok(())
+    }
+}
+
+/// Looks through the image's read-only data for kallsyms; gives the segment that held it, too.
+fn read_symbols(memory: &dyn PhysMemory, image: &Image) -> Result<(Kallsyms, Segment), FindError> {
+    let mut failure = KallsymsError::NoTokenIndex {
+        at: image.start(),
+        bytes: 0,
+    };
+    let rodata = |segment: &&Segment| !segment.writable && !segment.executable;
+    for segment in image.segments.iter().filter(rodata) {
+        let bytes = image
+            .read_segment(memory, segment)
+            .map_err(|source| FindError::Unreadable {
+                what: "read-only data",
+                at: segment.start,
+                source,
+            })?;
+        match Kallsyms::find(&bytes, segment.start, &|symbols| fits(memory, image, symbols)) {
+            Ok(symbols) => return Ok((symbols, *segment)),
+            // What failed with tables in sight says more than the absence of tables elsewhere.
+            Err(KallsymsError::NoTokenIndex { .. }) => {}
+            Err(error) => failure = error,
+        }
+    }
+    Err(failure.into())
+}
+
+/// Cross-checks symbols with the image: text is executable, the banner is where its symbol says.
+fn fits(memory: &dyn PhysMemory, image: &Image, symbols: &Kallsyms) -> Result<(), String> {
+    let at = |name: &str| symbols.unique(name).ok_or(format!("no single symbol {name}"));
+    for name in ["_stext", "_etext"] {
+        let address = at(name)?;
+        // _etext is one past the text, which may end a segment.
+        if !image
+            .segment(address)
+            .or(image.segment(Gva(address.0.wrapping_sub(1))))
+            .is_some_and(|s| s.executable)
+        {
+            return Err(format!("{name} {address} is not in executable memory of the image"));
+        }
+    }
+    let banner = at("linux_banner")?;
+    let mut bytes = [0; 14];
+    let gpa = image
+        .physical(banner)
+        .ok_or(format!("linux_banner {banner} is outside of the image"))?;
+    memory.read(gpa, &mut bytes).map_err(|error| error.to_string())?;
+    if &bytes != b"Linux version " {
+        return Err(format!(
+            "linux_banner {banner} holds {:?}",
+            String::from_utf8_lossy(&bytes)
+        ));
+    }
+    Ok(())
+}
+
+fn require(symbols: &Kallsyms, name: &'static str) -> Result<Gva, FindError> {
+    symbols.unique(name).ok_or(FindError::NoSymbol(name))
+}
+
+/// The kernel's own top-level table: complete for kernel addresses, whatever process was current.
+fn own_tables(image: &Image, symbols: &Kallsyms) -> Result<AddressSpace, FindError> {
+    let root = require(symbols, "init_top_pgt")?;
+    let root = image.physical(root).ok_or(FindError::Disagrees {
+        what: "init_top_pgt",
+        found: root.to_string(),
+        expected: format!("an address in the image {}-{}", image.start(), image.end()),
+    })?;
+    Ok(AddressSpace {
+        root,
+        levels: image.space.levels,
+    })
+}
+
+fn read_word(memory: &dyn VirtMemory, symbols: &Kallsyms, what: &'static str) -> Result<u64, FindError> {
+    let at = require(symbols, what)?;
+    memory
+        .read_u64(at)
+        .map_err(|source| FindError::Unreadable { what, at, source })
+}
+
+/// The NUL-terminated text at a symbol, lossily, at most `max` bytes.
+fn read_text(memory: &dyn VirtMemory, symbols: &Kallsyms, what: &'static str, max: usize) -> Result<String, FindError> {
+    let at = require(symbols, what)?;
+    let mut bytes = vec![0; max];
+    memory
+        .read(at, &mut bytes)
+        .map_err(|source| FindError::Unreadable { what, at, source })?;
+    let text = bytes.split(|byte| *byte == 0).next().unwrap_or_default();
+    Ok(String::from_utf8_lossy(text).into_owned())
+}
+
+/// VMCOREINFO (kernel/crash_core.c) repeats the release and some addresses; where a kernel has it, it must agree.
+fn check_vmcoreinfo(memory: &dyn VirtMemory, symbols: &Kallsyms, release: &str) -> Result<String, FindError> {
+    let (Some(data), Some(size)) = (symbols.unique("vmcoreinfo_data"), symbols.unique("vmcoreinfo_size")) else {
+        return Ok("no VMCOREINFO in this kernel".to_owned());
+    };
+    let what = "VMCOREINFO";
+    let unreadable = |at| move |source| FindError::Unreadable { what, at, source };
+    let at = Gva(memory.read_u64(data).map_err(unreadable(data))?);
+    let size = memory
+        .read_u64(size)
+        .map_err(unreadable(size))?
+        .min(VMCOREINFO_BYTES_MAX);
+    let mut bytes = vec![0; usize::try_from(size).unwrap_or(0)];
+    memory.read(at, &mut bytes).map_err(unreadable(at))?;
+    let text = String::from_utf8_lossy(&bytes).into_owned();
+    let value = |key: &str| {
+        text.lines()
+            .find_map(|line| line.strip_prefix(key)?.strip_prefix('='))
+            .map(str::to_owned)
+    };
+    let agree = |what, found: Option<String>, expected: String| match found {
+        Some(found) if found != expected => Err(FindError::Disagrees { what, found, expected }),
+        _ => Ok(()),
+    };
+    agree(
+        "VMCOREINFO OSRELEASE against the banner",
+        value("OSRELEASE"),
+        release.to_owned(),
+    )?;
+    let stext = require(symbols, "_stext")?;
+    agree(
+        "VMCOREINFO SYMBOL(_stext) against kallsyms",
+        value("SYMBOL(_stext)"),
+        format!("{:x}", stext.0),
+    )?;
+    Ok(format!("VMCOREINFO at {at} agrees"))
+}
+
+fn read_btf(memory: &dyn VirtMemory, symbols: &Kallsyms) -> Result<Vec<u8>, FindError> {
+    let (start, stop) = (require(symbols, "__start_BTF")?, require(symbols, "__stop_BTF")?);
+    let len = stop
+        .checked_sub(start)
+        .filter(|len| *len <= BTF_BYTES_MAX)
+        .ok_or_else(|| FindError::Disagrees {
+            what: "__stop_BTF",
+            found: stop.to_string(),
+            expected: format!("at most {BTF_BYTES_MAX} bytes behind {start}"),
+        })?;
+    let mut bytes = vec![0; usize::try_from(len).unwrap_or(0)];
+    memory.read(start, &mut bytes).map_err(|source| FindError::Unreadable {
+        what: "BTF",
+        at: start,
+        source,
+    })?;
+    Ok(bytes)
+}
