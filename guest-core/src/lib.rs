@@ -4,9 +4,11 @@
 
 pub mod addr;
 pub mod btf;
+pub mod change;
 pub mod kernel;
 pub mod memory;
 pub mod paging;
+pub mod place;
 pub mod vcpu;
 
 #[cfg(test)]

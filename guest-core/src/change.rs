@@ -1,0 +1,268 @@
+//! A change of guest memory that knows what it replaces, can be checked, read back and undone.
+
+use crate::addr::Gpa;
+use crate::memory::{MemoryError, PhysMemory};
+use serde::{Deserialize, Serialize};
+
+/// Why a change could not be made or checked.
+#[derive(Debug, thiserror::Error)]
+pub enum ChangeError {
+    /// The bytes there are neither the old nor the new ones.
+    #[error("{what} at {gpa}: found {found}, expected {expected}")]
+    Unexpected {
+        /// What the bytes are.
+        what: String,
+        /// Where.
+        gpa: Gpa,
+        /// What is there, in hex, the first bytes that differ.
+        found: String,
+        /// What should be there.
+        expected: String,
+    },
+    /// Guest memory could not be reached.
+    #[error("{what}")]
+    Memory {
+        /// What was being read or written.
+        what: String,
+        /// Why.
+        source: MemoryError,
+    },
+}
+
+/// `old` bytes at a guest-physical address that become `new` ones.
+///
+/// With a mask, only the bits set in it belong to the change; the others are the guest's and stay.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Change {
+    what: String,
+    gpa: u64,
+    #[serde(with = "hex")]
+    old: Vec<u8>,
+    #[serde(with = "hex")]
+    new: Vec<u8>,
+    #[serde(with = "hex", default, skip_serializing_if = "Vec::is_empty")]
+    mask: Vec<u8>,
+}
+
+impl Change {
+    /// All bits of `old` become `new`; the shorter length counts.
+    pub fn replace(what: impl Into<String>, gpa: Gpa, mut old: Vec<u8>, mut new: Vec<u8>) -> Self {
+        let len = old.len().min(new.len());
+        old.truncate(len);
+        new.truncate(len);
+        Self {
+            what: what.into(),
+            gpa: gpa.0,
+            old,
+            new,
+            mask: Vec::new(),
+        }
+    }
+
+    /// A word in memory, little-endian, from `old` to `new`.
+    pub fn word(what: impl Into<String>, gpa: Gpa, old: u64, new: u64) -> Self {
+        Self::replace(what, gpa, old.to_le_bytes().into(), new.to_le_bytes().into())
+    }
+
+    /// The bits of `mask`, in one byte, from 0 to 1.
+    pub fn set_bits(what: impl Into<String>, gpa: Gpa, mask: u8) -> Self {
+        Self {
+            what: what.into(),
+            gpa: gpa.0,
+            old: vec![0],
+            new: vec![mask],
+            mask: vec![mask],
+        }
+    }
+
+    /// What the bytes are, for a person.
+    pub fn what(&self) -> &str {
+        &self.what
+    }
+
+    /// Where the bytes lie.
+    pub fn gpa(&self) -> Gpa {
+        Gpa(self.gpa)
+    }
+
+    /// Number of bytes.
+    pub fn len(&self) -> usize {
+        self.old.len()
+    }
+
+    /// True where there is nothing to change.
+    pub fn is_empty(&self) -> bool {
+        self.old.is_empty()
+    }
+
+    /// The change that takes this one back.
+    pub fn undone(&self) -> Self {
+        Self {
+            old: self.new.clone(),
+            new: self.old.clone(),
+            ..self.clone()
+        }
+    }
+
+    /// A record may come from the guest itself: false where its lengths do not fit one another.
+    pub fn is_sound(&self) -> bool {
+        self.old.len() == self.new.len() && (self.mask.is_empty() || self.mask.len() == self.old.len())
+    }
+
+    /// Reads the guest and gives the bytes to write, if the old ones are there. Error: [`ChangeError::Unexpected`].
+    pub fn prepare(&self, memory: &dyn PhysMemory) -> Result<Vec<u8>, ChangeError> {
+        let now = self.read(memory)?;
+        self.require(&now, &self.old)?;
+        Ok(self.merged(&now))
+    }
+
+    /// Checks that the new bytes are there. Error: [`ChangeError::Unexpected`].
+    pub fn verify(&self, memory: &dyn PhysMemory) -> Result<(), ChangeError> {
+        let now = self.read(memory)?;
+        self.require(&now, &self.new)
+    }
+
+    /// Checks, writes and reads back.
+    pub fn make(&self, memory: &dyn PhysMemory) -> Result<(), ChangeError> {
+        let bytes = self.prepare(memory)?;
+        memory
+            .write(self.gpa(), &bytes)
+            .map_err(|source| self.memory_error(source))?;
+        self.verify(memory)
+    }
+
+    /// The bytes that put the old state back over whatever of this change is there: all of it, a part, or nothing.
+    pub fn restored(&self, memory: &dyn PhysMemory) -> Result<Vec<u8>, ChangeError> {
+        let now = self.read(memory)?;
+        Ok(self.undone().merged(&now))
+    }
+
+    fn read(&self, memory: &dyn PhysMemory) -> Result<Vec<u8>, ChangeError> {
+        let mut now = vec![0; self.len()];
+        memory
+            .read(self.gpa(), &mut now)
+            .map_err(|source| self.memory_error(source))?;
+        Ok(now)
+    }
+
+    fn merged(&self, now: &[u8]) -> Vec<u8> {
+        let bytes = now.iter().zip(&self.new).enumerate();
+        bytes
+            .map(|(at, (now, new))| (now & !self.mask_at(at)) | (new & self.mask_at(at)))
+            .collect()
+    }
+
+    fn require(&self, now: &[u8], expected: &[u8]) -> Result<(), ChangeError> {
+        let differs = |(at, (a, b)): (usize, (&u8, &u8))| (a ^ b) & self.mask_at(at) != 0;
+        let Some(first) = now.iter().zip(expected).enumerate().position(differs) else {
+            return Ok(());
+        };
+        let shown = first & !7..(first + 8).min(now.len());
+        let text = |bytes: &[u8]| hex::encode(bytes.get(shown.clone()).unwrap_or_default());
+        Err(ChangeError::Unexpected {
+            what: self.what.clone(),
+            gpa: self.gpa().wrapping_add(shown.start as u64),
+            found: text(now),
+            expected: text(expected),
+        })
+    }
+
+    fn mask_at(&self, at: usize) -> u8 {
+        self.mask.get(at).copied().unwrap_or(0xff)
+    }
+
+    fn memory_error(&self, source: MemoryError) -> ChangeError {
+        ChangeError::Memory {
+            what: self.what.clone(),
+            source,
+        }
+    }
+}
+
+/// Bytes as hex text, for records that a person may have to read in a crash dump.
+pub(crate) mod hex {
+    use serde::{Deserialize, Deserializer, Serializer, de::Error};
+
+    pub fn encode(bytes: &[u8]) -> String {
+        bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+    }
+
+    pub fn serialize<S: Serializer>(bytes: &[u8], serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str(&encode(bytes))
+    }
+
+    pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<u8>, D::Error> {
+        let text = String::deserialize(deserializer)?;
+        let pairs = text.as_bytes().chunks(2);
+        pairs
+            .map(|pair| {
+                let text = std::str::from_utf8(pair).ok().filter(|text| text.len() == 2);
+                text.and_then(|text| u8::from_str_radix(text, 16).ok())
+                    .ok_or(D::Error::custom("not hex"))
+            })
+            .collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::Ram;
+
+    fn bytes(ram: &Ram, at: u64, len: usize) -> Vec<u8> {
+        let mut bytes = vec![0; len];
+        ram.read(Gpa(at), &mut bytes).unwrap();
+        bytes
+    }
+
+    #[test]
+    fn a_change_refuses_bytes_that_it_does_not_expect_and_names_them() {
+        let ram = Ram::new(64);
+        ram.write(Gpa(16), &[0x0f, 0x1f, 0x44, 0x00, 0x01]).unwrap();
+        let change = Change::replace("site", Gpa(16), vec![0x0f, 0x1f, 0x44, 0, 0], vec![0xe9, 1, 2, 3, 4]);
+        let error = change.make(&ram).unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            "site at GPA 0x10: found 0f1f440001, expected 0f1f440000"
+        );
+        assert_eq!(bytes(&ram, 16, 5), [0x0f, 0x1f, 0x44, 0, 1]);
+    }
+
+    #[test]
+    fn a_change_made_and_undone_leaves_the_bytes_as_they_were() {
+        let ram = Ram::new(64);
+        let change = Change::word("entry", Gpa(8), 0, 0x1063);
+        change.make(&ram).unwrap();
+        assert_eq!(bytes(&ram, 8, 2), [0x63, 0x10]);
+        change.undone().make(&ram).unwrap();
+        assert_eq!(bytes(&ram, 8, 8), [0; 8]);
+    }
+
+    #[test]
+    fn bits_outside_of_the_mask_stay_the_guests() {
+        let ram = Ram::new(8);
+        ram.write(Gpa(3), &[0x81]).unwrap();
+        let change = Change::set_bits("flags", Gpa(3), 2);
+        change.make(&ram).unwrap();
+        assert_eq!(bytes(&ram, 3, 1), [0x83]);
+        ram.write(Gpa(3), &[0x43]).unwrap();
+        change.undone().make(&ram).unwrap();
+        assert_eq!(bytes(&ram, 3, 1), [0x41]);
+    }
+
+    #[test]
+    fn restoring_mends_a_change_that_was_cut_off() {
+        let ram = Ram::new(8);
+        let change = Change::replace("site", Gpa(0), vec![1, 2, 3, 4], vec![5, 6, 7, 8]);
+        ram.write(Gpa(0), &[5, 6, 3, 4]).unwrap();
+        assert_eq!(change.restored(&ram).unwrap(), [1, 2, 3, 4]);
+    }
+
+    #[test]
+    fn a_change_survives_its_record() {
+        let change = Change::set_bits("flags", Gpa(3), 2);
+        let text = serde_json::to_string(&change).unwrap();
+        assert_eq!(text, r#"{"what":"flags","gpa":3,"old":"00","new":"02","mask":"02"}"#);
+        assert_eq!(serde_json::from_str::<Change>(&text).unwrap(), change);
+    }
+}

@@ -1,0 +1,9 @@
+//! Where new code lives in the guest: the text cave, its own mapping, and the registry at its start.
+
+pub mod cave;
+pub mod record;
+pub mod registry;
+
+pub use cave::{Cave, FILLER};
+pub use record::{PatchedFunction, Record, Redirect, Span};
+pub use registry::{Entry, Pages, Registry, RegistryError, State};

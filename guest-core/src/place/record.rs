@@ -1,0 +1,90 @@
+//! What the registry keeps of one patch: enough to show it, to unwind through it, and to take it out.
+
+use crate::change::{Change, hex};
+use serde::{Deserialize, Serialize};
+
+/// How a function is redirected.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Redirect {
+    /// The jump stands in the function's ftrace site.
+    Ftrace,
+    /// The jump stands behind the ftrace site, or at the entry of a function that has none.
+    Body,
+}
+
+/// One redirected function.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PatchedFunction {
+    /// Its name in the kernel.
+    pub name: String,
+    /// Which of several functions of that name, from 1; 0 where it is the only one.
+    pub sympos: u64,
+    /// Guest-virtual address of the old function.
+    pub old: u64,
+    /// Bytes of the old function, up to the next symbol.
+    pub old_len: u64,
+    /// Guest-virtual address of the new function.
+    pub new: u64,
+    /// Bytes of the new function.
+    pub new_len: u64,
+    /// How the jump is laid.
+    pub redirect: Redirect,
+}
+
+/// A part of the patch in the pool's window: first address and bytes, guest-virtual.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct Span {
+    /// First byte.
+    pub start: u64,
+    /// Bytes.
+    pub len: u64,
+}
+
+/// One patch, as kept in the guest. JSON, so that newer versions can add members and people can read a dump.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Record {
+    /// What `revert` takes: the module's name, unique in the guest.
+    pub id: String,
+    /// SHA-256 of the module file, in hex.
+    pub digest: String,
+    /// Position among all patches ever applied: a later one may rest on an earlier one.
+    pub order: u64,
+    /// Consistency model that it was applied with.
+    pub model: String,
+    /// Seconds since 1970 on the host when it was applied.
+    pub applied_at: u64,
+    /// The functions.
+    pub functions: Vec<PatchedFunction>,
+    /// The new code.
+    pub text: Span,
+    /// Its read-only data.
+    pub rodata: Span,
+    /// Its data.
+    pub data: Span,
+    /// ORC of the new code: where `orc_entry_bytes` says how long an entry is, the 8-byte address and the entry, for each.
+    #[serde(with = "hex", default)]
+    pub orc: Vec<u8>,
+    /// The sites and flags that the commit changed: undone in reverse to take the patch out.
+    pub changes: Vec<Change>,
+}
+
+impl Record {
+    /// As stored in the guest.
+    pub fn to_bytes(&self) -> Result<Vec<u8>, serde_json::Error> {
+        serde_json::to_vec(self)
+    }
+
+    /// From the guest: bounded by the pool's 2 MiB. Errors: not JSON of this shape, or changes that contradict themselves.
+    pub fn from_bytes(bytes: &[u8]) -> Result<Self, serde_json::Error> {
+        use serde::de::Error;
+        let record: Self = serde_json::from_slice(bytes)?;
+        match record.changes.iter().find(|change| !change.is_sound()) {
+            Some(change) => Err(serde_json::Error::custom(format!(
+                "the change of {} is malformed",
+                change.what()
+            ))),
+            None => Ok(record),
+        }
+    }
+}
