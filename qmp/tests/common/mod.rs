@@ -46,11 +46,13 @@ pub struct Qemu {
 }
 
 impl Qemu {
-    /// Starts a q35 machine with 64 MiB of RAM and nothing in it but `extra`.
+    /// Starts a machine with 64 MiB of RAM and nothing in it but `extra`.
     pub fn start(extra: &[&str]) -> Self {
         let dir = TempDir::new();
         let socket = dir.path().join("q");
-        let child = Command::new("qemu-system-x86_64")
+        // Another version of QEMU may be tried: QEMU=/path/to/it cargo test -p qmp
+        let binary = std::env::var_os("QEMU").unwrap_or_else(|| "qemu-system-x86_64".into());
+        let child = Command::new(binary)
             .args(["-nodefaults", "-display", "none", "-m", "64", "-accel", "tcg"])
             .args(["-qmp", &format!("unix:{},server=on,wait=off", socket.display())])
             .args(extra)

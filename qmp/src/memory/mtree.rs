@@ -1,0 +1,175 @@
+//! The guest-physical address space: HMP `info mtree -f`.
+//!
+//! Seen with QEMU 7.2.22 and 10.0.2, under TCG and KVM; QEMU's `system/memory.c`, `mtree_print_flatview`:
+//!
+//! ```text
+//! FlatView #1
+//!  AS "memory", root: system
+//!  AS "cpu-memory-0", root: system
+//!  Root memory region: system
+//!   0000000000000000-00000000000c2fff (prio 0, ram): pc.ram
+//!   00000000000c3000-00000000000e3fff (prio 0, rom): pc.ram @00000000000c3000 KVM
+//! ```
+//!
+//! The last word is the accelerator's name, where it holds the range. Names may hold blanks. Several views exist
+//! (system management mode has its own); the one that the devices and the vCPUs see is that of the space "memory".
+
+use crate::addr::Gpa;
+use crate::text::{TextError, hex};
+
+const SOURCE: &str = "info mtree -f";
+
+/// The line that tells the view wanted.
+const SYSTEM_SPACE: &str = " AS \"memory\", root: system";
+
+/// Names of accelerators that QEMU puts behind the ranges they hold.
+const ACCELERATORS: [&str; 4] = [" KVM", " HVF", " NVMM", " WHPX"];
+
+/// A guest-physical range of plain RAM: readable, writable, not a device's registers.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RamRange {
+    /// Its first byte.
+    pub gpa: Gpa,
+    /// Bytes.
+    pub len: u64,
+    /// The memory region behind it; the guest's own RAM has the name of its RAM block.
+    pub name: String,
+    /// Where in that region it begins, in bytes.
+    pub offset: u64,
+}
+
+/// The ranges of plain RAM in the guest's physical address space, ascending. ROM, and RAM that the chipset write-protects
+/// at the moment (the firmware's shadow below 1 MiB), do not count; RAM of devices does, under the device's names.
+///
+/// Errors: no such view, or a line of unknown form in it.
+pub fn ram_ranges(text: &str) -> Result<Vec<RamRange>, TextError> {
+    let view = text
+        .split("FlatView #")
+        .find(|view| view.lines().any(|line| line == SYSTEM_SPACE))
+        .ok_or_else(|| TextError::new(SOURCE, "a view of the address space \"memory\"", text))?;
+    let lines = view.lines().filter(|line| line.starts_with("  "));
+    let mut ranges = Vec::new();
+    let mut free_from = Some(0);
+    for line in lines {
+        let error = || TextError::new(SOURCE, "an ascending range", line);
+        let Line {
+            first,
+            last,
+            kind,
+            name,
+            offset,
+        } = parse_line(line).ok_or_else(error)?;
+        if free_from.is_none_or(|free| first < free) || last < first {
+            return Err(error());
+        }
+        free_from = last.checked_add(1);
+        if kind == "ram" {
+            let len = (last - first).checked_add(1).ok_or_else(error)?;
+            ranges.push(RamRange {
+                gpa: Gpa(first),
+                len,
+                name: name.to_owned(),
+                offset,
+            });
+        }
+    }
+    Ok(ranges)
+}
+
+struct Line<'a> {
+    first: u64,
+    last: u64,
+    kind: &'a str,
+    name: &'a str,
+    offset: u64,
+}
+
+fn parse_line(line: &str) -> Option<Line<'_>> {
+    let (range, rest) = line.trim_start().split_once(" (prio ")?;
+    let (first, last) = range.split_once('-')?;
+    let (priority, rest) = rest.split_once(", ")?;
+    priority.parse::<i32>().ok()?;
+    let (kind, rest) = rest.split_once("): ")?;
+    let rest = ACCELERATORS
+        .iter()
+        .find_map(|name| rest.strip_suffix(name))
+        .unwrap_or(rest);
+    let (name, offset) = match rest
+        .rsplit_once(" @")
+        .and_then(|(name, offset)| Some((name, hex(offset)?)))
+    {
+        Some(found) => found,
+        None => (rest, 0),
+    };
+    Some(Line {
+        first: hex(first)?,
+        last: hex(last)?,
+        kind,
+        name,
+        offset,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn range(gpa: u64, end: u64, name: &str, offset: u64) -> RamRange {
+        RamRange {
+            gpa: Gpa(gpa),
+            len: end - gpa,
+            name: name.into(),
+            offset,
+        }
+    }
+
+    #[test]
+    fn only_plain_ram_of_the_system_space_counts() {
+        for (text, name) in [
+            (include_str!("../testdata/mtree-10.0.2.txt"), "m0"),
+            (include_str!("../testdata/mtree-7.2.22.txt"), "pc.ram"),
+        ] {
+            let expected = [
+                range(0, 0xc3000, name, 0),
+                range(0xe4000, 0xf0000, name, 0xe4000),
+                range(0x10_0000, 0x400_0000, name, 0x10_0000),
+            ];
+            assert_eq!(ram_ranges(text).unwrap(), expected);
+        }
+    }
+
+    #[test]
+    fn the_accelerators_name_is_not_the_regions() {
+        let text = include_str!("../testdata/mtree-10.0.2-kvm.txt");
+        assert_eq!(ram_ranges(text).unwrap(), [range(0, 0x400_0000, "pc.ram", 0)]);
+    }
+
+    #[test]
+    fn ram_above_the_pci_hole_keeps_its_offset() {
+        let text = "FlatView #2\n AS \"memory\", root: system\n Root memory region: system\n  \
+            0000000000100000-000000007fffffff (prio 0, ram): pc.ram @0000000000100000\n  \
+            00000000febf0400-00000000febf041f (prio 0, i/o): vga ioports remapped\n  \
+            0000000100000000-00000001bfffffff (prio 0, ram): pc.ram @0000000080000000 KVM\n";
+        let expected = [
+            range(0x10_0000, 0x8000_0000, "pc.ram", 0x10_0000),
+            range(0x1_0000_0000, 0x1_c000_0000, "pc.ram", 0x8000_0000),
+        ];
+        assert_eq!(ram_ranges(text).unwrap(), expected);
+    }
+
+    #[test]
+    fn a_missing_view_and_strange_lines_are_refused() {
+        assert!(ram_ranges("").is_err());
+        assert!(ram_ranges("FlatView #0\n AS \"I/O\", root: io\n").is_err());
+        let head = "FlatView #0\n AS \"memory\", root: system\n";
+        for line in [
+            "  nonsense",
+            "  0000000000000000-zz (prio 0, ram): a",
+            "  0000000000000001-0000000000000000 (prio 0, ram): a",
+            "  0000000000000000-ffffffffffffffff (prio 0, ram): a",
+            "  0000000000002000-0000000000002fff (prio 0, ram): a\n  0000000000001000-0000000000001fff (prio 0, ram): b",
+        ] {
+            assert!(ram_ranges(&format!("{head}{line}\n")).is_err(), "{line}");
+        }
+    }
+}

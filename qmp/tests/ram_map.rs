@@ -1,0 +1,91 @@
+//! The RAM map against real QEMUs.
+
+mod common;
+
+use common::{PATIENCE, Qemu};
+use qmp::{Backing, Client, Gpa, RamMap};
+use std::os::unix::fs::FileExt;
+
+async fn map_of(qemu: &Qemu) -> (Client, RamMap) {
+    let client = Client::connect(&qemu.qmp(), PATIENCE).await.unwrap();
+    let map = RamMap::read(&client, client.peer_pid().unwrap()).await.unwrap();
+    (client, map)
+}
+
+/// What QEMU itself reads at `gpa`, by HMP `xp`.
+async fn four_bytes(client: &Client, gpa: Gpa) -> u32 {
+    let text = client.hmp(&format!("xp /1wx {:#x}", gpa.0)).await.unwrap();
+    let word = text.trim().rsplit_once("0x").unwrap().1.to_owned();
+    u32::from_str_radix(&word, 16).unwrap()
+}
+
+#[tokio::test]
+async fn shared_ram_opened_through_the_map_is_the_guests() {
+    let qemu = Qemu::start(&[
+        "-S",
+        "-M",
+        "q35,memory-backend=m0",
+        "-object",
+        "memory-backend-memfd,id=m0,size=64M",
+    ]);
+    let (client, map) = map_of(&qemu).await;
+    let region = map.region_of(Gpa(0x10_0000), 0x1000).unwrap();
+    let Backing::Shared(file) = &region.backing else {
+        panic!("{region:?}")
+    };
+    let within = 0x20_0000;
+    let gpa = region.gpa.checked_add(within).unwrap();
+    file.open(map.pid)
+        .unwrap()
+        .write_all_at(&0x1234_5678_u32.to_le_bytes(), file.offset + within)
+        .unwrap();
+    assert_eq!(four_bytes(&client, gpa).await, 0x1234_5678);
+}
+
+#[tokio::test]
+async fn private_ram_lies_where_the_map_says() {
+    let qemu = Qemu::start(&["-S", "-M", "q35"]);
+    let (client, map) = map_of(&qemu).await;
+    let region = map.region_of(Gpa(0x10_0000), 0x1000).unwrap();
+    assert_eq!((region.block.as_str(), &region.backing), ("pc.ram", &Backing::Private));
+    let within = 0x20_0000;
+    let memory = std::fs::File::options()
+        .write(true)
+        .open(format!("/proc/{}/mem", map.pid))
+        .unwrap();
+    memory
+        .write_all_at(&0x9abc_def0_u32.to_le_bytes(), region.hva.0 + within)
+        .unwrap();
+    assert_eq!(
+        four_bytes(&client, region.gpa.checked_add(within).unwrap()).await,
+        0x9abc_def0
+    );
+}
+
+#[tokio::test]
+async fn a_private_file_mapping_is_not_taken_for_shared() {
+    let object = "memory-backend-memfd,id=m0,size=64M,share=off";
+    let qemu = Qemu::start(&["-S", "-M", "q35,memory-backend=m0", "-object", object]);
+    let (_client, map) = map_of(&qemu).await;
+    assert!(
+        map.regions.iter().all(|region| region.backing == Backing::Private),
+        "{map:?}"
+    );
+}
+
+#[tokio::test]
+async fn ram_above_the_pci_hole_is_found_and_roms_and_video_memory_are_not() {
+    let qemu = Qemu::start(&["-S", "-M", "q35", "-m", "5G", "-device", "VGA"]);
+    let (_client, map) = map_of(&qemu).await;
+    let last = map.regions.last().unwrap();
+    assert_eq!((last.gpa, last.len), (Gpa(4 << 30), 3 << 30));
+    assert_eq!(last.block_offset, 2 << 30);
+    let below: u64 = map
+        .regions
+        .iter()
+        .filter(|region| region.gpa < last.gpa)
+        .map(|region| region.len)
+        .sum();
+    assert!(below <= 2 << 30 && below > (2 << 30) - (1 << 20), "{below:#x}");
+    assert!(map.regions.iter().all(|region| region.block == "pc.ram"), "{map:?}");
+}
