@@ -1,0 +1,284 @@
+//! Reads C text as far as taking a function out of a file needs: tokens, and where each function begins and ends.
+//!
+//! It knows no grammar; it relies on what the kernel's coding style (Documentation/process/coding-style.rst) promises:
+//! a function's last brace stands in the first column, and no blank line parts a function's head.
+
+use std::ops::Range;
+
+/// What may stand between a function's parameters and its body, or before its type, and looks like its name.
+const ANNOTATIONS: [&str; 8] = [
+    "__acquires",
+    "__aligned",
+    "__attribute__",
+    "__must_hold",
+    "__printf",
+    "__releases",
+    "__section",
+    "__no_sanitize",
+];
+
+/// A piece of C text that is neither space nor comment.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    Word,
+    /// A string or character constant, or a number.
+    Constant,
+    Punctuation(u8),
+    /// A whole preprocessor line with its continuations.
+    Directive,
+    /// An empty line.
+    Blank,
+}
+
+#[derive(Clone, Debug)]
+struct Token {
+    kind: Kind,
+    range: Range<usize>,
+}
+
+/// A function that a file defines.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Function<'a> {
+    /// Its name.
+    pub(super) name: &'a str,
+    /// Whether only its own file sees it.
+    pub(super) is_static: bool,
+    /// The whole definition.
+    pub(super) text: &'a str,
+}
+
+/// All functions that a file defines, in its order.
+pub(super) fn functions(text: &str) -> Vec<Function<'_>> {
+    let mut functions = Vec::new();
+    let mut head = Head::default();
+    let mut body: Option<Head> = None;
+    let mut braces = 0_usize;
+    for token in tokens(text) {
+        let first_column = token.range.start == 0 || text.as_bytes().get(token.range.start - 1) == Some(&b'\n');
+        match token.kind {
+            Kind::Punctuation(b'}') => {
+                braces = if first_column { 0 } else { braces.saturating_sub(1) };
+                if braces == 0
+                    && let Some(finished) = body.take()
+                {
+                    functions.extend(finished.function(text, token.range.end));
+                    head = Head::default();
+                }
+            }
+            Kind::Punctuation(b'{') => {
+                if braces == 0 && head.is_function() {
+                    body = Some(std::mem::take(&mut head));
+                }
+                braces += 1;
+            }
+            Kind::Directive | Kind::Blank | Kind::Punctuation(b';') if braces == 0 => head = Head::default(),
+            _ if braces == 0 => head.push(text, &token),
+            _ => {}
+        }
+    }
+    functions
+}
+
+/// The lines of a file that include a system-wide header (`<…>`), in its order.
+pub(super) fn includes(text: &str) -> Vec<&str> {
+    let wanted = |line: &&str| line.starts_with("#include <");
+    text.lines().filter(wanted).collect()
+}
+
+/// The names and keywords that a text uses.
+pub(super) fn words(text: &str) -> impl Iterator<Item = &str> {
+    let word = |token: Token| (token.kind == Kind::Word).then(|| text.get(token.range)).flatten();
+    tokens(text).into_iter().filter_map(word)
+}
+
+/// The text with one name replaced by another wherever it stands as a whole word, outside comments and constants.
+pub(super) fn renamed(text: &str, from: &str, to: &str) -> String {
+    let mut out = String::with_capacity(text.len());
+    let mut done = 0;
+    for token in tokens(text) {
+        if token.kind == Kind::Word && text.get(token.range.clone()) == Some(from) {
+            out.push_str(text.get(done..token.range.start).unwrap_or_default());
+            out.push_str(to);
+            done = token.range.end;
+        }
+    }
+    out.push_str(text.get(done..).unwrap_or_default());
+    out
+}
+
+/// What was read since the last declaration ended.
+#[derive(Debug, Default)]
+struct Head {
+    start: Option<usize>,
+    is_static: bool,
+    /// The word before the first parenthesis that is no annotation's.
+    name: Option<Range<usize>>,
+    parentheses: usize,
+    last_word: Option<Range<usize>>,
+    has_value: bool,
+}
+
+impl Head {
+    fn push(&mut self, text: &str, token: &Token) {
+        self.start.get_or_insert(token.range.start);
+        let word = text.get(token.range.clone()).unwrap_or_default();
+        match token.kind {
+            Kind::Punctuation(b'(') => {
+                if self.parentheses == 0 && self.name.is_none() {
+                    self.name = self.last_word.take().filter(|word| {
+                        let word = text.get(word.clone()).unwrap_or_default();
+                        !ANNOTATIONS.contains(&word)
+                    });
+                }
+                self.parentheses += 1;
+            }
+            Kind::Punctuation(b')') => self.parentheses = self.parentheses.saturating_sub(1),
+            Kind::Punctuation(b'=') => self.has_value = true,
+            Kind::Word if self.parentheses == 0 => {
+                self.is_static |= word == "static";
+                self.last_word = Some(token.range.clone());
+            }
+            _ => {}
+        }
+    }
+
+    fn is_function(&self) -> bool {
+        self.name.is_some() && self.parentheses == 0 && !self.has_value
+    }
+
+    fn function<'a>(&self, text: &'a str, end: usize) -> Option<Function<'a>> {
+        Some(Function {
+            name: text.get(self.name.clone()?)?,
+            is_static: self.is_static,
+            text: text.get(self.start?..end)?,
+        })
+    }
+}
+
+fn tokens(text: &str) -> Vec<Token> {
+    let bytes = text.as_bytes();
+    let mut tokens = Vec::new();
+    let mut at = 0;
+    let mut line_is_empty = true;
+    while let Some(&byte) = bytes.get(at) {
+        let rest = bytes.get(at..).unwrap_or_default();
+        let (kind, length) = match byte {
+            b'\n' => (line_is_empty.then_some(Kind::Blank), 1),
+            byte if byte.is_ascii_whitespace() => (None, 1),
+            b'#' if line_is_empty => (Some(Kind::Directive), directive(rest)),
+            b'/' if rest.starts_with(b"/*") => (None, until(rest, 2, b"*/")),
+            b'/' if rest.starts_with(b"//") => (None, until(rest, 2, b"\n") - 1),
+            b'"' | b'\'' => (Some(Kind::Constant), quoted(rest, byte)),
+            byte if byte.is_ascii_digit() => (Some(Kind::Constant), run_of(rest, is_word)),
+            byte if is_word(byte) => (Some(Kind::Word), run_of(rest, is_word)),
+            byte => (Some(Kind::Punctuation(byte)), 1),
+        };
+        line_is_empty = match byte {
+            b'\n' => true,
+            byte if byte.is_ascii_whitespace() => line_is_empty,
+            _ => false,
+        };
+        if let Some(kind) = kind {
+            let range = at..at + length;
+            tokens.push(Token { kind, range });
+        }
+        at += length.max(1);
+    }
+    tokens
+}
+
+fn is_word(byte: u8) -> bool {
+    byte.is_ascii_alphanumeric() || byte == b'_' || !byte.is_ascii()
+}
+
+fn run_of(bytes: &[u8], belongs: fn(u8) -> bool) -> usize {
+    bytes.iter().take_while(|&&byte| belongs(byte)).count()
+}
+
+/// The length up to and with `end`, which is looked for from `skip` on; everything where it is missing.
+fn until(bytes: &[u8], skip: usize, end: &[u8]) -> usize {
+    let rest = bytes.get(skip..).unwrap_or_default();
+    let found = rest.windows(end.len()).position(|window| window == end);
+    found.map_or(bytes.len() + 1, |found| skip + found + end.len())
+}
+
+/// The length of a string or character constant, its quotes with it.
+fn quoted(bytes: &[u8], quote: u8) -> usize {
+    let mut escaped = false;
+    let inside = bytes.iter().skip(1).take_while(|&&byte| {
+        let ends = !escaped && byte == quote;
+        escaped = !escaped && byte == b'\\';
+        !ends
+    });
+    (inside.count() + 2).min(bytes.len())
+}
+
+/// The length of a preprocessor line without its line break; a backslash before the break continues it.
+fn directive(bytes: &[u8]) -> usize {
+    let mut previous = 0;
+    let line = bytes.iter().take_while(|&&byte| {
+        let ends = byte == b'\n' && previous != b'\\';
+        previous = byte;
+        !ends
+    });
+    line.count()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn names(text: &str) -> Vec<(&str, bool)> {
+        functions(text).iter().map(|f| (f.name, f.is_static)).collect()
+    }
+
+    #[test]
+    fn a_function_is_taken_whole_without_its_neighbours() {
+        let text = "static int x;\n\n/* int f(void) { */\nstatic int\nf(int a) /* { */\n{\n\tif (a) {\n\t\tputs(\"}\\\"\");\n\t}\n\treturn '}';\n}\nEXPORT_SYMBOL(f);\n";
+        let found = functions(text);
+        assert_eq!(found.len(), 1);
+        assert_eq!(found[0].name, "f");
+        assert!(found[0].is_static);
+        assert!(found[0].text.starts_with("static int\nf(int a)"), "{}", found[0].text);
+        assert!(found[0].text.ends_with("return '}';\n}"), "{}", found[0].text);
+    }
+
+    #[test]
+    fn declarations_types_and_initialised_data_are_no_functions() {
+        let text = "int f(int);\nstruct s {\n\tint (*f)(int);\n};\nstatic const struct s s = {\n\t.f = g(h),\n};\nint g(void)\n{\n}\n";
+        assert_eq!(names(text), [("g", false)]);
+    }
+
+    #[test]
+    fn annotations_are_not_taken_for_the_name() {
+        let text = "static __printf(1, 2) void f(const char *s, ...)\n{\n}\nvoid g(void)\n\t__acquires(RCU)\n{\n}\n";
+        assert_eq!(names(text), [("f", true), ("g", false)]);
+    }
+
+    #[test]
+    fn a_brace_more_in_one_branch_of_a_condition_is_made_good_by_the_last_brace() {
+        let text = "int f(int a)\n{\n#ifdef A\n\tif (a) {\n#else\n\tif (!a) {\n#endif\n\t}\n}\n\nint g(void)\n{\n}\n";
+        assert_eq!(names(text), [("f", false), ("g", false)]);
+    }
+
+    #[test]
+    fn a_macro_line_without_semicolon_is_not_taken_along() {
+        let text = "BTF_SET_END(x)\n\nint f(void)\n{\n}\n#define M(a) \\\n\tint a(void) { }\nint g(void)\n{\n}\n";
+        let found = functions(text);
+        assert_eq!(found[0].text, "int f(void)\n{\n}");
+        assert_eq!(found[1].text, "int g(void)\n{\n}");
+    }
+
+    #[test]
+    fn only_whole_words_are_renamed() {
+        let text = "f(ff, f) /* f */ + \"f\" + s.f";
+        assert_eq!(renamed(text, "f", "new"), "new(ff, new) /* f */ + \"f\" + s.new");
+    }
+
+    #[test]
+    fn text_that_ends_in_the_middle_of_something_is_read_to_its_end() {
+        for text in ["/* x", "\"x", "'", "// x", "#define x \\", "int f(void) {", "}"] {
+            assert_eq!(functions(text), [], "{text}");
+        }
+    }
+}

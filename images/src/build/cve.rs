@@ -1,0 +1,74 @@
+//! Published fixes as livepatch modules.
+
+use std::path::PathBuf;
+
+use super::{Error, FixedFunctions, KernelTree, source};
+
+/// A flaw of `linux-image-6.1.0-47-*` (6.1.170-3) that Debian fixed later, in functions that need only exported symbols,
+/// and that an unprivileged program can see (see [`Cve::program`]).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Cve {
+    /// CVE-2026-52928: `ioctl(SIOCATMARK)` answers for Unix sockets that have no out-of-band data.
+    Y2026N52928,
+    /// CVE-2026-53249: any user may set a source route with `setsockopt(IP_OPTIONS)`.
+    Y2026N53249,
+}
+
+/// The package that has the fixes, and its first version with all of them.
+const FIXED_PACKAGE: &str = "linux-source-6.1";
+const FIXED_VERSION: &str = "6.1.192-2";
+
+impl Cve {
+    /// All of them.
+    pub const ALL: [Self; 2] = [Self::Y2026N52928, Self::Y2026N53249];
+
+    /// The identifier, as published.
+    pub fn id(self) -> &'static str {
+        match self {
+            Self::Y2026N52928 => "CVE-2026-52928",
+            Self::Y2026N53249 => "CVE-2026-53249",
+        }
+    }
+
+    /// The source file that was fixed.
+    pub fn file(self) -> &'static str {
+        match self {
+            Self::Y2026N52928 => "net/unix/af_unix.c",
+            Self::Y2026N53249 => "net/ipv4/ip_options.c",
+        }
+    }
+
+    /// The functions that the fix changed.
+    pub fn functions(self) -> &'static [&'static str] {
+        match self {
+            Self::Y2026N52928 => &["unix_ioctl"],
+            Self::Y2026N53249 => &["ip_options_get"],
+        }
+    }
+
+    /// The program that sees the flaw; see [`super::programs`].
+    pub fn program(self) -> &'static str {
+        match self {
+            Self::Y2026N52928 => "siocatmark",
+            Self::Y2026N53249 => "lsrr",
+        }
+    }
+
+    /// The livepatch module's name, without `.ko`.
+    pub fn module_name(self) -> String {
+        format!("livepatch-{}", self.id().to_lowercase())
+    }
+
+    /// Builds the livepatch module for that kernel, the functions taken from Debian's fixed source package. Returns the
+    /// `.ko` in the cache.
+    pub fn module(self, tree: &KernelTree) -> Result<PathBuf, Error> {
+        let files = Self::ALL.map(Self::file);
+        let folder = source::kernel_files(tree.cache(), FIXED_PACKAGE, FIXED_VERSION, &files)?;
+        let fixed = FixedFunctions {
+            file: self.file(),
+            text: &source::read_text(&folder.join(self.file()))?,
+            functions: self.functions(),
+        };
+        fixed.module(&self.module_name())?.build(tree)
+    }
+}
