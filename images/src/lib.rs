@@ -1,15 +1,25 @@
 //! Builds and boots real guests from Debian packages, for the demo and the tests.
 //!
-//! The way from a package's name to a running guest:
+//! The way from a package's name to a command in a running guest:
 //!
 //! - [`packages`] fetches a Debian package by name, checks it and unpacks it;
+//! - [`kernel`] names the kernels that guests run, and [`modules`] takes kernel modules out of their packages;
+//! - [`initramfs`] makes the guest's root file system: busybox, the guest agent, programs of the caller;
 //! - [`build`] makes programs and livepatch modules for a guest;
-//! - [`cache`] keeps what was fetched and made, so that a second start needs no network;
-//! - [`command`] runs the host's programs and says what went wrong.
+//! - [`guest`] boots it all with QEMU: [`guest::GuestConfig`] says what a guest is like, [`guest::Guest`] is a running one;
+//! - [`channel`] runs commands in the guest and brings back their output and exit status.
 //!
-//! `setup.sh` in this room makes a machine ready for all of it.
+//! Below them, [`cache`] keeps what was fetched and made, so that a second start needs no network, and [`command`] runs the
+//! host's programs and says what went wrong.
+//!
+//! `setup.sh` in this room makes a machine ready for all of it; the binary `vmpatch-images` boots a guest by hand.
 
 pub mod build;
 pub mod cache;
+pub mod channel;
 pub mod command;
+pub mod guest;
+pub mod initramfs;
+pub mod kernel;
+pub mod modules;
 pub mod packages;

@@ -1,0 +1,353 @@
+//! A running guest: booted with QEMU, commanded over its channel, ended with its QEMU.
+
+mod accel;
+mod config;
+mod process;
+mod qemu;
+mod run_folder;
+
+use std::fs;
+use std::io;
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::process::{ExitStatus, Output};
+use std::thread;
+use std::time::{Duration, Instant};
+
+pub use accel::Accel;
+pub use config::{GuestConfig, NameSpelling, QmpSpelling, Ram};
+
+use crate::channel::{self, Client, Request, Running};
+use crate::{cache, initramfs, kernel, modules};
+use process::Process;
+use qemu::Files;
+use run_folder::RunFolder;
+
+/// How long a guest may take from QEMU's start until its agent answers. An emulated Debian guest takes some seconds; this
+/// is for a host on which several boot at once.
+const BOOT_LIMIT: Duration = Duration::from_secs(120);
+/// How long QEMU may take to open its sockets.
+const SOCKET_LIMIT: Duration = Duration::from_secs(10);
+/// How long a guest may take to power off.
+const POWER_OFF_LIMIT: Duration = Duration::from_secs(30);
+/// How often to look for what can't be waited for: a socket that appears, a panic on the console.
+const POLL: Duration = Duration::from_millis(20);
+/// Lines of the console that an error message shows.
+const CONSOLE_TAIL_LINES: usize = 25;
+/// What the kernel prints when it gives up (kernel/panic.c).
+const PANIC: &str = "Kernel panic - not syncing";
+/// The modules that the channel needs, where a kernel has not built them in.
+const CHANNEL_MODULES: [&str; 2] = ["virtio_pci", "virtio_console"];
+
+/// Why a guest did not boot, or could not be ended.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// Its kernel could not be had.
+    #[error(transparent)]
+    Kernel(#[from] kernel::Error),
+    /// Its kernel's modules could not be had.
+    #[error(transparent)]
+    Modules(#[from] modules::Error),
+    /// Its root file system could not be made.
+    #[error(transparent)]
+    Initramfs(#[from] initramfs::Error),
+    /// A file on the host could not be made or read.
+    #[error(transparent)]
+    Files(#[from] cache::Error),
+    /// QEMU could not be started or watched.
+    #[error("can't {action} {}", qemu.display())]
+    Qemu {
+        /// What was being done.
+        action: &'static str,
+        /// QEMU.
+        qemu: PathBuf,
+        /// The cause.
+        source: io::Error,
+    },
+    /// QEMU ended before the guest had booted.
+    #[error("QEMU ended before the guest had booted: {status}: {log}")]
+    QemuEnded {
+        /// How.
+        status: ExitStatus,
+        /// What it wrote.
+        log: String,
+    },
+    /// The guest did not answer.
+    #[error("the guest did not boot ({reason}); the end of its console:\n{console}")]
+    NoBoot {
+        /// Why not.
+        reason: String,
+        /// Its console's last lines.
+        console: String,
+    },
+    /// The guest did not power off.
+    #[error("the guest did not power off within {} s", limit.as_secs())]
+    NoPowerOff {
+        /// How long it was waited for.
+        limit: Duration,
+    },
+    /// The channel failed.
+    #[error(transparent)]
+    Channel(#[from] channel::Error),
+}
+
+/// A running guest. Dropped, it is killed and its files are removed; killed as this program is, its QEMU dies, too.
+#[derive(Debug)]
+pub struct Guest {
+    // Dropped in this order: the process before the folder with its files.
+    process: Process,
+    client: Client,
+    files: Files,
+    config: GuestConfig,
+    name: String,
+    kernel_release: String,
+    folder: RunFolder,
+}
+
+impl Guest {
+    /// Boots a guest and returns when it can run commands.
+    pub fn boot(config: GuestConfig) -> Result<Self, Error> {
+        let kernel = config.kernel.fetch()?;
+        let wanted = config.modules.iter().map(String::as_str);
+        let wanted: Vec<&str> = CHANNEL_MODULES.into_iter().chain(wanted).collect();
+        let initramfs = initramfs::build(&modules::with_dependencies(&kernel, &wanted)?, &config.files)?;
+
+        let folder = RunFolder::new()?;
+        let files = Files::in_folder(folder.path());
+        let path = files.initramfs();
+        fs::write(&path, initramfs).map_err(cache::Error::io("write", &path))?;
+        let own_name = || format!("vmpatch-{}-{}", std::process::id(), folder.number());
+        let name = config.name.clone().unwrap_or_else(own_name);
+        let args = qemu::arguments(&config, &name, &kernel.vmlinuz, &files);
+        let process = Process::start(&config.qemu, &args, &files.qemu_log()).map_err(|source| Error::Qemu {
+            action: "start",
+            qemu: config.qemu.clone(),
+            source,
+        })?;
+
+        let started = Instant::now();
+        let client = connect(&process, &config, &files)?;
+        let guest = Self {
+            process,
+            client,
+            files,
+            config,
+            name,
+            kernel_release: kernel.release,
+            folder,
+        };
+        guest.wait_for_boot(1, started + BOOT_LIMIT)?;
+        Ok(guest)
+    }
+
+    /// Runs a command as root to its end, for a minute at most. An exit status other than 0 is not an error.
+    pub fn run(&self, args: &[&str]) -> Result<Output, channel::Error> {
+        self.command(args).run()
+    }
+
+    /// Runs a command without any privilege.
+    pub fn run_as(&self, uid: u32, args: &[&str]) -> Result<Output, channel::Error> {
+        self.command(args).uid(uid).run()
+    }
+
+    /// Runs a command as root and gives its output; an exit status other than 0 is an error.
+    pub fn text(&self, args: &[&str]) -> Result<String, channel::Error> {
+        self.command(args).text()
+    }
+
+    /// Starts a command as root and returns when it runs.
+    pub fn spawn(&self, args: &[&str]) -> Result<Running, channel::Error> {
+        self.command(args).spawn()
+    }
+
+    /// A command whose user, input and time can be chosen.
+    pub fn command(&self, args: &[&str]) -> Request {
+        Request::new(&self.client, args)
+    }
+
+    /// Writes a file in the guest, with these permissions.
+    pub fn push(&self, path: &str, bytes: &[u8], permissions: u32) -> Result<(), channel::Error> {
+        let script = r#"cat >"$1" && chmod "$2" "$1""#;
+        let request = self.command(&["sh", "-c", script, "push", path, &format!("{permissions:o}")]);
+        request.stdin(bytes).text().map(drop)
+    }
+
+    /// Reads a file of the guest.
+    pub fn pull(&self, path: &str) -> Result<Vec<u8>, channel::Error> {
+        let output = self.run(&["cat", path])?;
+        if output.status.success() {
+            return Ok(output.stdout);
+        }
+        let stderr = String::from_utf8_lossy(&output.stderr).trim_end().to_owned();
+        Err(channel::Error::Failed {
+            command: format!("cat {path}"),
+            status: output.status,
+            stderr,
+        })
+    }
+
+    /// The name on QEMU's command line.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// QEMU's process id.
+    pub fn pid(&self) -> u32 {
+        self.process.pid()
+    }
+
+    /// What the guest was booted with.
+    pub fn config(&self) -> &GuestConfig {
+        &self.config
+    }
+
+    /// The kernel's release, as its package names it.
+    pub fn kernel_release(&self) -> &str {
+        &self.kernel_release
+    }
+
+    /// The first QMP socket, which exists unless the guest was configured without any.
+    pub fn qmp_path(&self) -> PathBuf {
+        self.files.qmp(0)
+    }
+
+    /// All QMP sockets, in the order of [`GuestConfig::qmp`].
+    pub fn qmp_paths(&self) -> Vec<PathBuf> {
+        (0..self.config.qmp.len()).map(|index| self.files.qmp(index)).collect()
+    }
+
+    /// The folder with the guest's sockets and logs, in which a caller may keep files that end with the guest.
+    pub fn folder(&self) -> PathBuf {
+        self.folder.path().to_owned()
+    }
+
+    /// What the guest's console has shown so far: the kernel's warnings and worse. `dmesg` in the guest says more.
+    pub fn console(&self) -> Result<String, Error> {
+        read_text(&self.files.console())
+    }
+
+    /// What QEMU has written so far.
+    pub fn qemu_log(&self) -> Result<String, Error> {
+        read_text(&self.files.qemu_log())
+    }
+
+    /// Reboots the guest in the same QEMU and returns when it can run commands again.
+    pub fn reboot(&self) -> Result<(), Error> {
+        let boots = self.client.boots() + 1;
+        // The command ends with the boot that it runs in.
+        let running = self.spawn(&["reboot", "-f"])?;
+        self.wait_for_boot(boots, Instant::now() + BOOT_LIMIT)?;
+        drop(running);
+        Ok(())
+    }
+
+    /// Powers the guest off and waits for QEMU's end.
+    pub fn shutdown(self) -> Result<ExitStatus, Error> {
+        let _running = self.spawn(&["poweroff", "-f"])?;
+        let ended = self.process.wait(POWER_OFF_LIMIT);
+        let watched = ended.map_err(|source| Error::Qemu {
+            action: "watch",
+            qemu: self.config.qemu.clone(),
+            source,
+        })?;
+        watched.ok_or(Error::NoPowerOff { limit: POWER_OFF_LIMIT })
+    }
+
+    /// Whether QEMU still runs.
+    pub fn is_running(&self) -> bool {
+        matches!(self.process.ended(), Ok(None))
+    }
+
+    /// Waits for a boot in short steps, since neither QEMU's end nor a panic wakes anybody.
+    fn wait_for_boot(&self, boots: usize, deadline: Instant) -> Result<(), Error> {
+        loop {
+            let waited = match self.client.wait_for_boot(boots, POLL) {
+                Ok(()) => return Ok(()),
+                Err(channel::Error::Timeout { .. }) => None,
+                Err(error) => Some(error.to_string()),
+            };
+            if let Some(status) = ended(&self.process, &self.config)? {
+                return Err(Error::QemuEnded {
+                    status,
+                    log: self.qemu_log()?,
+                });
+            }
+            let console = self.console()?;
+            let panicked = || console.contains(PANIC).then(|| "its kernel panicked".to_owned());
+            let late = || (Instant::now() >= deadline).then(|| format!("no answer in {} s", BOOT_LIMIT.as_secs()));
+            if let Some(reason) = waited.or_else(panicked).or_else(late) {
+                return Err(Error::NoBoot {
+                    reason,
+                    console: last_lines(&console, CONSOLE_TAIL_LINES),
+                });
+            }
+        }
+    }
+}
+
+impl Drop for Guest {
+    fn drop(&mut self) {
+        self.client.close();
+    }
+}
+
+/// Connects to the channel's socket as soon as QEMU has opened it.
+fn connect(process: &Process, config: &GuestConfig, files: &Files) -> Result<Client, Error> {
+    let deadline = Instant::now() + SOCKET_LIMIT;
+    loop {
+        match UnixStream::connect(files.channel()) {
+            Ok(stream) => return Ok(Client::new(stream)?),
+            Err(source) if Instant::now() >= deadline => {
+                return Err(channel::Error::Socket {
+                    action: "connect to",
+                    source,
+                }
+                .into());
+            }
+            Err(_) => {}
+        }
+        if let Some(status) = ended(process, config)? {
+            return Err(Error::QemuEnded {
+                status,
+                log: read_text(&files.qemu_log())?,
+            });
+        }
+        thread::sleep(POLL);
+    }
+}
+
+fn ended(process: &Process, config: &GuestConfig) -> Result<Option<ExitStatus>, Error> {
+    process.ended().map_err(|source| Error::Qemu {
+        action: "watch",
+        qemu: config.qemu.clone(),
+        source,
+    })
+}
+
+/// A file's text, empty where it does not exist yet.
+fn read_text(path: &std::path::Path) -> Result<String, Error> {
+    match fs::read(path) {
+        Ok(bytes) => Ok(String::from_utf8_lossy(&bytes).into_owned()),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(String::new()),
+        Err(error) => Err(cache::Error::io("read", path)(error).into()),
+    }
+}
+
+fn last_lines(text: &str, count: usize) -> String {
+    let lines: Vec<&str> = text.lines().collect();
+    lines
+        .get(lines.len().saturating_sub(count)..)
+        .unwrap_or_default()
+        .join("\n")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_last_lines_of_a_short_text_are_all_of_it() {
+        assert_eq!(last_lines("a\nb\nc\n", 2), "b\nc");
+        assert_eq!(last_lines("a\n", 2), "a");
+    }
+}

@@ -1,0 +1,164 @@
+//! The Debian kernels that guests run: a table of those that the tests refer to, and any other by its package's name.
+
+use std::borrow::Cow;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use crate::cache;
+use crate::packages;
+
+/// Why a kernel could not be had.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// Its package could not be had.
+    #[error(transparent)]
+    Package(#[from] packages::Error),
+    /// The package has no kernel, or more than one.
+    #[error("package {package} has {found} files boot/vmlinuz-*, not one: it is no kernel image")]
+    NotOneImage {
+        /// The package's name.
+        package: String,
+        /// How many kernels there are.
+        found: usize,
+    },
+    /// The unpacked package could not be read.
+    #[error(transparent)]
+    Files(#[from] cache::Error),
+}
+
+/// A kernel, by the Debian package that it comes in.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Kernel {
+    label: Cow<'static, str>,
+    package: Cow<'static, str>,
+    version: Option<Cow<'static, str>>,
+}
+
+impl Kernel {
+    /// 6.1 for clouds, from before the security updates whose fixes the demo and the tests apply.
+    pub const CLOUD_6_1: Self = Self::pinned("6.1-cloud", "linux-image-6.1.0-47-cloud-amd64", "6.1.170-3");
+    /// 6.1 for any hardware, of the same source as [`Kernel::CLOUD_6_1`].
+    pub const GENERIC_6_1: Self = Self::pinned("6.1", "linux-image-6.1.0-47-amd64", "6.1.170-3");
+    /// 6.12 for clouds, as built for bookworm.
+    pub const CLOUD_6_12: Self = Self::pinned(
+        "6.12-cloud",
+        "linux-image-6.12.117+deb12-cloud-amd64",
+        "6.12.117-1~deb12u1",
+    );
+    /// All kernels with a label of their own.
+    pub const TABLE: [Self; 3] = [Self::CLOUD_6_1, Self::GENERIC_6_1, Self::CLOUD_6_12];
+
+    const fn pinned(label: &'static str, package: &'static str, version: &'static str) -> Self {
+        Self {
+            label: Cow::Borrowed(label),
+            package: Cow::Borrowed(package),
+            version: Some(Cow::Borrowed(version)),
+        }
+    }
+
+    /// The kernel with this label in [`Kernel::TABLE`], or the one in the package of this name (`NAME` or
+    /// `NAME=VERSION`).
+    pub fn named(name: &str) -> Self {
+        if let Some(kernel) = Self::TABLE.into_iter().find(|kernel| kernel.label == name) {
+            return kernel;
+        }
+        let (package, version) = match name.split_once('=') {
+            Some((package, version)) => (package, Some(version.to_owned().into())),
+            None => (name, None),
+        };
+        Self {
+            label: name.to_owned().into(),
+            package: package.to_owned().into(),
+            version,
+        }
+    }
+
+    /// The short name by which [`Kernel::named`] finds it.
+    pub fn label(&self) -> &str {
+        &self.label
+    }
+
+    /// The name of its package.
+    pub fn package(&self) -> &str {
+        &self.package
+    }
+
+    /// The version of its package, if it is bound to one.
+    pub fn version(&self) -> Option<&str> {
+        self.version.as_deref()
+    }
+
+    /// Fetches the kernel into the user's cache.
+    pub fn fetch(&self) -> Result<KernelFiles, Error> {
+        KernelFiles::in_tree(
+            &self.package,
+            &packages::fetch(&self.package, self.version())?.unpacked()?,
+        )
+    }
+}
+
+/// What a kernel package installs, in the cache.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct KernelFiles {
+    /// What `uname -r` says in the guest.
+    pub release: String,
+    /// The compressed kernel, as a boot loader takes it.
+    pub vmlinuz: PathBuf,
+    /// The configuration that the kernel was built with.
+    pub config: PathBuf,
+    /// The folder with the kernel's modules, `lib/modules/RELEASE`.
+    pub modules: PathBuf,
+}
+
+impl KernelFiles {
+    fn in_tree(package: &str, tree: &Path) -> Result<Self, Error> {
+        let boot = tree.join("boot");
+        let entries = fs::read_dir(&boot).map_err(cache::Error::io("list", &boot))?;
+        let names = entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
+        let releases: Vec<String> = names
+            .filter_map(|name| Some(name.strip_prefix("vmlinuz-")?.to_owned()))
+            .collect();
+        let [release] = releases.as_slice() else {
+            return Err(Error::NotOneImage {
+                package: package.to_owned(),
+                found: releases.len(),
+            });
+        };
+        Ok(Self {
+            release: release.clone(),
+            vmlinuz: boot.join(format!("vmlinuz-{release}")),
+            config: boot.join(format!("config-{release}")),
+            modules: tree.join("lib/modules").join(release),
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_label_names_a_kernel_of_the_table() {
+        assert_eq!(Kernel::named("6.1-cloud"), Kernel::CLOUD_6_1);
+    }
+
+    #[test]
+    fn any_other_name_is_a_package_with_or_without_version() {
+        let kernel = Kernel::named("linux-image-6.1.0-48-amd64");
+        assert_eq!(
+            (kernel.package(), kernel.version()),
+            ("linux-image-6.1.0-48-amd64", None)
+        );
+        let kernel = Kernel::named("linux-image-6.1.0-48-amd64=6.1.172-1");
+        assert_eq!(
+            (kernel.package(), kernel.version()),
+            ("linux-image-6.1.0-48-amd64", Some("6.1.172-1"))
+        );
+    }
+
+    #[test]
+    fn the_table_has_no_label_twice() {
+        let labels: std::collections::BTreeSet<_> = Kernel::TABLE.iter().map(|kernel| kernel.label.clone()).collect();
+        assert_eq!(labels.len(), Kernel::TABLE.len());
+    }
+}
