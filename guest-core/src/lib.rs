@@ -7,6 +7,7 @@ pub mod btf;
 pub mod change;
 pub mod kernel;
 pub mod memory;
+pub mod module;
 pub mod paging;
 pub mod place;
 pub mod vcpu;

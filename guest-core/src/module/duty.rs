@@ -1,0 +1,207 @@
+//! What each section of a module obliges a loader to: the one table that decides what is placed, what is handled,
+//! what may be left out and why, and what is refused. A section that no line names is refused.
+//!
+//! Sources: the kernel's include/linux/module.h, kernel/module/main.c (`find_module_sections`),
+//! arch/x86/kernel/module.c (`module_finalize`), scripts/module.lds.S; read in 5.10, 6.1 and 6.12.
+
+use super::elf::Section;
+use super::layout::AreaKind;
+
+/// What is to be done with a section.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Duty {
+    /// Its bytes go into the guest.
+    Place(AreaKind),
+    /// It is a table of work for the loader, done while linking by the file named in the table's comment.
+    Work,
+    /// Not needed in the guest; says why. A placed section that refers to it is refused.
+    Drop(&'static str),
+    /// Not handled; says what it would need. Refused where it concerns a placed section.
+    Refuse(&'static str),
+}
+
+use AreaKind::{Data, RoData, Text};
+use Duty::{Drop, Place, Refuse, Work};
+
+const INIT: &str = "code and data of module init and exit, which are not run: they only register the patch";
+const GUEST_LIST: &str = "the guest would have to list it, and it does not know the module";
+const NAMES: &str = "a list for people and tools";
+const OWNED: &str = "tells the kernel's own loader about the module as a whole, which that loader never sees";
+
+/// Section name, or its beginning where the pattern ends in `*`, and its duty. The first line that fits decides.
+#[rustfmt::skip]
+const TABLE: &[(&str, Duty)] = &[
+    // Code.
+    (".text",                   Place(Text)),
+    (".text.*",                 Place(Text)),
+    (".noinstr.text",           Place(Text)),
+    (".ref.text",               Place(Text)),
+    (".sched.text",             Place(Text)),
+    (".cpuidle.text",           Place(Text)),
+    (".spinlock.text",          Place(Text)),
+    (".kprobes.text",           Place(Text)),
+    (".altinstr_aux",           Place(Text)),     // slow path of static_cpu_has()
+    (".static_call.text",       Refuse("a static call of the module's own, which the guest would have to know")),
+
+    // Read-only data. What is written once by init is never written here: init is not run.
+    (".rodata",                 Place(RoData)),
+    (".rodata.*",               Place(RoData)),
+    (".data.rel.ro*",           Place(RoData)),
+    (".data..ro_after_init",    Place(RoData)),
+
+    // Data.
+    (".data..percpu*",          Refuse("a copy for each CPU, from the guest's per-CPU allocator")),
+    (".data",                   Place(Data)),
+    (".data.*",                 Place(Data)),     // also .data.once, .data..read_mostly, .data..cacheline_aligned
+    (".bss",                    Place(Data)),
+    (".bss.*",                  Place(Data)),
+
+    // Work for the loader.
+    (".altinstructions",        Work),            // alternatives.rs
+    (".altinstr_replacement",   Place(AreaKind::Scratch)),
+    (".retpoline_sites",        Work),            // branches.rs
+    (".return_sites",           Work),            // branches.rs
+    (".parainstructions",       Work),            // paravirt.rs
+    ("__mcount_loc",            Work),            // fentry.rs
+    (".orc_unwind_ip",          Work),            // orc.rs
+    (".orc_unwind",             Work),            // orc.rs
+    (".orc_header",             Work),            // a digest of the ORC format, for the caller to compare
+
+    // Work that may be left undone.
+    (".smp_locks",              Drop("where lock prefixes may be dropped on one CPU: keeping them is right on any number")),
+    (".static_call_sites",      Drop("calls that may skip their trampoline: through the trampoline they reach the same target")),
+    (".ibt_endbr_seal",         Drop("entries never reached indirectly, whose ENDBR may go: keeping it is right, sealing hardens")),
+    (".call_sites",             Drop("calls to be counted on a guest that tracks call depth, and such a guest is refused")),
+    ("__patchable_function_entries", Drop("padding in front of functions; the x86 loader does not read the list")),
+
+    // The module as a whole.
+    (".init.*",                 Drop(INIT)),
+    (".exit.*",                 Drop(INIT)),
+    (".gnu.linkonce.this_module", Drop(OWNED)),
+    (".modinfo",                Drop(OWNED)),
+    ("__versions",              Drop(OWNED)),
+    ("__version_ext_crcs",      Drop(OWNED)),
+    ("__version_ext_names",     Drop(OWNED)),
+    (".note*",                  Drop(NAMES)),
+    (".BTF*",                   Drop(NAMES)),
+    (".printk_index",           Drop(NAMES)),
+    ("__kcrctab*",              Refuse(GUEST_LIST)),
+    ("__ksymtab*",              Refuse(GUEST_LIST)),
+    ("__param",                 Refuse("a module parameter, which the guest would have to show and set")),
+    (".ctors*",                 Refuse("functions to be run at load")),
+    (".init_array*",            Refuse("functions to be run at load")),
+
+    // What the guest has to know about the code before it can run.
+    ("__ex_table",              Refuse("fault fixups, which the guest would have to search")),
+    ("__bug_table",             Refuse("WARN and BUG sites, which the guest would have to search")),
+    ("__jump_table",            Refuse("static keys, whose sites the guest would have to switch")),
+    ("__dyndbg*",               Refuse("pr_debug() sites, which the guest would have to list")),
+    ("__tracepoints*",          Refuse("a tracepoint of the module's own, which the guest would have to know")),
+    ("_ftrace_events",          Refuse("a trace event of the module's own, which the guest would have to know")),
+    ("_ftrace_eval_map",        Refuse("a trace event of the module's own, which the guest would have to know")),
+    ("__trace_printk_fmt",      Refuse("trace_printk() formats, which the guest would have to know")),
+    ("__bpf_raw_tp_map",        Refuse("a tracepoint of the module's own, which the guest would have to know")),
+    ("___srcu_struct_ptrs",     Refuse("an SRCU domain of the module's own, which the guest would have to set up")),
+    ("_kprobe_blacklist",       Drop("functions that must not be probed: the guest, not knowing the code, can probe none of it")),
+    ("_error_injection_whitelist", Drop("functions that may be made to fail: the guest, not knowing the code, offers none of it")),
+    (".cfi_sites",              Refuse("control-flow checks (FineIBT) to be rewritten for the guest's CPU")),
+    ("__kcfi_traps",            Refuse("control-flow check failures, which the guest would have to search")),
+    (".kcfi_traps",             Refuse("control-flow check failures, which the guest would have to search")),
+    (".codetag*",               Refuse("allocation counters, which the guest would have to know")),
+    ("alloc_tags",              Refuse("allocation counters, which the guest would have to know")),
+    (".kunit*",                 Refuse("tests to be run at load")),
+
+    // Livepatch descriptors that are not a struct klp_patch.
+    (".kpatch.*",               Refuse("kpatch-build's own tables")),
+];
+
+/// The duty of `section`, a loaded one.
+pub(crate) fn duty(section: &Section<'_>) -> Duty {
+    let fits = |pattern: &str| match pattern.strip_suffix('*') {
+        Some(prefix) => section.name.starts_with(prefix),
+        None => section.name == pattern,
+    };
+    let Some((_, duty)) = TABLE.iter().find(|(pattern, _)| fits(pattern)) else {
+        return Refuse("nothing is known about it");
+    };
+    match *duty {
+        // A name promises; the flags decide what the code in there may do.
+        Place(Text) if section.is_writable() || !section.is_executable() => {
+            Refuse("code must be executable and not writable")
+        }
+        Place(RoData | Data) if section.is_executable() => Refuse("data must not be executable"),
+        duty => duty,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use object::elf::{SHF_ALLOC, SHF_EXECINSTR, SHF_WRITE, SHT_PROGBITS};
+
+    fn section(name: &str, flags: u64) -> Section<'_> {
+        Section {
+            name,
+            kind: SHT_PROGBITS.0,
+            flags,
+            size: 8,
+            align: 1,
+            data: &[0; 8],
+            relocations: Vec::new(),
+        }
+    }
+
+    #[test]
+    fn a_section_that_no_line_names_is_refused() {
+        assert!(matches!(duty(&section("__new_in_7_9", SHF_ALLOC.0)), Refuse(_)));
+        assert!(matches!(duty(&section(".text_tables", SHF_ALLOC.0)), Refuse(_)));
+    }
+
+    #[test]
+    fn per_cpu_data_is_not_taken_for_data() {
+        assert!(matches!(
+            duty(&section(".data..percpu", SHF_ALLOC.0 | SHF_WRITE.0)),
+            Refuse(_)
+        ));
+        assert!(matches!(
+            duty(&section(".data..percpu..read_mostly", SHF_ALLOC.0 | SHF_WRITE.0)),
+            Refuse(_)
+        ));
+        assert_eq!(
+            duty(&section(".data..read_mostly", SHF_ALLOC.0 | SHF_WRITE.0)),
+            Place(Data)
+        );
+    }
+
+    #[test]
+    fn ro_after_init_data_is_read_only() {
+        assert_eq!(
+            duty(&section(".data..ro_after_init", SHF_ALLOC.0 | SHF_WRITE.0)),
+            Place(RoData)
+        );
+    }
+
+    #[test]
+    fn code_that_could_write_itself_is_refused() {
+        assert_eq!(duty(&section(".text.f", SHF_ALLOC.0 | SHF_EXECINSTR.0)), Place(Text));
+        assert!(matches!(
+            duty(&section(".text", SHF_ALLOC.0 | SHF_EXECINSTR.0 | SHF_WRITE.0)),
+            Refuse(_)
+        ));
+        assert!(matches!(duty(&section(".text", SHF_ALLOC.0)), Refuse(_)));
+        assert!(matches!(
+            duty(&section(".data", SHF_ALLOC.0 | SHF_WRITE.0 | SHF_EXECINSTR.0)),
+            Refuse(_)
+        ));
+    }
+
+    #[test]
+    fn every_reason_and_pattern_is_said_once() {
+        for (index, (pattern, _)) in TABLE.iter().enumerate() {
+            assert!(
+                TABLE.iter().skip(index + 1).all(|(other, _)| other != pattern),
+                "{pattern} comes twice"
+            );
+        }
+    }
+}

@@ -1,0 +1,131 @@
+//! Why a file can't be taken for a livepatch module.
+
+/// Why [`PatchModule::parse`](super::PatchModule::parse) refused a file.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum ModuleError {
+    /// Another kind of file.
+    #[error("not an ELF file: it begins with {found:02x?}, expected [7f, 45, 4c, 46]")]
+    NotElf {
+        /// Its first bytes, at most four.
+        found: Vec<u8>,
+    },
+    /// Something lies, wholly or partly, behind the end of the file.
+    #[error("the file is truncated: {what} ends at byte {end}, the file at byte {len}")]
+    Truncated {
+        /// What is cut off.
+        what: String,
+        /// Where it should end, in bytes from the file's start.
+        end: u64,
+        /// Bytes in the file.
+        len: usize,
+    },
+    /// Made for another machine.
+    #[error("not an x86-64 module: {found}, expected ELF class 2, byte order 1, machine 62")]
+    OtherArchitecture {
+        /// What the header says.
+        found: String,
+    },
+    /// An executable, a shared library or a core dump.
+    #[error("not a kernel module: ELF file type {found}, expected 1 (relocatable)")]
+    NotRelocatable {
+        /// `e_type`.
+        found: u16,
+    },
+    /// The ELF structure contradicts itself.
+    #[error("cannot read {what}: {cause}")]
+    Elf {
+        /// What was being read.
+        what: String,
+        /// What is wrong with it.
+        cause: String,
+    },
+    /// More than any real module has.
+    #[error("{found} {what}, at most {max} are taken")]
+    TooMany {
+        /// Of what.
+        what: &'static str,
+        /// How many there are.
+        found: usize,
+        /// The limit.
+        max: usize,
+    },
+    /// A name that is not text.
+    #[error("the name of {of} is not UTF-8: {found}")]
+    Name {
+        /// What it names.
+        of: &'static str,
+        /// The name, escaped.
+        found: String,
+    },
+    /// A symbol of a section that does not exist.
+    #[error("symbol {symbol} is in section {found}, the file has {sections}")]
+    SymbolSection {
+        /// The symbol's name.
+        symbol: String,
+        /// Its section index.
+        found: usize,
+        /// Number of sections.
+        sections: usize,
+    },
+    /// A livepatch symbol whose name says not what it stands for.
+    #[error("livepatch symbol {symbol} is not of the form .klp.sym.OBJECT.NAME,SYMPOS")]
+    KlpSymbolName {
+        /// The symbol's name.
+        symbol: String,
+    },
+    /// Relocations without addends, which x86-64 does not use.
+    #[error("section {section} holds relocations of type SHT_REL, expected SHT_RELA")]
+    RelSection {
+        /// The section's name.
+        section: String,
+    },
+    /// Relocations that refer to another symbol table.
+    #[error("the relocations in {section} refer to symbol table {found}, expected {expected}")]
+    SymbolTable {
+        /// The relocation section's name.
+        section: String,
+        /// Its `sh_link`.
+        found: usize,
+        /// The module's symbol table.
+        expected: usize,
+    },
+    /// A relocation against a symbol that does not exist.
+    #[error("the relocation at {section}+{offset:#x} refers to symbol {found}, the file has {symbols}")]
+    RelocationSymbol {
+        /// The section that it changes.
+        section: String,
+        /// Where, in bytes.
+        offset: u64,
+        /// Symbol index.
+        found: usize,
+        /// Number of symbols.
+        symbols: usize,
+    },
+    /// No `.modinfo`, so not a module; or one without an entry that every module has.
+    #[error("not a kernel module: .modinfo has no {key}= entry")]
+    NoModinfo {
+        /// The entry looked for.
+        key: &'static str,
+    },
+    /// `.modinfo` holds something else than text.
+    #[error("the .modinfo entry at byte {at} is not UTF-8 text")]
+    ModinfoText {
+        /// Bytes from the section's start.
+        at: usize,
+    },
+    /// A module, but none that the livepatch core would take.
+    #[error("{name} is not a livepatch module: .modinfo has no livepatch= entry")]
+    NotLivepatch {
+        /// The module's name.
+        name: String,
+    },
+}
+
+impl ModuleError {
+    pub(crate) fn elf(what: &str, cause: object::Error) -> Self {
+        Self::Elf {
+            what: what.into(),
+            cause: cause.to_string(),
+        }
+    }
+}

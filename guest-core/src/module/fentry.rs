@@ -1,0 +1,57 @@
+//! Calls to `__fentry__` at the entries of new functions. The kernel turns them into NOPs when it loads a module, and
+//! later into calls when somebody traces the function (`ftrace_process_locs`, kernel/trace/ftrace.c). The guest does not
+//! know our functions, so nobody can trace them: the NOP stays.
+
+use super::link::{LinkError, Linker};
+use super::nops::nops;
+use super::sites::Pointer;
+
+/// The table of calls (include/linux/ftrace.h, `FTRACE_CALLSITE_SECTION`).
+const TABLE: &str = "__mcount_loc";
+/// Bytes of the call, and of the NOP in its place.
+const SITE_LEN: usize = 5;
+
+impl Linker<'_, '_, '_> {
+    /// Puts NOPs in the place of the calls at function entries.
+    pub(super) fn silence_fentry(&mut self) -> Result<(), LinkError> {
+        for at in self.image.module.sites(TABLE, Pointer::Absolute)? {
+            if !self.is_placed(at) {
+                continue;
+            }
+            let found = self.bytes(at, SITE_LEN)?;
+            let nop = nops(SITE_LEN);
+            // Since 5.18 objtool may have put the NOP there already (CONFIG_HAVE_OBJTOOL_NOP_MCOUNT).
+            if found.first() != Some(&0xe8) && found != nop {
+                let expected = "a call to __fentry__, or the NOP in its place".into();
+                return Err(self.site_error(TABLE, at, SITE_LEN, expected));
+            }
+            self.write(at, &nop)?;
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::module::testing::{ALT_6_1, TestElf, TestGuest};
+    use object::elf::{R_X86_64_64, R_X86_64_PLT32, SHF_ALLOC};
+
+    #[test]
+    fn the_call_at_a_functions_entry_becomes_a_nop() {
+        // call __fentry__; nopl 0(%rax,%rax,1); ret
+        let mut elf = TestElf::livepatch(&[0xe8, 0, 0, 0, 0, 0x0f, 0x1f, 0x44, 0, 0, 0xc3]);
+        let fentry = elf.undefined("__fentry__");
+        elf.relocation(1, 1, R_X86_64_PLT32, fentry, -4);
+        let table = elf.section("__mcount_loc", SHF_ALLOC.0, &[0; 24]);
+        elf.relocation(table, 0, R_X86_64_64, 1, 0);
+        elf.relocation(table, 8, R_X86_64_64, 1, 5);
+        // An entry for init code, which is not placed.
+        elf.relocation(table, 16, R_X86_64_64, 4, 0);
+        let guest = TestGuest {
+            exported: [("__fentry__", 0xffff_ffff_8100_8000)].into(),
+            ..Default::default()
+        };
+        let text = guest.link_text(&elf.build(), &ALT_6_1);
+        assert_eq!(text, [0x0f, 0x1f, 0x44, 0, 0, 0x0f, 0x1f, 0x44, 0, 0, 0xc3]);
+    }
+}

@@ -1,0 +1,302 @@
+//! What of a module goes into the guest: the sections that its new functions need, directly or through others.
+//! Everything that may keep them from working there is refused at this point, by name.
+
+use super::alternatives::{AltLayout, Alternative};
+use super::duty::{Duty, duty};
+use super::elf::{Relocation, SectionId, SectionOffset, SymbolId, SymbolPlace};
+use super::layout::{AreaKind, Layout, LayoutError};
+use super::sites::TableError;
+use super::{Patch, PatchModule};
+use object::elf::{R_X86_64_NONE, SHN_COMMON};
+use std::collections::{BTreeMap, VecDeque};
+
+/// The part of a module that goes into the guest, with its layout.
+#[derive(Debug)]
+pub struct Image<'m, 'd> {
+    pub(crate) module: &'m PatchModule<'d>,
+    pub(crate) patch: &'m Patch,
+    /// By section index: the area and the offset in it of each placed section.
+    pub(crate) places: Vec<Option<(AreaKind, u64)>>,
+    /// The alternatives in placed code.
+    pub(crate) alternatives: Vec<Alternative>,
+    layout: Layout,
+    undefined: Vec<Undefined>,
+}
+
+/// A symbol that the guest must provide.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Undefined {
+    /// Its name.
+    pub name: String,
+    /// For a livepatch symbol, the object that it is in (`vmlinux` or a module) and its position there. None for an
+    /// ordinary symbol, which must be exported.
+    pub object: Option<(String, u64)>,
+    /// True where the module works without it.
+    pub weak: bool,
+    /// The first place that refers to it: section and offset.
+    pub needed_by: String,
+}
+
+/// Why a module can't be laid out.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum ImageError {
+    /// A section that carries meaning which is not handled, for code that is needed.
+    #[error("unsupported section {section}: its entry at {offset:#x} concerns {concerns} ({reason})")]
+    UnsupportedSection {
+        /// The section's name.
+        section: String,
+        /// Offset of the entry, in bytes.
+        offset: u64,
+        /// The code or data that the entry is about: section and offset.
+        concerns: String,
+        /// What handling it would take.
+        reason: &'static str,
+    },
+    /// Needed code or data refers to a section that does not go into the guest.
+    #[error("{needed_by} refers to {symbol} in section {section}, which is not placed in the guest ({reason})")]
+    NotPlaced {
+        /// Where the reference is: section and offset.
+        needed_by: String,
+        /// The symbol that it refers to; empty for the section's own.
+        symbol: String,
+        /// The section's name.
+        section: String,
+        /// Why it isn't placed.
+        reason: &'static str,
+    },
+    /// A symbol of a kind that the kernel's loader does not take either.
+    #[error("{needed_by} refers to {symbol}, whose section index {index:#x} no module may use")]
+    SymbolKind {
+        /// Where the reference is.
+        needed_by: String,
+        /// The symbol's name.
+        symbol: String,
+        /// Its `st_shndx`.
+        index: u16,
+    },
+    /// A table for the loader is damaged.
+    #[error(transparent)]
+    Table(#[from] TableError),
+    /// No room.
+    #[error(transparent)]
+    Layout(#[from] LayoutError),
+}
+
+impl<'d> PatchModule<'d> {
+    /// Selects what of this module goes into the guest for `patch`, and lays it out. `alt_layout` is the guest's.
+    ///
+    /// Errors: see [`ImageError`].
+    pub fn image<'m>(&'m self, patch: &'m Patch, alt_layout: &AltLayout) -> Result<Image<'m, 'd>, ImageError> {
+        let alternatives = self.alternatives(alt_layout)?;
+        let mut selection = Selection::new(self, patch, &alternatives);
+        for function in patch.objects.iter().flat_map(|object| &object.functions) {
+            selection.need(function.new.section, "", || {
+                format!("the patch of {}", function.old_name)
+            })?;
+        }
+        selection.close()?;
+        selection.refuse_unhandled()?;
+        let mut layout = Layout::default();
+        for (id, area) in &selection.needed {
+            if let Some(section) = self.section(*id) {
+                layout.place(*id, section, *area)?;
+            }
+        }
+        let mut places = vec![None; self.elf.sections.len()];
+        for placed in &layout.sections {
+            if let Some(place) = places.get_mut(placed.section.0) {
+                *place = Some((placed.area, placed.offset));
+            }
+        }
+        let undefined = selection.undefined.into_values().collect();
+        let needed = selection.needed;
+        let alternatives = alternatives
+            .into_iter()
+            .filter(|a| needed.contains_key(&a.site.section))
+            .collect();
+        Ok(Image {
+            module: self,
+            patch,
+            places,
+            alternatives,
+            layout,
+            undefined,
+        })
+    }
+}
+
+impl Image<'_, '_> {
+    /// The memory that the image needs.
+    pub fn layout(&self) -> &Layout {
+        &self.layout
+    }
+
+    /// The symbols that the guest must provide, by name.
+    pub fn undefined(&self) -> &[Undefined] {
+        &self.undefined
+    }
+}
+
+/// The sections found to be needed so far, and those whose references are still to be followed.
+struct Selection<'m, 'd> {
+    module: &'m PatchModule<'d>,
+    patch: &'m Patch,
+    /// The alternatives, by the section that their site is in.
+    alternatives: BTreeMap<SectionId, Vec<Alternative>>,
+    needed: BTreeMap<SectionId, AreaKind>,
+    queue: VecDeque<SectionId>,
+    undefined: BTreeMap<SymbolId, Undefined>,
+}
+
+impl<'m, 'd> Selection<'m, 'd> {
+    fn new(module: &'m PatchModule<'d>, patch: &'m Patch, alternatives: &[Alternative]) -> Self {
+        let mut by_section: BTreeMap<SectionId, Vec<Alternative>> = BTreeMap::new();
+        for alternative in alternatives {
+            by_section
+                .entry(alternative.site.section)
+                .or_default()
+                .push(*alternative);
+        }
+        Self {
+            module,
+            patch,
+            alternatives: by_section,
+            needed: BTreeMap::new(),
+            queue: VecDeque::new(),
+            undefined: BTreeMap::new(),
+        }
+    }
+
+    /// Follows all references from what is needed, until nothing new turns up. Each section is visited once.
+    fn close(&mut self) -> Result<(), ImageError> {
+        while let Some(id) = self.queue.pop_front() {
+            let Some(section) = self.module.section(id) else {
+                continue;
+            };
+            for relocation in &section.relocations {
+                self.follow(id, relocation)?;
+            }
+            // A replacement takes part only where it may be copied into needed code.
+            for alternative in self.alternatives.remove(&id).unwrap_or_default() {
+                let replacement = alternative.replacement;
+                let Some(section) = self.module.section(replacement.section) else {
+                    continue;
+                };
+                let area = duty(section);
+                if area != Duty::Place(AreaKind::Scratch) {
+                    let found = format!("a replacement in {}", section.name);
+                    let table = self.module.section_name(alternative.entry.section);
+                    return Err(TableError::named(
+                        table,
+                        alternative.entry.offset,
+                        found,
+                        "one in .altinstr_replacement",
+                    )
+                    .into());
+                }
+                self.needed.insert(replacement.section, AreaKind::Scratch);
+                let end = replacement.plus(alternative.replacement_len.into()).offset;
+                for relocation in section.relocations_in(replacement.offset, end) {
+                    self.follow(replacement.section, relocation)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Notes what a relocation in a needed section needs in turn.
+    fn follow(&mut self, from: SectionId, relocation: &Relocation) -> Result<(), ImageError> {
+        if relocation.kind == R_X86_64_NONE.0 {
+            return Ok(());
+        }
+        let at = SectionOffset {
+            section: from,
+            offset: relocation.offset,
+        };
+        let module = self.module;
+        let Some(symbol) = module.symbol(relocation) else {
+            return Ok(());
+        };
+        let (object, weak) = match symbol.place {
+            SymbolPlace::Absolute(_) => return Ok(()),
+            // `klp_patch.mod`: the guest does not know the module, and the descriptor is not read any more.
+            SymbolPlace::Defined(_) if at == self.patch.this_module => return Ok(()),
+            SymbolPlace::Defined(target) => return self.need(target.section, symbol.name, || module.place(at)),
+            SymbolPlace::Undefined { weak } => (None, weak),
+            SymbolPlace::Livepatch { object, sympos, .. } => (Some((object.to_owned(), sympos)), false),
+            SymbolPlace::Common => return Err(self.symbol_kind(at, symbol.name, SHN_COMMON.0)),
+            SymbolPlace::Unknown(index) => return Err(self.symbol_kind(at, symbol.name, index)),
+        };
+        let name = match symbol.place {
+            SymbolPlace::Livepatch { name, .. } => name,
+            _ => symbol.name,
+        };
+        self.undefined.entry(relocation.symbol).or_insert_with(|| Undefined {
+            name: name.to_owned(),
+            object,
+            weak,
+            needed_by: module.place(at),
+        });
+        Ok(())
+    }
+
+    /// Notes that a section is needed; an error where it can't be placed.
+    fn need(&mut self, id: SectionId, symbol: &str, needed_by: impl Fn() -> String) -> Result<(), ImageError> {
+        if self.needed.get(&id).is_some_and(|area| *area != AreaKind::Scratch) {
+            return Ok(());
+        }
+        let refuse = |reason| ImageError::NotPlaced {
+            needed_by: needed_by(),
+            symbol: symbol.to_owned(),
+            section: self.module.section_name(id).to_owned(),
+            reason,
+        };
+        let Some(section) = self.module.section(id) else {
+            return Err(refuse("empty, or not loaded by the kernel either"));
+        };
+        match duty(section) {
+            Duty::Place(AreaKind::Scratch) => Err(refuse("it is only copied from")),
+            Duty::Work => Err(refuse("it is a table for the loader")),
+            Duty::Drop(reason) | Duty::Refuse(reason) => Err(refuse(reason)),
+            Duty::Place(area) => {
+                self.needed.insert(id, area);
+                self.queue.push_back(id);
+                Ok(())
+            }
+        }
+    }
+
+    /// Refuses sections that are not handled and say something of what is needed.
+    fn refuse_unhandled(&self) -> Result<(), ImageError> {
+        for (_, section) in self.module.sections() {
+            let Duty::Refuse(reason) = duty(section) else { continue };
+            let concerned = section.relocations.iter().find_map(|relocation| {
+                let SymbolPlace::Defined(at) = self.module.symbol(relocation)?.place else {
+                    return None;
+                };
+                let target = self.module.target(relocation, 0).unwrap_or(at);
+                self.needed
+                    .contains_key(&at.section)
+                    .then_some((relocation.offset, target))
+            });
+            if let Some((offset, target)) = concerned {
+                let concerns = self.module.place(target);
+                return Err(ImageError::UnsupportedSection {
+                    section: section.name.into(),
+                    offset,
+                    concerns,
+                    reason,
+                });
+            }
+        }
+        Ok(())
+    }
+
+    fn symbol_kind(&self, at: SectionOffset, symbol: &str, index: u16) -> ImageError {
+        ImageError::SymbolKind {
+            needed_by: self.module.place(at),
+            symbol: symbol.into(),
+            index,
+        }
+    }
+}

@@ -1,0 +1,140 @@
+//! Livepatch modules: what the file says, what of it goes into the guest, and the bytes that go there.
+//!
+//! In the order in which a module passes through:
+//! - [`PatchModule`]: the file, checked ([`ModuleError`]);
+//! - [`Patch`]: the functions that it replaces ([`PatchError`]), read with the guest's [`KlpLayout`];
+//! - [`Image`]: the sections that those functions need, and their [`Layout`] in memory ([`ImageError`]). What each
+//!   kind of section obliges a loader to is one table in `duty.rs`; what is not handled is refused here;
+//! - [`Linked`]: the finished bytes for given addresses ([`LinkError`]), after the work of the kernel's own loader.
+//!
+//! Nothing here writes to a guest. The file is treated as hostile: every length and offset in it is checked.
+
+mod alternatives;
+mod duty;
+mod elf;
+mod error;
+mod fentry;
+mod image;
+mod klp;
+mod layout;
+mod link;
+mod modinfo;
+mod nops;
+mod relocate;
+mod resolve;
+mod sites;
+#[cfg(test)]
+mod testing;
+#[cfg(test)]
+mod tests;
+
+pub use alternatives::AltLayout;
+pub use elf::{SectionId, SectionOffset};
+pub use error::ModuleError;
+pub use image::{Image, ImageError, Undefined};
+pub use klp::{KlpLayout, Patch, PatchError, PatchFunction, PatchObject};
+pub use layout::{Area, AreaKind, Layout, LayoutError, PlacedSection};
+pub use link::{Bases, GuestContext, LinkError, Linked, LinkedFunction};
+pub use modinfo::ModInfo;
+pub use resolve::{ResolveError, ResolveSymbol};
+pub use sites::TableError;
+
+use elf::{Elf, Relocation, Section, Symbol, SymbolPlace};
+
+/// A livepatch module file that has been read and checked. It borrows the file's bytes.
+#[derive(Debug)]
+pub struct PatchModule<'d> {
+    elf: Elf<'d>,
+    info: ModInfo<'d>,
+}
+
+impl<'d> PatchModule<'d> {
+    /// Reads a module file: an ELF relocatable for x86-64 whose `.modinfo` says that it is a livepatch module.
+    ///
+    /// Errors: see [`ModuleError`].
+    pub fn parse(bytes: &'d [u8]) -> Result<Self, ModuleError> {
+        let elf = Elf::parse(bytes)?;
+        let info = elf
+            .sections
+            .iter()
+            .find(|s| s.name == ".modinfo")
+            .map_or(&[][..], |s| s.data);
+        let info = ModInfo::parse(info)?;
+        for key in ["name", "vermagic"] {
+            info.get(key).ok_or(ModuleError::NoModinfo { key })?;
+        }
+        // The kernel asks for the key only, whatever its value (kernel/module/main.c, check_modinfo_livepatch).
+        if info.get("livepatch").is_none() {
+            return Err(ModuleError::NotLivepatch {
+                name: info.get("name").unwrap_or_default().into(),
+            });
+        }
+        Ok(Self { elf, info })
+    }
+
+    /// The module's name.
+    pub fn name(&self) -> &'d str {
+        self.info.get("name").unwrap_or_default()
+    }
+
+    /// What the module says of itself.
+    pub fn info(&self) -> &ModInfo<'d> {
+        &self.info
+    }
+
+    /// The digest of the ORC format that the module was built with, where it has one (6.4 and later): must equal the
+    /// guest's own `.orc_header` (arch/x86/include/asm/orc_header.h).
+    pub fn orc_header(&self) -> Option<&'d [u8]> {
+        self.section_named(".orc_header").map(|(_, section)| section.data)
+    }
+
+    /// All sections that a loader gives memory to.
+    fn sections(&self) -> impl Iterator<Item = (SectionId, &Section<'d>)> {
+        self.elf
+            .sections
+            .iter()
+            .enumerate()
+            .map(|(index, s)| (SectionId(index), s))
+            .filter(|(_, s)| s.is_loaded())
+    }
+
+    fn section(&self, id: SectionId) -> Option<&Section<'d>> {
+        self.elf.sections.get(id.0).filter(|section| section.is_loaded())
+    }
+
+    fn section_named(&self, name: &str) -> Option<(SectionId, &Section<'d>)> {
+        self.sections().find(|(_, section)| section.name == name)
+    }
+
+    /// The symbol of a relocation. [`Elf::parse`] has checked that it exists.
+    fn symbol(&self, relocation: &Relocation) -> Option<&Symbol<'d>> {
+        self.elf.symbols.get(relocation.symbol.0)
+    }
+
+    fn symbol_count(&self) -> usize {
+        self.elf.symbols.len()
+    }
+
+    fn symbol_name(&self, relocation: &Relocation) -> &'d str {
+        self.symbol(relocation).map_or("", |symbol| symbol.name)
+    }
+
+    /// The place in this module that `relocation` means: symbol plus addend plus `bias`. None where its symbol is not
+    /// defined in this module, or the place lies before the section.
+    fn target(&self, relocation: &Relocation, bias: i64) -> Option<SectionOffset> {
+        let SymbolPlace::Defined(base) = self.symbol(relocation)?.place else {
+            return None;
+        };
+        let offset = base.offset.checked_add_signed(relocation.addend.checked_add(bias)?)?;
+        Some(SectionOffset { offset, ..base })
+    }
+
+    /// A place for a message: `.text+0x1f5`.
+    fn place(&self, at: SectionOffset) -> String {
+        format!("{}+{:#x}", self.section_name(at.section), at.offset)
+    }
+
+    fn section_name(&self, id: SectionId) -> &'d str {
+        self.elf.sections.get(id.0).map_or("?", |section| section.name)
+    }
+}
