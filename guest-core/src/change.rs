@@ -131,10 +131,33 @@ impl Change {
         self.verify(memory)
     }
 
+    /// Writes bytes that [`Change::restored`] gave.
+    pub(crate) fn overwrite(&self, memory: &dyn PhysMemory, bytes: &[u8]) -> Result<(), ChangeError> {
+        memory
+            .write(self.gpa(), bytes)
+            .map_err(|source| self.memory_error(source))
+    }
+
     /// The bytes that put the old state back over whatever of this change is there: all of it, a part, or nothing.
     pub fn restored(&self, memory: &dyn PhysMemory) -> Result<Vec<u8>, ChangeError> {
         let now = self.read(memory)?;
         Ok(self.undone().merged(&now))
+    }
+
+    /// The bytes that are there now.
+    pub fn current(&self, memory: &dyn PhysMemory) -> Result<Vec<u8>, ChangeError> {
+        self.read(memory)
+    }
+
+    /// Applies this change to a copy of the memory that starts at `base`, as far as it lies within.
+    pub(crate) fn overlay(&self, base: Gpa, copy: &mut [u8]) {
+        for (at, new) in self.new.iter().enumerate() {
+            let offset = self.gpa().wrapping_add(at as u64).checked_sub(base);
+            let byte = offset.and_then(|offset| copy.get_mut(usize::try_from(offset).ok()?));
+            if let Some(byte) = byte {
+                *byte = (*byte & !self.mask_at(at)) | (new & self.mask_at(at));
+            }
+        }
     }
 
     fn read(&self, memory: &dyn PhysMemory) -> Result<Vec<u8>, ChangeError> {

@@ -5,11 +5,16 @@
 pub mod addr;
 pub mod btf;
 pub mod change;
+pub mod commit;
 pub mod kernel;
+pub mod machine;
 pub mod memory;
 pub mod module;
 pub mod paging;
 pub mod place;
+pub mod plan;
+pub mod quiescence;
+pub mod redirect;
 pub mod vcpu;
 
 #[cfg(test)]

@@ -3,8 +3,15 @@
 //! The way in: interrupt table → [`image`] → [`kallsyms`] → `banner`, `vmcoreinfo`, BTF. Each step is checked against
 //! another; a kernel that is not understood is refused.
 
+pub mod exports;
+pub mod ftrace;
 pub mod image;
 pub mod kallsyms;
+pub mod list;
+pub mod livepatch;
+pub mod locks;
+pub mod resolve;
+pub mod sites;
 
 use crate::addr::{Gpa, Gva};
 use crate::btf::{Btf, BtfError};
@@ -25,7 +32,7 @@ const CPUS_MAX: u32 = 8192;
 
 /// Why the kernel was not understood. Nothing was changed.
 #[derive(Debug, thiserror::Error)]
-pub enum FindError {
+pub enum KernelError {
     /// There is no kernel image.
     #[error("finding the kernel image")]
     Image(#[from] ImageError),
@@ -85,7 +92,7 @@ pub struct Kernel {
 
 impl Kernel {
     /// Finds the kernel. Nothing is assumed to be stopped: only what does not change after boot is read.
-    pub fn find(memory: &dyn PhysMemory, vcpus: &[Registers]) -> Result<Self, FindError> {
+    pub fn find(memory: &dyn PhysMemory, vcpus: &[Registers]) -> Result<Self, KernelError> {
         let image = Image::find(memory, vcpus)?;
         let (symbols, rodata) = read_symbols(memory, &image)?;
         let space = own_tables(&image, &symbols)?;
@@ -105,7 +112,7 @@ impl Kernel {
         let per_cpu_offsets = (0..u64::from(cpus.min(CPUS_MAX)))
             .map(|cpu| mapped.read_u64(offsets.wrapping_add(8 * cpu)))
             .collect::<Result<_, _>>()
-            .map_err(|source| FindError::Unreadable {
+            .map_err(|source| KernelError::Unreadable {
                 what: "__per_cpu_offset",
                 at: offsets,
                 source,
@@ -124,7 +131,7 @@ impl Kernel {
     }
 
     /// The address of a kernel symbol that must exist once.
-    pub fn symbol(&self, name: &'static str) -> Result<Gva, FindError> {
+    pub fn symbol(&self, name: &'static str) -> Result<Gva, KernelError> {
         require(&self.symbols, name)
     }
 
@@ -181,7 +188,7 @@ impl VirtMemory for Live<'_> {
 }
 
 /// Looks through the image's read-only data for kallsyms; gives the segment that held it, too.
-fn read_symbols(memory: &dyn PhysMemory, image: &Image) -> Result<(Kallsyms, Segment), FindError> {
+fn read_symbols(memory: &dyn PhysMemory, image: &Image) -> Result<(Kallsyms, Segment), KernelError> {
     let mut failure = KallsymsError::NoTokenIndex {
         at: image.start(),
         bytes: 0,
@@ -190,7 +197,7 @@ fn read_symbols(memory: &dyn PhysMemory, image: &Image) -> Result<(Kallsyms, Seg
     for segment in image.segments.iter().filter(rodata) {
         let bytes = image
             .read_segment(memory, segment)
-            .map_err(|source| FindError::Unreadable {
+            .map_err(|source| KernelError::Unreadable {
                 what: "read-only data",
                 at: segment.start,
                 source,
@@ -234,14 +241,14 @@ fn fits(memory: &dyn PhysMemory, image: &Image, symbols: &Kallsyms) -> Result<()
     Ok(())
 }
 
-fn require(symbols: &Kallsyms, name: &'static str) -> Result<Gva, FindError> {
-    symbols.unique(name).ok_or(FindError::NoSymbol(name))
+fn require(symbols: &Kallsyms, name: &'static str) -> Result<Gva, KernelError> {
+    symbols.unique(name).ok_or(KernelError::NoSymbol(name))
 }
 
 /// The kernel's own top-level table: complete for kernel addresses, whatever process was current.
-fn own_tables(image: &Image, symbols: &Kallsyms) -> Result<AddressSpace, FindError> {
+fn own_tables(image: &Image, symbols: &Kallsyms) -> Result<AddressSpace, KernelError> {
     let root = require(symbols, "init_top_pgt")?;
-    let root = image.physical(root).ok_or(FindError::Disagrees {
+    let root = image.physical(root).ok_or(KernelError::Disagrees {
         what: "init_top_pgt",
         found: root.to_string(),
         expected: format!("an address in the image {}-{}", image.start(), image.end()),
@@ -252,31 +259,36 @@ fn own_tables(image: &Image, symbols: &Kallsyms) -> Result<AddressSpace, FindErr
     })
 }
 
-fn read_word(memory: &dyn VirtMemory, symbols: &Kallsyms, what: &'static str) -> Result<u64, FindError> {
+fn read_word(memory: &dyn VirtMemory, symbols: &Kallsyms, what: &'static str) -> Result<u64, KernelError> {
     let at = require(symbols, what)?;
     memory
         .read_u64(at)
-        .map_err(|source| FindError::Unreadable { what, at, source })
+        .map_err(|source| KernelError::Unreadable { what, at, source })
 }
 
 /// The NUL-terminated text at a symbol, lossily, at most `max` bytes.
-fn read_text(memory: &dyn VirtMemory, symbols: &Kallsyms, what: &'static str, max: usize) -> Result<String, FindError> {
+fn read_text(
+    memory: &dyn VirtMemory,
+    symbols: &Kallsyms,
+    what: &'static str,
+    max: usize,
+) -> Result<String, KernelError> {
     let at = require(symbols, what)?;
     let mut bytes = vec![0; max];
     memory
         .read(at, &mut bytes)
-        .map_err(|source| FindError::Unreadable { what, at, source })?;
+        .map_err(|source| KernelError::Unreadable { what, at, source })?;
     let text = bytes.split(|byte| *byte == 0).next().unwrap_or_default();
     Ok(String::from_utf8_lossy(text).into_owned())
 }
 
 /// VMCOREINFO (kernel/crash_core.c) repeats the release and some addresses; where a kernel has it, it must agree.
-fn check_vmcoreinfo(memory: &dyn VirtMemory, symbols: &Kallsyms, release: &str) -> Result<String, FindError> {
+fn check_vmcoreinfo(memory: &dyn VirtMemory, symbols: &Kallsyms, release: &str) -> Result<String, KernelError> {
     let (Some(data), Some(size)) = (symbols.unique("vmcoreinfo_data"), symbols.unique("vmcoreinfo_size")) else {
         return Ok("no VMCOREINFO in this kernel".to_owned());
     };
     let what = "VMCOREINFO";
-    let unreadable = |at| move |source| FindError::Unreadable { what, at, source };
+    let unreadable = |at| move |source| KernelError::Unreadable { what, at, source };
     let at = Gva(memory.read_u64(data).map_err(unreadable(data))?);
     let size = memory
         .read_u64(size)
@@ -291,7 +303,7 @@ fn check_vmcoreinfo(memory: &dyn VirtMemory, symbols: &Kallsyms, release: &str) 
             .map(str::to_owned)
     };
     let agree = |what, found: Option<String>, expected: String| match found {
-        Some(found) if found != expected => Err(FindError::Disagrees { what, found, expected }),
+        Some(found) if found != expected => Err(KernelError::Disagrees { what, found, expected }),
         _ => Ok(()),
     };
     agree(
@@ -308,21 +320,23 @@ fn check_vmcoreinfo(memory: &dyn VirtMemory, symbols: &Kallsyms, release: &str) 
     Ok(format!("VMCOREINFO at {at} agrees"))
 }
 
-fn read_btf(memory: &dyn VirtMemory, symbols: &Kallsyms) -> Result<Vec<u8>, FindError> {
+fn read_btf(memory: &dyn VirtMemory, symbols: &Kallsyms) -> Result<Vec<u8>, KernelError> {
     let (start, stop) = (require(symbols, "__start_BTF")?, require(symbols, "__stop_BTF")?);
     let len = stop
         .checked_sub(start)
         .filter(|len| *len <= BTF_BYTES_MAX)
-        .ok_or_else(|| FindError::Disagrees {
+        .ok_or_else(|| KernelError::Disagrees {
             what: "__stop_BTF",
             found: stop.to_string(),
             expected: format!("at most {BTF_BYTES_MAX} bytes behind {start}"),
         })?;
     let mut bytes = vec![0; usize::try_from(len).unwrap_or(0)];
-    memory.read(start, &mut bytes).map_err(|source| FindError::Unreadable {
-        what: "BTF",
-        at: start,
-        source,
-    })?;
+    memory
+        .read(start, &mut bytes)
+        .map_err(|source| KernelError::Unreadable {
+            what: "BTF",
+            at: start,
+            source,
+        })?;
     Ok(bytes)
 }

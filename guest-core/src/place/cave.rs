@@ -5,7 +5,7 @@
 //! padding is 0xCC (int3).
 
 use crate::addr::Gva;
-use crate::kernel::{FindError, Live};
+use crate::kernel::{KernelError, Live};
 use crate::memory::VirtMemory;
 use crate::paging::PAGE_SIZE;
 
@@ -27,7 +27,7 @@ pub struct Cave {
 
 /// All caves between `_stext` and `_etext`, in ascending order. Every byte of them was read and is filler, and no
 /// symbol lies inside.
-pub fn find(live: &Live<'_>) -> Result<Vec<Cave>, FindError> {
+pub fn find(live: &Live<'_>) -> Result<Vec<Cave>, KernelError> {
     let start = live.kernel.symbol("_stext")?;
     let end = live.kernel.symbol("_etext")?;
     let end = Gva(end.0.min(start.0.saturating_add(TEXT_BYTES_MAX))).align_down(PAGE_SIZE);
@@ -35,7 +35,7 @@ pub fn find(live: &Live<'_>) -> Result<Vec<Cave>, FindError> {
     let mut page = [0; PAGE_SIZE as usize];
     let mut at = start.align_down(PAGE_SIZE);
     while at < end {
-        live.read(at, &mut page).map_err(|source| FindError::Unreadable {
+        live.read(at, &mut page).map_err(|source| KernelError::Unreadable {
             what: "kernel text",
             at,
             source,

@@ -22,7 +22,7 @@ use super::cave::{Cave, FILLER};
 use super::record::Record;
 use crate::addr::{Gpa, Gva};
 use crate::change::Change;
-use crate::kernel::{FindError, Live};
+use crate::kernel::{KernelError, Live};
 use crate::memory::VirtMemory;
 use crate::paging::{PAGE_SIZE, PMD_SIZE};
 use std::ops::Range;
@@ -42,8 +42,8 @@ const POOL_PAGES_FIXED: u64 = 2;
 #[derive(Debug, thiserror::Error)]
 pub enum RegistryError {
     /// Guest memory could not be read.
-    #[error("looking for the registry")]
-    Find(#[from] FindError),
+    #[error("reading the kernel for the registry")]
+    Kernel(#[from] KernelError),
     /// There is a registry that this version does not understand.
     #[error("the registry at {at} has layout version {found}; this vmpatch knows {VERSION}")]
     Version {
@@ -207,14 +207,58 @@ impl Registry {
 
     /// The changes that lay an empty registry and map its window, in the order in which to make them.
     pub fn creation(&self) -> Vec<Change> {
-        let filler = vec![FILLER; PAGE_SIZE as usize];
-        let table = vec![0; PAGE_SIZE as usize];
+        let filler = |len| vec![FILLER; len];
+        let page = PAGE_SIZE as usize;
         let entry = self.page(1).0 | DIRECTORY_ENTRY_BITS;
+        let slots = self.base.wrapping_add(HEADER_BYTES as u64);
         vec![
-            Change::replace("registry page", self.base, filler.clone(), self.header()),
-            Change::replace("page table of the window", self.page(1), filler, table),
+            Change::replace("registry slots", slots, filler(page), vec![0; page - HEADER_BYTES]),
+            Change::replace("registry header", self.base, filler(page), self.header()),
+            Change::replace("page table of the window", self.page(1), filler(page), vec![0; page]),
             Change::word("page-directory entry of the window", self.directory_entry, 0, entry),
         ]
+    }
+
+    /// The changes that take away a registry without entries, in the order in which to make them: the header goes last,
+    /// so that up to then the next vmpatch finds it and goes on. `changed` are changes that will have been made before.
+    pub fn removal(&self, live: &Live<'_>, changed: &[Change]) -> Result<Vec<Change>, KernelError> {
+        let word = |gpa| {
+            let mut bytes = [0; 8];
+            self.read_pool(live, gpa, &mut bytes)
+                .map(|()| u64::from_le_bytes(bytes))
+        };
+        let wipe = |what, gpa, len: usize| {
+            let mut old = vec![0; len];
+            self.read_pool(live, gpa, &mut old)?;
+            changed.iter().for_each(|change| change.overlay(gpa, &mut old));
+            Ok::<_, KernelError>(Change::replace(what, gpa, old, vec![FILLER; len]))
+        };
+        let mut changes = Vec::new();
+        let entry = word(self.directory_entry)?;
+        if entry != 0 {
+            changes.push(Change::word(
+                "page-directory entry of the window",
+                self.directory_entry,
+                entry,
+                0,
+            ));
+        }
+        let page = PAGE_SIZE as usize;
+        changes.push(wipe("page table of the window", self.page(1), page)?);
+        let slots = self.base.wrapping_add(HEADER_BYTES as u64);
+        changes.push(wipe("registry slots", slots, page - HEADER_BYTES)?);
+        changes.push(wipe("registry header", self.base, HEADER_BYTES)?);
+        Ok(changes)
+    }
+
+    /// Reads guest-physical memory of the pool.
+    pub(crate) fn read_pool(&self, live: &Live<'_>, gpa: Gpa, buf: &mut [u8]) -> Result<(), KernelError> {
+        let what = "the pool";
+        live.memory.read(gpa, buf).map_err(|source| KernelError::Unreadable {
+            what,
+            at: self.cave,
+            source,
+        })
     }
 
     /// The change of one slot's state.
@@ -240,12 +284,24 @@ impl Registry {
         Change::replace(format!("slot {slot}"), self.slot(slot), vec![0; SLOT_BYTES], bytes)
     }
 
+    /// The change that empties a slot, whatever it holds.
+    pub fn clear_slot(&self, live: &Live<'_>, slot: usize) -> Result<Change, KernelError> {
+        let mut old = vec![0; SLOT_BYTES];
+        self.read_pool(live, self.slot(slot), &mut old)?;
+        Ok(Change::replace(
+            format!("slot {slot}"),
+            self.slot(slot),
+            old,
+            vec![0; SLOT_BYTES],
+        ))
+    }
+
     fn slot(&self, slot: usize) -> Gpa {
         self.base.wrapping_add((HEADER_BYTES + SLOT_BYTES * slot) as u64)
     }
 
     fn header(&self) -> Vec<u8> {
-        let mut page = vec![0; PAGE_SIZE as usize];
+        let mut page = vec![0; HEADER_BYTES];
         page[..8].copy_from_slice(&MAGIC);
         page[8..12].copy_from_slice(&VERSION.to_le_bytes());
         let words = [self.cave.0, self.window.0, self.directory_entry.0, self.pool_pages];
@@ -265,7 +321,7 @@ impl Registry {
         let mut at = start.align_down(PAGE_SIZE);
         while at < end {
             let mut magic = [0; 8];
-            let unreadable = |source| FindError::Unreadable {
+            let unreadable = |source| KernelError::Unreadable {
                 what: "kernel text",
                 at,
                 source,
@@ -312,7 +368,7 @@ impl Registry {
             .kernel
             .space
             .directory_entry(live.memory, window)
-            .map_err(|source| FindError::Unreadable {
+            .map_err(|source| KernelError::Unreadable {
                 what: "page directory",
                 at: window,
                 source,
@@ -335,6 +391,14 @@ impl Registry {
         registry.entries = (0..SLOTS)
             .filter_map(|slot| registry.entry(live, page, slot).transpose())
             .collect::<Result<_, _>>()?;
+        let mapped = registry.page(1).0 | DIRECTORY_ENTRY_BITS;
+        // Without an entry the window may be gone already: vmpatch was killed while it took the registry away.
+        let taken_away = value == 0 && registry.entries.is_empty();
+        if expected != directory_entry || (value & !IGNORED_BITS != mapped & !IGNORED_BITS && !taken_away) {
+            return Err(damaged(format!(
+                "the page-directory entry of {window} is {value:#x}, not {mapped:#x}"
+            )));
+        }
         Ok(registry)
     }
 
@@ -346,7 +410,8 @@ impl Registry {
         };
         let number = |offset| u64::from(u32_at(page, at + offset).unwrap_or(0));
         let word = u64_at(page, at).unwrap_or(0);
-        if word == 0 {
+        // Filler: vmpatch was killed while it took the registry away.
+        if word == 0 || word == u64::from_le_bytes([FILLER; 8]) {
             return Ok(None);
         }
         let state = State::from_word(word).ok_or_else(|| damaged(format!("unknown state {word:#x}")))?;
@@ -371,7 +436,7 @@ impl Registry {
         let mut bytes = vec![0; usize::try_from(len).unwrap_or(0)];
         live.memory
             .read(self.page(pages.first).wrapping_add(offset), &mut bytes)
-            .map_err(|source| FindError::Unreadable {
+            .map_err(|source| KernelError::Unreadable {
                 what: "patch record",
                 at: self.cave,
                 source,
@@ -432,7 +497,7 @@ fn unused_window(live: &Live<'_>) -> Result<(Gva, Gpa), RegistryError> {
             live.kernel
                 .space
                 .directory_entry(live.memory, at)
-                .map_err(|source| FindError::Unreadable {
+                .map_err(|source| KernelError::Unreadable {
                     what: "page directory",
                     at,
                     source,

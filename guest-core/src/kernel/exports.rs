@@ -1,0 +1,72 @@
+//! What the kernel image exports to modules: `__ksymtab` (include/linux/export-internal.h; place-relative since 4.19:
+//! value, name and namespace, 4 bytes each), sorted by name.
+
+use super::{KernelError, Live};
+use crate::addr::Gva;
+use crate::memory::VirtMemory;
+
+/// Longest name read; `KSYM_NAME_LEN` is 512 since 6.1.
+const NAME_BYTES_MAX: usize = 512;
+/// More entries than a kernel has.
+const ENTRIES_MAX: u64 = 1 << 20;
+
+/// The address that the image exports `name` at; `None` where it does not. Both tables are looked through: vmpatch
+/// applies modules whatever their licence, as it is the operator who answers for them.
+pub fn find(live: &Live<'_>, name: &str) -> Result<Option<Gva>, KernelError> {
+    for (start, stop) in [
+        ("__start___ksymtab", "__stop___ksymtab"),
+        ("__start___ksymtab_gpl", "__stop___ksymtab_gpl"),
+    ] {
+        let (Some(start), Some(stop)) = (live.kernel.symbols.unique(start), live.kernel.symbols.unique(stop)) else {
+            continue;
+        };
+        if let Some(found) = search(live, start, stop, name)? {
+            return Ok(Some(found));
+        }
+    }
+    Ok(None)
+}
+
+fn search(live: &Live<'_>, start: Gva, stop: Gva, name: &str) -> Result<Option<Gva>, KernelError> {
+    let size = live.kernel.btf.structure("kernel_symbol")?.size();
+    let count = (stop.0.saturating_sub(start.0) / size.max(1)).min(ENTRIES_MAX);
+    let entry = |index: u64| start.wrapping_add(index * size);
+    let (mut low, mut high) = (0, count);
+    while low < high {
+        let middle = low + (high - low) / 2;
+        let at = relative(live, entry(middle).wrapping_add(4))?;
+        match text(live, at)?.as_slice().cmp(name.as_bytes()) {
+            std::cmp::Ordering::Less => low = middle + 1,
+            std::cmp::Ordering::Greater => high = middle,
+            std::cmp::Ordering::Equal => return relative(live, entry(middle)).map(Some),
+        }
+    }
+    Ok(None)
+}
+
+/// The address that a place-relative 32-bit offset leads to.
+fn relative(live: &Live<'_>, at: Gva) -> Result<Gva, KernelError> {
+    let offset = live.read_u32(at).map_err(|source| KernelError::Unreadable {
+        what: "__ksymtab",
+        at,
+        source,
+    })?;
+    Ok(at.wrapping_offset(i64::from(offset.cast_signed())))
+}
+
+/// The bytes up to the NUL; names in `__ksymtab_strings` are read in two steps at the most.
+fn text(live: &Live<'_>, at: Gva) -> Result<Vec<u8>, KernelError> {
+    let mut bytes = [0; NAME_BYTES_MAX];
+    for len in [64, NAME_BYTES_MAX] {
+        let Some(now) = bytes.get_mut(..len) else { break };
+        live.read(at, now).map_err(|source| KernelError::Unreadable {
+            what: "__ksymtab_strings",
+            at,
+            source,
+        })?;
+        if let Some(end) = now.iter().position(|byte| *byte == 0) {
+            return Ok(now.get(..end).unwrap_or_default().to_vec());
+        }
+    }
+    Ok(bytes.to_vec())
+}

@@ -1,0 +1,115 @@
+//! The guest's ftrace records: where each function's site is, and who holds it.
+//!
+//! `struct ftrace_page` and `struct dyn_ftrace` (kernel/trace/ftrace.c, include/linux/ftrace.h; the record is address,
+//! flags, arch since 2.6.28). Records of one page group are sorted by address.
+
+use super::{KernelError, Live};
+use crate::addr::Gva;
+use crate::memory::VirtMemory;
+
+/// Page groups walked at the most: a kernel has a few hundred.
+const GROUPS_MAX: usize = 1 << 16;
+/// Records in a group at the most; bounds a lie.
+const RECORDS_MAX: u32 = 1 << 20;
+/// `endbr64`, or the NOP that a sealed one becomes, has four bytes and stands before the site.
+pub const ENDBR_BYTES: u64 = 4;
+
+/// Bits of `dyn_ftrace.flags`, as the guest's kernel numbers them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Flags {
+    /// `FTRACE_FL_ENABLED`: the site holds a call.
+    pub enabled: u64,
+    /// `FTRACE_FL_DISABLED`: ftrace leaves the record alone.
+    pub disabled: u64,
+    /// `FTRACE_FL_IPMODIFY`: somebody redirects the function.
+    pub ip_modify: u64,
+}
+
+/// One function's record.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct FtraceRecord {
+    /// The site: address of the 5-byte NOP or call.
+    pub site: Gva,
+    /// Address of `dyn_ftrace.flags`.
+    pub flags_at: Gva,
+    /// `dyn_ftrace.flags`.
+    pub flags: u64,
+    /// What its bits mean.
+    pub meaning: Flags,
+}
+
+impl FtraceRecord {
+    /// True where a tracer, kprobe, BPF program or livepatch of the guest uses the site.
+    pub fn is_held(&self) -> bool {
+        self.flags & self.meaning.enabled != 0
+    }
+
+    /// True where ftrace was told to leave the site alone.
+    pub fn is_disabled(&self) -> bool {
+        self.flags & self.meaning.disabled != 0
+    }
+}
+
+/// The record of the function that starts at `function`: its site is the entry, or behind the `endbr64` there.
+/// `None` where the function has none (notrace).
+pub fn record(live: &Live<'_>, function: Gva) -> Result<Option<FtraceRecord>, KernelError> {
+    let what = "ftrace record";
+    let btf = &live.kernel.btf;
+    let (group, record) = (btf.structure("ftrace_page")?, btf.structure("dyn_ftrace")?);
+    let (next, records, index) = (group.offset("next")?, group.offset("records")?, group.offset("index")?);
+    let (ip, flags, size) = (record.offset("ip")?, record.offset("flags")?, record.size());
+    let flag = |name| btf.enumerator(name).map(i64::cast_unsigned);
+    let meaning = Flags {
+        enabled: flag("FTRACE_FL_ENABLED")?,
+        disabled: flag("FTRACE_FL_DISABLED")?,
+        ip_modify: flag("FTRACE_FL_IPMODIFY")?,
+    };
+    let start = live.kernel.symbol("ftrace_pages_start")?;
+    let read = |at: Gva| {
+        live.read_u64(at)
+            .map_err(|source| KernelError::Unreadable { what, at, source })
+    };
+    let mut at = Gva(read(start)?);
+    for _ in 0..GROUPS_MAX {
+        if at.0 == 0 {
+            return Ok(None);
+        }
+        let first = Gva(read(at.wrapping_add(records))?);
+        let index_at = at.wrapping_add(index);
+        let count = live.read_u32(index_at);
+        let count = count
+            .map_err(|source| KernelError::Unreadable {
+                what,
+                at: index_at,
+                source,
+            })?
+            .min(RECORDS_MAX);
+        let entry = |n: u32| first.wrapping_add(u64::from(n) * size);
+        let (mut low, mut high) = (0, count);
+        while low < high {
+            let middle = low + (high - low) / 2;
+            match read(entry(middle).wrapping_add(ip))? < function.0 {
+                true => low = middle + 1,
+                false => high = middle,
+            }
+        }
+        if low < count {
+            let site = Gva(read(entry(low).wrapping_add(ip))?);
+            if site == function || site == function.wrapping_add(ENDBR_BYTES) {
+                let flags_at = entry(low).wrapping_add(flags);
+                return Ok(Some(FtraceRecord {
+                    site,
+                    flags_at,
+                    flags: read(flags_at)?,
+                    meaning,
+                }));
+            }
+        }
+        at = Gva(read(at.wrapping_add(next))?);
+    }
+    Err(KernelError::Disagrees {
+        what: "the chain of ftrace page groups",
+        found: format!("more than {GROUPS_MAX}"),
+        expected: "an end".to_owned(),
+    })
+}

@@ -1,0 +1,53 @@
+//! Symbols for a module that is about to be linked against the guest's kernel.
+
+use super::{Kernel, Live, exports};
+use crate::addr::Gva;
+use crate::module::{ResolveError, ResolveSymbol};
+
+/// What `klp_find_object_symbol` calls the kernel image.
+pub const VMLINUX: &str = "vmlinux";
+
+impl ResolveSymbol for Live<'_> {
+    fn exported(&self, name: &str) -> Result<Gva, ResolveError> {
+        match exports::find(self, name) {
+            Ok(Some(found)) => Ok(found),
+            Ok(None) if self.kernel.symbols.named(name).next().is_some() => Err(ResolveError::NotExported),
+            Ok(None) => Err(ResolveError::NotFound {
+                object: VMLINUX.to_owned(),
+            }),
+            Err(error) => Err(ResolveError::Guest(error.to_string())),
+        }
+    }
+
+    fn any(&self, object: Option<&str>, name: &str, sympos: u64) -> Result<Gva, ResolveError> {
+        match object {
+            None | Some(VMLINUX) => of_image(self.kernel, name, sympos),
+            Some(object) => Err(ResolveError::NotLoaded {
+                object: object.to_owned(),
+            }),
+        }
+    }
+}
+
+/// As `klp_find_object_symbol` (kernel/livepatch/core.c) does it: position 0 wants exactly one symbol of that name,
+/// position n the n-th in the order of the table.
+fn of_image(kernel: &Kernel, name: &str, sympos: u64) -> Result<Gva, ResolveError> {
+    let found: Vec<Gva> = kernel.symbols.named(name).map(|symbol| symbol.address).collect();
+    let object = VMLINUX.to_owned();
+    match (found.as_slice(), sympos) {
+        ([], _) => Err(ResolveError::NotFound { object }),
+        ([only], 0) => Ok(*only),
+        (_, 0) => Err(ResolveError::Ambiguous {
+            object,
+            addresses: found,
+        }),
+        (all, _) => {
+            let nth = usize::try_from(sympos - 1).ok().and_then(|nth| all.get(nth));
+            nth.copied().ok_or(ResolveError::Position {
+                object,
+                sympos,
+                found: all.len(),
+            })
+        }
+    }
+}

@@ -1,0 +1,356 @@
+//! From a module and a kernel to the plan of applying it.
+
+use super::{Occupied, Plan};
+use crate::addr::Gva;
+use crate::change::Change;
+use crate::kernel::resolve::VMLINUX;
+use crate::kernel::{KernelError, Live, livepatch};
+use crate::memory::VirtMemory;
+use crate::module::{
+    AltLayout, Bases, GuestContext, ImageError, LinkError, Linked, LinkedFunction, ModuleError, PatchError,
+    PatchModule, ResolveError, ResolveSymbol,
+};
+use crate::paging::{PAGE_SIZE, entry};
+use crate::place::{FILLER, Pages, PatchedFunction, Record, Registry, RegistryError, Span, State};
+use crate::redirect::{RedirectError, redirect};
+use sha2::{Digest, Sha256};
+
+/// Longest `vermagic` read.
+const VERMAGIC_BYTES_MAX: usize = 256;
+/// Parts that a compiler splits off a function: code that runs as part of it.
+const SPLIT_OFF: [&str; 2] = [".cold", ".part."];
+
+/// Why a module does not fit the guest. Nothing was changed.
+#[derive(Debug, thiserror::Error)]
+pub enum Refusal {
+    /// Not a module that vmpatch understands.
+    #[error(transparent)]
+    Module(#[from] ModuleError),
+    /// The patch that it describes is not understood.
+    #[error(transparent)]
+    Patch(#[from] PatchError),
+    /// It has a section, or needs memory, that is not handled.
+    #[error(transparent)]
+    Image(#[from] ImageError),
+    /// It can't be linked against this kernel.
+    #[error(transparent)]
+    Link(#[from] LinkError),
+    /// It was made for another kernel.
+    #[error("the module was made for kernel {module:?}, the guest runs {guest:?}")]
+    Vermagic {
+        /// `vermagic` of the module.
+        module: String,
+        /// `vermagic`, or the release, of the guest's kernel.
+        guest: String,
+    },
+    /// `klp_patch.replace`.
+    #[error("the module wants to replace all other livepatches (klp_patch.replace), which is not supported")]
+    Replace,
+    /// It patches a module of the guest.
+    #[error("the module patches {function} of the module {object}: functions of modules are not supported")]
+    Object {
+        /// The guest's module.
+        object: String,
+        /// Its first function.
+        function: String,
+    },
+    /// It is there already.
+    #[error("{id} is already applied")]
+    AlreadyApplied {
+        /// Its name.
+        id: String,
+    },
+    /// Another patch holds the function.
+    #[error("{function} is already patched by {id}; revert that one first")]
+    Held {
+        /// The function.
+        function: String,
+        /// The patch.
+        id: String,
+    },
+    /// A function that the patch names is not in this kernel, or not once.
+    #[error("function {name}: {cause}")]
+    Function {
+        /// Its name.
+        name: String,
+        /// Why not.
+        cause: ResolveError,
+    },
+    /// It can't be redirected.
+    #[error(transparent)]
+    Redirect(#[from] RedirectError),
+    /// No room.
+    #[error(transparent)]
+    Registry(#[from] RegistryError),
+    /// The guest's tables could not be read.
+    #[error("reading the guest's kernel")]
+    Kernel(#[from] KernelError),
+    /// Its record could not be written down.
+    #[error("writing the patch's record")]
+    Record(#[from] serde_json::Error),
+}
+
+/// What the operator chose.
+#[derive(Debug, Clone)]
+pub struct ApplyOptions {
+    /// Name of the consistency model, for the record.
+    pub model: String,
+    /// Seconds since 1970 on the host.
+    pub now: u64,
+}
+
+/// Plans to apply the module `file`. Reads the guest, changes nothing.
+pub fn apply(live: &Live<'_>, registry: &Registry, file: &[u8], options: &ApplyOptions) -> Result<Plan, Refusal> {
+    let module = PatchModule::parse(file)?;
+    check_vermagic(live, module.info().get("vermagic").unwrap_or_default())?;
+    let patch = module.patch(&livepatch::layout(live)?)?;
+    if patch.replace {
+        return Err(Refusal::Replace);
+    }
+    let id = module.name().to_owned();
+    if registry
+        .entries
+        .iter()
+        .filter_map(|entry| entry.record.as_ref())
+        .any(|record| record.id == id)
+    {
+        return Err(Refusal::AlreadyApplied { id });
+    }
+    let image = module.image(&patch, &alternatives(live)?)?;
+    let layout = image.layout();
+    let pages = |bytes: u64| bytes.div_ceil(PAGE_SIZE);
+    let sizes = [layout.text.size, layout.rodata.size, layout.data.size];
+    // The record's size is known last; linking needs the addresses first. So: areas in front, the record behind them.
+    let (_, area) = registry.allocate(sizes.into_iter().map(pages).sum::<u64>() + 1)?;
+    let rodata = area.first + pages(sizes[0]);
+    let data = rodata + pages(sizes[1]);
+    let record_page = data + pages(sizes[2]);
+    let bases = Bases {
+        text: registry.mapped(area.first),
+        rodata: registry.mapped(rodata),
+        data: registry.mapped(data),
+    };
+    let capabilities = capabilities(live)?;
+    let linked = image.link(
+        &bases,
+        &GuestContext {
+            symbols: live,
+            memory: live,
+            capabilities: &capabilities,
+        },
+    )?;
+
+    let held = livepatch::held_functions(live)?;
+    let mut occupied = Vec::new();
+    let mut functions = Vec::new();
+    let mut changes = Vec::new();
+    for function in &linked.functions {
+        let (old, len) = old_function(live, registry, function)?;
+        let (kind, sites) = redirect(live, &function.old_name, old, len, function.new, &held)?;
+        changes.extend(sites);
+        occupied.extend(parts(live, &function.old_name, old, len));
+        functions.push(PatchedFunction {
+            name: function.old_name.clone(),
+            sympos: function.sympos,
+            old: old.0,
+            old_len: len,
+            new: function.new.0,
+            new_len: function.size,
+            redirect: kind,
+        });
+    }
+    let orders = registry
+        .entries
+        .iter()
+        .filter_map(|entry| entry.record.as_ref())
+        .map(|record| record.order);
+    let span = |start: Gva, len| Span { start: start.0, len };
+    let record = Record {
+        id,
+        digest: crate::change::hex::encode(&Sha256::digest(file)),
+        order: orders.max().unwrap_or(0) + 1,
+        model: options.model.clone(),
+        applied_at: options.now,
+        functions,
+        text: span(bases.text, sizes[0]),
+        rodata: span(bases.rodata, sizes[1]),
+        data: span(bases.data, sizes[2]),
+        orc: Vec::new(),
+        changes,
+    };
+    let bytes = record.to_bytes()?;
+    let (slot, area) = registry.allocate(record_page - area.first + pages(bytes.len() as u64))?;
+    let placed = [
+        (area.first, &linked.text),
+        (rodata, &linked.rodata),
+        (data, &linked.data),
+        (record_page, &bytes),
+    ];
+
+    let mut before = if registry.exists {
+        Vec::new()
+    } else {
+        registry.creation()
+    };
+    let offset = (record_page - area.first) * PAGE_SIZE;
+    let stored = offset..offset + bytes.len() as u64;
+    before.push(registry.slot_change(slot, State::Placing, area, &stored, crc32fast::hash(&bytes)));
+    before.extend(
+        placed
+            .iter()
+            .filter(|(_, bytes)| !bytes.is_empty())
+            .map(|(page, bytes)| lay(registry, *page, bytes)),
+    );
+    before.extend(map_areas(registry, &linked, area, rodata, data));
+    before.push(registry.state_change(slot, State::Placing, State::Applying));
+    let mut paused = record.changes.clone();
+    paused.push(registry.state_change(slot, State::Applying, State::Applied));
+    Ok(Plan {
+        before,
+        paused,
+        occupied,
+        record,
+    })
+}
+
+/// Bytes into pages of the pool that are still filler.
+fn lay(registry: &Registry, page: u64, bytes: &[u8]) -> Change {
+    Change::replace(
+        format!("pool page {page}"),
+        registry.page(page),
+        vec![FILLER; bytes.len()],
+        bytes.to_vec(),
+    )
+}
+
+/// The page-table entries: text to run, read-only data to read, data to read and write. Accessed and dirty are set
+/// beforehand, so that no CPU ever writes to the table.
+fn map_areas(registry: &Registry, linked: &Linked, area: Pages, rodata: u64, data: u64) -> Vec<Change> {
+    let pages = |bytes: &[u8]| (bytes.len() as u64).div_ceil(PAGE_SIZE);
+    let seen = entry::PRESENT | entry::ACCESSED;
+    let areas = [
+        (area.first, pages(&linked.text), seen),
+        (rodata, pages(&linked.rodata), seen | entry::NO_EXECUTE),
+        (
+            data,
+            pages(&linked.data),
+            seen | entry::WRITABLE | entry::DIRTY | entry::NO_EXECUTE,
+        ),
+    ];
+    let entries = areas.into_iter().flat_map(|(first, count, bits)| {
+        (first..first + count).map(move |page| {
+            let what = format!("page-table entry of pool page {page}");
+            Change::word(what, registry.table_entry(page), 0, registry.page(page).0 | bits)
+        })
+    });
+    entries.collect()
+}
+
+fn old_function(live: &Live<'_>, registry: &Registry, function: &LinkedFunction) -> Result<(Gva, u64), Refusal> {
+    let name = &function.old_name;
+    if let Some(object) = function.object.as_ref().filter(|object| *object != VMLINUX) {
+        return Err(Refusal::Object {
+            object: object.clone(),
+            function: name.clone(),
+        });
+    }
+    let at = live
+        .any(None, name, function.sympos)
+        .map_err(|cause| Refusal::Function {
+            name: name.clone(),
+            cause,
+        })?;
+    let records = registry.entries.iter().filter_map(|entry| entry.record.as_ref());
+    if let Some(other) = records
+        .into_iter()
+        .find(|record| record.functions.iter().any(|other| other.old == at.0))
+    {
+        return Err(Refusal::Held {
+            function: name.clone(),
+            id: other.id.clone(),
+        });
+    }
+    let next = live.kernel.symbols.containing(at).map_or(at, |(_, next)| next);
+    Ok((at, next.0.saturating_sub(at.0)))
+}
+
+/// The function and what the compiler split off it. Several functions of one name have parts of one name, too: all of
+/// those count, as nothing tells whose they are.
+fn parts(live: &Live<'_>, name: &str, at: Gva, len: u64) -> Vec<Occupied> {
+    let whole = Occupied {
+        name: name.to_owned(),
+        range: at..at.wrapping_add(len),
+    };
+    let split = live.kernel.symbols.iter().filter(|symbol| {
+        let rest = symbol.name.strip_prefix(name);
+        rest.is_some_and(|rest| SPLIT_OFF.iter().any(|suffix| rest.starts_with(suffix)))
+    });
+    let split = split.map(|symbol| {
+        let end = live
+            .kernel
+            .symbols
+            .containing(symbol.address)
+            .map_or(symbol.address, |(_, next)| next);
+        Occupied {
+            name: symbol.name.to_owned(),
+            range: symbol.address..end,
+        }
+    });
+    std::iter::once(whole).chain(split).collect()
+}
+
+/// The module's `vermagic` must be the kernel's own, where the kernel has it among its symbols; the release at least.
+fn check_vermagic(live: &Live<'_>, module: &str) -> Result<(), Refusal> {
+    let own = live.kernel.symbols.unique("vermagic").and_then(|at| {
+        let mut bytes = [0; VERMAGIC_BYTES_MAX];
+        live.read(at, &mut bytes).ok()?;
+        let text = bytes.split(|byte| *byte == 0).next()?;
+        Some(String::from_utf8_lossy(text).trim_end().to_owned())
+    });
+    let fits = match &own {
+        Some(own) => own == module.trim_end(),
+        None => module.split(' ').next() == Some(live.kernel.release.as_str()),
+    };
+    let guest = own.unwrap_or_else(|| live.kernel.release.clone());
+    if fits {
+        Ok(())
+    } else {
+        Err(Refusal::Vermagic {
+            module: module.to_owned(),
+            guest,
+        })
+    }
+}
+
+/// The layout of the kernel's `struct alt_instr`, which the module was compiled with, too.
+fn alternatives(live: &Live<'_>) -> Result<AltLayout, KernelError> {
+    let entry = live.kernel.btf.structure("alt_instr")?;
+    Ok(AltLayout {
+        size: entry.size(),
+        instr_offset: entry.offset("instr_offset")?,
+        repl_offset: entry.offset("repl_offset")?,
+        cpuid: entry.offset("cpuid")?,
+        flags: entry.try_member("flags").map(|member| member.offset()),
+        instrlen: entry.offset("instrlen")?,
+        replacementlen: entry.offset("replacementlen")?,
+    })
+}
+
+/// `boot_cpu_data.x86_capability`: feature words and, behind them, bug words.
+fn capabilities(live: &Live<'_>) -> Result<Vec<u32>, Refusal> {
+    let member = live
+        .kernel
+        .btf
+        .structure("cpuinfo_x86")
+        .and_then(|cpu| cpu.member("x86_capability"));
+    let member = member.map_err(KernelError::from)?;
+    let at = live.kernel.symbol("boot_cpu_data")?.wrapping_add(member.offset());
+    let mut bytes = vec![0; usize::try_from(member.size.min(PAGE_SIZE)).unwrap_or(0)];
+    let what = "boot_cpu_data.x86_capability";
+    live.read(at, &mut bytes)
+        .map_err(|source| KernelError::Unreadable { what, at, source })?;
+    Ok(bytes
+        .chunks_exact(4)
+        .map(|word| u32::from_le_bytes([word[0], word[1], word[2], word[3]]))
+        .collect())
+}

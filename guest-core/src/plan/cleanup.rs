@@ -1,0 +1,106 @@
+//! Giving pages back: after a revert, and after a vmpatch that was killed.
+
+use super::{Occupied, Plan};
+use crate::addr::{Gpa, Gva};
+use crate::change::{Change, ChangeError};
+use crate::kernel::{KernelError, Live};
+use crate::paging::PAGE_SIZE;
+use crate::place::{Entry, FILLER, Registry, State};
+
+/// The changes that wipe every patch that is not in force and not half committed; and, when none is left, the registry.
+/// To be made in this order, while the guest runs: nothing there is reachable for it.
+pub fn cleanup(live: &Live<'_>, registry: &Registry) -> Result<Vec<Change>, KernelError> {
+    let mut changes = Vec::new();
+    if !registry.exists {
+        return Ok(changes);
+    }
+    let (gone, kept): (Vec<&Entry>, Vec<&Entry>) = registry
+        .entries
+        .iter()
+        .partition(|entry| matches!(entry.state, State::Placing | State::Reverted));
+    for entry in &gone {
+        for page in entry.pages.range() {
+            let at = registry.table_entry(page);
+            let word = read_word(live, registry, at)?;
+            if word != 0 {
+                changes.push(Change::word(
+                    format!("page-table entry of pool page {page}"),
+                    at,
+                    word,
+                    0,
+                ));
+            }
+        }
+        changes.extend(wipe(live, registry, entry.pages.range())?);
+        changes.push(registry.clear_slot(live, entry.slot)?);
+    }
+    if kept.is_empty() {
+        changes.extend(registry.removal(live, &changes)?);
+    }
+    Ok(changes)
+}
+
+/// The plan that puts back the sites of a patch whose commit was cut off; `None` where there is none.
+pub fn recovery(live: &Live<'_>, registry: &Registry) -> Result<Option<Plan>, KernelError> {
+    let Some((entry, record)) = registry
+        .entries
+        .iter()
+        .filter(|entry| entry.state == State::Applying)
+        .find_map(|e| Some((e, e.record.clone()?)))
+    else {
+        return Ok(None);
+    };
+    let mut paused = Vec::new();
+    for change in record.changes.iter().rev() {
+        let unreadable = |error: ChangeError| KernelError::Disagrees {
+            what: "a site of a patch that was cut off",
+            found: error.to_string(),
+            expected: "readable memory".to_owned(),
+        };
+        // Old, new, or cut in the middle: whatever is there becomes old.
+        let now = change.current(live.memory).map_err(unreadable)?;
+        let old = change.restored(live.memory).map_err(unreadable)?;
+        if now != old {
+            paused.push(Change::replace(change.what(), change.gpa(), now, old));
+        }
+    }
+    paused.push(registry.state_change(entry.slot, State::Applying, State::Reverted));
+    let text = Gva(record.text.start)..Gva(record.text.start.saturating_add(record.text.len));
+    let occupied = vec![Occupied {
+        name: format!("the new code of {}", record.id),
+        range: text,
+    }];
+    Ok(Some(Plan {
+        before: Vec::new(),
+        paused,
+        occupied,
+        record,
+    }))
+}
+
+fn wipe(live: &Live<'_>, registry: &Registry, pages: std::ops::Range<u64>) -> Result<Vec<Change>, KernelError> {
+    let mut changes = Vec::new();
+    for page in pages {
+        let mut old = vec![0; PAGE_SIZE as usize];
+        registry.read_pool(live, registry.page(page), &mut old)?;
+        if old != filler() {
+            changes.push(Change::replace(
+                format!("pool page {page}"),
+                registry.page(page),
+                old,
+                filler(),
+            ));
+        }
+    }
+    Ok(changes)
+}
+
+fn filler() -> Vec<u8> {
+    vec![FILLER; PAGE_SIZE as usize]
+}
+
+fn read_word(live: &Live<'_>, registry: &Registry, gpa: Gpa) -> Result<u64, KernelError> {
+    let mut bytes = [0; 8];
+    registry.read_pool(live, gpa, &mut bytes)?;
+    Ok(u64::from_le_bytes(bytes))
+}

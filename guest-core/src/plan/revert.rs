@@ -1,0 +1,81 @@
+//! The plan of taking a patch out.
+
+use super::{Occupied, Plan};
+use crate::addr::Gva;
+use crate::change::Change;
+use crate::kernel::{KernelError, Live};
+use crate::paging::PAGE_SIZE;
+use crate::place::{Entry, FILLER, Record, Registry, State};
+
+/// Why a patch can't be taken out. Nothing was changed.
+#[derive(Debug, thiserror::Error)]
+pub enum RevertError {
+    /// No such patch.
+    #[error("no patch {id} in this guest; it has: {}", if known.is_empty() { "none".to_owned() } else { known.join(", ") })]
+    Unknown {
+        /// The name asked for.
+        id: String,
+        /// The names that are there.
+        known: Vec<String>,
+    },
+    /// The guest could not be read.
+    #[error("reading the guest's kernel")]
+    Kernel(#[from] KernelError),
+}
+
+/// Plans to take out the patch `id`: sites get their old bytes, and its text becomes filler, in one pause.
+///
+/// The text is wiped within the pause because only there code that was already run may be written.
+pub fn revert(live: &Live<'_>, registry: &Registry, id: &str) -> Result<Plan, RevertError> {
+    let named = |entry: &&Entry| entry.record.as_ref().is_some_and(|record| record.id == id);
+    let Some(entry) = registry.entries.iter().find(named) else {
+        let known = registry
+            .entries
+            .iter()
+            .filter_map(|entry| Some(entry.record.as_ref()?.id.clone()))
+            .collect();
+        return Err(RevertError::Unknown {
+            id: id.to_owned(),
+            known,
+        });
+    };
+    let record = entry
+        .record
+        .clone()
+        .unwrap_or_else(|| unreachable!("an entry was found by its record"));
+    let mut paused: Vec<Change> = record.changes.iter().rev().map(Change::undone).collect();
+    paused.extend(wipe_text(live, registry, entry, &record)?);
+    paused.push(registry.state_change(entry.slot, State::Applied, State::Reverted));
+    let text = Gva(record.text.start)..Gva(record.text.start.saturating_add(record.text.len));
+    let occupied = vec![Occupied {
+        name: format!("the new code of {id}"),
+        range: text,
+    }];
+    Ok(Plan {
+        before: Vec::new(),
+        paused,
+        occupied,
+        record,
+    })
+}
+
+/// Filler over the text pages: the record says how many bytes of the entry's first pages are text.
+fn wipe_text(
+    live: &Live<'_>,
+    registry: &Registry,
+    entry: &Entry,
+    record: &Record,
+) -> Result<Option<Change>, KernelError> {
+    let pages = record.text.len.div_ceil(PAGE_SIZE).min(entry.pages.count);
+    let mut old = vec![0; usize::try_from(record.text.len.min(pages * PAGE_SIZE)).unwrap_or(0)];
+    let (gpa, at) = (registry.page(entry.pages.first), registry.mapped(entry.pages.first));
+    live.memory
+        .read(gpa, &mut old)
+        .map_err(|source| KernelError::Unreadable {
+            what: "the patch's text",
+            at,
+            source,
+        })?;
+    let filler = vec![FILLER; old.len()];
+    Ok(Some(Change::replace("the patch's text", gpa, old, filler)))
+}

@@ -1,0 +1,205 @@
+//! How calls of an old function come to reach the new one: a jump in its ftrace site, or behind it.
+
+use crate::addr::{Gpa, Gva};
+use crate::change::Change;
+use crate::kernel::ftrace::{self, ENDBR_BYTES};
+use crate::kernel::{KernelError, Live, sites};
+use crate::memory::VirtMemory;
+use crate::place::Redirect;
+
+/// Bytes of `jmp rel32`, of a call and of a site's NOP.
+const JUMP_BYTES: u64 = 5;
+/// The 5-byte NOP that ftrace leaves in a site: `nopl 0(%rax,%rax,1)`, x86_nops[5] of arch/x86/kernel/alternative.c.
+const SITE_NOP: [u8; 5] = [0x0f, 0x1f, 0x44, 0x00, 0x00];
+/// `endbr64`, and the `nopl -42(%rax)` that a sealed one becomes (arch/x86/include/asm/ibt.h, since 5.18).
+const ENDBRS: [[u8; 4]; 2] = [[0xf3, 0x0f, 0x1e, 0xfa], [0x0f, 0x1f, 0x40, 0xd6]];
+
+/// Why a function can't be redirected. Nothing was changed.
+#[derive(Debug, thiserror::Error)]
+pub enum RedirectError {
+    /// The kernel's tables could not be read.
+    #[error("reading what the kernel says of {name}")]
+    Kernel {
+        /// The function.
+        name: String,
+        /// Why.
+        source: Box<KernelError>,
+    },
+    /// A livepatch that the guest itself loaded redirects the function.
+    #[error("{name} at {at} is already held by a livepatch of the guest's own")]
+    OwnLivepatch {
+        /// The function.
+        name: String,
+        /// Its address.
+        at: Gva,
+    },
+    /// The function has no room for the jump.
+    #[error("{name} at {at} has {len} bytes, too short to redirect: the jump needs {needed}")]
+    TooShort {
+        /// The function.
+        name: String,
+        /// Its address.
+        at: Gva,
+        /// Bytes up to the next symbol.
+        len: u64,
+        /// Bytes that the jump would reach to.
+        needed: u64,
+    },
+    /// The kernel rewrites these very bytes itself.
+    #[error("{name} at {at}: {what} lies in the bytes that the jump would take")]
+    Rewritten {
+        /// The function.
+        name: String,
+        /// Its address.
+        at: Gva,
+        /// What lies there.
+        what: String,
+    },
+    /// The site holds something that nobody accounts for.
+    #[error("{name}: its ftrace site {at} holds {found}, expected the NOP 0f1f440000")]
+    Foreign {
+        /// The function.
+        name: String,
+        /// The site.
+        at: Gva,
+        /// Its bytes in hex.
+        found: String,
+    },
+    /// Further away than a jump reaches.
+    #[error("{name}: from {from} to {to} is further than a 32-bit jump reaches")]
+    Distance {
+        /// The function.
+        name: String,
+        /// Where the jump would stand.
+        from: Gva,
+        /// The new function.
+        to: Gva,
+    },
+}
+
+/// The changes that redirect the function `name`, `len` bytes at `at`, to `new`; `held` are the functions that
+/// livepatches of the guest's own have.
+pub fn redirect(
+    live: &Live<'_>,
+    name: &str,
+    at: Gva,
+    len: u64,
+    new: Gva,
+    held: &[Gva],
+) -> Result<(Redirect, Vec<Change>), RedirectError> {
+    let kernel = |source| RedirectError::Kernel {
+        name: name.to_owned(),
+        source: Box::new(source),
+    };
+    if held.contains(&at) {
+        return Err(RedirectError::OwnLivepatch {
+            name: name.to_owned(),
+            at,
+        });
+    }
+    let record = ftrace::record(live, at).map_err(kernel)?;
+    if let Some(record) = record.filter(|record| !record.is_held()) {
+        let bytes = read5(live, record.site).map_err(kernel)?;
+        if bytes != SITE_NOP {
+            let found = crate::change::hex::encode(&bytes);
+            return Err(RedirectError::Foreign {
+                name: name.to_owned(),
+                at: record.site,
+                found,
+            });
+        }
+        let mut changes = vec![jump(live, name, record.site, new, &bytes)?];
+        if !record.is_disabled() {
+            changes.push(disable(live, name, &record).map_err(kernel)?);
+        }
+        return Ok((Redirect::Ftrace, changes));
+    }
+    let entry = record.map_or_else(|| behind_endbr(live, at).map_err(kernel), |record| Ok(record.site))?;
+    let from = if record.is_some() {
+        entry.wrapping_add(JUMP_BYTES)
+    } else {
+        entry
+    };
+    let to = from.wrapping_add(JUMP_BYTES);
+    let needed = to.0.wrapping_sub(at.0);
+    if needed > len {
+        return Err(RedirectError::TooShort {
+            name: name.to_owned(),
+            at,
+            len,
+            needed,
+        });
+    }
+    if let Some(what) = sites::rewritten_in(live, &(from..to)).map_err(kernel)? {
+        return Err(RedirectError::Rewritten {
+            name: name.to_owned(),
+            at,
+            what,
+        });
+    }
+    let bytes = read5(live, from).map_err(kernel)?;
+    Ok((Redirect::Body, vec![jump(live, name, from, new, &bytes)?]))
+}
+
+/// The byte of `dyn_ftrace.flags` that holds the disabled bit: without it the guest's own tracing would find the jump
+/// in the site, warn, and turn ftrace off for good.
+fn disable(live: &Live<'_>, name: &str, record: &ftrace::FtraceRecord) -> Result<Change, KernelError> {
+    let bit = u64::from(record.meaning.disabled.trailing_zeros());
+    let at = record.flags_at.wrapping_add(bit / 8);
+    let (gpa, _) = physical(live, at)?;
+    Ok(Change::set_bits(format!("ftrace flags of {name}"), gpa, 1 << (bit % 8)))
+}
+
+/// The address behind an `endbr64` at `at`, which indirect calls need; else `at`.
+fn behind_endbr(live: &Live<'_>, at: Gva) -> Result<Gva, KernelError> {
+    let bytes = read5(live, at)?;
+    Ok(if ENDBRS.iter().any(|endbr| bytes.starts_with(endbr)) {
+        at.wrapping_add(ENDBR_BYTES)
+    } else {
+        at
+    })
+}
+
+fn jump(live: &Live<'_>, name: &str, from: Gva, to: Gva, old: &[u8; 5]) -> Result<Change, RedirectError> {
+    let distance = to.0.wrapping_sub(from.0.wrapping_add(JUMP_BYTES)).cast_signed();
+    let distance = i32::try_from(distance).map_err(|_| RedirectError::Distance {
+        name: name.to_owned(),
+        from,
+        to,
+    })?;
+    let [a, b, c, d] = distance.to_le_bytes();
+    let (gpa, contiguous) = physical(live, from).map_err(|source| RedirectError::Kernel {
+        name: name.to_owned(),
+        source: Box::new(source),
+    })?;
+    if contiguous < JUMP_BYTES {
+        return Err(RedirectError::TooShort {
+            name: name.to_owned(),
+            at: from,
+            len: contiguous,
+            needed: JUMP_BYTES,
+        });
+    }
+    Ok(Change::replace(
+        format!("jump of {name}"),
+        gpa,
+        old.to_vec(),
+        vec![0xe9, a, b, c, d],
+    ))
+}
+
+fn read5(live: &Live<'_>, at: Gva) -> Result<[u8; 5], KernelError> {
+    let mut bytes = [0; 5];
+    let what = "a function's entry";
+    live.read(at, &mut bytes)
+        .map_err(|source| KernelError::Unreadable { what, at, source })?;
+    Ok(bytes)
+}
+
+fn physical(live: &Live<'_>, at: Gva) -> Result<(Gpa, u64), KernelError> {
+    live.physical(at).map_err(|source| KernelError::Unreadable {
+        what: "a function's entry",
+        at,
+        source,
+    })
+}
