@@ -222,8 +222,8 @@ mod tests {
         };
         let config = config(&boot);
         assert_eq!(
-            (config.ram, config.vcpus, config.kernel.label()),
-            (Ram::SharedMemfd, 4, "6.1-cloud")
+            (config.ram, config.vcpus, config.kernel),
+            (Ram::SharedMemfd, 4, Some(Kernel::CLOUD_6_1))
         );
         assert_eq!(
             (config.append, config.qemu_args),

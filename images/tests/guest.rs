@@ -141,3 +141,11 @@ fn a_qemu_that_refuses_its_arguments_is_reported_with_its_own_words() {
         .to_string();
     assert!(error.contains("-no-such-option: invalid option"), "{error}");
 }
+
+#[test]
+fn a_guest_can_be_left_in_its_firmware() {
+    let guest = Guest::start(GuestConfig::without_kernel()).unwrap();
+    assert!(guest.is_running());
+    std::os::unix::net::UnixStream::connect(guest.qmp_path()).unwrap();
+    assert_eq!((guest.boots(), guest.kernel_release()), (0, ""));
+}

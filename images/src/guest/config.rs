@@ -42,8 +42,8 @@ pub enum QmpSpelling {
 /// a set of choices; the methods are for a chain of them.
 #[derive(Clone, Debug)]
 pub struct GuestConfig {
-    /// The kernel.
-    pub kernel: Kernel,
+    /// The kernel; `None` leaves the guest in its firmware, or to what [`GuestConfig::qemu_args`] make it boot.
+    pub kernel: Option<Kernel>,
     /// The number of vCPUs.
     pub vcpus: u32,
     /// RAM in MiB.
@@ -79,7 +79,15 @@ impl GuestConfig {
     /// One vCPU and 256 MiB of private RAM, with one QMP socket.
     pub fn new(kernel: Kernel) -> Self {
         Self {
-            kernel,
+            kernel: Some(kernel),
+            ..Self::without_kernel()
+        }
+    }
+
+    /// The same machine with nothing to boot.
+    pub fn without_kernel() -> Self {
+        Self {
+            kernel: None,
             vcpus: 1,
             memory_mib: 256,
             ram: Ram::default(),

@@ -2,6 +2,7 @@
 
 mod accel;
 mod config;
+mod error;
 mod process;
 mod qemu;
 mod run_folder;
@@ -16,9 +17,11 @@ use std::time::{Duration, Instant};
 
 pub use accel::Accel;
 pub use config::{GuestConfig, NameSpelling, QmpSpelling, Ram};
+pub use error::Error;
 
 use crate::channel::{self, Client, Request, Running};
-use crate::{cache, initramfs, kernel, modules};
+use crate::kernel::{Kernel, KernelFiles};
+use crate::{cache, initramfs, modules};
 use process::Process;
 use qemu::Files;
 use run_folder::RunFolder;
@@ -39,58 +42,6 @@ const PANIC: &str = "Kernel panic - not syncing";
 /// The modules that the channel needs, where a kernel has not built them in.
 const CHANNEL_MODULES: [&str; 2] = ["virtio_pci", "virtio_console"];
 
-/// Why a guest did not boot, or could not be ended.
-#[derive(Debug, thiserror::Error)]
-pub enum Error {
-    /// Its kernel could not be had.
-    #[error(transparent)]
-    Kernel(#[from] kernel::Error),
-    /// Its kernel's modules could not be had.
-    #[error(transparent)]
-    Modules(#[from] modules::Error),
-    /// Its root file system could not be made.
-    #[error(transparent)]
-    Initramfs(#[from] initramfs::Error),
-    /// A file on the host could not be made or read.
-    #[error(transparent)]
-    Files(#[from] cache::Error),
-    /// QEMU could not be started or watched.
-    #[error("can't {action} {}", qemu.display())]
-    Qemu {
-        /// What was being done.
-        action: &'static str,
-        /// QEMU.
-        qemu: PathBuf,
-        /// The cause.
-        source: io::Error,
-    },
-    /// QEMU ended before the guest had booted.
-    #[error("QEMU ended before the guest had booted: {status}: {log}")]
-    QemuEnded {
-        /// How.
-        status: ExitStatus,
-        /// What it wrote.
-        log: String,
-    },
-    /// The guest did not answer.
-    #[error("the guest did not boot ({reason}); the end of its console:\n{console}")]
-    NoBoot {
-        /// Why not.
-        reason: String,
-        /// Its console's last lines.
-        console: String,
-    },
-    /// The guest did not power off.
-    #[error("the guest did not power off within {} s", limit.as_secs())]
-    NoPowerOff {
-        /// How long it was waited for.
-        limit: Duration,
-    },
-    /// The channel failed.
-    #[error(transparent)]
-    Channel(#[from] channel::Error),
-}
-
 /// A running guest. Dropped, it is killed and its files are removed; killed as this program is, its QEMU dies, too.
 #[derive(Debug)]
 pub struct Guest {
@@ -107,37 +58,73 @@ pub struct Guest {
 impl Guest {
     /// Boots a guest and returns when it can run commands.
     pub fn boot(config: GuestConfig) -> Result<Self, Error> {
-        let kernel = config.kernel.fetch()?;
-        let wanted = config.modules.iter().map(String::as_str);
-        let wanted: Vec<&str> = CHANNEL_MODULES.into_iter().chain(wanted).collect();
-        let initramfs = initramfs::build(&modules::with_dependencies(&kernel, &wanted)?, &config.files)?;
+        let guest = Self::start(config)?;
+        guest.wait_for_boot(1)?;
+        Ok(guest)
+    }
 
+    /// Starts a guest and returns as soon as QEMU runs: for one that is to be seen in its firmware or early boot, that QEMU
+    /// holds paused (`-S`), or that runs no kernel of ours. It runs commands after [`Guest::wait_for_boot`].
+    pub fn start(config: GuestConfig) -> Result<Self, Error> {
+        let kernel = config.kernel.as_ref().map(Kernel::fetch).transpose()?;
         let folder = RunFolder::new()?;
         let files = Files::in_folder(folder.path());
-        let path = files.initramfs();
-        fs::write(&path, initramfs).map_err(cache::Error::io("write", &path))?;
+        if let Some(kernel) = &kernel {
+            write_initramfs(kernel, &config, &files)?;
+        }
         let own_name = || format!("vmpatch-{}-{}", std::process::id(), folder.number());
         let name = config.name.clone().unwrap_or_else(own_name);
-        let args = qemu::arguments(&config, &name, &kernel.vmlinuz, &files);
+        let vmlinuz = kernel.as_ref().map(|kernel| kernel.vmlinuz.as_path());
+        let args = qemu::arguments(&config, &name, vmlinuz, &files);
         let process = Process::start(&config.qemu, &args, &files.qemu_log()).map_err(|source| Error::Qemu {
             action: "start",
             qemu: config.qemu.clone(),
             source,
         })?;
-
-        let started = Instant::now();
         let client = connect(&process, &config, &files)?;
-        let guest = Self {
+        let kernel_release = kernel.map(|kernel| kernel.release).unwrap_or_default();
+        Ok(Self {
             process,
             client,
             files,
             config,
             name,
-            kernel_release: kernel.release,
+            kernel_release,
             folder,
-        };
-        guest.wait_for_boot(1, started + BOOT_LIMIT)?;
-        Ok(guest)
+        })
+    }
+
+    /// How often the guest has been seen to boot.
+    pub fn boots(&self) -> usize {
+        self.client.boots()
+    }
+
+    /// Waits until the guest has booted `boots` times since QEMU started, the first boot included, and can run commands.
+    pub fn wait_for_boot(&self, boots: usize) -> Result<(), Error> {
+        // In short steps, since neither QEMU's end nor a panic wakes anybody.
+        let deadline = Instant::now() + BOOT_LIMIT;
+        loop {
+            let lost = match self.client.wait_for_boot(boots, POLL) {
+                Ok(()) => return Ok(()),
+                Err(channel::Error::Timeout { .. }) => None,
+                Err(error) => Some(error.to_string()),
+            };
+            if let Some(status) = ended(&self.process, &self.config)? {
+                return Err(Error::QemuEnded {
+                    status,
+                    log: self.qemu_log()?,
+                });
+            }
+            let console = self.console()?;
+            let panicked = || console.contains(PANIC).then(|| "its kernel panicked".to_owned());
+            let late = || (Instant::now() >= deadline).then(|| format!("no answer in {} s", BOOT_LIMIT.as_secs()));
+            if let Some(reason) = lost.or_else(panicked).or_else(late) {
+                return Err(Error::NoBoot {
+                    reason,
+                    console: last_lines(&console, CONSOLE_TAIL_LINES),
+                });
+            }
+        }
     }
 
     /// Runs a command as root to its end, for a minute at most. An exit status other than 0 is not an error.
@@ -201,7 +188,7 @@ impl Guest {
         &self.config
     }
 
-    /// The kernel's release, as its package names it.
+    /// The kernel's release, as its package names it; empty where the guest has no kernel of ours.
     pub fn kernel_release(&self) -> &str {
         &self.kernel_release
     }
@@ -233,10 +220,10 @@ impl Guest {
 
     /// Reboots the guest in the same QEMU and returns when it can run commands again.
     pub fn reboot(&self) -> Result<(), Error> {
-        let boots = self.client.boots() + 1;
+        let boots = self.boots() + 1;
         // The command ends with the boot that it runs in.
         let running = self.spawn(&["reboot", "-f"])?;
-        self.wait_for_boot(boots, Instant::now() + BOOT_LIMIT)?;
+        self.wait_for_boot(boots)?;
         drop(running);
         Ok(())
     }
@@ -257,38 +244,20 @@ impl Guest {
     pub fn is_running(&self) -> bool {
         matches!(self.process.ended(), Ok(None))
     }
-
-    /// Waits for a boot in short steps, since neither QEMU's end nor a panic wakes anybody.
-    fn wait_for_boot(&self, boots: usize, deadline: Instant) -> Result<(), Error> {
-        loop {
-            let waited = match self.client.wait_for_boot(boots, POLL) {
-                Ok(()) => return Ok(()),
-                Err(channel::Error::Timeout { .. }) => None,
-                Err(error) => Some(error.to_string()),
-            };
-            if let Some(status) = ended(&self.process, &self.config)? {
-                return Err(Error::QemuEnded {
-                    status,
-                    log: self.qemu_log()?,
-                });
-            }
-            let console = self.console()?;
-            let panicked = || console.contains(PANIC).then(|| "its kernel panicked".to_owned());
-            let late = || (Instant::now() >= deadline).then(|| format!("no answer in {} s", BOOT_LIMIT.as_secs()));
-            if let Some(reason) = waited.or_else(panicked).or_else(late) {
-                return Err(Error::NoBoot {
-                    reason,
-                    console: last_lines(&console, CONSOLE_TAIL_LINES),
-                });
-            }
-        }
-    }
 }
 
 impl Drop for Guest {
     fn drop(&mut self) {
         self.client.close();
     }
+}
+
+fn write_initramfs(kernel: &KernelFiles, config: &GuestConfig, files: &Files) -> Result<(), Error> {
+    let wanted = config.modules.iter().map(String::as_str);
+    let wanted: Vec<&str> = CHANNEL_MODULES.into_iter().chain(wanted).collect();
+    let initramfs = initramfs::build(&modules::with_dependencies(kernel, &wanted)?, &config.files)?;
+    let path = files.initramfs();
+    Ok(fs::write(&path, initramfs).map_err(cache::Error::io("write", &path))?)
 }
 
 /// Connects to the channel's socket as soon as QEMU has opened it.

@@ -48,17 +48,15 @@ impl Files {
 }
 
 /// QEMU's arguments, without the program.
-pub(super) fn arguments(config: &GuestConfig, name: &str, vmlinuz: &Path, files: &Files) -> Vec<String> {
+pub(super) fn arguments(config: &GuestConfig, name: &str, vmlinuz: Option<&Path>, files: &Files) -> Vec<String> {
     let mut args = Arguments::default();
     args.flag("-nodefaults").flag("-no-user-config");
     args.option("-display", "none");
-    args.option(
-        "-name",
-        match config.name_spelling {
-            NameSpelling::GuestKey => format!("guest={}", value(name)),
-            NameSpelling::Plain => value(name),
-        },
-    );
+    let name = match config.name_spelling {
+        NameSpelling::GuestKey => format!("guest={}", value(name)),
+        NameSpelling::Plain => value(name),
+    };
+    args.option("-name", name);
     args.option("-accel", config.accel.qemu_value());
     let default_cpu = match config.accel {
         Accel::Kvm => "host",
@@ -76,12 +74,14 @@ pub(super) fn arguments(config: &GuestConfig, name: &str, vmlinuz: &Path, files:
             )
             .option("-machine", format!("{},memory-backend=ram0", config.machine)),
     };
-    args.option("-kernel", vmlinuz.display().to_string());
-    args.option("-initrd", files.initramfs().display().to_string());
-    args.option(
-        "-append",
-        [&[KERNEL_ARGS.to_owned()], config.append.as_slice()].concat().join(" "),
-    );
+    if let Some(vmlinuz) = vmlinuz {
+        args.option("-kernel", vmlinuz.display().to_string());
+        args.option("-initrd", files.initramfs().display().to_string());
+        args.option(
+            "-append",
+            [&[KERNEL_ARGS.to_owned()], config.append.as_slice()].concat().join(" "),
+        );
+    }
     args.option(
         "-chardev",
         format!("file,id=console,append=on,path={}", path(&files.console())),
@@ -143,7 +143,7 @@ mod tests {
         arguments(
             config,
             "vm,42",
-            Path::new("/boot/vmlinuz"),
+            Some(Path::new("/boot/vmlinuz")),
             &Files::in_folder(Path::new("/run/g")),
         )
         .join(" ")
