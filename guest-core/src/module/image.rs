@@ -5,6 +5,7 @@ use super::alternatives::{AltLayout, Alternative};
 use super::duty::{Duty, duty};
 use super::elf::{Relocation, SectionId, SectionOffset, SymbolId, SymbolPlace};
 use super::layout::{AreaKind, Layout, LayoutError};
+use super::orc::OrcRows;
 use super::sites::TableError;
 use super::{Patch, PatchModule};
 use object::elf::{R_X86_64_NONE, SHN_COMMON};
@@ -19,6 +20,8 @@ pub struct Image<'m, 'd> {
     pub(crate) places: Vec<Option<(AreaKind, u64)>>,
     /// The alternatives in placed code.
     pub(crate) alternatives: Vec<Alternative>,
+    /// How to unwind through placed code.
+    pub(crate) orc: OrcRows<'d>,
     layout: Layout,
     undefined: Vec<Undefined>,
 }
@@ -102,6 +105,8 @@ impl<'d> PatchModule<'d> {
                 layout.place(*id, section, *area)?;
             }
         }
+        let mut orc = self.orc_rows(|section| selection.needed.contains_key(&section))?;
+        orc.place(&mut layout)?;
         let mut places = vec![None; self.elf.sections.len()];
         for placed in &layout.sections {
             if let Some(place) = places.get_mut(placed.section.0) {
@@ -119,6 +124,7 @@ impl<'d> PatchModule<'d> {
             patch,
             places,
             alternatives,
+            orc,
             layout,
             undefined,
         })

@@ -63,7 +63,7 @@ pub struct Layout {
     pub rodata: Area,
     /// Variables, whether they have a value in the file or are zero.
     pub data: Area,
-    /// The sections that were placed, in the file's order.
+    /// The sections that were placed, in the file's order; those in [`AreaKind::Scratch`] not in the guest.
     pub sections: Vec<PlacedSection>,
     pub(crate) scratch: Area,
 }

@@ -2,6 +2,7 @@
 
 use super::elf::{Relocation, SectionOffset, SymbolPlace};
 use super::layout::AreaKind;
+use super::orc::OrcTables;
 use super::sites::TableError;
 use super::{Image, ResolveError, ResolveSymbol};
 use crate::addr::Gva;
@@ -40,6 +41,8 @@ pub struct Linked {
     pub data: Vec<u8>,
     /// Which new function stands for which old one.
     pub functions: Vec<LinkedFunction>,
+    /// How to unwind through the text; the tables are in the read-only data area.
+    pub orc: OrcTables,
 }
 
 /// A function to be replaced, and where its replacement will be.
@@ -139,6 +142,39 @@ pub enum LinkError {
         /// What should be there.
         expected: String,
     },
+    /// A thunk of the guest's kernel is in no known state.
+    #[error("the guest's {symbol} at {at} begins with {found:02x?}, expected {expected}")]
+    Thunk {
+        /// The thunk's name.
+        symbol: String,
+        /// Its address.
+        at: Gva,
+        /// Its first bytes.
+        found: Vec<u8>,
+        /// What it could begin with.
+        expected: &'static str,
+    },
+    /// The guest's kernel counts calls (`retbleed=stuff`), so ours would have to be counted too.
+    #[error("the guest's kernel tracks call depth (its return thunk is call_depth_return_thunk), which is not handled")]
+    CallDepth,
+    /// An alternative for a CPU feature that the guest's kernel does not know.
+    #[error("the alternative at {at} asks for CPU feature {feature}, the guest has {known}")]
+    Feature {
+        /// Section and offset of the entry.
+        at: String,
+        /// The feature's number.
+        feature: u16,
+        /// How many features the guest's kernel knows.
+        known: usize,
+    },
+    /// A call through a null pointer of the guest's `pv_ops`.
+    #[error("the paravirt call at {at} goes through {pointer}, which is null")]
+    NoOperation {
+        /// Section and offset of the call.
+        at: String,
+        /// Where the pointer is.
+        pointer: Gva,
+    },
     /// Guest memory that the work needs can't be read.
     #[error("cannot read {what}: {cause}")]
     Memory {
@@ -156,8 +192,15 @@ impl Image<'_, '_> {
     pub fn link(&self, bases: &Bases, guest: &GuestContext<'_>) -> Result<Linked, LinkError> {
         let mut linker = Linker::new(self, bases, guest)?;
         linker.relocate()?;
+        // The kernel's order (arch/x86/kernel/module.c, module_finalize): a direct paravirt call may be replaced by an
+        // alternative, and replacements contain returns and indirect branches.
+        linker.patch_paravirt()?;
+        linker.patch_indirect()?;
+        linker.patch_returns()?;
+        linker.apply_alternatives()?;
         linker.silence_fentry()?;
-        linker.finish()
+        let orc = linker.write_orc()?;
+        linker.finish(orc)
     }
 }
 
@@ -235,7 +278,7 @@ impl<'i, 'd, 'g> Linker<'i, 'd, 'g> {
         })
     }
 
-    fn finish(self) -> Result<Linked, LinkError> {
+    fn finish(self, orc: OrcTables) -> Result<Linked, LinkError> {
         let mut functions = Vec::new();
         for object in &self.image.patch.objects {
             for function in &object.functions {
@@ -254,6 +297,7 @@ impl<'i, 'd, 'g> Linker<'i, 'd, 'g> {
             rodata,
             data,
             functions,
+            orc,
         })
     }
 
@@ -302,7 +346,25 @@ impl<'i, 'd, 'g> Linker<'i, 'd, 'g> {
         Some((buffer, usize::try_from(base.checked_add(at.offset)?).ok()?))
     }
 
-    /// True where the place goes into the guest.
+    /// First byte of an area.
+    pub(super) fn base(&self, area: AreaKind) -> Gva {
+        self.buffers
+            .iter()
+            .find(|buffer| buffer.kind == area)
+            .map_or(Gva(0), |buffer| buffer.base)
+    }
+
+    /// Writes at an offset of an area that was reserved for it.
+    pub(super) fn write_area(&mut self, area: AreaKind, offset: u64, bytes: &[u8]) {
+        let buffer = self.buffers.iter_mut().find(|buffer| buffer.kind == area);
+        let start = usize::try_from(offset).unwrap_or(usize::MAX);
+        let slot = buffer.and_then(|b| b.bytes.get_mut(start..start.saturating_add(bytes.len())));
+        if let Some(slot) = slot {
+            slot.copy_from_slice(bytes);
+        }
+    }
+
+    /// True where the place goes into the guest, or alternatives copy from there.
     pub(super) fn is_placed(&self, at: SectionOffset) -> bool {
         self.image.places.get(at.section.0).is_some_and(Option::is_some)
     }

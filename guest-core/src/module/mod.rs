@@ -10,6 +10,7 @@
 //! Nothing here writes to a guest. The file is treated as hostile: every length and offset in it is checked.
 
 mod alternatives;
+mod branches;
 mod duty;
 mod elf;
 mod error;
@@ -20,13 +21,17 @@ mod layout;
 mod link;
 mod modinfo;
 mod nops;
+mod orc;
+mod paravirt;
 mod relocate;
+mod replace;
 mod resolve;
 mod sites;
 #[cfg(test)]
 mod testing;
 #[cfg(test)]
 mod tests;
+mod thunks;
 
 pub use alternatives::AltLayout;
 pub use elf::{SectionId, SectionOffset};
@@ -36,6 +41,7 @@ pub use klp::{KlpLayout, Patch, PatchError, PatchFunction, PatchObject};
 pub use layout::{Area, AreaKind, Layout, LayoutError, PlacedSection};
 pub use link::{Bases, GuestContext, LinkError, Linked, LinkedFunction};
 pub use modinfo::ModInfo;
+pub use orc::OrcTables;
 pub use resolve::{ResolveError, ResolveSymbol};
 pub use sites::TableError;
 

@@ -1,6 +1,7 @@
 //! x86-64 relocations, those that kernel modules use (`__apply_relocate_add` in arch/x86/kernel/module.c).
 
 use super::elf::{Relocation, SectionOffset};
+use super::layout::AreaKind;
 use super::link::{LinkError, Linker};
 use object::elf::{
     R_X86_64_32, R_X86_64_32S, R_X86_64_64, R_X86_64_NONE, R_X86_64_PC32, R_X86_64_PC64, R_X86_64_PLT32, RelocationType,
@@ -54,7 +55,13 @@ impl Linker<'_, '_, '_> {
     /// replacements for placed code: others may refer to what is not placed.
     pub(super) fn relocate(&mut self) -> Result<(), LinkError> {
         let module = self.image.module;
-        for placed in &self.image.layout().sections {
+        for placed in self
+            .image
+            .layout()
+            .sections
+            .iter()
+            .filter(|placed| placed.area != AreaKind::Scratch)
+        {
             let Some(section) = module.section(placed.section) else {
                 continue;
             };

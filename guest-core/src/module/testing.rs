@@ -38,6 +38,17 @@ pub(super) const ALT_6_1: AltLayout = AltLayout {
     replacementlen: 11,
 };
 
+/// `struct alt_instr` of 6.12.
+pub(super) const ALT_6_12: AltLayout = AltLayout {
+    size: 14,
+    instr_offset: 0,
+    repl_offset: 4,
+    cpuid: 8,
+    flags: Some(10),
+    instrlen: 12,
+    replacementlen: 13,
+};
+
 /// Where tests put the areas.
 pub(super) const BASES: Bases = Bases {
     text: Gva(0xffff_ffff_8100_0000),

@@ -1,0 +1,188 @@
+//! ORC: how to unwind through the new functions. Kept beside them in the guest, so that their frames can be unwound by
+//! whoever finds the tables: the guest does not know them by itself.
+//!
+//! As in a loaded module: a table of 4-byte distances, each from itself to the code that an entry begins to hold for, and
+//! a table of the entries, both in the order of the code (arch/x86/kernel/unwind_orc.c, `unwind_module_init`).
+
+use super::PatchModule;
+use super::elf::{SectionId, SectionOffset};
+use super::layout::{AreaKind, Layout, LayoutError};
+use super::link::{LinkError, Linker};
+use super::sites::{Pointer, TableError};
+use crate::addr::Gva;
+
+const IPS: &str = ".orc_unwind_ip";
+const ENTRIES: &str = ".orc_unwind";
+/// Bytes of an entry that are plausible: 6 in all releases up to 7.x (arch/x86/include/asm/orc_types.h).
+const ENTRY_BYTES_MAX: u64 = 16;
+
+/// The rows for placed code, before it has addresses.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(crate) struct OrcRows<'d> {
+    rows: Vec<(SectionOffset, &'d [u8])>,
+    entry_size: u64,
+    /// Offsets of the two tables in the read-only area.
+    ips: u64,
+    entries: u64,
+}
+
+/// The ORC tables of linked code.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct OrcTables {
+    /// Where the table of distances is, 4 bytes each.
+    pub ips: Gva,
+    /// Where the table of entries is.
+    pub entries: Gva,
+    /// Bytes of an entry.
+    pub entry_size: u64,
+    /// What the tables say, in their order: from this address on, this entry (the bytes of a `struct orc_entry`).
+    pub rows: Vec<(Gva, Vec<u8>)>,
+}
+
+impl<'d> PatchModule<'d> {
+    /// The rows whose code `is_placed`.
+    pub(crate) fn orc_rows(&self, is_placed: impl Fn(SectionId) -> bool) -> Result<OrcRows<'d>, TableError> {
+        let sites = self.sites(IPS, Pointer::Relative)?;
+        let Some((_, table)) = self.section_named(ENTRIES).filter(|_| !sites.is_empty()) else {
+            return Ok(OrcRows::default());
+        };
+        let expected = "one entry for each of .orc_unwind_ip";
+        let wrong = |found: String| TableError::new(table, table.size, found, expected);
+        let count = sites.len() as u64;
+        let entry_size = table.size / count;
+        if table.size % count != 0
+            || !(1..=ENTRY_BYTES_MAX).contains(&entry_size)
+            || table.data.len() as u64 != table.size
+        {
+            return Err(wrong(format!("{} bytes for {count} entries", table.size)));
+        }
+        let chunk = usize::try_from(entry_size).unwrap_or(1);
+        let rows = sites.into_iter().zip(table.data.chunks_exact(chunk));
+        let rows = rows.filter(|(at, _)| is_placed(at.section)).collect();
+        Ok(OrcRows {
+            rows,
+            entry_size,
+            ..OrcRows::default()
+        })
+    }
+}
+
+impl OrcRows<'_> {
+    /// Reserves room for the tables.
+    pub(crate) fn place(&mut self, layout: &mut Layout) -> Result<(), LayoutError> {
+        let count = self.rows.len() as u64;
+        if count > 0 {
+            self.ips = layout.reserve(IPS, AreaKind::RoData, count.saturating_mul(4), 4)?;
+            self.entries = layout.reserve(ENTRIES, AreaKind::RoData, count.saturating_mul(self.entry_size), 2)?;
+        }
+        Ok(())
+    }
+}
+
+impl Linker<'_, '_, '_> {
+    /// Writes the tables and returns what they say.
+    pub(super) fn write_orc(&mut self) -> Result<OrcTables, LinkError> {
+        let image = self.image;
+        let mut rows = Vec::with_capacity(image.orc.rows.len());
+        for (at, entry) in &image.orc.rows {
+            // A section's last row ends it, and may share its address with the next section's first, which must win: that
+            // is the later one.
+            let ends = image
+                .module
+                .section(at.section)
+                .is_some_and(|section| section.size == at.offset);
+            rows.push((self.address(*at)?, !ends, *entry));
+        }
+        rows.sort_by_key(|(address, begins, _)| (*address, *begins));
+        let base = self.base(AreaKind::RoData);
+        let (ips, entries) = (base.wrapping_add(image.orc.ips), base.wrapping_add(image.orc.entries));
+        for (index, (address, _, entry)) in (0_u64..).zip(&rows) {
+            let place = ips.wrapping_add(index * 4);
+            let distance = i32::try_from(address.wrapping_sub(place.0).cast_signed());
+            let distance = distance.map_err(|_| LinkError::Overflow {
+                at: format!("{IPS}+{:#x}", index * 4),
+                place: place.0,
+                kind: "an ORC distance",
+                symbol: "the code".into(),
+                target: *address,
+            })?;
+            self.write_area(AreaKind::RoData, image.orc.ips + index * 4, &distance.to_le_bytes());
+            self.write_area(
+                AreaKind::RoData,
+                image.orc.entries + index * image.orc.entry_size,
+                entry,
+            );
+        }
+        let rows = rows
+            .into_iter()
+            .map(|(address, _, entry)| (Gva(address), entry.to_vec()))
+            .collect();
+        Ok(OrcTables {
+            ips,
+            entries,
+            entry_size: image.orc.entry_size,
+            rows,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::addr::Gva;
+    use crate::module::PatchModule;
+    use crate::module::testing::{ALT_6_1, BASES, KLP_6_1, TestElf, TestGuest};
+    use object::elf::{R_X86_64_PC32, R_X86_64_PLT32, SHF_ALLOC, SHF_EXECINSTR};
+
+    #[test]
+    fn rows_of_placed_code_are_sorted_and_written_as_the_kernel_keeps_them() {
+        // jmp .text.unlikely; the two sections lie side by side.
+        let mut elf = TestElf::livepatch(&[0xe9, 0, 0, 0, 0]);
+        let cold = elf.section(".text.unlikely", SHF_ALLOC.0 | SHF_EXECINSTR.0, &[0xc3]);
+        let cold = elf.section_symbol(cold);
+        elf.relocation(1, 1, R_X86_64_PLT32, cold, -4);
+        let ips = elf.section(".orc_unwind_ip", SHF_ALLOC.0, &[0; 20]);
+        // Out of order: cold's begin, text's end (the same address), text's begin, init's, cold's end.
+        for (offset, (symbol, addend)) in [(cold, 0), (1, 5), (1, 0), (4, 0), (cold, 1)].into_iter().enumerate() {
+            elf.relocation(ips, offset as u64 * 4, R_X86_64_PC32, symbol, addend);
+        }
+        let entries: Vec<u8> = (0..5).flat_map(|entry| [entry; 6]).collect();
+        elf.section(".orc_unwind", SHF_ALLOC.0, &entries);
+        let file = elf.build();
+        let module = PatchModule::parse(&file).unwrap();
+        let patch = module.patch(&KLP_6_1).unwrap();
+        let image = module.image(&patch, &ALT_6_1).unwrap();
+        let linked = image.link(&BASES, &TestGuest::default().context()).unwrap();
+        let text = BASES.text;
+        let rows: Vec<_> = linked
+            .orc
+            .rows
+            .iter()
+            .map(|(at, entry)| (at.0 - text.0, entry[0]))
+            .collect();
+        assert_eq!(rows, [(0, 2), (5, 1), (5, 0), (6, 4)]);
+        assert_eq!(
+            (linked.orc.ips, linked.orc.entries),
+            (BASES.rodata, BASES.rodata.wrapping_add(16))
+        );
+        let distance = i32::from_le_bytes(linked.rodata[4..8].try_into().unwrap());
+        assert_eq!(
+            linked.orc.ips.wrapping_add(4).wrapping_offset(distance.into()),
+            Gva(text.0 + 5)
+        );
+        assert_eq!(linked.rodata[16..], [[2; 6], [1; 6], [0; 6], [4; 6]].concat());
+    }
+
+    #[test]
+    fn tables_that_do_not_match_are_refused() {
+        let mut elf = TestElf::livepatch(&[0xc3]);
+        let ips = elf.section(".orc_unwind_ip", SHF_ALLOC.0, &[0; 8]);
+        elf.relocation(ips, 0, R_X86_64_PC32, 1, 0);
+        elf.relocation(ips, 4, R_X86_64_PC32, 1, 1);
+        elf.section(".orc_unwind", SHF_ALLOC.0, &[0; 13]);
+        let file = elf.build();
+        let module = PatchModule::parse(&file).unwrap();
+        let patch = module.patch(&KLP_6_1).unwrap();
+        let error = module.image(&patch, &ALT_6_1).unwrap_err();
+        assert!(error.to_string().contains("13 bytes for 2 entries"), "{error}");
+    }
+}
