@@ -4,6 +4,7 @@
 
 use std::error::Error;
 
+use images::build::hand_written::{Applied, Refused};
 use images::build::{Cve, KernelTree, programs};
 use images::cache::Cache;
 
@@ -14,8 +15,14 @@ fn main() -> Result<(), Box<dyn Error>> {
     let cache = Cache::from_env()?;
     println!("{}", programs::build(&cache)?.display());
     let tree = KernelTree::fetch(&cache, &release, version.as_deref())?;
-    for cve in Cve::ALL {
+    for cve in Cve::ALL.into_iter().filter(|cve| cve.concerns(&release)) {
         println!("{}", cve.module(&tree)?.display());
+    }
+    for module in Applied::ALL {
+        println!("{}", module.build(&tree)?.display());
+    }
+    for module in Refused::ALL {
+        println!("{}", module.build(&tree)?.display());
     }
     Ok(())
 }

@@ -26,13 +26,15 @@
 #define PATCH_AT(old, new, position) \
 	{ .old_name = #old, .new_func = new, .old_sympos = position }
 
+/* A patch of vmlinux, of these functions. */
 #define LIVEPATCH(...) \
 	static struct klp_func klp_funcs[] = { __VA_ARGS__, { } }; \
 	static struct klp_object klp_objects[] = { { .funcs = klp_funcs }, { } }; \
-	static struct klp_patch klp_patch = { \
-		.mod = THIS_MODULE, \
-		.objs = klp_objects, \
-	}; \
+	LIVEPATCH_OF(klp_objects)
+
+/* A patch of these objects. */
+#define LIVEPATCH_OF(objects) \
+	static struct klp_patch klp_patch = { .mod = THIS_MODULE, .objs = objects }; \
 	static int __init klp_module_init(void) \
 	{ \
 		return klp_enable_patch(&klp_patch); \

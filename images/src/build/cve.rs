@@ -17,6 +17,8 @@ pub enum Cve {
 /// The package that has the fixes, and its first version with all of them.
 const FIXED_PACKAGE: &str = "linux-source-6.1";
 const FIXED_VERSION: &str = "6.1.192-2";
+/// What the releases of that series begin with.
+const FIXED_SERIES: &str = "6.1.";
 
 impl Cve {
     /// All of them.
@@ -59,9 +61,21 @@ impl Cve {
         format!("livepatch-{}", self.id().to_lowercase())
     }
 
+    /// Whether the fix is made for that kernel: it is of the series whose source package has the fix.
+    pub fn concerns(self, release: &str) -> bool {
+        release.starts_with(FIXED_SERIES)
+    }
+
     /// Builds the livepatch module for that kernel, the functions taken from Debian's fixed source package. Returns the
     /// `.ko` in the cache.
     pub fn module(self, tree: &KernelTree) -> Result<PathBuf, Error> {
+        if !self.concerns(tree.release()) {
+            return Err(Error::OtherSeries {
+                id: self.id(),
+                release: tree.release().to_owned(),
+                series: FIXED_SERIES,
+            });
+        }
         let files = Self::ALL.map(Self::file);
         let folder = source::kernel_files(tree.cache(), FIXED_PACKAGE, FIXED_VERSION, &files)?;
         let fixed = FixedFunctions {

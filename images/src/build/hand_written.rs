@@ -1,1 +1,165 @@
-//! Livepatch modules of our own (`images/modules/`), each for one thing that patching must do or refuse.
+//! Livepatch modules of our own (`images/modules/`), each for one thing that patching must do or refuse. They fit every
+//! kernel that the tests boot.
+
+use std::path::PathBuf;
+
+use super::{Error, KernelTree, Module};
+
+macro_rules! text {
+    ($path:literal) => {
+        include_str!(concat!("../../modules/", $path, ".c"))
+    };
+}
+
+/// A module that is to be applied. Its effect is seen by the program of the same name (see [`super::programs`]).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Applied {
+    /// `__x64_sys_sysinfo` and `si_meminfo`, which see whether the other one is of their own age.
+    Pair,
+    /// `__x64_sys_pause`, in which tasks sleep, in the old one as in the new.
+    Pause,
+    /// `kstrtoint`, which has no ftrace site.
+    Kstrtoint,
+    /// `__x64_sys_sysinfo`, with livepatch relocations to symbols that are not exported, some of them ambiguous.
+    Symbols,
+    /// `__x64_sys_sysinfo`, with work for the loader: alternatives, retpolines, SMP locks, paravirt, all kinds of data.
+    Sections,
+    /// `__x64_sys_sysinfo`, with a line for the kernel's log, in which `vmpatch test: sysinfo of ` and the task's command
+    /// stand.
+    Printk,
+}
+
+impl Applied {
+    /// All of them.
+    pub const ALL: [Self; 6] = [
+        Self::Pair,
+        Self::Pause,
+        Self::Kstrtoint,
+        Self::Symbols,
+        Self::Sections,
+        Self::Printk,
+    ];
+
+    /// The name, its program's too.
+    pub fn name(self) -> &'static str {
+        self.name_and_text().0
+    }
+
+    /// The functions that it replaces.
+    pub fn functions(self) -> &'static [&'static str] {
+        match self {
+            Self::Pair => &["__x64_sys_sysinfo", "si_meminfo"],
+            Self::Pause => &["__x64_sys_pause"],
+            Self::Kstrtoint => &["kstrtoint"],
+            Self::Symbols | Self::Sections | Self::Printk => &["__x64_sys_sysinfo"],
+        }
+    }
+
+    /// Builds the module for that kernel. Returns the `.ko` in the cache.
+    pub fn build(self, tree: &KernelTree) -> Result<PathBuf, Error> {
+        let (name, text) = self.name_and_text();
+        let module = Module::new(&format!("test-{name}")).source(name, text);
+        let module = if self == Self::Symbols {
+            module.allow_undefined()
+        } else {
+            module
+        };
+        module.build(tree)
+    }
+
+    fn name_and_text(self) -> (&'static str, &'static str) {
+        match self {
+            Self::Pair => ("pair", text!("pair")),
+            Self::Pause => ("pause", text!("pause")),
+            Self::Kstrtoint => ("kstrtoint", text!("kstrtoint")),
+            Self::Symbols => ("symbols", text!("symbols")),
+            Self::Sections => ("sections", text!("sections")),
+            Self::Printk => ("printk", text!("printk")),
+        }
+    }
+}
+
+/// A module that is to be refused by name, the guest untouched. A module for another release than the guest's is any of
+/// the others, built for another kernel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Refused {
+    /// Calls `vmpatch_test_missing`, which no kernel has.
+    Unresolved,
+    /// Patches `vmpatch_test_missing`, which no kernel has.
+    Missing,
+    /// Patches `c_start`, of which there are three, without a position.
+    Ambiguous,
+    /// Patches the 99th `c_start`.
+    NoSuchPosition,
+    /// Patches `srso_untrain_ret`, which has two bytes.
+    TooShort,
+    /// Has a `__jump_table`.
+    JumpTable,
+    /// Has an `__ex_table`.
+    ExceptionTable,
+    /// Has a `__bug_table`.
+    BugTable,
+    /// Has `.static_call_sites`.
+    StaticCall,
+    /// Has `.data..percpu`.
+    PercpuData,
+    /// Wants a callback to run before it is applied.
+    Callbacks,
+    /// Patches a function of the module `vmpatch_test`.
+    OtherObject,
+    /// Has six megabytes of code.
+    TooBig,
+    /// Is a module, but no livepatch.
+    NoLivepatch,
+}
+
+impl Refused {
+    /// All of them.
+    pub const ALL: [Self; 14] = [
+        Self::Unresolved,
+        Self::Missing,
+        Self::Ambiguous,
+        Self::NoSuchPosition,
+        Self::TooShort,
+        Self::JumpTable,
+        Self::ExceptionTable,
+        Self::BugTable,
+        Self::StaticCall,
+        Self::PercpuData,
+        Self::Callbacks,
+        Self::OtherObject,
+        Self::TooBig,
+        Self::NoLivepatch,
+    ];
+
+    /// Builds the module for that kernel. Returns the `.ko` in the cache.
+    pub fn build(self, tree: &KernelTree) -> Result<PathBuf, Error> {
+        let (name, text) = self.name_and_text();
+        let module = Module::new(&format!("refused-{}", name.replace('_', "-"))).source(name, text);
+        let module = match self {
+            Self::Unresolved => module.allow_undefined(),
+            Self::TooBig => module.unchecked_source("too_big_text", text!("refused/too_big_text")),
+            _ => module,
+        };
+        module.build(tree)
+    }
+
+    fn name_and_text(self) -> (&'static str, &'static str) {
+        match self {
+            Self::Unresolved => ("unresolved", text!("refused/unresolved")),
+            Self::Missing => ("missing", text!("refused/missing")),
+            Self::Ambiguous => ("ambiguous", text!("refused/ambiguous")),
+            Self::NoSuchPosition => ("no_such_position", text!("refused/no_such_position")),
+            Self::TooShort => ("too_short", text!("refused/too_short")),
+            Self::JumpTable => ("jump_table", text!("refused/jump_table")),
+            Self::ExceptionTable => ("exception_table", text!("refused/exception_table")),
+            Self::BugTable => ("bug_table", text!("refused/bug_table")),
+            Self::StaticCall => ("static_call", text!("refused/static_call")),
+            Self::PercpuData => ("percpu_data", text!("refused/percpu_data")),
+            Self::Callbacks => ("callbacks", text!("refused/callbacks")),
+            Self::OtherObject => ("other_object", text!("refused/other_object")),
+            Self::TooBig => ("too_big", text!("refused/too_big")),
+            Self::NoLivepatch => ("no_livepatch", text!("refused/no_livepatch")),
+        }
+    }
+}

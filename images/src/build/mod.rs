@@ -68,6 +68,16 @@ pub enum Error {
         /// The machine's, from its `--version`.
         found: String,
     },
+    /// The fix of a flaw is not made for a kernel of that series.
+    #[error("{id} has a fix for kernels {series}* here, not for {release}")]
+    OtherSeries {
+        /// The flaw.
+        id: &'static str,
+        /// The kernel's release.
+        release: String,
+        /// What the releases begin with that the fix is made for.
+        series: &'static str,
+    },
     /// A source file does not define a function exactly once.
     #[error("{file} has {found} definitions of {function}, not one")]
     NotOneDefinition {

@@ -9,8 +9,11 @@ use super::{Error, KernelTree, digest, klp_rela};
 use crate::cache;
 use crate::command;
 
-/// The header that all livepatch modules here share; every module's folder has it.
-const LIVEPATCH_H: &str = include_str!("../../modules/livepatch.h");
+/// The headers that the modules here share; every module's folder has them.
+const HEADERS: [(&str, &str); 2] = [
+    ("livepatch.h", include_str!("../../modules/livepatch.h")),
+    ("sysinfo.h", include_str!("../../modules/sysinfo.h")),
+];
 
 /// No debug information: it is most of the time and of the file. Warnings are errors, for nobody would see them.
 const FLAGS: &str = "-g0 -Werror";
@@ -81,7 +84,8 @@ impl Module {
     /// cache.
     pub fn build(&self, tree: &KernelTree) -> Result<PathBuf, Error> {
         let kbuild = self.kbuild();
-        let mut inputs = vec![tree.id(), tree.compiler(), &kbuild, LIVEPATCH_H, klp_rela::RULES];
+        let mut inputs = vec![tree.id(), tree.compiler(), &kbuild, klp_rela::RULES];
+        inputs.extend(HEADERS.map(|(_, text)| text));
         inputs.extend(
             self.sources
                 .iter()
@@ -109,7 +113,7 @@ impl Module {
             fs::write(&path, text).map_err(cache::Error::io("write", &path))
         };
         write("Kbuild", kbuild)?;
-        write("livepatch.h", LIVEPATCH_H)?;
+        HEADERS.iter().try_for_each(|(name, text)| write(name, text))?;
         for source in &self.sources {
             write(&format!("{}.c", source.stem), &source.text)?;
         }

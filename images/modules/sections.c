@@ -1,0 +1,150 @@
+/*
+ * Every section that a loader has to work on before new code runs as it should,
+ * in one new sysinfo(). Each check that holds sets its bit in totalhigh; the
+ * program sections knows their names. Its first call counts 41 on to 42.
+ */
+#include <linux/irqflags.h>
+#include <linux/spinlock.h>
+#include <asm/alternative.h>
+#include <asm/cpufeature.h>
+#include "livepatch.h"
+#include "sysinfo.h"
+
+#define NEW 0x4e58
+
+enum {
+	DATA,		/* .data, .bss */
+	RODATA,		/* .rodata, .rodata.str* */
+	ALTERNATIVE_ON,	/* .altinstructions for a feature that is always there */
+	ALTERNATIVE_OFF, /* ... and for one that never is */
+	ALTERNATIVE_CALL, /* ... with a call, whose distance changes as it moves */
+	FEATURE,	/* static_cpu_has(): a jump, and code in .altinstr_aux */
+	INDIRECT_CALL,	/* .retpoline_sites */
+	LOCKED,		/* .smp_locks */
+	INTERRUPTS,	/* .parainstructions, or alternatives since 6.8 */
+	SPINLOCK,
+	CHECKS
+};
+
+static unsigned long calls = 41;
+static unsigned long zeroes[600];
+static const char text[] = "a text of the module";
+static atomic_t atomic = ATOMIC_INIT(0);
+static DEFINE_SPINLOCK(lock);
+
+static noinline int add(int a, int b) { return a + b; }
+static noinline int take(int a, int b) { return a - b; }
+static int (*const operations[])(int, int) = { add, take };
+
+asmlinkage __used int vmpatch_test_one(void);
+asmlinkage __used int vmpatch_test_two(void);
+asmlinkage __used noinline int vmpatch_test_one(void) { return 1; }
+asmlinkage __used noinline int vmpatch_test_two(void) { return 2; }
+
+static bool data_holds(void)
+{
+	unsigned long sum = 0;
+	unsigned int i;
+
+	for (i = 0; i < ARRAY_SIZE(zeroes); i++)
+		sum += READ_ONCE(zeroes[i]);
+	return sum == 0;
+}
+
+static bool rodata_holds(void)
+{
+	const char *volatile pointer = text;
+
+	return !strcmp(pointer, "a text of the module");
+}
+
+static int alternative_on(void)
+{
+	int which;
+
+	asm volatile(ALTERNATIVE("movl $1, %0", "movl $2, %0", X86_FEATURE_ALWAYS)
+		     : "=r" (which));
+	return which;
+}
+
+static int alternative_off(void)
+{
+	int which;
+
+	asm volatile(ALTERNATIVE("movl $1, %0", "movl $2, %0",
+				 ALT_NOT(X86_FEATURE_ALWAYS))
+		     : "=r" (which));
+	return which;
+}
+
+static int alternative_called(void)
+{
+	int which;
+
+	asm volatile(ALTERNATIVE("call vmpatch_test_one", "call vmpatch_test_two",
+				 X86_FEATURE_ALWAYS)
+		     : "=a" (which), ASM_CALL_CONSTRAINT
+		     : : "rcx", "rdx", "rsi", "rdi", "r8", "r9", "r10", "r11",
+			 "memory", "cc");
+	return which;
+}
+
+static bool indirect_calls_hold(void)
+{
+	unsigned int volatile first = 0, second = 1;
+
+	return operations[first](5, 3) == 8 && operations[second](5, 3) == 2;
+}
+
+static bool locked_holds(void)
+{
+	atomic_add(3, &atomic);
+	return atomic_sub_return(3, &atomic) >= 0;
+}
+
+static bool interrupts_hold(void)
+{
+	unsigned long flags;
+	bool before = irqs_disabled(), between, after;
+
+	local_irq_save(flags);
+	between = irqs_disabled();
+	local_irq_restore(flags);
+	after = irqs_disabled();
+	return !before && between && !after;
+}
+
+static bool spinlock_holds(void)
+{
+	bool locked;
+
+	spin_lock(&lock);
+	locked = spin_is_locked(&lock);
+	spin_unlock(&lock);
+	return locked;
+}
+
+static long livepatch_sysinfo(const struct pt_regs *regs)
+{
+	struct sysinfo info = {
+		.totalram = __atomic_add_fetch(&calls, 1, __ATOMIC_RELAXED),
+		.freeram = CHECKS,
+		.sharedram = static_cpu_has(X86_FEATURE_XMM4_2),
+		.pad = NEW,
+		.mem_unit = 1,
+	};
+
+	info.totalhigh = data_holds() << DATA |
+			 rodata_holds() << RODATA |
+			 (alternative_on() == 2) << ALTERNATIVE_ON |
+			 (alternative_off() == 1) << ALTERNATIVE_OFF |
+			 (alternative_called() == 2) << ALTERNATIVE_CALL |
+			 (static_cpu_has(X86_FEATURE_LM) && !static_cpu_has(X86_FEATURE_K8)) << FEATURE |
+			 indirect_calls_hold() << INDIRECT_CALL |
+			 locked_holds() << LOCKED |
+			 interrupts_hold() << INTERRUPTS |
+			 spinlock_holds() << SPINLOCK;
+	return sysinfo_reply(regs, &info);
+}
+
+LIVEPATCH(PATCH(__x64_sys_sysinfo, livepatch_sysinfo));

@@ -1,0 +1,26 @@
+/*
+ * New sysinfo() system calls: the cheapest way for any user's program to call a
+ * function of the kernel, and to get fourteen words back.
+ */
+#ifndef SYSINFO_H
+#define SYSINFO_H
+
+#include <linux/string.h>
+#include <linux/sysinfo.h>
+#include <linux/uaccess.h>
+#include <asm/ptrace.h>
+
+/* Word by word: put_user() is a call, larger copies need an exception table. */
+static long sysinfo_reply(const struct pt_regs *regs, const struct sysinfo *info)
+{
+	unsigned long __user *to = (unsigned long __user *)regs->di;
+	const unsigned long *from = (const unsigned long *)info;
+	unsigned int i;
+
+	for (i = 0; i < sizeof(*info) / sizeof(*from); i++)
+		if (put_user(from[i], to + i))
+			return -EFAULT;
+	return 0;
+}
+
+#endif
