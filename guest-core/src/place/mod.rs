@@ -5,5 +5,5 @@ pub mod record;
 pub mod registry;
 
 pub use cave::{Cave, FILLER};
-pub use record::{PatchedFunction, Record, Redirect, Span};
+pub use record::{Orc, PatchedFunction, Record, Redirect, Span};
 pub use registry::{Entry, Pages, Registry, RegistryError, State};

@@ -1,6 +1,6 @@
 //! What the registry keeps of one patch: enough to show it, to unwind through it, and to take it out.
 
-use crate::change::{Change, hex};
+use crate::change::Change;
 use serde::{Deserialize, Serialize};
 
 /// How a function is redirected.
@@ -41,6 +41,17 @@ pub struct Span {
     pub len: u64,
 }
 
+/// ORC tables in the guest, as the kernel's loader sorts a module's: guest-virtual.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct Orc {
+    /// The table of place-relative distances, 4 bytes each.
+    pub ips: u64,
+    /// The table of `struct orc_entry`.
+    pub entries: u64,
+    /// Number of elements of each.
+    pub count: u64,
+}
+
 /// One patch, as kept in the guest. JSON, so that newer versions can add members and people can read a dump.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Record {
@@ -62,9 +73,9 @@ pub struct Record {
     pub rodata: Span,
     /// Its data.
     pub data: Span,
-    /// ORC of the new code: where `orc_entry_bytes` says how long an entry is, the 8-byte address and the entry, for each.
-    #[serde(with = "hex", default)]
-    pub orc: Vec<u8>,
+    /// The new code's ORC tables, within its read-only data.
+    #[serde(default)]
+    pub orc: Orc,
     /// The sites and flags that the commit changed: undone in reverse to take the patch out.
     pub changes: Vec<Change>,
 }

@@ -11,7 +11,7 @@ use crate::module::{
     PatchModule, ResolveError, ResolveSymbol,
 };
 use crate::paging::{PAGE_SIZE, entry};
-use crate::place::{FILLER, Pages, PatchedFunction, Record, Registry, RegistryError, Span, State};
+use crate::place::{FILLER, Orc, Pages, PatchedFunction, Record, Registry, RegistryError, Span, State};
 use crate::redirect::{RedirectError, redirect};
 use sha2::{Digest, Sha256};
 
@@ -175,7 +175,11 @@ pub fn apply(live: &Live<'_>, registry: &Registry, file: &[u8], options: &ApplyO
         text: span(bases.text, sizes[0]),
         rodata: span(bases.rodata, sizes[1]),
         data: span(bases.data, sizes[2]),
-        orc: Vec::new(),
+        orc: Orc {
+            ips: linked.orc.ips.0,
+            entries: linked.orc.entries.0,
+            count: linked.orc.rows.len() as u64,
+        },
         changes,
     };
     let bytes = record.to_bytes()?;
