@@ -10,6 +10,7 @@ pub mod kallsyms;
 pub mod list;
 pub mod livepatch;
 pub mod locks;
+pub mod modules;
 pub mod resolve;
 pub mod sites;
 

@@ -1,6 +1,6 @@
 //! Symbols for a module that is about to be linked against the guest's kernel.
 
-use super::{Kernel, Live, exports};
+use super::{Kernel, KernelError, Live, exports, modules};
 use crate::addr::Gva;
 use crate::module::{ResolveError, ResolveSymbol};
 
@@ -29,11 +29,34 @@ impl ResolveSymbol for Live<'_> {
     }
 }
 
+fn of_module(live: &Live<'_>, object: &str, name: &str, sympos: u64) -> Result<Gva, ResolveError> {
+    let guest = |error: KernelError| ResolveError::Guest(error.to_string());
+    let module = modules::all(live)
+        .map_err(guest)?
+        .into_iter()
+        .find(|module| module.name == object);
+    let module = module.ok_or_else(|| ResolveError::NotLoaded {
+        object: object.to_owned(),
+    })?;
+    nth(
+        object,
+        modules::symbols_named(live, &module, name).map_err(guest)?,
+        sympos,
+    )
+}
+
+fn of_image(kernel: &Kernel, name: &str, sympos: u64) -> Result<Gva, ResolveError> {
+    nth(
+        VMLINUX,
+        kernel.symbols.named(name).map(|symbol| symbol.address).collect(),
+        sympos,
+    )
+}
+
 /// As `klp_find_object_symbol` (kernel/livepatch/core.c) does it: position 0 wants exactly one symbol of that name,
 /// position n the n-th in the order of the table.
-fn of_image(kernel: &Kernel, name: &str, sympos: u64) -> Result<Gva, ResolveError> {
-    let found: Vec<Gva> = kernel.symbols.named(name).map(|symbol| symbol.address).collect();
-    let object = VMLINUX.to_owned();
+fn nth(object: &str, found: Vec<Gva>, sympos: u64) -> Result<Gva, ResolveError> {
+    let object = object.to_owned();
     match (found.as_slice(), sympos) {
         ([], _) => Err(ResolveError::NotFound { object }),
         ([only], 0) => Ok(*only),
