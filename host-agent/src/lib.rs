@@ -1,1 +1,16 @@
-//! The vmpatch host agent.
+//! The vmpatch host agent: finds a running guest, reaches it through QEMU, and has the patch core change its kernel.
+//!
+//! The way of a command: [`cli`] → [`domains`] → [`session`] ([`attach`], then the kernel) → [`commands`] → [`report`].
+//! While something is changed, a [`supervisor`] in a process of its own stands ready to take it back.
+
+pub mod attach;
+pub mod cli;
+pub mod commands;
+pub mod domains;
+pub mod error;
+pub mod lock;
+pub mod progress;
+pub mod report;
+pub mod session;
+pub mod supervisor;
+pub mod text;

@@ -22,9 +22,7 @@ impl ResolveSymbol for Live<'_> {
     fn any(&self, object: Option<&str>, name: &str, sympos: u64) -> Result<Gva, ResolveError> {
         match object {
             None | Some(VMLINUX) => of_image(self.kernel, name, sympos),
-            Some(object) => Err(ResolveError::NotLoaded {
-                object: object.to_owned(),
-            }),
+            Some(object) => of_module(self, object, name, sympos),
         }
     }
 }
