@@ -103,6 +103,12 @@ impl Btf {
         Err(none)
     }
 
+    /// The type that a pointer points to, seen through typedefs and qualifiers; `None` where the type is no pointer.
+    pub fn pointee(&self, id: TypeId) -> Option<TypeId> {
+        let (_, record) = self.resolve(id)?;
+        (record.kind == Kind::Ptr).then_some(TypeId(record.size_or_type))
+    }
+
     /// The value of the enumerator called `name`, sign-extended where its enum is signed.
     ///
     /// Error: there is none; or there are several with different values.

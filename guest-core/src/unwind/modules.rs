@@ -1,0 +1,148 @@
+//! The guest's loaded modules: where their code and data lie, and their ORC tables.
+//!
+//! Format: `struct module` (include/linux/module.h): `mem[]` since 6.4, `core_layout` and `init_layout` before;
+//! `arch.orc_unwind` (arch/x86/include/asm/module.h).
+
+use super::error::SetupError;
+use super::list;
+use super::table::OrcTable;
+use super::view::KernelView;
+use crate::addr::Gva;
+use crate::btf::Struct;
+use std::ops::Range;
+
+/// More modules than any guest has loaded.
+const MODULES_MAX: usize = 4096;
+/// The kinds of memory that hold code, `enum mod_mem_type`.
+const CODE_KINDS: [&str; 2] = ["MOD_TEXT", "MOD_INIT_TEXT"];
+/// The layouts of kernels before 6.4.
+const LAYOUTS: [&str; 2] = ["core_layout", "init_layout"];
+
+/// What one module has in memory.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(super) struct ModuleCode {
+    pub text: Vec<Range<Gva>>,
+    pub data: Vec<Range<Gva>>,
+    pub orc: Option<OrcTable>,
+}
+
+/// Where a `struct module` says it: offsets of base, total size, and size of the text at its start.
+#[derive(Debug)]
+struct Area {
+    base: u64,
+    size: u64,
+    text_size: Option<u64>,
+    is_code: bool,
+}
+
+#[derive(Debug)]
+struct Layout {
+    bytes: usize,
+    node: u64,
+    areas: Vec<Area>,
+    orc_count: u64,
+    orc_ips: u64,
+    orc_entries: u64,
+}
+
+/// Reads the list `modules`.
+pub(super) fn read(view: &dyn KernelView) -> Result<Vec<ModuleCode>, SetupError> {
+    let Ok(module) = view.btf().structure("module") else {
+        // a kernel built without modules
+        return Ok(Vec::new());
+    };
+    let layout = layout(view, &module)?;
+    let head = view
+        .symbol("modules")
+        .ok_or_else(|| SetupError::NoSymbol("modules".to_owned()))?;
+    let mut bytes = vec![0; layout.bytes];
+    let mut found = Vec::new();
+    for at in list::forward(view, "the list of modules", head, layout.node, MODULES_MAX)? {
+        let unreadable = |source| SetupError::Unreadable {
+            what: "struct module",
+            at,
+            source,
+        };
+        view.read(at, &mut bytes).map_err(unreadable)?;
+        found.push(decode(&layout, &bytes));
+    }
+    Ok(found)
+}
+
+fn layout(view: &dyn KernelView, module: &Struct<'_>) -> Result<Layout, SetupError> {
+    let mut areas = Vec::new();
+    if let Some(mem) = module.try_member("mem") {
+        let code = CODE_KINDS.map(|name| view.btf().enumerator(name).map(i64::cast_unsigned));
+        let [text, init_text] = code;
+        let (text, init_text) = (text?, init_text?);
+        for index in 0..mem.elements.unwrap_or(0).min(32) {
+            let base = module.offset(&format!("mem[{index}].base"))?;
+            let size = module.offset(&format!("mem[{index}].size"))?;
+            areas.push(Area {
+                base,
+                size,
+                text_size: None,
+                is_code: index == text || index == init_text,
+            });
+        }
+    } else {
+        for name in LAYOUTS {
+            let member = |part: &str| module.offset(&format!("{name}.{part}"));
+            let (base, size, text) = (member("base")?, member("size")?, member("text_size")?);
+            areas.push(Area {
+                base,
+                size,
+                text_size: Some(text),
+                is_code: true,
+            });
+        }
+    }
+    Ok(Layout {
+        bytes: usize::try_from(module.size()).unwrap_or(0),
+        node: module.offset("list")?,
+        areas,
+        orc_count: module.offset("arch.num_orcs")?,
+        orc_ips: module.offset("arch.orc_unwind_ip")?,
+        orc_entries: module.offset("arch.orc_unwind")?,
+    })
+}
+
+fn decode(layout: &Layout, bytes: &[u8]) -> ModuleCode {
+    let half = |at: u64| {
+        let at = usize::try_from(at).ok()?;
+        let bytes = bytes.get(at..)?.first_chunk::<4>()?;
+        Some(u64::from(u32::from_le_bytes(*bytes)))
+    };
+    let word = |at: u64| {
+        let at = usize::try_from(at).ok()?;
+        Some(Gva(u64::from_le_bytes(*bytes.get(at..)?.first_chunk::<8>()?)))
+    };
+    let mut module = ModuleCode::default();
+    for area in &layout.areas {
+        let (Some(base), Some(size)) = (word(area.base), half(area.size)) else {
+            continue;
+        };
+        let text = if area.is_code {
+            area.text_size.map_or(Some(size), half).unwrap_or(0).min(size)
+        } else {
+            0
+        };
+        let (Some(middle), Some(end)) = (base.checked_add(text), base.checked_add(size)) else {
+            continue;
+        };
+        if text != 0 {
+            module.text.push(base..middle);
+        }
+        if middle != end {
+            module.data.push(middle..end);
+        }
+    }
+    let orc = (word(layout.orc_ips), word(layout.orc_entries), half(layout.orc_count));
+    if let (Some(ips), Some(entries), Some(count)) = orc
+        && ips != Gva(0)
+        && entries != Gva(0)
+    {
+        module.orc = OrcTable::new(ips, entries, count).ok();
+    }
+    module
+}

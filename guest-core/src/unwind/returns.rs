@@ -1,0 +1,239 @@
+//! Return addresses that a tracer has taken off the stack.
+//!
+//! To see a function return, the function graph tracer and kretprobes replace its return address on the stack by
+//! their own code's (`return_to_handler`, `arch_rethook_trampoline`) and keep the real one beside the stack:
+//! - function graph: `task->ret_stack`, up to 6.9 an array of `struct ftrace_ret_stack` up to index
+//!   `curr_ret_stack`, from 6.10 words up to offset `curr_ret_stack` in which such structs lie (kernel/trace/fgraph.c);
+//! - rethook: the list `task->rethooks` of `struct rethook_node` (kernel/trace/rethook.c, 6.1's kretprobes and later).
+//!
+//! A scan for old functions that did not look there would call a task safe that is about to return into one. Both
+//! remember the place on the stack, so that the walk finds the address that belongs there, whatever their order.
+//! Where a kernel does it in another way (kretprobes up to 5.17), such a stack is not safe.
+
+use super::error::{SetupError, UnwindError};
+use super::view::KernelView;
+use crate::addr::Gva;
+use crate::btf::BtfError;
+use std::ops::Range;
+
+/// Code that stands on the stack in place of a return address.
+const TRAMPOLINES: [&str; 3] = ["return_to_handler", "arch_rethook_trampoline", "__kretprobe_trampoline"];
+/// Older names of them.
+const OLD_TRAMPOLINES: [&str; 1] = ["kretprobe_trampoline"];
+/// Functions in which a real return address may be in a register only, on its way back to the stack.
+const HANDLERS: [&str; 5] = [
+    "ftrace_return_to_handler",
+    "__ftrace_return_to_handler",
+    "rethook_trampoline_handler",
+    "arch_rethook_trampoline_callback",
+    "trampoline_handler",
+];
+/// Entries of one task: graph tracing keeps 50 (`FTRACE_RETFUNC_DEPTH`) or a page; kretprobes nest less.
+const HIDDEN_MAX: usize = 512;
+
+/// A return address that is not on the stack.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Hidden {
+    /// Where on the stack it belongs.
+    pub slot: u64,
+    /// The address.
+    pub ret: u64,
+}
+
+/// Where tracers keep return addresses.
+#[derive(Debug, Clone)]
+pub struct Returns {
+    trampolines: Vec<Gva>,
+    /// Code of trampolines and their handlers, sorted.
+    code: Vec<Range<Gva>>,
+    graph: Option<Graph>,
+    rethook: Option<Rethook>,
+}
+
+#[derive(Debug, Clone)]
+struct Graph {
+    index: u64,
+    stack: u64,
+    /// Bytes of one step of the index.
+    step: u64,
+    /// Steps that hold something when the index is 0.
+    at_zero: i64,
+    ret: u64,
+    slot: u64,
+    entry: u64,
+}
+
+#[derive(Debug, Clone)]
+struct Rethook {
+    first: u64,
+    next: u64,
+    ret: u64,
+    frame: u64,
+}
+
+impl Returns {
+    /// Looks up the trampolines and the layouts that this kernel has.
+    pub fn read(view: &dyn KernelView) -> Result<Self, SetupError> {
+        let names = TRAMPOLINES.iter().chain(&OLD_TRAMPOLINES);
+        let trampolines: Vec<_> = names.clone().filter_map(|name| view.symbol(name)).collect();
+        let mut code: Vec<_> = names
+            .chain(&HANDLERS)
+            .filter_map(|name| view.symbol_range(name))
+            .collect();
+        code.sort_by_key(|range| range.start);
+        Ok(Self {
+            trampolines,
+            code,
+            graph: graph(view)?,
+            rethook: rethook(view)?,
+        })
+    }
+
+    /// True for an address that stands on the stack in place of a return address.
+    pub fn is_trampoline(&self, at: Gva) -> bool {
+        self.trampolines.contains(&at)
+    }
+
+    /// True for code in which a real return address may be nowhere but in a register.
+    pub fn is_returning(&self, at: Gva) -> bool {
+        self.code.iter().any(|range| range.contains(&at))
+    }
+
+    /// True for a word that says that a look at the task's hidden return addresses is needed.
+    pub fn concerns(&self, word: u64) -> bool {
+        self.code
+            .iter()
+            .any(|range| range.start.0 <= word && word <= range.end.0)
+    }
+
+    /// The return addresses of a task that are in flight. Those that are not any more may be among them.
+    pub fn of_task(&self, view: &dyn KernelView, task: Gva) -> Result<Vec<Hidden>, UnwindError> {
+        let mut found = Vec::new();
+        if let Some(graph) = &self.graph {
+            graph.collect(view, task, &mut found)?;
+        }
+        if let Some(rethook) = &self.rethook {
+            rethook.collect(view, task, &mut found)?;
+        }
+        Ok(found)
+    }
+
+    /// The real return address for the trampoline found at `slot`. A function that is traced by both has two.
+    pub fn resolve(&self, hidden: &[Hidden], slot: u64) -> Result<Gva, UnwindError> {
+        let mut real = hidden
+            .iter()
+            .filter(|one| one.slot == slot && !self.is_trampoline(Gva(one.ret)));
+        let not_found = UnwindError::HiddenReturn { slot };
+        let first = real.next().ok_or(not_found.clone())?;
+        if real.any(|other| other.ret != first.ret) {
+            return Err(not_found);
+        }
+        Ok(Gva(first.ret))
+    }
+}
+
+impl Graph {
+    fn collect(&self, view: &dyn KernelView, task: Gva, found: &mut Vec<Hidden>) -> Result<(), UnwindError> {
+        let base = word(view, task.wrapping_add(self.stack))?;
+        let at = task.wrapping_add(self.index);
+        let index = view
+            .read_u32(at)
+            .map_err(|source| UnwindError::Unreadable { at: at.0, source })?
+            .cast_signed();
+        let steps = u64::try_from(i64::from(index) + self.at_zero).unwrap_or(0);
+        if base == 0 {
+            // the task was never traced
+            return Ok(());
+        }
+        let bytes = steps
+            .checked_mul(self.step)
+            .filter(|&bytes| bytes <= 8 * HIDDEN_MAX as u64);
+        let bytes = bytes.ok_or(UnwindError::TooMany(HIDDEN_MAX))?;
+        let mut buffer = vec![0; usize::try_from(bytes).unwrap_or(0)];
+        view.read(Gva(base), &mut buffer)
+            .map_err(|source| UnwindError::Unreadable { at: base, source })?;
+        let words: Vec<u64> = buffer
+            .as_chunks::<8>()
+            .0
+            .iter()
+            .map(|word| u64::from_le_bytes(*word))
+            .collect();
+        // in the newer form entries start at any word: every word is looked at as the start of one
+        let stride = if self.step == 8 {
+            1
+        } else {
+            usize::try_from(self.step / 8).unwrap_or(1).max(1)
+        };
+        for start in (0..words.len()).step_by(stride) {
+            let at = |offset: u64| words.get(start + usize::try_from(offset / 8).ok()?).copied();
+            if let (Some(ret), Some(slot), true) = (at(self.ret), at(self.slot), at(self.entry - 8).is_some()) {
+                found.push(Hidden { slot, ret });
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Rethook {
+    fn collect(&self, view: &dyn KernelView, task: Gva, found: &mut Vec<Hidden>) -> Result<(), UnwindError> {
+        let mut node = word(view, task.wrapping_add(self.first))?;
+        for _ in 0..HIDDEN_MAX {
+            if node == 0 {
+                return Ok(());
+            }
+            let start = Gva(node).wrapping_offset(-self.next.cast_signed());
+            let (ret, slot) = (
+                word(view, start.wrapping_add(self.ret))?,
+                word(view, start.wrapping_add(self.frame))?,
+            );
+            found.push(Hidden { slot, ret });
+            node = word(view, Gva(node))?;
+        }
+        Err(UnwindError::TooMany(HIDDEN_MAX))
+    }
+}
+
+fn word(view: &dyn KernelView, at: Gva) -> Result<u64, UnwindError> {
+    view.read_u64(at)
+        .map_err(|source| UnwindError::Unreadable { at: at.0, source })
+}
+
+fn graph(view: &dyn KernelView) -> Result<Option<Graph>, BtfError> {
+    let task = view.btf().structure("task_struct")?;
+    let (Some(index), Some(stack)) = (task.try_member("curr_ret_stack"), task.try_member("ret_stack")) else {
+        return Ok(None);
+    };
+    let entry = view.btf().structure("ftrace_ret_stack")?;
+    let points_to_entries = view
+        .btf()
+        .pointee(stack.type_id)
+        .and_then(|id| view.btf().structure_of(id).ok())
+        .is_some();
+    let (step, at_zero) = if points_to_entries { (entry.size(), 1) } else { (8, 0) };
+    let (ret, slot) = (entry.offset("ret")?, entry.offset("retp")?);
+    let (index, stack) = (index.offset(), stack.offset());
+    Ok(Some(Graph {
+        index,
+        stack,
+        step,
+        at_zero,
+        ret,
+        slot,
+        entry: entry.size().max(8),
+    }))
+}
+
+fn rethook(view: &dyn KernelView) -> Result<Option<Rethook>, BtfError> {
+    let task = view.btf().structure("task_struct")?;
+    let Some(first) = task.try_member("rethooks.first") else {
+        return Ok(None);
+    };
+    let node = view.btf().structure("rethook_node")?;
+    let (next, ret, frame) = (node.offset("llist")?, node.offset("ret_addr")?, node.offset("frame")?);
+    Ok(Some(Rethook {
+        first: first.offset(),
+        next,
+        ret,
+        frame,
+    }))
+}

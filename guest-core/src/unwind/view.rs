@@ -1,0 +1,56 @@
+//! What unwinding and the task list need of a kernel, and nothing more.
+
+use crate::addr::{Gpa, Gva};
+use crate::btf::Btf;
+use crate::kernel::Live;
+use crate::memory::{MemoryError, VirtMemory};
+use std::ops::Range;
+
+/// A kernel as seen from here: its memory, its symbols and its types.
+pub trait KernelView: VirtMemory {
+    /// Its type information.
+    fn btf(&self) -> &Btf;
+
+    /// The address of the only symbol of that name; for a per-CPU symbol what per-CPU offsets are added to.
+    fn symbol(&self, name: &str) -> Option<Gva>;
+
+    /// The same, with the next symbol's address as its end.
+    fn symbol_range(&self, name: &str) -> Option<Range<Gva>>;
+
+    /// For each possible CPU, what to add to a per-CPU symbol. A CPU's kernel GS base is that very number.
+    fn per_cpu_offsets(&self) -> &[u64];
+
+    /// The guest-physical address of kernel data that is never moved; `None` where it is not mapped.
+    fn physical(&self, at: Gva) -> Option<Gpa>;
+
+    /// Reads guest-physical memory.
+    fn read_physical(&self, at: Gpa, buf: &mut [u8]) -> Result<(), MemoryError>;
+}
+
+impl KernelView for Live<'_> {
+    fn btf(&self) -> &Btf {
+        &self.kernel.btf
+    }
+
+    fn symbol(&self, name: &str) -> Option<Gva> {
+        self.kernel.symbols.unique(name)
+    }
+
+    fn symbol_range(&self, name: &str) -> Option<Range<Gva>> {
+        let start = self.kernel.symbols.unique(name)?;
+        let (_, end) = self.kernel.symbols.containing(start)?;
+        Some(start..end)
+    }
+
+    fn per_cpu_offsets(&self) -> &[u64] {
+        self.kernel.per_cpu_offsets()
+    }
+
+    fn physical(&self, at: Gva) -> Option<Gpa> {
+        Live::physical(self, at).ok().map(|(gpa, _)| gpa)
+    }
+
+    fn read_physical(&self, at: Gpa, buf: &mut [u8]) -> Result<(), MemoryError> {
+        self.memory.read(at, buf)
+    }
+}
