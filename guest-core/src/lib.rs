@@ -15,6 +15,7 @@ pub mod place;
 pub mod plan;
 pub mod quiescence;
 pub mod redirect;
+pub mod task;
 pub mod unwind;
 pub mod vcpu;
 

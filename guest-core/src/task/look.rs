@@ -1,0 +1,206 @@
+//! Looking at one context: scan its stack, and walk it where the scan has found something.
+
+use super::cpus::Cpus;
+use super::layout::TaskLayout;
+use super::verdict::{State, Why};
+use crate::addr::Gva;
+use crate::unwind::returns::Hidden;
+use crate::unwind::scan::{Finding, scan, scan_words};
+use crate::unwind::{
+    CodeMap, Frame, KernelView, OldCode, PtRegs, Returns, Stack, StackKind, Start, UnwindError, Unwinder,
+};
+use crate::vcpu::Registers;
+
+/// Addresses from here on are the kernel's; below are user mode's.
+const KERNEL_START: u64 = 1 << 63;
+
+/// What looking rests on.
+pub(super) struct Look<'a> {
+    pub view: &'a dyn KernelView,
+    pub layout: &'a TaskLayout,
+    pub cpus: &'a Cpus,
+    pub regs: &'a PtRegs,
+    pub returns: &'a Returns,
+    pub code: &'a CodeMap,
+    pub old: &'a OldCode,
+    /// Code at which a new task starts; not an address that was called from.
+    pub fork_entry: Option<Gva>,
+}
+
+impl Look<'_> {
+    /// A task that is not running: its stack is in use from its saved stack pointer on.
+    pub fn sleeping(&self, task: Gva, buffer: &mut Vec<u8>) -> State {
+        self.try_sleeping(task, buffer).unwrap_or_else(State::Unsure)
+    }
+
+    fn try_sleeping(&self, task: Gva, buffer: &mut Vec<u8>) -> Result<State, Why> {
+        let sp = self.word(task.wrapping_add(self.layout.sp))?;
+        let stack = self.stack_of(task)?;
+        if sp % 8 != 0 || !stack.holds(sp, self.layout.frame_bytes) {
+            return Err(Why::StackPointer { sp });
+        }
+        let finding = self.scan_from(&stack, sp, buffer)?;
+        let Some(hidden) = self.needs_walk(task, finding)? else {
+            return Ok(State::Clear);
+        };
+        let ip = Gva(self.word(Gva(sp.wrapping_add(self.layout.frame_ret)))?);
+        let bp = self.word(Gva(sp.wrapping_add(self.layout.frame_bp)))?;
+        let frame = Frame {
+            ip,
+            sp: sp.wrapping_add(self.layout.frame_bytes),
+            interrupted: Some(ip) == self.fork_entry,
+        };
+        self.walk(
+            Start {
+                frame,
+                bp,
+                general: None,
+            },
+            &[stack],
+            &hidden,
+        )
+    }
+
+    /// A CPU whose vCPU is stopped in the kernel, running `task`.
+    pub fn running(&self, task: Gva, cpu: usize, registers: &Registers, buffer: &mut Vec<u8>) -> State {
+        self.try_running(task, cpu, registers, buffer)
+            .unwrap_or_else(State::Unsure)
+    }
+
+    fn try_running(&self, task: Gva, cpu: usize, registers: &Registers, buffer: &mut Vec<u8>) -> Result<State, Why> {
+        let (rip, sp) = (registers.rip, registers.rsp());
+        let between = Why::Between { cpu, rip, sp };
+        let mut stacks = vec![self.stack_of(task)?];
+        let own = self.cpus.stacks(self.view, cpu);
+        stacks.extend(own.map_err(|_| between.clone())?);
+        let on = stacks.iter().find(|stack| stack.holds(sp, 0));
+        let mut finding = scan_words(&registers.general, self.old, self.code, self.returns);
+        let words = scan_words(&[rip], self.old, self.code, self.returns);
+        finding = merge(finding, words);
+        if self.old.at_instruction(Gva(rip)).is_some() {
+            finding.old = Some(rip);
+        }
+        match on {
+            // the outermost stack: nothing else is in use
+            Some(stack) if stack.kind == StackKind::Task => {
+                finding = merge(finding, self.scan_from(stack, sp & !7, buffer)?);
+            }
+            // entering from user mode, or on the way back: the kernel's stacks are empty but for what is on them now
+            None if !(sp < KERNEL_START && self.cpus.is_entry(rip)) => return Err(between),
+            _ => {
+                for stack in &stacks {
+                    let from = if on == Some(stack) {
+                        sp & !7
+                    } else {
+                        stack.range.start.0
+                    };
+                    finding = merge(finding, self.scan_if_mapped(stack, from, on == Some(stack), buffer)?);
+                }
+            }
+        }
+        let Some(hidden) = self.needs_walk(task, finding)? else {
+            return Ok(State::Clear);
+        };
+        if on.is_none() {
+            return Err(between);
+        }
+        let frame = Frame {
+            ip: Gva(rip),
+            sp,
+            interrupted: true,
+        };
+        self.walk(
+            Start {
+                frame,
+                bp: registers.rbp(),
+                general: Some(registers.general),
+            },
+            &stacks,
+            &hidden,
+        )
+    }
+
+    /// The task's own stack.
+    fn stack_of(&self, task: Gva) -> Result<Stack, Why> {
+        let base = Gva(self.word(task.wrapping_add(self.layout.stack))?);
+        let end = base
+            .checked_add(self.layout.stack_bytes)
+            .ok_or(Why::StackPointer { sp: base.0 })?;
+        Ok(Stack {
+            kind: StackKind::Task,
+            range: base..end,
+        })
+    }
+
+    /// True where a task has its stack pointer, saved or in a register, on its own stack.
+    pub fn is_on_stack_of(&self, task: Gva, sp: u64) -> bool {
+        self.stack_of(task).is_ok_and(|stack| stack.holds(sp, 8))
+    }
+
+    fn scan_from(&self, stack: &Stack, from: u64, buffer: &mut Vec<u8>) -> Result<Finding, Why> {
+        let len = stack.range.end.0.saturating_sub(from);
+        buffer.resize(usize::try_from(len).unwrap_or(0), 0);
+        let unreadable = |source| UnwindError::Unreadable { at: from, source };
+        self.view.read(Gva(from), buffer).map_err(unreadable)?;
+        Ok(scan(buffer, self.old, self.code, self.returns))
+    }
+
+    /// The same for a stack that may have no memory: that for a kind of exception which this CPU does not have.
+    fn scan_if_mapped(&self, stack: &Stack, from: u64, in_use: bool, buffer: &mut Vec<u8>) -> Result<Finding, Why> {
+        match self.scan_from(stack, from, buffer) {
+            Err(_) if !in_use && stack.kind == StackKind::Exception => Ok(Finding::default()),
+            finding => finding,
+        }
+    }
+
+    /// The task's return addresses in flight, where the scan alone does not say that all is clear.
+    fn needs_walk(&self, task: Gva, finding: Finding) -> Result<Option<Vec<Hidden>>, Why> {
+        if finding.is_clear() {
+            return Ok(None);
+        }
+        let hidden = self.returns.of_task(self.view, task)?;
+        let only_hidden = finding.old.is_none() && finding.unknown.is_none();
+        let returns_into_old = |one: &Hidden| self.old.at_return(Gva(one.ret)).is_some();
+        Ok((!only_hidden || hidden.iter().any(returns_into_old)).then_some(hidden))
+    }
+
+    fn walk(&self, start: Start, stacks: &[Stack], hidden: &[Hidden]) -> Result<State, Why> {
+        let unwinder = Unwinder {
+            code: self.code,
+            returns: self.returns,
+            regs: self.regs,
+        };
+        let mut frames = Vec::new();
+        let mut inside: Option<String> = None;
+        let end = unwinder.walk(self.view, start, stacks, hidden, &mut |frame| {
+            frames.push(frame);
+            let old = if frame.interrupted {
+                self.old.at_instruction(frame.ip)
+            } else {
+                self.old.at_return(frame.ip)
+            };
+            if let (None, Some(old)) = (&inside, old) {
+                inside = Some(old.name.clone());
+            }
+        });
+        match (inside, end) {
+            (Some(function), _) => Ok(State::Inside(function, frames)),
+            (None, Ok(())) => Ok(State::Clear),
+            (None, Err(error)) => Err(error.into()),
+        }
+    }
+
+    fn word(&self, at: Gva) -> Result<u64, UnwindError> {
+        self.view
+            .read_u64(at)
+            .map_err(|source| UnwindError::Unreadable { at: at.0, source })
+    }
+}
+
+fn merge(one: Finding, other: Finding) -> Finding {
+    Finding {
+        old: one.old.or(other.old),
+        hidden: one.hidden || other.hidden,
+        unknown: one.unknown.or(other.unknown),
+    }
+}
