@@ -1,21 +1,21 @@
 //! Builds the test programs, and every livepatch module for one kernel, and prints where they are.
 //!
-//! usage: cargo run -p images --example build -- RELEASE [HEADERS-VERSION]
+//! usage: cargo run -p images --example build -- KERNEL
+//!
+//! KERNEL is a short name (see `vmpatch-images list`) or the name of a kernel's package.
 
 use std::error::Error;
 
 use images::build::hand_written::{Applied, Refused};
 use images::build::{Cve, KernelTree, programs};
 use images::cache::Cache;
+use images::kernel::Kernel;
 
 fn main() -> Result<(), Box<dyn Error>> {
-    let mut args = std::env::args().skip(1);
-    let release = args.next().ok_or("usage: build RELEASE [HEADERS-VERSION]")?;
-    let version = args.next();
-    let cache = Cache::from_env()?;
-    println!("{}", programs::build(&cache)?.display());
-    let tree = KernelTree::fetch(&cache, &release, version.as_deref())?;
-    for cve in Cve::ALL.into_iter().filter(|cve| cve.concerns(&release)) {
+    let name = std::env::args().nth(1).ok_or("usage: build KERNEL")?;
+    println!("{}", programs::build(&Cache::from_env()?)?.display());
+    let tree = KernelTree::of(&Kernel::named(&name))?;
+    for cve in Cve::ALL.into_iter().filter(|cve| cve.concerns(tree.release())) {
         println!("{}", cve.module(&tree)?.display());
     }
     for module in Applied::ALL {

@@ -3,7 +3,7 @@
  * route, which needs CAP_NET_RAW everywhere else. The fixed ip_options_get says
  * EPERM. A record-route option needs no privilege and must work in both.
  */
-#include "result.h"
+#include "unprivileged.h"
 
 #include <netinet/in.h>
 #include <netinet/ip.h>

@@ -3,7 +3,7 @@
  * out-of-band data, which only stream sockets have. The flawed unix_ioctl
  * answers for a datagram socket too; the fixed one says EOPNOTSUPP.
  */
-#include "result.h"
+#include "unprivileged.h"
 
 #include <linux/sockios.h>
 #include <sys/ioctl.h>

@@ -1,5 +1,12 @@
-//! Small static programs that run in a guest. Each prints one line and ends with a status: 0 the kernel behaves as it does
-//! with the fix, 1 it shows the flaw, 2 the program could not tell.
+//! Small static programs that run in a guest (`images/programs/`). Each prints one line and ends with a status: 0 the kernel
+//! behaves as it does with the fix, 1 it shows the flaw, 2 the program could not tell.
+//!
+//! `siocatmark` and `lsrr` each show a [`Cve`](super::Cve), as any user. The others show whether the module of their name in
+//! [`hand_written`](super::hand_written) is in force; two do more:
+//!
+//! - `pair load SECONDS TASKS` keeps that many tasks in the functions of the module, prints `started`, and in the end
+//!   `old N new N mixed N`; its status is 0 unless a call found a mix. With 0 seconds it ends at SIGTERM.
+//! - `pause sleep` prints `sleeping`, sleeps in the function of the module until SIGUSR1, then prints its line.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -9,12 +16,22 @@ use crate::cache::{self, Cache};
 use crate::command;
 
 /// Names and texts of all programs.
-const PROGRAMS: [(&str, &str); 2] = [
+const PROGRAMS: [(&str, &str); 8] = [
+    ("kstrtoint", include_str!("../../programs/kstrtoint.c")),
     ("lsrr", include_str!("../../programs/lsrr.c")),
+    ("pair", include_str!("../../programs/pair.c")),
+    ("pause", include_str!("../../programs/pause.c")),
+    ("printk", include_str!("../../programs/printk.c")),
+    ("sections", include_str!("../../programs/sections.c")),
     ("siocatmark", include_str!("../../programs/siocatmark.c")),
+    ("symbols", include_str!("../../programs/symbols.c")),
 ];
 
-const RESULT_H: &str = include_str!("../../programs/result.h");
+/// The headers that they share.
+const HEADERS: [(&str, &str); 2] = [
+    ("result.h", include_str!("../../programs/result.h")),
+    ("unprivileged.h", include_str!("../../programs/unprivileged.h")),
+];
 
 const COMPILER: &str = "gcc-12";
 const FLAGS: [&str; 7] = ["-static", "-O1", "-s", "-Wall", "-Wextra", "-Werror", "-I."];
@@ -22,28 +39,29 @@ const FLAGS: [&str; 7] = ["-static", "-O1", "-s", "-Wall", "-Wextra", "-Werror",
 /// Builds all programs, unless that has been done before. Returns the folder in the cache that holds them, each under its
 /// own name.
 pub fn build(cache: &Cache) -> Result<PathBuf, Error> {
-    let mut inputs = vec![RESULT_H];
-    inputs.extend(FLAGS);
+    let mut inputs = FLAGS.to_vec();
+    inputs.extend(HEADERS.map(|(_, text)| text));
     inputs.extend(PROGRAMS.iter().flat_map(|(name, text)| [*name, *text]));
     let folder = cache.folder(&format!("programs/{}", digest(&inputs)), |folder| {
-        let header = folder.join("result.h");
-        write(&header, RESULT_H)?;
+        let work = folder.join("build");
+        fs::create_dir(&work).map_err(cache::Error::io("make the folder", &work))?;
+        HEADERS
+            .iter()
+            .try_for_each(|(name, text)| write(&work.join(name), text))?;
         PROGRAMS
             .iter()
-            .try_for_each(|(name, text)| compile(folder, name, text))?;
-        fs::remove_file(&header).map_err(cache::Error::io("remove", &header))?;
+            .try_for_each(|(name, text)| compile(&work, name, text))?;
+        fs::remove_dir_all(&work).map_err(cache::Error::io("remove", &work))?;
         Ok::<(), Error>(())
     })?;
     Ok(folder)
 }
 
-fn compile(folder: &Path, name: &str, text: &str) -> Result<(), Error> {
-    let source = folder.join(format!("{name}.c"));
-    write(&source, text)?;
-    let source_name = format!("{name}.c");
-    let args = [&FLAGS[..], &["-o", name, &source_name]].concat();
-    command::output(COMPILER, &args, folder)?;
-    fs::remove_file(&source).map_err(cache::Error::io("remove", &source))?;
+/// Compiles a program in `work` and leaves it in the folder above.
+fn compile(work: &Path, name: &str, text: &str) -> Result<(), Error> {
+    let (source, program) = (format!("{name}.c"), format!("../{name}"));
+    write(&work.join(&source), text)?;
+    command::output(COMPILER, &[&FLAGS[..], &["-o", &program, &source]].concat(), work)?;
     Ok(())
 }
 

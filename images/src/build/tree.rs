@@ -7,6 +7,7 @@ use super::source::read_text;
 use super::{Error, digest};
 use crate::cache::{self, Cache};
 use crate::command;
+use crate::kernel::Kernel;
 use crate::packages::{self, Package};
 
 /// The build files of one kernel: its configuration and generated headers, the headers that all flavours share, and the
@@ -46,6 +47,13 @@ impl KernelTree {
             folder,
             cache: cache.clone(),
         })
+    }
+
+    /// The build files for a kernel that guests run, in the user's cache.
+    pub fn of(kernel: &Kernel) -> Result<Self, Error> {
+        let package = kernel.package();
+        let release = package.strip_prefix("linux-image-").unwrap_or(package);
+        Self::fetch(&Cache::from_env()?, release, kernel.version())
     }
 
     /// The kernel's release, as `uname -r` says it.
