@@ -10,24 +10,34 @@
 //! | 6.2, 6.1.y | three bytes a symbol (`kallsyms_seqs_of_names`) between markers and token table |
 //! | 6.4 | order: number, names, markers, token table, token index, offsets, relative base, sequences; before: offsets and base first |
 //! | 6.11 | the absolute form is gone: every offset is unsigned from the base |
-//! | 7.0 | offsets are relative to their own place |
+//! | 7.0 | offsets are relative to their own place, there is no base, and tables start at multiples of 4 instead of 8 |
 //!
 //! Nothing of this is chosen by a version: the token index is found by its shape, everything else by its place
 //! beside it, and all of it must agree: each marker with the names, the addresses' order, and the banner where the symbol says it is.
 
+mod names;
+mod tokens;
+
 use crate::addr::Gva;
+use names::{Names, name_span};
 use std::hash::{DefaultHasher, Hash, Hasher};
+use tokens::{INDEX_BYTES, Tokens};
 
 /// Names between two markers.
 const NAMES_PER_MARKER: usize = 256;
 /// Fewer symbols than any kernel has; spares most wrong places a closer look.
 const SYMBOLS_MIN: usize = 1000;
 /// More symbols than any kernel has; bounds memory and time.
-const SYMBOLS_MAX: usize = 2_000_000;
-/// Longest token that scripts/kallsyms.c can make here; bounds the search.
-const TOKEN_BYTES_MAX: u16 = 512;
+const SYMBOLS_MAX: usize = 1_000_000;
 /// Longest name, with its type letter (`KSYM_NAME_LEN` is 512 since 6.1).
 const NAME_BYTES_MAX: usize = 513;
+/// More than all names of any kernel, in bytes; bounds memory.
+const TEXT_BYTES_MAX: usize = 64 << 20;
+/// Token tables looked at; a kernel has one. Each costs a search through all that stands before it.
+const TOKEN_TABLES_MAX: usize = 4;
+/// What tables may start at a multiple of: 4 bytes since 7.0, 8 before.
+const ALIGN_MIN: usize = 4;
+const ALIGN_MAX: usize = 8;
 
 /// Why the symbol table could not be read.
 #[derive(Debug, thiserror::Error)]
@@ -110,8 +120,12 @@ impl Kallsyms {
             bytes: rodata.len(),
         };
         let mut from = 0;
-        while let Some(tokens) = Tokens::find(rodata, from) {
-            match read(rodata, at, &tokens, accept) {
+        let mut budget = data_budget(rodata);
+        for _ in 0..TOKEN_TABLES_MAX {
+            let Some(tokens) = Tokens::find(rodata, from) else {
+                break;
+            };
+            match read(rodata, at, &tokens, &mut budget, accept) {
                 Ok(found) => return Ok(found),
                 Err(error) => failure = error,
             }
@@ -164,17 +178,9 @@ impl Kallsyms {
     /// The last symbol at or below `at`, and the next higher address that any symbol has.
     pub fn containing(&self, at: Gva) -> Option<(Symbol<'_>, Gva)> {
         let above = self.by_address.partition_point(|index| self.address(*index) <= at.0);
-        let mut first = above.checked_sub(1)?;
-        let start = self.address(*self.by_address.get(first)?);
+        let start = self.address(*self.by_address.get(above.checked_sub(1)?)?);
         // Of several names for one address the first in the table is the one that the kernel prints.
-        while first > 0
-            && self
-                .by_address
-                .get(first - 1)
-                .is_some_and(|index| self.address(*index) == start)
-        {
-            first -= 1;
-        }
+        let first = self.by_address.partition_point(|index| self.address(*index) < start);
         let end = self
             .by_address
             .get(above)
@@ -203,148 +209,22 @@ fn hash(name: &str) -> u64 {
     hasher.finish()
 }
 
-/// The token table and its index: offsets of 256 NUL-terminated strings.
-struct Tokens {
-    /// Offset of the table in the data.
-    table: usize,
-    /// Offset of the index.
-    index: usize,
-    /// Each token: its span in the data.
-    spans: Vec<(usize, usize)>,
-}
-
-impl Tokens {
-    /// The first place at or behind `from` that is a token index with its table before it.
-    fn find(data: &[u8], from: usize) -> Option<Self> {
-        let mut index = from.next_multiple_of(2);
-        while index + 512 <= data.len() {
-            match increasing(data.get(index..index + 512)?) {
-                Ok(last) => {
-                    if let Some(tokens) = Self::before(data, index, last) {
-                        return Some(tokens);
-                    }
-                    index += 2;
-                }
-                Err(skip) => index += skip,
-            }
-        }
-        None
-    }
-
-    /// The table that ends, padded to 8 bytes at the most, where the index starts.
-    fn before(data: &[u8], index: usize, last: u16) -> Option<Self> {
-        let nearest = index.checked_sub(usize::from(last) + 2)?;
-        let farthest = nearest.saturating_sub(usize::from(TOKEN_BYTES_MAX) + 8);
-        (farthest..=nearest)
-            .rev()
-            .filter(|table| table % 8 == 0)
-            .find_map(|table| Self::at(data, table, index))
-    }
-
-    fn at(data: &[u8], table: usize, index: usize) -> Option<Self> {
-        let mut spans = Vec::with_capacity(256);
-        let mut expected = 0;
-        for token in 0..256 {
-            let offset = usize::from(u16_at(data, index + 2 * token)?);
-            let start = table + offset;
-            let len = data.get(start..index)?.iter().position(|byte| *byte == 0)?;
-            if offset != expected || len == 0 || !data.get(start..start + len)?.iter().all(u8::is_ascii_graphic) {
-                return None;
-            }
-            expected = offset + len + 1;
-            spans.push((start, start + len));
-        }
-        let padding = data.get(table + expected..index)?;
-        (padding.len() < 8 && padding.iter().all(|byte| *byte == 0)).then_some(Self { table, index, spans })
-    }
-}
-
-/// The last of 256 little-endian u16 that start at 0 and increase; else how many bytes to go on.
-fn increasing(bytes: &[u8]) -> Result<u16, usize> {
-    let mut previous = None;
-    for (position, pair) in bytes.chunks_exact(2).enumerate() {
-        let value = u16::from_le_bytes([pair[0], pair[1]]);
-        let fits = match previous {
-            None => value == 0,
-            Some(previous) => value > previous && value - previous <= TOKEN_BYTES_MAX,
-        };
-        if !fits {
-            return Err(if position < 2 { 2 } else { 2 * (position - 1) });
-        }
-        previous = Some(value);
-    }
-    previous.ok_or(2)
-}
-
-/// Markers and names, which stand before the token table.
-struct Names {
-    /// Offset of the number of symbols.
-    count_at: usize,
-    count: usize,
-    /// Offset of the first name.
-    start: usize,
-}
-
-impl Names {
-    /// Looks backwards for a number of symbols from which everything up to the token table follows.
-    fn before(data: &[u8], tokens: &Tokens) -> Option<Self> {
-        (0..tokens.table).rev().filter(|at| at % 8 == 0).find_map(|count_at| {
-            let count = u32_at(data, count_at)? as usize;
-            if !(SYMBOLS_MIN..=SYMBOLS_MAX).contains(&count) {
-                return None;
-            }
-            // The number is an unsigned int, and every table starts at a multiple of 8.
-            let start = count_at + 8;
-            let markers_len = (4 * count.div_ceil(NAMES_PER_MARKER)).next_multiple_of(8);
-            let sequences_len = (3 * count).next_multiple_of(8);
-            [markers_len, markers_len + sequences_len].into_iter().find_map(|back| {
-                let markers = tokens.table.checked_sub(back).filter(|markers| *markers > start)?;
-                let last = u32_at(data, markers + 4 * ((count - 1) / NAMES_PER_MARKER))? as usize;
-                let plausible = u32_at(data, markers)? == 0 && start.checked_add(last)? < markers;
-                (plausible && names_agree(data, start, count, markers)).then_some(Self { count_at, count, start })
-            })
-        })
-    }
-}
-
-/// True where `count` names from `start` on pass every marker and end just before the markers.
-fn names_agree(data: &[u8], start: usize, count: usize, markers: usize) -> bool {
-    let mut at = start;
-    for name in 0..count {
-        if name % NAMES_PER_MARKER == 0 {
-            let marker = u32_at(data, markers + 4 * (name / NAMES_PER_MARKER));
-            if marker.map(|marker| start + marker as usize) != Some(at) {
-                return false;
-            }
-        }
-        match name_span(data, at) {
-            Some((_, end)) if end <= markers => at = end,
-            _ => return false,
-        }
-    }
-    markers - at < 8
-}
-
-/// The token bytes of the name at `at`: their start and end.
-fn name_span(data: &[u8], at: usize) -> Option<(usize, usize)> {
-    let first = usize::from(*data.get(at)?);
-    let (len, start) = if first & 0x80 == 0 {
-        (first, at + 1)
-    } else {
-        ((first & 0x7f) | usize::from(*data.get(at + 1)?) << 7, at + 2)
-    };
-    (len > 0).then_some((start, start + len))
+/// How many names may be looked at while searching: the real tables are walked twice and have six bytes and more a
+/// symbol, while a hostile guest could offer as many starts as its memory has words, each of them nearly right.
+fn data_budget(data: &[u8]) -> usize {
+    data.len()
 }
 
 fn read(
     data: &[u8],
     at: Gva,
     tokens: &Tokens,
+    budget: &mut usize,
     accept: &dyn Fn(&Kallsyms) -> Result<(), String>,
 ) -> Result<Kallsyms, KallsymsError> {
     let index_at = at.wrapping_add(tokens.index as u64);
     let incomplete = |table| KallsymsError::Incomplete { at: index_at, table };
-    let names = Names::before(data, tokens).ok_or(incomplete("markers and names"))?;
+    let names = Names::before(data, tokens, budget).ok_or(incomplete("markers and names"))?;
     let mut kallsyms = decode_names(data, tokens, &names).ok_or(incomplete("printable names"))?;
     let mut failure = incomplete("table of offsets");
     for (offsets, base) in offset_tables(data, tokens, &names) {
@@ -367,13 +247,13 @@ fn read(
 }
 
 /// Places where the offsets (first) and the base (second) may lie: behind the token index (6.4 on), or
-/// before the number of symbols.
+/// before the number of symbols. Place-relative offsets have no base; what lies in its place is not used then.
 fn offset_tables(data: &[u8], tokens: &Tokens, names: &Names) -> Vec<(usize, u64)> {
-    let len = (4 * names.count).next_multiple_of(8);
-    let behind = tokens.index + 512;
+    let len = (4 * names.count).next_multiple_of(names.align);
+    let behind = tokens.index + INDEX_BYTES;
     let before = names.count_at.checked_sub(8);
     [
-        u64_at(data, behind + len).map(|base| (behind, base)),
+        Some((behind, u64_at(data, behind + len).unwrap_or(0))),
         before.and_then(|base| Some((base.checked_sub(len)?, u64_at(data, base)?))),
     ]
     .into_iter()
@@ -408,8 +288,11 @@ fn decode_names(data: &[u8], tokens: &Tokens, names: &Names) -> Option<Kallsyms>
         for token in data.get(start..end)? {
             let (from, to) = *tokens.spans.get(usize::from(*token))?;
             text.extend_from_slice(data.get(from..to)?);
+            if text.len() - first > NAME_BYTES_MAX || text.len() > TEXT_BYTES_MAX {
+                return None;
+            }
         }
-        if !(2..=NAME_BYTES_MAX).contains(&(text.len() - first)) {
+        if text.len() - first < 2 {
             return None;
         }
         // The first letter is the symbol's type.

@@ -1,0 +1,83 @@
+//! The token table and its index: 256 strings from which all names are put together.
+
+use super::{ALIGN_MAX, ALIGN_MIN, u16_at};
+
+/// Longest token that scripts/kallsyms.c can make here; bounds the search.
+const TOKEN_BYTES_MAX: u16 = 512;
+/// Bytes of the index: 256 numbers of two bytes.
+pub(super) const INDEX_BYTES: usize = 512;
+
+/// The token table and its index: offsets of 256 NUL-terminated strings.
+pub(super) struct Tokens {
+    /// Offset of the table in the data.
+    pub table: usize,
+    /// Offset of the index.
+    pub index: usize,
+    /// Each token: its span in the data.
+    pub spans: Vec<(usize, usize)>,
+}
+
+impl Tokens {
+    /// The first place at or behind `from` that is a token index with its table before it.
+    pub fn find(data: &[u8], from: usize) -> Option<Self> {
+        let mut index = from.next_multiple_of(2);
+        while index + INDEX_BYTES <= data.len() {
+            match increasing(data.get(index..index + INDEX_BYTES)?) {
+                Ok(last) => {
+                    if let Some(tokens) = Self::before(data, index, last) {
+                        return Some(tokens);
+                    }
+                    index += 2;
+                }
+                Err(skip) => index += skip,
+            }
+        }
+        None
+    }
+
+    /// The table that ends, padded to its alignment at the most, where the index starts.
+    fn before(data: &[u8], index: usize, last: u16) -> Option<Self> {
+        let nearest = index.checked_sub(usize::from(last) + 2)?;
+        let farthest = nearest.saturating_sub(usize::from(TOKEN_BYTES_MAX) + ALIGN_MAX);
+        let tables = (farthest..=nearest).rev().filter(|table| table % ALIGN_MIN == 0);
+        tables.into_iter().find_map(|table| Self::at(data, table, index))
+    }
+
+    fn at(data: &[u8], table: usize, index: usize) -> Option<Self> {
+        let mut spans = Vec::with_capacity(256);
+        let mut expected = 0;
+        for token in 0..256 {
+            let offset = usize::from(u16_at(data, index + 2 * token)?);
+            if offset != expected {
+                return None;
+            }
+            let start = table + offset;
+            let len = data.get(start..index)?.iter().position(|byte| *byte == 0)?;
+            if len == 0 || !data.get(start..start + len)?.iter().all(u8::is_ascii_graphic) {
+                return None;
+            }
+            expected = offset + len + 1;
+            spans.push((start, start + len));
+        }
+        let padding = data.get(table + expected..index)?;
+        let fits = padding.len() < ALIGN_MAX && padding.iter().all(|byte| *byte == 0);
+        fits.then_some(Self { table, index, spans })
+    }
+}
+
+/// The last of 256 little-endian u16 that start at 0 and increase; else how many bytes to go on.
+fn increasing(bytes: &[u8]) -> Result<u16, usize> {
+    let mut previous = None;
+    for (position, pair) in bytes.chunks_exact(2).enumerate() {
+        let value = u16::from_le_bytes([pair[0], pair[1]]);
+        let fits = match previous {
+            None => value == 0,
+            Some(previous) => value > previous && value - previous <= TOKEN_BYTES_MAX,
+        };
+        if !fits {
+            return Err(if position < 2 { 2 } else { 2 * (position - 1) });
+        }
+        previous = Some(value);
+    }
+    previous.ok_or(2)
+}

@@ -1,0 +1,6 @@
+//! A guest made by hand: RAM in a byte array, page tables, a kernel image with the tables that vmpatch reads.
+//! Everything in it is of our own making; nothing comes from a real kernel.
+#![allow(dead_code)] // each test file uses its own part
+
+pub mod kallsyms;
+pub mod ram;

@@ -1,0 +1,149 @@
+//! Guest RAM that counts what is read, and that can be forked in no time: tests spoil a copy each.
+
+use guest_core::{Gpa, MemoryError, PhysMemory};
+use std::cell::{Cell, RefCell};
+use std::collections::BTreeMap;
+use std::ops::Range;
+use std::sync::Arc;
+
+const PAGE: u64 = 4096;
+
+/// RAM from guest-physical 0 on. Copies share what neither has written.
+#[derive(Clone)]
+pub struct Ram {
+    base: Arc<Vec<u8>>,
+    written: RefCell<BTreeMap<u64, Box<[u8; PAGE as usize]>>>,
+    ranges: Vec<Range<Gpa>>,
+    reads: Cell<u64>,
+    bytes_read: Cell<u64>,
+    writes_left: Cell<Option<u64>>,
+}
+
+impl Ram {
+    /// RAM that holds `bytes`; the length is rounded up to whole pages.
+    pub fn new(mut bytes: Vec<u8>) -> Self {
+        bytes.resize(bytes.len().next_multiple_of(PAGE as usize), 0);
+        let ranges = vec![Gpa(0)..Gpa(bytes.len() as u64)];
+        Self {
+            base: Arc::new(bytes),
+            written: RefCell::default(),
+            ranges,
+            reads: Cell::new(0),
+            bytes_read: Cell::new(0),
+            writes_left: Cell::new(None),
+        }
+    }
+
+    /// Reads so far, and the bytes that they gave.
+    pub fn counted(&self) -> (u64, u64) {
+        (self.reads.get(), self.bytes_read.get())
+    }
+
+    /// Starts counting anew.
+    pub fn count_from_here(&self) {
+        self.reads.set(0);
+        self.bytes_read.set(0);
+    }
+
+    /// Lets `writes` more succeed and the one behind them fail; after that one writes succeed again.
+    pub fn fail_write_after(&self, writes: u64) {
+        self.writes_left.set(Some(writes));
+    }
+
+    /// All bytes as they are now, by page: only those that were written.
+    pub fn differences(&self) -> Vec<(u64, Vec<u8>)> {
+        let written = self.written.borrow();
+        let pages = written
+            .iter()
+            .filter(|(page, bytes)| bytes[..] != self.base[span(**page)]);
+        pages.map(|(page, bytes)| (*page * PAGE, bytes.to_vec())).collect()
+    }
+
+    /// Stores bytes at a guest-physical address; panics outside of RAM.
+    pub fn put(&self, at: u64, bytes: &[u8]) {
+        self.each_page(Gpa(at), bytes.len(), |page, inside, part| {
+            let mut written = self.written.borrow_mut();
+            let copy = written
+                .entry(page)
+                .or_insert_with(|| Box::new(self.base[span(page)].try_into().unwrap()));
+            copy[inside].copy_from_slice(&bytes[part]);
+        })
+        .unwrap();
+    }
+
+    /// Stores a little-endian u64.
+    pub fn put_u64(&self, at: u64, value: u64) {
+        self.put(at, &value.to_le_bytes());
+    }
+
+    /// The little-endian u64 there; not counted.
+    pub fn u64_at(&self, at: u64) -> u64 {
+        let mut bytes = [0; 8];
+        self.copy(Gpa(at), &mut bytes).unwrap();
+        u64::from_le_bytes(bytes)
+    }
+
+    fn copy(&self, at: Gpa, buf: &mut [u8]) -> Result<(), MemoryError> {
+        let written = self.written.borrow();
+        self.each_page(at, buf.len(), |page, inside, part| {
+            let source = written.get(&page).map_or(&self.base[span(page)], |copy| &copy[..]);
+            buf[part].copy_from_slice(&source[inside]);
+        })
+    }
+
+    /// Calls `f` with each page's number, the range in it, and the range in the buffer.
+    fn each_page(
+        &self,
+        at: Gpa,
+        len: usize,
+        mut f: impl FnMut(u64, Range<usize>, Range<usize>),
+    ) -> Result<(), MemoryError> {
+        let end =
+            at.0.checked_add(len as u64)
+                .filter(|end| *end <= self.base.len() as u64);
+        let end = end.ok_or(MemoryError::NotRam { at, len })?;
+        let mut from = at.0;
+        while from < end {
+            let to = end.min((from / PAGE + 1) * PAGE);
+            let inside = (from % PAGE) as usize;
+            let done = (from - at.0) as usize;
+            let part = (to - from) as usize;
+            f(from / PAGE, inside..inside + part, done..done + part);
+            from = to;
+        }
+        Ok(())
+    }
+}
+
+fn span(page: u64) -> Range<usize> {
+    (page * PAGE) as usize..((page + 1) * PAGE) as usize
+}
+
+impl PhysMemory for Ram {
+    fn read(&self, at: Gpa, buf: &mut [u8]) -> Result<(), MemoryError> {
+        self.reads.set(self.reads.get() + 1);
+        self.bytes_read.set(self.bytes_read.get() + buf.len() as u64);
+        self.copy(at, buf)
+    }
+
+    fn write(&self, at: Gpa, bytes: &[u8]) -> Result<(), MemoryError> {
+        if let Some(left) = self.writes_left.get() {
+            self.writes_left.set(left.checked_sub(1));
+            if left == 0 {
+                let cause = "a fault of the test's".to_owned();
+                return Err(MemoryError::Host {
+                    at,
+                    len: bytes.len(),
+                    cause,
+                });
+            }
+        }
+        self.copy(at, &mut vec![0; bytes.len()])?;
+        self.put(at.0, bytes);
+        Ok(())
+    }
+
+    fn ram(&self) -> &[Range<Gpa>] {
+        &self.ranges
+    }
+}
