@@ -2,19 +2,34 @@
 //!
 //! Whatever fails, at whatever point: the old bytes are put back before the vCPUs run again.
 
+use crate::addr::Gva;
 use crate::change::{Change, ChangeError};
 use crate::kernel::locks::{Held, Locks};
 use crate::kernel::{KernelError, Live};
 use crate::machine::{Journal, Machine, MachineError, PauseTimes, Paused};
 use crate::memory::PhysMemory;
 use crate::plan::Plan;
-use crate::quiescence::{Blocker, Model, Quiescence, QuiescenceError, Verdict};
+use crate::task::{Quiescence, Survey, Verdict};
+use crate::unwind::{OldCode, SetupError};
 use std::time::{Duration, Instant};
 
 /// First wait before a further try; it doubles.
 const WAIT_FIRST: Duration = Duration::from_millis(1);
 /// Longest wait between two tries.
 const WAIT_MAX: Duration = Duration::from_millis(200);
+/// Tasks that a message names.
+const SAID_TASKS_MAX: usize = 4;
+/// Frames of each that it shows.
+const SAID_FRAMES_MAX: usize = 8;
+
+/// When a commit may happen.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Model {
+    /// At once, whatever the stacks hold (upstream livepatch of Linux 4.0).
+    None,
+    /// When every task's stack is clear of every old function at one instant (kpatch).
+    CleanCut,
+}
 
 /// What the operator chose.
 #[derive(Debug, Clone, Copy)]
@@ -38,43 +53,26 @@ pub struct Committed {
     pub pause_us_max: u64,
 }
 
-/// Why the time ran out.
+/// What stood in the way at the last try.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum NotSafe {
-    /// Tasks inside the functions.
-    Blocked(Vec<Blocker>),
-    /// A stack could not be understood.
-    NotUnwound(String),
+    /// Tasks inside the functions, or stacks that are not understood.
+    Stacks(Verdict),
     /// The guest was changing its own text or modules.
     Held(Held),
-}
-
-impl std::fmt::Display for NotSafe {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match self {
-            Self::Blocked(blockers) => {
-                let shown: Vec<_> = blockers.iter().take(4).map(ToString::to_string).collect();
-                write!(f, "{}", shown.join("; "))?;
-                match blockers.len().saturating_sub(shown.len()) {
-                    0 => Ok(()),
-                    more => write!(f, "; and {more} more"),
-                }
-            }
-            Self::NotUnwound(why) => write!(f, "{why}"),
-            Self::Held(held) => write!(f, "{held}"),
-        }
-    }
 }
 
 /// Why a plan was not carried out. The guest runs on as before, unless said otherwise.
 #[derive(Debug, thiserror::Error)]
 pub enum CommitError {
     /// Never safe within the time.
-    #[error("not safe within {} ms, {tries} tries: {why}", waited.as_millis())]
+    #[error("not safe within {} ms, looked {tries} times: {said}", waited.as_millis())]
     NotSafe {
         /// What stood in the way at the last try.
         why: NotSafe,
-        /// Pauses.
+        /// The same for a person.
+        said: String,
+        /// How often it was looked.
         tries: u32,
         /// How long it was tried.
         waited: Duration,
@@ -97,8 +95,8 @@ pub enum CommitError {
     #[error("reading the guest's kernel")]
     Kernel(#[from] KernelError),
     /// Stacks can't be judged in this kernel at all.
-    #[error(transparent)]
-    Quiescence(#[from] QuiescenceError),
+    #[error("finding the guest's tasks")]
+    Tasks(#[from] SetupError),
     /// Taking back failed as well: the guest may be half patched. Nothing worse can happen.
     #[error("taking back failed ({undo}) after: {first}")]
     HalfDone {
@@ -117,7 +115,14 @@ pub fn commit(
     options: &CommitOptions,
 ) -> Result<Committed, CommitError> {
     let locks = Locks::find(live)?;
-    let mut stacks = Quiescence::new(live, options.model, &plan.occupied)?;
+    let finder = match options.model {
+        Model::CleanCut => Some(Quiescence::find(live)?),
+        Model::None => None,
+    };
+    let mut stacks = match &finder {
+        Some(finder) => Some(finder.survey(live, OldCode::new(plan.occupied.clone()), plan.laid.clone())?),
+        None => None,
+    };
     let journal = Journal {
         before: plan.before.clone(),
         paused: plan.paused.clone(),
@@ -191,32 +196,97 @@ fn try_until(
     plan: &Plan,
     options: &CommitOptions,
     locks: &Locks,
-    stacks: &mut Quiescence<'_>,
+    stacks: &mut Option<Survey<'_>>,
 ) -> Result<Committed, CommitError> {
     let start = Instant::now();
     let (mut tries, mut pause_us_max, mut wait) = (0, 0, WAIT_FIRST);
     loop {
-        stacks.survey(live)?;
         tries += 1;
-        let (why, pause) = match attempt(live, machine, plan, options, locks, stacks)? {
-            Attempt::Done(pause) => {
-                pause_us_max = pause.total_us.max(pause_us_max);
-                return Ok(Committed {
-                    pause,
-                    tries,
-                    pause_us_max,
-                });
-            }
-            Attempt::NotSafe(why, pause) => (why, pause),
+        let why = match without_pause(live, stacks)? {
+            Some(why) => why,
+            None => match attempt(live, machine, plan, options, locks, stacks)? {
+                Attempt::Done(pause) => {
+                    pause_us_max = pause.total_us.max(pause_us_max);
+                    return Ok(Committed {
+                        pause,
+                        tries,
+                        pause_us_max,
+                    });
+                }
+                Attempt::NotSafe(why, pause) => {
+                    pause_us_max = pause.total_us.max(pause_us_max);
+                    why
+                }
+            },
         };
-        pause_us_max = pause.total_us.max(pause_us_max);
         let waited = start.elapsed();
         if waited + wait > options.timeout {
-            return Err(CommitError::NotSafe { why, tries, waited });
+            let said = say(live, &why);
+            return Err(CommitError::NotSafe {
+                why,
+                said,
+                tries,
+                waited,
+            });
         }
         std::thread::sleep(wait);
         wait = (wait * 2).min(WAIT_MAX);
     }
+}
+
+/// What stands in the way already while the guest runs: a task that sleeps inside a function. No pause is of use then.
+fn without_pause(live: &Live<'_>, stacks: &mut Option<Survey<'_>>) -> Result<Option<NotSafe>, CommitError> {
+    let Some(survey) = stacks else { return Ok(None) };
+    survey.settle(live)?;
+    let outlook = survey.outlook(live);
+    Ok((!outlook.blockers.is_empty()).then_some(NotSafe::Stacks(outlook)))
+}
+
+/// For a person: who is where.
+fn say(live: &Live<'_>, why: &NotSafe) -> String {
+    match why {
+        NotSafe::Held(held) => held.to_string(),
+        NotSafe::Stacks(verdict) => {
+            let symbol = |at: Gva| match live.kernel.symbols.containing(at) {
+                Some((symbol, _)) => format!("{}+{:#x}", symbol.name, at.0.wrapping_sub(symbol.address.0)),
+                None => at.to_string(),
+            };
+            let blockers = verdict.blockers.iter().map(|blocker| {
+                let stack: Vec<_> = blocker
+                    .stack
+                    .iter()
+                    .take(SAID_FRAMES_MAX)
+                    .map(|frame| symbol(frame.ip))
+                    .collect();
+                format!(
+                    "{} is inside {} ({})",
+                    blocker.task,
+                    blocker.function,
+                    stack.join(" < ")
+                )
+            });
+            let unsure = verdict.unsure.iter().map(|unsure| {
+                let who = unsure
+                    .task
+                    .as_ref()
+                    .map_or_else(|| "the guest".to_owned(), ToString::to_string);
+                format!("{who}: {}", chain(&unsure.why))
+            });
+            let all: Vec<_> = blockers.chain(unsure).collect();
+            let more = all.len().saturating_sub(SAID_TASKS_MAX);
+            let shown = all.into_iter().take(SAID_TASKS_MAX).collect::<Vec<_>>().join("; ");
+            if more == 0 {
+                shown
+            } else {
+                format!("{shown}; and {more} more")
+            }
+        }
+    }
+}
+
+fn chain(error: &dyn std::error::Error) -> String {
+    let causes = std::iter::successors(Some(error), |error| error.source());
+    causes.map(ToString::to_string).collect::<Vec<_>>().join(": ")
 }
 
 enum Attempt {
@@ -231,39 +301,32 @@ fn attempt(
     plan: &Plan,
     options: &CommitOptions,
     locks: &Locks,
-    stacks: &mut Quiescence<'_>,
+    stacks: &mut Option<Survey<'_>>,
 ) -> Result<Attempt, CommitError> {
-    let asked = Instant::now();
     let mut paused = machine.pause()?;
-    let at_registers = Instant::now();
     let registers = paused.registers()?;
     let at_check = Instant::now();
-    let verdict = match locks.held(live)? {
-        Some(held) => Some(NotSafe::Held(held)),
-        None => match stacks.recheck(live, &registers)? {
-            Verdict::Safe => None,
-            Verdict::Blocked(blockers) => Some(NotSafe::Blocked(blockers)),
-            Verdict::NotUnwound(why) => Some(NotSafe::NotUnwound(why)),
-        },
+    let verdict = match (locks.held(live)?, stacks) {
+        (Some(held), _) => Some(NotSafe::Held(held)),
+        (None, None) => None,
+        (None, Some(survey)) => Some(survey.recheck(live, &registers)?)
+            .filter(|v| !v.is_safe())
+            .map(NotSafe::Stacks),
     };
     let at_write = Instant::now();
     if verdict.is_none() {
-        let took = asked.elapsed();
+        let took = paused.elapsed();
         if took > options.pause_max {
             let (took_us, allowed_us) = (micros(took), micros(options.pause_max));
             return Err(CommitError::TooLong { took_us, allowed_us });
         }
         write(live, paused.as_mut(), &plan.paused)?;
     }
-    let at_resume = Instant::now();
-    let machine_times = paused.resume()?;
+    let (check_us, write_us) = (micros(at_write - at_check), micros(at_write.elapsed()));
     let times = PauseTimes {
-        stop_us: micros(at_registers - asked),
-        registers_us: micros(at_check - at_registers),
-        check_us: micros(at_write - at_check),
-        write_us: micros(at_resume - at_write),
-        resume_us: machine_times.resume_us,
-        total_us: machine_times.total_us,
+        check_us,
+        write_us,
+        ..paused.resume()?
     };
     Ok(match verdict {
         None => Attempt::Done(times),

@@ -13,7 +13,6 @@ pub mod module;
 pub mod paging;
 pub mod place;
 pub mod plan;
-pub mod quiescence;
 pub mod redirect;
 pub mod task;
 pub mod unwind;

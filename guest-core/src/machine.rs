@@ -5,6 +5,7 @@ use crate::change::Change;
 use crate::vcpu::Registers;
 use serde::{Deserialize, Serialize};
 use std::error::Error;
+use std::time::Duration;
 
 /// Why the VMM could not do it; the implementation's own error is inside.
 #[derive(Debug, thiserror::Error)]
@@ -67,9 +68,13 @@ pub trait Paused {
     /// Registers of every vCPU.
     fn registers(&mut self) -> Result<Vec<Registers>, MachineError>;
 
+    /// Time since it was asked to stop.
+    fn elapsed(&self) -> Duration;
+
     /// Writes guest-physical memory such that running code changes too.
     fn write(&mut self, writes: &[(Gpa, Vec<u8>)]) -> Result<(), MachineError>;
 
-    /// Lets the vCPUs run, and tells how long the stop and the start took; the times between are the caller's.
+    /// Lets the vCPUs run, and tells how long that, the stop and the registers took, and all together; the times between
+    /// are the caller's.
     fn resume(self: Box<Self>) -> Result<PauseTimes, MachineError>;
 }

@@ -25,6 +25,7 @@ use crate::change::Change;
 use crate::kernel::{KernelError, Live};
 use crate::memory::VirtMemory;
 use crate::paging::{PAGE_SIZE, PMD_SIZE};
+use crate::unwind::{OrcTable, PatchCode};
 use std::ops::Range;
 
 const MAGIC: [u8; 8] = *b"VMPATCH\0";
@@ -166,6 +167,18 @@ impl Registry {
             Some((at, page)) => Self::read(live, at, &page),
             None => Self::plan(live, caves),
         }
+    }
+
+    /// The code of all patches, with their ORC tables.
+    pub fn laid_code(&self) -> Vec<PatchCode> {
+        let records = self.entries.iter().filter_map(|entry| entry.record.as_ref());
+        let code = records.map(|record| {
+            let orc = OrcTable::new(Gva(record.orc.ips), Gva(record.orc.entries), record.orc.count);
+            // Code whose table can't be is code that no stack can be unwound through: not safe, where one leads through it.
+            let text = Gva(record.text.start)..Gva(record.text.start.saturating_add(record.text.len));
+            Some(PatchCode { text, orc: orc.ok()? })
+        });
+        code.flatten().collect()
     }
 
     /// Guest-physical address of a page of the pool.

@@ -1,6 +1,6 @@
 //! From a module and a kernel to the plan of applying it.
 
-use super::{Occupied, Plan};
+use super::Plan;
 use crate::addr::Gva;
 use crate::change::Change;
 use crate::kernel::resolve::VMLINUX;
@@ -13,6 +13,7 @@ use crate::module::{
 use crate::paging::{PAGE_SIZE, entry};
 use crate::place::{FILLER, Orc, Pages, PatchedFunction, Record, Registry, RegistryError, Span, State};
 use crate::redirect::{RedirectError, redirect};
+use crate::unwind::OldFunction;
 use sha2::{Digest, Sha256};
 
 /// Longest `vermagic` read.
@@ -213,6 +214,7 @@ pub fn apply(live: &Live<'_>, registry: &Registry, file: &[u8], options: &ApplyO
         before,
         paused,
         occupied,
+        laid: registry.laid_code(),
         record,
     })
 }
@@ -280,10 +282,10 @@ fn old_function(live: &Live<'_>, registry: &Registry, function: &LinkedFunction)
 
 /// The function and what the compiler split off it. Several functions of one name have parts of one name, too: all of
 /// those count, as nothing tells whose they are.
-fn parts(live: &Live<'_>, name: &str, at: Gva, len: u64) -> Vec<Occupied> {
-    let whole = Occupied {
+fn parts(live: &Live<'_>, name: &str, at: Gva, len: u64) -> Vec<OldFunction> {
+    let whole = OldFunction {
         name: name.to_owned(),
-        range: at..at.wrapping_add(len),
+        code: at..at.wrapping_add(len),
     };
     let split = live.kernel.symbols.iter().filter(|symbol| {
         let rest = symbol.name.strip_prefix(name);
@@ -295,9 +297,9 @@ fn parts(live: &Live<'_>, name: &str, at: Gva, len: u64) -> Vec<Occupied> {
             .symbols
             .containing(symbol.address)
             .map_or(symbol.address, |(_, next)| next);
-        Occupied {
+        OldFunction {
             name: symbol.name.to_owned(),
-            range: symbol.address..end,
+            code: symbol.address..end,
         }
     });
     std::iter::once(whole).chain(split).collect()

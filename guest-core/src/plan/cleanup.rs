@@ -1,11 +1,12 @@
 //! Giving pages back: after a revert, and after a vmpatch that was killed.
 
-use super::{Occupied, Plan};
+use super::Plan;
 use crate::addr::{Gpa, Gva};
 use crate::change::{Change, ChangeError};
 use crate::kernel::{KernelError, Live};
 use crate::paging::PAGE_SIZE;
 use crate::place::{Entry, FILLER, Registry, State};
+use crate::unwind::OldFunction;
 
 /// The changes that wipe every patch that is not in force and not half committed; and, when none is left, the registry.
 /// To be made in this order, while the guest runs: nothing there is reachable for it.
@@ -66,14 +67,15 @@ pub fn recovery(live: &Live<'_>, registry: &Registry) -> Result<Option<Plan>, Ke
     }
     paused.push(registry.state_change(entry.slot, State::Applying, State::Reverted));
     let text = Gva(record.text.start)..Gva(record.text.start.saturating_add(record.text.len));
-    let occupied = vec![Occupied {
+    let occupied = vec![OldFunction {
         name: format!("the new code of {}", record.id),
-        range: text,
+        code: text,
     }];
     Ok(Some(Plan {
         before: Vec::new(),
         paused,
         occupied,
+        laid: registry.laid_code(),
         record,
     }))
 }

@@ -9,19 +9,9 @@ pub use apply::{ApplyOptions, Refusal, apply};
 pub use cleanup::{cleanup, recovery};
 pub use revert::{RevertError, revert};
 
-use crate::addr::Gva;
 use crate::change::Change;
 use crate::place::Record;
-use std::ops::Range;
-
-/// A function, or a part of one, that no stack may hold at the commit.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Occupied {
-    /// Its name, for the message.
-    pub name: String,
-    /// Its addresses.
-    pub range: Range<Gva>,
-}
+use crate::unwind::{OldFunction, PatchCode};
 
 /// What is going to be done.
 #[derive(Debug, Clone)]
@@ -31,7 +21,9 @@ pub struct Plan {
     /// Made together, with all vCPUs stopped.
     pub paused: Vec<Change>,
     /// What must be on no stack when `paused` is made.
-    pub occupied: Vec<Occupied>,
+    pub occupied: Vec<OldFunction>,
+    /// Code of all patches that the guest holds: what stacks may lead through.
+    pub laid: Vec<PatchCode>,
     /// The patch it is about.
     pub record: Record,
 }

@@ -1,11 +1,12 @@
 //! The plan of taking a patch out.
 
-use super::{Occupied, Plan};
+use super::Plan;
 use crate::addr::Gva;
 use crate::change::Change;
 use crate::kernel::{KernelError, Live};
 use crate::paging::PAGE_SIZE;
 use crate::place::{Entry, FILLER, Record, Registry, State};
+use crate::unwind::OldFunction;
 
 /// Why a patch can't be taken out. Nothing was changed.
 #[derive(Debug, thiserror::Error)]
@@ -47,14 +48,15 @@ pub fn revert(live: &Live<'_>, registry: &Registry, id: &str) -> Result<Plan, Re
     paused.extend(wipe_text(live, registry, entry, &record)?);
     paused.push(registry.state_change(entry.slot, State::Applied, State::Reverted));
     let text = Gva(record.text.start)..Gva(record.text.start.saturating_add(record.text.len));
-    let occupied = vec![Occupied {
+    let occupied = vec![OldFunction {
         name: format!("the new code of {id}"),
-        range: text,
+        code: text,
     }];
     Ok(Plan {
         before: Vec::new(),
         paused,
         occupied,
+        laid: registry.laid_code(),
         record,
     })
 }
