@@ -1,0 +1,77 @@
+//! What goes into guests: programs for them, and livepatch modules for their kernels, each built once and kept.
+
+use std::path::PathBuf;
+use std::sync::LazyLock;
+
+use images::build::hand_written::{Applied, Refused};
+use images::build::{Cve, KernelTree, programs};
+use images::cache::Cache;
+use images::guest::{GuestConfig, QmpSpelling, Ram};
+use images::kernel::Kernel;
+
+/// A guest of that kernel as most tests want it: two vCPUs, shared RAM, two QMP sockets (the first for vmpatch, the second
+/// for the test), and all programs.
+///
+/// # Panics
+///
+/// If the programs can't be built.
+pub fn guest(kernel: Kernel) -> GuestConfig {
+    let config = GuestConfig {
+        qmp: vec![QmpSpelling::Qmp; 2],
+        ..GuestConfig::new(kernel)
+    };
+    PROGRAMS
+        .iter()
+        .fold(config.vcpus(2).ram(Ram::SharedMemfd), |config, program| {
+            let name = program.file_name().unwrap_or_default().to_string_lossy();
+            config.file(&format!("/opt/{name}"), program)
+        })
+}
+
+static PROGRAMS: LazyLock<Vec<PathBuf>> = LazyLock::new(|| {
+    let cache = Cache::from_env().expect("there is a cache");
+    let folder = programs::build(&cache).expect("the programs build");
+    let entries = std::fs::read_dir(folder).expect("the folder of programs can be read");
+    let mut programs: Vec<_> = entries.map(|entry| entry.expect("its entries, too").path()).collect();
+    programs.sort();
+    programs
+});
+
+/// Livepatch modules for one kernel, as paths.
+pub struct Modules {
+    tree: KernelTree,
+}
+
+impl Modules {
+    /// For that kernel.
+    ///
+    /// # Panics
+    ///
+    /// If its headers can't be had; so for every method here.
+    pub fn of(kernel: &Kernel) -> Self {
+        let cache = Cache::from_env().expect("there is a cache");
+        let release = kernel.fetch().expect("the kernel can be fetched").release;
+        Self {
+            tree: KernelTree::fetch(&cache, &release, kernel.version()).expect("its headers can be fetched"),
+        }
+    }
+
+    /// The published fix.
+    pub fn cve(&self, cve: Cve) -> String {
+        text(cve.module(&self.tree).expect("the fix builds"))
+    }
+
+    /// One of our own that is to be applied.
+    pub fn applied(&self, module: Applied) -> String {
+        text(module.build(&self.tree).expect("the module builds"))
+    }
+
+    /// One of our own that is to be refused.
+    pub fn refused(&self, module: Refused) -> String {
+        text(module.build(&self.tree).expect("the module builds"))
+    }
+}
+
+fn text(path: PathBuf) -> String {
+    path.into_os_string().into_string().expect("the cache's path is UTF-8")
+}

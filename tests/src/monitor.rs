@@ -1,0 +1,101 @@
+//! A QMP connection of the test's own, to do what an operator, a manager or a hostile neighbour does beside vmpatch.
+
+use std::io::{self, BufRead, BufReader, Write};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::time::Duration;
+
+use images::guest::Guest;
+use serde_json::{Value, json};
+
+/// How long QEMU may take to answer; saving all of a guest's memory takes a second on a busy host.
+const ANSWER_LIMIT: Duration = Duration::from_secs(60);
+
+/// A QMP session on one socket; as long as it lives, nobody else can use that socket.
+#[derive(Debug)]
+pub struct Monitor {
+    stream: BufReader<UnixStream>,
+}
+
+impl Monitor {
+    /// On the guest's second socket, which leaves the first to vmpatch.
+    ///
+    /// # Panics
+    ///
+    /// If the guest has no second socket, or it is in use.
+    pub fn second(guest: &Guest) -> Self {
+        let paths = guest.qmp_paths();
+        Self::connect(paths.get(1).expect("the guest has two QMP sockets")).expect("its second QMP socket is free")
+    }
+
+    /// On that socket.
+    pub fn connect(path: &Path) -> io::Result<Self> {
+        let stream = UnixStream::connect(path)?;
+        stream.set_read_timeout(Some(ANSWER_LIMIT))?;
+        let mut monitor = Self {
+            stream: BufReader::new(stream),
+        };
+        monitor.line()?;
+        monitor.call("qmp_capabilities", json!({})).map_err(io::Error::other)?;
+        Ok(monitor)
+    }
+
+    /// Runs a command and gives what it returns, or QEMU's words why not.
+    pub fn call(&mut self, command: &str, arguments: Value) -> Result<Value, String> {
+        let request = json!({ "execute": command, "arguments": arguments });
+        let failed = |error: io::Error| format!("{command}: {error}");
+        self.stream
+            .get_mut()
+            .write_all(format!("{request}\n").as_bytes())
+            .map_err(failed)?;
+        loop {
+            let answer = self.line().map_err(failed)?;
+            if let Some(value) = answer.get("return") {
+                return Ok(value.clone());
+            }
+            if let Some(error) = answer.get("error") {
+                return Err(format!("{command}: {error}"));
+            }
+        }
+    }
+
+    /// `running`, `paused`, …
+    ///
+    /// # Panics
+    ///
+    /// If QEMU does not say.
+    pub fn run_state(&mut self) -> String {
+        let status = self.call("query-status", json!({})).expect("QEMU tells its state");
+        status
+            .get("status")
+            .and_then(Value::as_str)
+            .expect("it is a word")
+            .to_owned()
+    }
+
+    /// Stops the vCPUs.
+    ///
+    /// # Panics
+    ///
+    /// If QEMU refuses.
+    pub fn stop(&mut self) {
+        self.call("stop", json!({})).expect("QEMU stops the guest");
+    }
+
+    /// Lets the vCPUs run.
+    ///
+    /// # Panics
+    ///
+    /// If QEMU refuses.
+    pub fn cont(&mut self) {
+        self.call("cont", json!({})).expect("QEMU lets the guest run");
+    }
+
+    fn line(&mut self) -> io::Result<Value> {
+        let mut line = String::new();
+        if self.stream.read_line(&mut line)? == 0 {
+            return Err(io::Error::other("QEMU closed the connection"));
+        }
+        Ok(serde_json::from_str(&line)?)
+    }
+}

@@ -1,0 +1,246 @@
+//! The program under test, built once and run as an operator runs it: by its command line, exit code and output.
+
+use std::fmt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::sync::LazyLock;
+use std::time::{Duration, Instant};
+
+use images::guest::Guest;
+use serde_json::Value;
+
+/// The optimised program, built from the sources as they are now: a test of an older one would prove nothing.
+pub fn program() -> Result<&'static Path, String> {
+    static PROGRAM: LazyLock<Result<PathBuf, String>> = LazyLock::new(build);
+    PROGRAM.as_deref().map_err(Clone::clone)
+}
+
+fn build() -> Result<PathBuf, String> {
+    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+    let workspace = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap_or(Path::new("."));
+    let output = Command::new(cargo)
+        .args([
+            "build",
+            "--quiet",
+            "--release",
+            "--package",
+            "host-agent",
+            "--bin",
+            "vmpatch",
+        ])
+        .arg("--message-format=json-render-diagnostics")
+        .current_dir(workspace)
+        .stderr(Stdio::inherit())
+        .output()
+        .map_err(|error| format!("cargo can't be started: {error}"))?;
+    if !output.status.success() {
+        return Err(format!("vmpatch does not build: {}", output.status));
+    }
+    let messages = String::from_utf8_lossy(&output.stdout).into_owned();
+    let messages = messages
+        .lines()
+        .filter_map(|line| serde_json::from_str::<Value>(line).ok());
+    messages
+        .filter_map(|message| Some(PathBuf::from(message.get("executable")?.as_str()?)))
+        .next_back()
+        .ok_or_else(|| "cargo built vmpatch, but does not say where".to_owned())
+}
+
+/// vmpatch with one guest.
+#[derive(Clone, Debug)]
+pub struct Vmpatch {
+    target: [String; 2],
+}
+
+impl Vmpatch {
+    /// For this guest, by its name.
+    pub fn on(guest: &Guest) -> Self {
+        Self::domain(guest.name())
+    }
+
+    /// For the domain of that name, which need not exist.
+    pub fn domain(name: &str) -> Self {
+        Self {
+            target: ["--domain".into(), name.into()],
+        }
+    }
+
+    /// For the guest behind a QMP socket.
+    pub fn socket(path: &Path) -> Self {
+        Self {
+            target: ["--qmp".into(), path.display().to_string()],
+        }
+    }
+
+    /// Runs it to its end.
+    ///
+    /// # Panics
+    ///
+    /// If it can't be built or started.
+    pub fn run(&self, args: &[&str]) -> Answer {
+        let start = Instant::now();
+        let output = self.command(args).output().expect("vmpatch starts");
+        Answer::new(self.line(args), output, start.elapsed())
+    }
+
+    /// Starts it, as the leader of a process group, as a shell does.
+    ///
+    /// # Panics
+    ///
+    /// If it can't be built or started.
+    pub fn start(&self, args: &[&str]) -> Child {
+        use std::os::unix::process::CommandExt;
+        let mut command = self.command(args);
+        command.stdout(Stdio::piped()).stderr(Stdio::piped()).process_group(0);
+        command.spawn().expect("vmpatch starts")
+    }
+
+    /// Waits for one that was started.
+    ///
+    /// # Panics
+    ///
+    /// If it can't be waited for.
+    pub fn finish(&self, args: &[&str], child: Child) -> Answer {
+        Answer::new(
+            self.line(args),
+            child.wait_with_output().expect("vmpatch can be waited for"),
+            Duration::ZERO,
+        )
+    }
+
+    /// Applies one module, which must succeed, and gives the report.
+    ///
+    /// # Panics
+    ///
+    /// If it does not succeed.
+    #[track_caller]
+    pub fn apply(&self, module: &str) -> Value {
+        self.run(&["apply", "--json", module]).expect(0).json()
+    }
+
+    /// Takes all patches out, which must succeed, and gives the report.
+    ///
+    /// # Panics
+    ///
+    /// If it does not succeed.
+    #[track_caller]
+    pub fn revert_all(&self) -> Value {
+        self.run(&["revert", "--all", "--json"]).expect(0).json()
+    }
+
+    /// What `status` says.
+    ///
+    /// # Panics
+    ///
+    /// If it does not succeed.
+    #[track_caller]
+    pub fn status(&self) -> Value {
+        self.run(&["status", "--json"]).expect(0).json()
+    }
+
+    /// What `inspect` says.
+    ///
+    /// # Panics
+    ///
+    /// If it does not succeed.
+    #[track_caller]
+    pub fn inspect(&self) -> Value {
+        self.run(&["inspect", "--json"]).expect(0).json()
+    }
+
+    fn command(&self, args: &[&str]) -> Command {
+        let mut command = Command::new(program().expect("vmpatch builds"));
+        command.args(&self.target).args(args).stdin(Stdio::null());
+        command
+    }
+
+    fn line(&self, args: &[&str]) -> String {
+        ["vmpatch"]
+            .iter()
+            .copied()
+            .chain(self.target.iter().map(String::as_str))
+            .chain(args.iter().copied())
+            .collect::<Vec<_>>()
+            .join(" ")
+    }
+}
+
+/// What a run of vmpatch ended with.
+#[derive(Clone, Debug)]
+pub struct Answer {
+    /// The command line.
+    pub line: String,
+    /// The exit code; `None` if a signal ended it.
+    pub code: Option<i32>,
+    /// Standard output.
+    pub stdout: String,
+    /// Standard error.
+    pub stderr: String,
+    /// From its start to its end.
+    pub took: Duration,
+}
+
+impl Answer {
+    fn new(line: String, output: Output, took: Duration) -> Self {
+        let text = |bytes: Vec<u8>| String::from_utf8_lossy(&bytes).into_owned();
+        Self {
+            line,
+            code: output.status.code(),
+            stdout: text(output.stdout),
+            stderr: text(output.stderr),
+            took,
+        }
+    }
+
+    /// Demands this exit code.
+    ///
+    /// # Panics
+    ///
+    /// If it is another one.
+    #[track_caller]
+    pub fn expect(self, code: i32) -> Self {
+        assert_eq!(self.code, Some(code), "{self}");
+        self
+    }
+
+    /// Standard output as JSON.
+    ///
+    /// # Panics
+    ///
+    /// If it is none.
+    #[track_caller]
+    pub fn json(&self) -> Value {
+        serde_json::from_str(&self.stdout).unwrap_or_else(|error| panic!("no JSON ({error}): {self}"))
+    }
+
+    /// The one line in which vmpatch says why it failed.
+    ///
+    /// # Panics
+    ///
+    /// If there is none, or more than that and a hint: whoever reads it wants to know what to do, not how vmpatch works.
+    #[track_caller]
+    pub fn complaint(&self) -> &str {
+        let mut lines = self.stderr.lines().filter(|line| !line.starts_with("hint: "));
+        let (first, second) = (lines.next(), lines.next());
+        let complaint = first.and_then(|line| line.strip_prefix("vmpatch: "));
+        assert!(second.is_none(), "more than one line: {self}");
+        complaint.unwrap_or_else(|| panic!("no line that begins with \"vmpatch: \": {self}"))
+    }
+}
+
+impl fmt::Display for Answer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self {
+            line,
+            code,
+            stdout,
+            stderr,
+            ..
+        } = self;
+        let code = code.map_or("a signal".to_owned(), |code| code.to_string());
+        write!(
+            f,
+            "`{line}` ended with {code}\n--- stdout\n{stdout}--- stderr\n{stderr}"
+        )
+    }
+}
