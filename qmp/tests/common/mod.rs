@@ -1,6 +1,7 @@
 //! A real QEMU for a test: firmware only, or halted before its first instruction; killed when the test ends.
 #![allow(dead_code, reason = "every test file uses its own part of this")]
 
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -62,7 +63,8 @@ impl Qemu {
             .unwrap();
         let qemu = Self { child, dir };
         let deadline = Instant::now() + Duration::from_secs(START_TIMEOUT_S);
-        while !socket.exists() {
+        // The file is there a moment before QEMU listens on it.
+        while UnixStream::connect(&socket).is_err() {
             assert!(
                 Instant::now() < deadline,
                 "QEMU did not open its QMP socket in {START_TIMEOUT_S} s"

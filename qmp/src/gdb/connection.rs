@@ -1,0 +1,367 @@
+//! A connection to the stub: packets out in a row, replies back in order.
+
+use super::layout::{self, Layout, LayoutError};
+use super::packet::{self, Receiver};
+use crate::addr::Gpa;
+use crate::cpu::CpuState;
+use std::io::{self, Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+/// Packets sent before their replies are read. QEMU blocks its main loop when a reply finds the socket full, so all
+/// replies outstanding must fit into it (208 KiB by default, of which a short reply takes some 800 bytes).
+const PACKETS_IN_FLIGHT: usize = 32;
+
+/// Bytes of guest memory in one `M` or `m` packet: two digits each, with room for the address, below QEMU's limit.
+const MEMORY_BYTES_PER_PACKET: usize = (packet::PACKET_BYTES_MAX - 64) / 2;
+
+/// Bytes asked of a description file at once: the most that QEMU 7.2 and 10.0 give.
+const FEATURE_CHUNK_BYTES: usize = (packet::PACKET_BYTES_MAX - 5) / 2;
+
+/// The longest description file accepted, in chunks; QEMU's has four.
+const FEATURE_CHUNKS_MAX: usize = 64;
+
+/// The file that QEMU's `target.xml` includes, asked for on the chance that it still does.
+const USUAL_FEATURE: &str = "i386-64bit.xml";
+
+/// Its chunks, in QEMU 7.2 and 10.0.
+const USUAL_FEATURE_CHUNKS: usize = 4;
+
+/// What can go wrong with the stub.
+#[derive(Debug, thiserror::Error)]
+pub enum StubError {
+    /// The socket failed, or the stub was silent for too long.
+    #[error("the connection to QEMU's GDB stub failed")]
+    Io(#[from] io::Error),
+    /// The stub closed the connection.
+    #[error("QEMU closed the connection to its GDB stub")]
+    Closed,
+    /// A reply of another form than asked for; a refusal is `E` with two digits.
+    #[error("QEMU's GDB stub was to send {expected}, and sent {found:?}")]
+    Reply {
+        /// What was asked for.
+        expected: &'static str,
+        /// What came.
+        found: String,
+    },
+    /// The stub lists other vCPUs than QMP does: one was plugged or unplugged.
+    #[error("QEMU's GDB stub has the vCPUs {found:?}, QMP named {expected:?}")]
+    Vcpus {
+        /// Thread numbers by QMP.
+        expected: Vec<u64>,
+        /// Thread numbers by the stub.
+        found: Vec<u64>,
+    },
+    /// The register description is not understood.
+    #[error(transparent)]
+    Layout(#[from] LayoutError),
+}
+
+impl StubError {
+    pub(super) fn bad_reply(expected: &'static str, found: &[u8]) -> Self {
+        let head = found.get(..80).unwrap_or(found);
+        Self::Reply {
+            expected,
+            found: String::from_utf8_lossy(head).into_owned(),
+        }
+    }
+}
+
+/// The registers of a stopped guest.
+#[derive(Debug)]
+pub struct Stopped {
+    /// Of each vCPU, in the order asked for.
+    pub vcpus: Vec<CpuState>,
+    /// When the stub's first reply came: by then the guest had stopped.
+    pub stopped_at: Instant,
+}
+
+/// A connection to a stub, in physical memory mode once [`Connection::stop`] succeeded.
+#[derive(Debug)]
+pub struct Connection {
+    socket: UnixStream,
+    received: Receiver,
+    reply_timeout: Duration,
+}
+
+impl Connection {
+    /// Connects. The guest stops as soon as QEMU notices, which [`Connection::stop`] waits for. Any later exchange may
+    /// take `reply_timeout`.
+    pub fn open(path: &Path, reply_timeout: Duration) -> io::Result<Self> {
+        let socket = UnixStream::connect(path)?;
+        socket.set_write_timeout(Some(reply_timeout))?;
+        Ok(Self {
+            socket,
+            received: Receiver::default(),
+            reply_timeout,
+        })
+    }
+
+    /// Waits until the guest has stopped, and reads the registers of all vCPUs, given by their thread numbers (index
+    /// plus one). Fetches the register layout in the same go where it is not known yet.
+    pub fn stop(&mut self, threads: &[u64], known: &mut Option<Layout>) -> Result<Stopped, StubError> {
+        let mut bodies = vec![String::from("Qqemu.PhyMemMode:1"), String::from("qfThreadInfo")];
+        bodies.extend(threads.iter().map(|_| String::from("qsThreadInfo")));
+        for thread in threads {
+            bodies.extend([format!("Hg{thread:x}"), String::from("g")]);
+        }
+        if known.is_none() {
+            bodies.push(feature_request("target.xml", 0));
+            bodies.extend((0..USUAL_FEATURE_CHUNKS).map(|chunk| feature_request(USUAL_FEATURE, chunk)));
+        }
+        let mut stopped_at = None;
+        let replies = self.exchange(&bodies, &mut stopped_at)?;
+        let mut replies = replies.into_iter();
+        let mut next = || replies.next().unwrap_or_default();
+        expect_ok(&next())?;
+        let listed: Vec<Vec<u8>> = std::iter::repeat_with(&mut next).take(threads.len() + 1).collect();
+        check_threads(threads, &listed)?;
+        let mut dumps = Vec::new();
+        for _ in threads {
+            expect_ok(&next())?;
+            let dump = next();
+            dumps.push(packet::from_hex(&dump).ok_or_else(|| StubError::bad_reply("registers", &dump))?);
+        }
+        let layout = match known {
+            Some(layout) => layout,
+            None => {
+                let target = next();
+                let usual: Vec<Vec<u8>> = std::iter::repeat_with(next).take(USUAL_FEATURE_CHUNKS).collect();
+                known.insert(self.layout(&target, &usual)?)
+            }
+        };
+        let vcpus = dumps.iter().map(|dump| layout.decode(dump)).collect::<Result<_, _>>()?;
+        Ok(Stopped {
+            vcpus,
+            stopped_at: stopped_at.unwrap_or_else(Instant::now),
+        })
+    }
+
+    /// Makes the layout of a first chunk of `target.xml`, and of the usual file's chunks where that is what it includes.
+    fn layout(&mut self, target: &[u8], usual: &[Vec<u8>]) -> Result<Layout, StubError> {
+        let target = match join_chunks(&[target.to_vec()]) {
+            Some(whole) => whole,
+            None => self.feature("target.xml")?,
+        };
+        let files = layout::includes(&target)?;
+        let mut features = Vec::new();
+        for file in &files {
+            let usual = if file == USUAL_FEATURE {
+                join_chunks(usual)
+            } else {
+                None
+            };
+            features.push(match usual {
+                Some(whole) => whole,
+                None => self.feature(file)?,
+            });
+        }
+        Ok(Layout::parse(&features)?)
+    }
+
+    /// Fetches a description file chunk by chunk.
+    fn feature(&mut self, file: &str) -> Result<String, StubError> {
+        let mut chunks = Vec::new();
+        for chunk in 0..FEATURE_CHUNKS_MAX {
+            chunks.extend(self.exchange(&[feature_request(file, chunk)], &mut None)?);
+            if let Some(whole) = join_chunks(&chunks) {
+                return Ok(whole);
+            }
+        }
+        Err(StubError::bad_reply(
+            "an end of its register description",
+            chunks.last().map_or(&[], Vec::as_slice),
+        ))
+    }
+
+    /// Writes guest-physical memory. The caller has made sure that all of it is RAM. On an error some of the bytes may
+    /// be written.
+    pub fn write(&mut self, writes: &[(Gpa, &[u8])]) -> Result<(), StubError> {
+        let mut bodies = Vec::new();
+        for (at, bytes) in writes {
+            for (gpa, chunk) in chunks(*at, bytes.chunks(MEMORY_BYTES_PER_PACKET)) {
+                let mut body = format!("M{gpa:x},{:x}:", chunk.len());
+                packet::to_hex(chunk, &mut body);
+                bodies.push(body);
+            }
+        }
+        self.exchange(&bodies, &mut None)?
+            .iter()
+            .try_for_each(|reply| expect_ok(reply))
+    }
+
+    /// Reads guest-physical memory.
+    pub fn read(&mut self, at: Gpa, buf: &mut [u8]) -> Result<(), StubError> {
+        let sizes = chunks(at, buf.chunks(MEMORY_BYTES_PER_PACKET));
+        let bodies: Vec<String> = sizes
+            .map(|(gpa, chunk)| format!("m{gpa:x},{:x}", chunk.len()))
+            .collect();
+        let replies = self.exchange(&bodies, &mut None)?;
+        for (chunk, reply) in buf.chunks_mut(MEMORY_BYTES_PER_PACKET).zip(replies) {
+            let bytes = packet::from_hex(&reply).filter(|bytes| bytes.len() == chunk.len());
+            chunk.copy_from_slice(&bytes.ok_or_else(|| StubError::bad_reply("memory", &reply))?);
+        }
+        Ok(())
+    }
+
+    /// Leaves physical memory mode and lets the guest run. That it runs is told by QMP's RESUME event, not here.
+    /// Nothing may be sent afterwards: it would stop the guest.
+    pub fn resume(&mut self) -> Result<(), StubError> {
+        let mut packets = Vec::new();
+        packet::frame("Qqemu.PhyMemMode:0", &mut packets);
+        packet::frame("c", &mut packets);
+        Ok(self.socket.write_all(&packets)?)
+    }
+
+    /// Leaves physical memory mode, and the guest stopped.
+    pub fn leave_stopped(&mut self) -> Result<(), StubError> {
+        self.exchange(&[String::from("Qqemu.PhyMemMode:0")], &mut None)
+            .map(drop)
+    }
+
+    /// Sends packets and gives their replies, in order; `first_at` is set to when the first reply came.
+    fn exchange(&mut self, bodies: &[String], first_at: &mut Option<Instant>) -> Result<Vec<Vec<u8>>, StubError> {
+        let deadline = Instant::now() + self.reply_timeout;
+        let mut replies = Vec::with_capacity(bodies.len());
+        for batch in bodies.chunks(PACKETS_IN_FLIGHT) {
+            let mut packets = Vec::new();
+            batch.iter().for_each(|body| packet::frame(body, &mut packets));
+            self.socket.write_all(&packets)?;
+            for _ in batch {
+                replies.push(self.reply(deadline)?);
+                first_at.get_or_insert_with(Instant::now);
+            }
+        }
+        Ok(replies)
+    }
+
+    /// The next reply that answers something. Stop replies come unasked, and start as no answer to us does.
+    fn reply(&mut self, deadline: Instant) -> Result<Vec<u8>, StubError> {
+        let mut bytes = [0; packet::PACKET_BYTES_MAX];
+        loop {
+            while let Some(body) = self.received.next()? {
+                if !matches!(body.first(), Some(b'T' | b'S')) {
+                    return Ok(body);
+                }
+            }
+            // A zero time-out would mean none.
+            let left = deadline
+                .saturating_duration_since(Instant::now())
+                .max(Duration::from_millis(1));
+            self.socket.set_read_timeout(Some(left))?;
+            let count = self.socket.read(&mut bytes)?;
+            if count == 0 {
+                return Err(StubError::Closed);
+            }
+            self.received.push(bytes.get(..count).unwrap_or_default());
+        }
+    }
+}
+
+/// Addresses of consecutive pieces. Saturates at the end of the address space, where there is no RAM.
+fn chunks<'a>(at: Gpa, pieces: impl Iterator<Item = &'a [u8]>) -> impl Iterator<Item = (u64, &'a [u8])> {
+    pieces.scan(at.0, |next, piece| {
+        let gpa = *next;
+        *next = gpa.saturating_add(u64::try_from(piece.len()).unwrap_or(u64::MAX));
+        Some((gpa, piece))
+    })
+}
+
+fn feature_request(file: &str, chunk: usize) -> String {
+    format!(
+        "qXfer:features:read:{file}:{:x},{FEATURE_CHUNK_BYTES:x}",
+        chunk.saturating_mul(FEATURE_CHUNK_BYTES)
+    )
+}
+
+/// A file of its chunks (`m` and more to come, `l` and the last); `None` where they are not all there.
+fn join_chunks(chunks: &[Vec<u8>]) -> Option<String> {
+    let mut whole = Vec::new();
+    for chunk in chunks {
+        match chunk.split_first()? {
+            (b'l', last) => {
+                whole.extend_from_slice(last);
+                return String::from_utf8(whole).ok();
+            }
+            (b'm', more) if more.len() == FEATURE_CHUNK_BYTES => whole.extend_from_slice(more),
+            _ => return None,
+        }
+    }
+    None
+}
+
+fn expect_ok(reply: &[u8]) -> Result<(), StubError> {
+    if reply == b"OK" {
+        Ok(())
+    } else {
+        Err(StubError::bad_reply("OK", reply))
+    }
+}
+
+/// Each reply to `qfThreadInfo` and `qsThreadInfo` names one vCPU (`m01`, or `mp01.01` once a debugger asked for
+/// process numbers); the last is `l`.
+fn check_threads(expected: &[u64], replies: &[Vec<u8>]) -> Result<(), StubError> {
+    let number = |reply: &Vec<u8>| {
+        let text = std::str::from_utf8(reply).ok()?.strip_prefix('m')?;
+        let thread = text.rsplit_once('.').map_or(text, |(_, thread)| thread);
+        u64::from_str_radix(thread, 16).ok()
+    };
+    let mut found: Vec<u64> = replies.iter().filter_map(number).collect();
+    let mut wanted = expected.to_vec();
+    found.sort_unstable();
+    wanted.sort_unstable();
+    let ended = replies.last().is_some_and(|reply| reply == b"l");
+    if ended && found == wanted {
+        Ok(())
+    } else {
+        Err(StubError::Vcpus {
+            expected: wanted,
+            found,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn thread_lists_with_and_without_process_numbers_are_compared() {
+        let replies = |list: &[&str]| list.iter().map(|reply| reply.as_bytes().to_vec()).collect::<Vec<_>>();
+        assert!(check_threads(&[1, 16], &replies(&["m01", "m10", "l"])).is_ok());
+        assert!(check_threads(&[2, 1], &replies(&["mp01.01", "mp01.02", "l"])).is_ok());
+        for other in [
+            &["m01", "m02", "m03"][..],
+            &["m01", "l", "E22"],
+            &["m01", "m03", "l"],
+            &[],
+        ] {
+            assert!(
+                matches!(check_threads(&[1, 2], &replies(other)), Err(StubError::Vcpus { .. })),
+                "{other:?}"
+            );
+        }
+    }
+
+    #[test]
+    fn a_file_is_whole_only_with_its_last_chunk_and_none_missing() {
+        let full = [b"m".to_vec(), vec![b'x'; FEATURE_CHUNK_BYTES]].concat();
+        assert_eq!(
+            join_chunks(&[full.clone(), b"lyz".to_vec()]).unwrap().len(),
+            FEATURE_CHUNK_BYTES + 2
+        );
+        assert_eq!(join_chunks(&[b"l<a/>".to_vec(), b"E00".to_vec()]).unwrap(), "<a/>");
+        assert_eq!(join_chunks(&[full]), None);
+        assert_eq!(join_chunks(&[b"mshort".to_vec(), b"l".to_vec()]), None);
+        assert_eq!(join_chunks(&[b"E00".to_vec()]), None);
+    }
+
+    #[test]
+    fn long_writes_are_cut_at_consecutive_addresses() {
+        let pieces: Vec<_> = chunks(Gpa(0x1000), [0_u8; 5].chunks(2))
+            .map(|(gpa, piece)| (gpa, piece.len()))
+            .collect();
+        assert_eq!(pieces, [(0x1000, 2), (0x1002, 2), (0x1004, 1)]);
+    }
+}

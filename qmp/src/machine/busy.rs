@@ -1,0 +1,121 @@
+//! What QEMU does with the whole guest's memory: migration, snapshot, dump. A write from outside is not in QEMU's dirty
+//! log, so the copy that QEMU makes could hold half a patch.
+
+use crate::client::{Client, CommandError};
+use serde::Deserialize;
+use serde_json::{Value, json};
+use std::fmt;
+
+/// Migration states in which nothing is under way. All others count as busy, unknown ones too.
+const MIGRATION_AT_REST: [&str; 4] = ["none", "completed", "failed", "cancelled"];
+
+/// Jobs that copy disks and leave guest memory alone. All others count as busy (`snapshot-save`, …), unknown ones too.
+const DISK_JOBS: [&str; 6] = ["commit", "stream", "mirror", "backup", "create", "amend"];
+
+/// Job states in which nothing is under way.
+const JOB_AT_REST: [&str; 3] = ["concluded", "null", "undefined"];
+
+/// Something under way that forbids patching.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Busy {
+    /// A migration in either direction, or a background snapshot, in the state named.
+    Migration(String),
+    /// A job on the guest's memory, by its type, such as `snapshot-save`.
+    Job(String),
+    /// A dump of guest memory.
+    Dump,
+}
+
+impl fmt::Display for Busy {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Migration(status) => write!(f, "a migration or background snapshot is under way ({status})"),
+            Self::Job(kind) => write!(f, "a {kind} job is under way"),
+            Self::Dump => f.write_str("a dump of guest memory is under way"),
+        }
+    }
+}
+
+#[derive(Deserialize)]
+struct Job {
+    #[serde(rename = "type")]
+    kind: String,
+    status: String,
+}
+
+impl Busy {
+    /// Asks QEMU; `None` where nothing is under way.
+    pub(crate) async fn query(client: &Client) -> Result<Option<Self>, CommandError> {
+        let migration: Value = client.execute_as("query-migrate", json!({})).await?;
+        let jobs: Vec<Job> = client.execute_as("query-jobs", json!({})).await?;
+        let dump: Value = client.execute_as("query-dump", json!({})).await?;
+        Ok(Self::of_migration(&migration)
+            .or_else(|| Self::of_jobs(&jobs))
+            .or_else(|| Self::of_dump(&dump)))
+    }
+
+    fn of_migration(reply: &Value) -> Option<Self> {
+        let status = reply.get("status")?.as_str().unwrap_or("of unknown state");
+        (!MIGRATION_AT_REST.contains(&status)).then(|| Self::Migration(status.to_owned()))
+    }
+
+    fn of_jobs(jobs: &[Job]) -> Option<Self> {
+        let busy = |job: &&Job| !DISK_JOBS.contains(&job.kind.as_str()) && !JOB_AT_REST.contains(&job.status.as_str());
+        jobs.iter().find(busy).map(|job| Self::Job(job.kind.clone()))
+    }
+
+    fn of_dump(reply: &Value) -> Option<Self> {
+        (reply.get("status").and_then(Value::as_str) == Some("active")).then_some(Self::Dump)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_migration_is_busy_in_every_state_but_those_at_rest() {
+        // QEMU 10.0.2 answers {} before the first migration.
+        assert_eq!(Busy::of_migration(&json!({})), None);
+        for status in MIGRATION_AT_REST {
+            assert_eq!(Busy::of_migration(&json!({"status": status})), None);
+        }
+        for status in [
+            "setup",
+            "active",
+            "pre-switchover",
+            "device",
+            "postcopy-active",
+            "cancelling",
+            "not-yet-invented",
+        ] {
+            assert_eq!(
+                Busy::of_migration(&json!({"status": status})),
+                Some(Busy::Migration(status.into()))
+            );
+        }
+    }
+
+    #[test]
+    fn disk_jobs_and_ended_ones_do_not_count() {
+        let job = |kind: &str, status: &str| Job {
+            kind: kind.into(),
+            status: status.into(),
+        };
+        assert_eq!(
+            Busy::of_jobs(&[job("mirror", "running"), job("snapshot-save", "concluded")]),
+            None
+        );
+        let jobs = [job("backup", "running"), job("snapshot-load", "running")];
+        assert_eq!(Busy::of_jobs(&jobs), Some(Busy::Job("snapshot-load".into())));
+    }
+
+    #[test]
+    fn only_an_active_dump_counts() {
+        assert_eq!(Busy::of_dump(&json!({"status": "none"})), None);
+        assert_eq!(
+            Busy::of_dump(&json!({"status": "active", "completed": 5})),
+            Some(Busy::Dump)
+        );
+    }
+}

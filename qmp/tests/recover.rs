@@ -1,0 +1,76 @@
+//! A process killed in its pause, and another that puts things right.
+
+mod common;
+
+use common::{PATIENCE, Qemu};
+use qmp::{Gpa, Machine, RunState, recover};
+use std::io::{BufRead, BufReader};
+use std::process::{Child, Command, Stdio};
+
+const QMP: &str = "QMP_TEST_SOCKET";
+const AT: Gpa = Gpa(0x20_0000);
+
+/// Not a test of its own: the process that is killed.
+#[test]
+#[ignore = "the process that the other tests kill"]
+fn pauses_and_writes_until_it_is_killed() {
+    let Some(socket) = std::env::var_os(QMP) else { return };
+    let mut machine = Machine::attach(socket.as_ref(), PATIENCE).unwrap();
+    let mut paused = machine.pause().unwrap();
+    paused.write(&[(AT, b"half")]).unwrap();
+    println!("\nIN PAUSE");
+    std::thread::sleep(PATIENCE * 10);
+}
+
+fn start_victim(qemu: &Qemu) -> Child {
+    let mut victim = Command::new(std::env::current_exe().unwrap())
+        .args([
+            "--exact",
+            "pauses_and_writes_until_it_is_killed",
+            "--ignored",
+            "--nocapture",
+        ])
+        .env(QMP, qemu.qmp())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let lines = BufReader::new(victim.stdout.take().unwrap()).lines();
+    assert!(lines.map_while(Result::ok).any(|line| line == "IN PAUSE"));
+    victim
+}
+
+fn state_and_bytes(qemu: &Qemu) -> (RunState, [u8; 4]) {
+    let mut machine = Machine::attach(&qemu.qmp(), PATIENCE).unwrap();
+    let state = machine.run_state().unwrap();
+    let mut bytes = [0; 4];
+    machine.pause().unwrap().read(AT, &mut bytes).unwrap();
+    (state, bytes)
+}
+
+#[test]
+fn a_guest_left_paused_by_a_killed_process_is_undone_and_runs() {
+    let qemu = Qemu::start(&["-M", "q35"]);
+    let mut victim = start_victim(&qemu);
+    victim.kill().unwrap();
+    victim.wait().unwrap();
+    recover(&qemu.qmp(), PATIENCE, &[(AT, b"old!")], true).unwrap();
+    assert_eq!(state_and_bytes(&qemu), (RunState::Running, *b"old!"));
+}
+
+#[test]
+fn without_resume_the_guest_is_undone_and_stays_paused() {
+    let qemu = Qemu::start(&["-M", "q35"]);
+    let mut victim = start_victim(&qemu);
+    victim.kill().unwrap();
+    victim.wait().unwrap();
+    recover(&qemu.qmp(), PATIENCE, &[(AT, b"old!")], false).unwrap();
+    assert_eq!(state_and_bytes(&qemu), (RunState::Paused, *b"old!"));
+}
+
+#[test]
+fn a_guest_that_runs_is_written_and_runs_on() {
+    let qemu = Qemu::start(&["-M", "q35"]);
+    recover(&qemu.qmp(), PATIENCE, &[(AT, b"old!")], true).unwrap();
+    recover(&qemu.qmp(), PATIENCE, &[], true).unwrap();
+    assert_eq!(state_and_bytes(&qemu), (RunState::Running, *b"old!"));
+}
