@@ -1,0 +1,177 @@
+//! Finding domains: the QEMU processes of this host, their names, and where their QMP sockets are.
+//!
+//! All that is known comes from /proc, so a domain is found whoever started it. What a process was told on its command
+//! line may not be so any more; that the process at a socket's other end is the one meant is for the one who connects
+//! to check (`qmp::Client::peer_pid`).
+
+mod address;
+mod command_line;
+mod error;
+mod params;
+pub(crate) mod process;
+mod socket;
+
+pub use address::QmpAddress;
+pub use error::DomainError;
+pub use process::Binary;
+pub use socket::QmpSocket;
+
+use command_line::CommandLine;
+use process::Process;
+use std::fmt;
+use std::io::{self, ErrorKind};
+use std::path::{Path, PathBuf};
+
+/// A running QEMU.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Domain {
+    /// The guest's name (`-name`).
+    pub name: Option<String>,
+    /// The guest's UUID (`-uuid`), as spelled on the command line.
+    pub uuid: Option<String>,
+    /// The process.
+    pub pid: i32,
+    /// When the process started, in clock ticks since the host's boot: another process may get its pid later.
+    pub start_time: u64,
+    /// The program. None where another user's process does not show it.
+    pub binary: Option<Binary>,
+    /// Its QMP monitors, in the order of the command line.
+    pub qmp: Vec<QmpSocket>,
+}
+
+impl Domain {
+    /// What to connect to for QMP, in the order of the command line, libvirt's own left out.
+    pub fn qmp_paths(&self) -> impl Iterator<Item = &Path> {
+        self.qmp.iter().filter_map(QmpSocket::usable)
+    }
+
+    /// What to connect to for QMP: the first of [`Domain::qmp_paths`].
+    ///
+    /// Errors: there is none ([`DomainError::NoQmpSocket`], [`DomainError::OnlyLibvirts`]).
+    pub fn qmp_socket(&self) -> Result<PathBuf, DomainError> {
+        let first = self.qmp_paths().next();
+        first.map(Path::to_owned).ok_or_else(|| DomainError::no_socket(self))
+    }
+
+    /// The domain of the process `pid`, found at the other end (`qmp::Client::peer_pid`) of the QMP socket `path`;
+    /// that socket comes first in [`Domain::qmp`].
+    ///
+    /// Errors: [`DomainError::Peer`].
+    pub fn of_peer(pid: i32, path: &Path) -> Result<Self, DomainError> {
+        let failed = |cause| DomainError::Peer {
+            pid,
+            path: path.to_owned(),
+            cause,
+        };
+        let gone = || io::Error::new(ErrorKind::NotFound, "the process has ended");
+        let process = Process::read(pid).map_err(failed)?.ok_or_else(|| failed(gone()))?;
+        let mut domain = Self::of_process(process);
+        domain.qmp.retain(|socket| !socket.is_at(path));
+        let given = QmpSocket {
+            address: QmpAddress::Unix(path.to_owned()),
+            libvirt: false,
+            path: Some(path.to_owned()),
+        };
+        domain.qmp.insert(0, given);
+        Ok(domain)
+    }
+
+    fn of_process(process: Process) -> Self {
+        let line = CommandLine::parse(process.words.iter().map(Vec::as_slice));
+        Self {
+            qmp: socket::sockets(process.pid, &line),
+            name: line.name,
+            uuid: line.uuid,
+            pid: process.pid,
+            start_time: process.start_time,
+            binary: process.binary,
+        }
+    }
+}
+
+impl fmt::Display for Domain {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.name {
+            Some(name) => write!(f, "domain `{name}` (pid {})", self.pid),
+            None => write!(f, "the domain without a name (pid {})", self.pid),
+        }
+    }
+}
+
+/// The domains of this host at one time.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Survey {
+    /// Those found, by rising pid.
+    pub domains: Vec<Domain>,
+    /// How many processes could not be looked at, because they are other users' and /proc hides them (`hidepid`).
+    pub unreadable: usize,
+}
+
+impl Survey {
+    /// Those found, by rising pid.
+    pub fn iter(&self) -> impl Iterator<Item = &Domain> {
+        self.domains.iter()
+    }
+
+    /// The one domain of that name, with a QMP socket that can be used.
+    ///
+    /// Errors: see [`find`].
+    pub fn find(&self, name: &str) -> Result<Domain, DomainError> {
+        let named = |domain: &&Domain| domain.name.as_deref() == Some(name);
+        let found: Vec<Domain> = self.domains.iter().filter(named).cloned().collect();
+        match found.as_slice() {
+            [] => Err(DomainError::none_of_that_name(name, self)),
+            [domain] => domain.qmp_socket().map(|_| domain.clone()),
+            several => Err(DomainError::several_of_that_name(name, several)),
+        }
+    }
+
+    /// The domain that was told to listen for QMP at `path`, where one is known: without connecting, so that whoever
+    /// is connected there is not disturbed. See [`Domain::of_peer`] for what is known after connecting.
+    pub fn by_qmp(&self, path: &Path) -> Option<&Domain> {
+        let mut domains = self.domains.iter();
+        domains.find(|domain| domain.qmp.iter().any(|socket| socket.is_at(path)))
+    }
+}
+
+/// All domains of this host.
+///
+/// Errors: [`DomainError::Proc`]. A process that ends while it is read is left out.
+pub fn all() -> Result<Survey, DomainError> {
+    let mut survey = Survey::default();
+    let mut processes = Vec::new();
+    for pid in process::pids().map_err(DomainError::Proc)? {
+        match Process::read(pid) {
+            Ok(Some(process)) if process.is_qemu() => processes.push(process),
+            Ok(_) => {}
+            Err(cause) if cause.kind() == ErrorKind::PermissionDenied => survey.unreadable += 1,
+            Err(cause) => return Err(DomainError::Proc(cause)),
+        }
+    }
+    let own: Vec<Process> = processes
+        .iter()
+        .filter(|one| !is_helper(one, &processes))
+        .cloned()
+        .collect();
+    survey.domains = own.into_iter().map(Domain::of_process).collect();
+    Ok(survey)
+}
+
+/// Whether a process is a child of one of `others` that still has its parent's command line: QEMU's asynchronous
+/// teardown (`system/async-teardown.c`, QEMU 7.2 and later), or a child just before it becomes another program.
+fn is_helper(process: &Process, others: &[Process]) -> bool {
+    others
+        .iter()
+        .any(|other| other.pid == process.parent && other.words == process.words)
+}
+
+/// The one running domain called `name`, with at least one QMP socket that can be used.
+///
+/// Errors: none or several have the name; it has no QMP socket that can be connected to, or only libvirt's; /proc
+/// could not be read.
+pub fn find(name: &str) -> Result<Domain, DomainError> {
+    all()?.find(name)
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,259 @@
+//! Command lines in many spellings, and what is said when there is no domain to give.
+
+use super::command_line::{CommandLine, Monitor};
+use super::{Domain, DomainError, QmpAddress, QmpSocket, Survey};
+use std::path::PathBuf;
+
+/// Reads a command line; words are parted by spaces, `_` stands for a space in a word.
+fn parse(line: &str) -> CommandLine {
+    let words: Vec<String> = line.split(' ').map(|word| word.replace('_', " ")).collect();
+    CommandLine::parse(words.iter().map(|word| word.as_bytes()))
+}
+
+fn name(line: &str) -> Option<String> {
+    parse(&format!("qemu {line}")).name
+}
+
+fn monitors(line: &str) -> Vec<QmpAddress> {
+    parse(&format!("qemu {line}"))
+        .monitors
+        .into_iter()
+        .map(|monitor| monitor.address)
+        .collect()
+}
+
+fn unix(path: &str) -> QmpAddress {
+    QmpAddress::Unix(PathBuf::from(path))
+}
+
+#[test]
+fn a_name_is_found_in_every_spelling() {
+    for line in [
+        "-name vm42",
+        "--name vm42",
+        "-name guest=vm42",
+        "-name guest=vm42,debug-threads=on",
+        "-name vm42,process=x",
+        "-name process=x,guest=vm42",
+        "-S -nodefaults disk.img -name vm42",
+        "-name other -name vm42",
+        "-name vm42 -name debug-threads=on",
+    ] {
+        assert_eq!(name(line).as_deref(), Some("vm42"), "{line}");
+    }
+    assert_eq!(name("-name a,,b,process=c").as_deref(), Some("a,b"));
+    assert_eq!(name("-name a_b").as_deref(), Some("a b"));
+    assert_eq!(name("-name process=x"), None);
+    assert_eq!(name("-name"), None);
+    assert_eq!(name(""), None);
+}
+
+#[test]
+fn the_argument_of_another_option_is_no_option() {
+    assert_eq!(name("-append -name -name vm42").as_deref(), Some("vm42"));
+    assert_eq!(
+        name("-append root=/dev/vda_-name_evil -name vm42").as_deref(),
+        Some("vm42")
+    );
+    assert_eq!(
+        name("-append -name evil"),
+        None,
+        "the guest's kernel command line, then a disk image"
+    );
+    assert_eq!(name("-daemonize -name vm42").as_deref(), Some("vm42"));
+    assert_eq!(name("-enable-kvm -snapshot -name vm42").as_deref(), Some("vm42"));
+}
+
+#[test]
+fn a_qmp_socket_is_found_in_every_spelling() {
+    for line in [
+        "-qmp unix:/q,server=on,wait=off",
+        "-qmp unix:/q,server,nowait",
+        "--qmp unix:/q,server",
+        "-qmp-pretty unix:/q,server=on,wait=off",
+        "-chardev socket,id=m0,path=/q,server=on,wait=off -mon chardev=m0,mode=control",
+        "-mon chardev=m0,mode=control -chardev socket,id=m0,path=/q,server=on,wait=off",
+        "-chardev socket,id=m0,path=/q,server,nowait -mon m0,mode=control",
+        "-chardev socket,path=/q,server=on,id=m0 -mon mode=control,pretty=on,chardev=m0",
+        "-chardev socket,id=m0,path=/q,server=on -mon id=x,chardev=m0,mode=control",
+        "-chardev socket,id=m0,path=/q,server=on -qmp chardev:m0",
+    ] {
+        assert_eq!(monitors(line), [unix("/q")], "{line}");
+    }
+}
+
+#[test]
+fn a_monitor_for_people_is_no_qmp() {
+    for line in [
+        "-monitor unix:/q,server=on,wait=off",
+        "-monitor none",
+        "-chardev socket,id=m0,path=/q,server=on -mon chardev=m0",
+        "-chardev socket,id=m0,path=/q,server=on -mon m0,mode=readline",
+        "-chardev socket,id=m0,path=/q,server=on -monitor chardev:m0",
+        "-chardev socket,id=m0,path=/q,server=on -device virtserialport,chardev=m0",
+        "-serial unix:/q,server=on -gdb unix:/q,server=on",
+    ] {
+        assert_eq!(monitors(line), [], "{line}");
+    }
+}
+
+#[test]
+fn monitors_keep_their_order_and_do_not_mix() {
+    let line = "-monitor unix:/h,server -qmp unix:/a,server -mon c,mode=control -qmp-pretty tcp:h:1,server \
+                -chardev socket,id=c,path=/c,server=on";
+    assert_eq!(monitors(line), [unix("/a"), unix("/c"), QmpAddress::Tcp("h:1".into())]);
+}
+
+/// As libvirt 9 starts a guest, shortened.
+#[test]
+fn libvirts_monitor_is_marked_and_one_beside_it_is_not() {
+    let own = "/usr/bin/qemu-system-x86_64 -name guest=vm42,debug-threads=on -S \
+               -uuid 8d0e9a3e-8b1c-4f0e-9d1b-2a1c3e4d5f60 -no-user-config -nodefaults \
+               -chardev socket,id=charmonitor,fd=24,server=on,wait=off -mon chardev=charmonitor,id=monitor,mode=control";
+    let fd = Monitor {
+        address: QmpAddress::Descriptor("24".into()),
+        libvirt: true,
+    };
+    let line = parse(own);
+    assert_eq!(line.monitors, std::slice::from_ref(&fd));
+    assert_eq!(line.name.as_deref(), Some("vm42"));
+    assert_eq!(line.uuid.as_deref(), Some("8d0e9a3e-8b1c-4f0e-9d1b-2a1c3e4d5f60"));
+    let beside = parse(&format!("{own} -qmp unix:/run/vmpatch.sock,server=on,wait=off"));
+    let added = Monitor {
+        address: unix("/run/vmpatch.sock"),
+        libvirt: false,
+    };
+    assert_eq!(beside.monitors, [fd, added]);
+    let old = parse("qemu -chardev socket,id=charmonitor,path=/m,server,nowait -mon charmonitor,mode=control");
+    assert_eq!(
+        old.monitors,
+        [Monitor {
+            address: unix("/m"),
+            libvirt: true
+        }]
+    );
+}
+
+#[test]
+fn what_moves_a_process_from_its_folder_is_seen() {
+    let seen = |line: &str| {
+        let line = parse(&format!("qemu {line}"));
+        (line.daemonized, line.chrooted)
+    };
+    assert_eq!(seen("-daemonize"), (true, false));
+    assert_eq!(seen("-chroot /var/empty"), (false, true));
+    assert_eq!(seen("-run-with chroot=/var/empty,user=nobody"), (false, true));
+    assert_eq!(seen("-run-with async-teardown=on -append -daemonize"), (false, false));
+}
+
+fn domain(name: Option<&str>, pid: i32, qmp: Vec<QmpSocket>) -> Domain {
+    Domain {
+        name: name.map(str::to_owned),
+        uuid: None,
+        pid,
+        start_time: 1,
+        binary: None,
+        qmp,
+    }
+}
+
+fn listening(path: &str) -> QmpSocket {
+    QmpSocket {
+        address: unix(path),
+        libvirt: false,
+        path: Some(PathBuf::from(path)),
+    }
+}
+
+fn unreachable(address: QmpAddress, libvirt: bool) -> QmpSocket {
+    QmpSocket {
+        address,
+        libvirt,
+        path: None,
+    }
+}
+
+fn survey(domains: Vec<Domain>) -> Survey {
+    Survey { domains, unreadable: 0 }
+}
+
+#[test]
+fn the_one_domain_of_a_name_is_found() {
+    let all = survey(vec![
+        domain(Some("vm1"), 1, vec![]),
+        domain(
+            Some("vm42"),
+            2,
+            vec![unreachable(QmpAddress::Tcp("h:1".into()), false), listening("/q")],
+        ),
+        domain(None, 3, vec![]),
+    ]);
+    let found = all.find("vm42").unwrap();
+    assert_eq!((found.pid, found.qmp_socket().unwrap()), (2, PathBuf::from("/q")));
+}
+
+#[test]
+fn a_name_that_nobody_has_is_answered_with_those_that_run() {
+    let all = survey(vec![domain(Some("vm1"), 1, vec![]), domain(None, 3, vec![])]);
+    let message = all.find("vm42").unwrap_err().to_string();
+    assert_eq!(
+        message,
+        "no running QEMU has the name `vm42`: running are vm1, pid 3 without a name"
+    );
+    let hidden = Survey {
+        domains: vec![],
+        unreadable: 7,
+    };
+    let message = hidden.find("vm42").unwrap_err().to_string();
+    assert_eq!(
+        message,
+        "no running QEMU has the name `vm42`: none is running; \
+         7 processes of other users could not be looked at: run vmpatch as root"
+    );
+    let many = survey((0..300).map(|pid| domain(Some("vm"), pid, vec![])).collect());
+    assert!(
+        many.find("vm42")
+            .unwrap_err()
+            .to_string()
+            .ends_with("vm, vm and 280 more")
+    );
+}
+
+#[test]
+fn two_of_one_name_are_named_with_their_sockets() {
+    let all = survey(vec![
+        domain(Some("vm42"), 1, vec![listening("/a")]),
+        domain(Some("vm42"), 2, vec![]),
+    ]);
+    let error = all.find("vm42").unwrap_err();
+    assert!(matches!(&error, DomainError::SeveralOfThatName { pids, .. } if *pids == [1, 2]));
+    assert_eq!(
+        error.to_string(),
+        "2 running QEMUs have the name `vm42`: pid 1 at /a, pid 2 without a usable QMP socket; \
+         choose one with --qmp SOCKET"
+    );
+}
+
+#[test]
+fn a_domain_without_a_usable_socket_says_what_it_has() {
+    let find = |qmp| survey(vec![domain(Some("vm42"), 7, qmp)]).find("vm42").unwrap_err();
+    let none = find(vec![]);
+    assert_eq!(
+        none.to_string(),
+        "domain `vm42` (pid 7) has no QMP socket that vmpatch can connect to (it has no QMP monitor); \
+         start it with `-qmp unix:PATH,server=on,wait=off`"
+    );
+    let tcp = find(vec![unreachable(QmpAddress::Tcp("127.0.0.1:4444".into()), false)]);
+    assert!(tcp.to_string().contains("(it has tcp:127.0.0.1:4444)"), "{tcp}");
+    let fd = || QmpAddress::Descriptor("24".into());
+    let libvirt = find(vec![unreachable(fd(), true)]);
+    assert!(matches!(&libvirt, DomainError::OnlyLibvirts { .. }), "{libvirt}");
+    assert!(libvirt.to_string().contains("managed by libvirt"), "{libvirt}");
+    let held = find(vec![QmpSocket {
+        libvirt: true,
+        ..listening("/var/lib/libvirt/qemu/m")
+    }]);
+    assert!(matches!(&held, DomainError::OnlyLibvirts { .. }), "{held}");
+    let other = find(vec![unreachable(fd(), false)]);
+    assert!(other.to_string().contains("(it has descriptor 24)"), "{other}");
+}
