@@ -11,7 +11,7 @@ mod layout;
 mod record;
 
 #[cfg(test)]
-mod builder;
+pub(crate) mod builder;
 #[cfg(test)]
 mod tests;
 

@@ -113,15 +113,21 @@ impl Cpus {
         }
         match (active, aside) {
             (Some(active), None) => Place::Kernel(active),
-            (None, Some(aside)) if self.is_entry(registers.rip) => Place::Kernel(aside),
-            (Some(active), Some(aside)) if active == aside || !self.is_entry(registers.rip) => Place::Kernel(active),
+            (None, Some(aside)) if self.may_be_entry(registers.rip) => Place::Kernel(aside),
+            (Some(active), Some(aside)) if active == aside || !self.may_be_entry(registers.rip) => {
+                Place::Kernel(active)
+            }
             _ => Place::Unknown,
         }
     }
 
     /// True in the code between user mode and the kernel proper.
     pub fn is_entry(&self, rip: u64) -> bool {
-        self.entry_text.as_ref().is_none_or(|text| text.contains(&Gva(rip)))
+        self.entry_text.as_ref().is_some_and(|text| text.contains(&Gva(rip)))
+    }
+
+    fn may_be_entry(&self, rip: u64) -> bool {
+        self.entry_text.is_none() || self.is_entry(rip)
     }
 
     /// The CPUs that are online.

@@ -17,6 +17,9 @@ mod recheck;
 mod survey;
 mod verdict;
 
+#[cfg(test)]
+mod tests;
+
 pub use survey::{Quiescence, Survey};
 pub use verdict::{Blocker, Unsure, Verdict, Why};
 

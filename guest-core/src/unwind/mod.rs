@@ -21,6 +21,13 @@ mod trampolines;
 mod view;
 pub mod walk;
 
+#[cfg(test)]
+mod scan_tests;
+#[cfg(test)]
+pub(crate) mod testing;
+#[cfg(test)]
+mod walk_tests;
+
 pub use code::{CodeMap, PatchCode};
 pub use error::{SetupError, UnwindError};
 pub use returns::Returns;

@@ -55,12 +55,12 @@ impl OldCode {
         self.holding(at.0, |code, at| code.start.0 < at && at <= code.end.0)
     }
 
-    /// The function that a word belongs to, if it is either.
+    /// The function that a word belongs to, were it either.
     fn at_word(&self, word: u64) -> Option<&OldFunction> {
         if word < self.span.start || word > self.span.end {
             return None;
         }
-        self.holding(word, |code, at| code.start.0 < at && at <= code.end.0)
+        self.holding(word, |code, at| code.start.0 <= at && at <= code.end.0)
     }
 
     fn holding(&self, at: u64, holds: impl Fn(&Range<Gva>, u64) -> bool) -> Option<&OldFunction> {

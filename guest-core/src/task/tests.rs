@@ -1,0 +1,384 @@
+use super::*;
+use crate::memory::VirtMemory;
+use crate::unwind::testing::{STACK_BYTES, Sample, TEXT, entry, task};
+use crate::unwind::{OldCode, OldFunction};
+use crate::vcpu::Registers;
+
+const INIT: u64 = 0xffff_ffff_8280_0000;
+const CPU_DATA: u64 = 0xffff_8880_1000_0000;
+const COUNTS: u64 = 0xffff_ffff_8290_0000;
+const TASKS: u64 = 0xffff_8880_2000_0000;
+const STACKS: u64 = 0xffff_c900_0000_0000;
+const SIGNALS: u64 = 0xffff_8880_3000_0000;
+/// The functions: what sleeps, what it may be called from, where threads start.
+const FUNCTIONS: [(&str, [u8; 6]); 4] = [
+    ("sleep", entry::CALL_8),
+    ("old", entry::CALL_8),
+    ("other", entry::CALL_8),
+    ("ret_from_fork_asm", entry::END),
+];
+
+/// A guest with one CPU, which task 1 runs, and tasks that sleep.
+struct Guest {
+    sample: Sample,
+}
+
+impl Guest {
+    /// Tasks 1 to `tasks`, each a process of its own, asleep in `other`; task 0 is the idle task.
+    fn new(tasks: u64) -> Self {
+        let mut sample = Sample::new(&FUNCTIONS);
+        for (name, at) in [
+            ("init_task", INIT),
+            ("total_forks", COUNTS),
+            ("nr_threads", COUNTS + 8),
+            ("__cpu_online_mask", COUNTS + 16),
+            ("current_task", 0),
+            ("runqueues", 8),
+            ("hardirq_stack_ptr", 32),
+            ("cea_exception_stacks", 40),
+        ] {
+            sample.set_symbol(name, at);
+        }
+        sample.offsets = vec![CPU_DATA];
+        sample.put_words(COUNTS, &[100, tasks, 1]);
+        let guest = Self { sample };
+        for number in 0..=tasks {
+            guest.put_task(number);
+            guest.sleeps_in(number, TEXT + 0x210);
+        }
+        guest.link(tasks);
+        guest.runs(1, 7);
+        guest
+    }
+
+    fn at(number: u64) -> u64 {
+        if number == 0 { INIT } else { TASKS + number * 0x1000 }
+    }
+
+    fn stack(number: u64) -> u64 {
+        STACKS + number * 0x10000
+    }
+
+    fn put_task(&self, number: u64) {
+        let (at, signal) = (Self::at(number), SIGNALS + number * 0x100);
+        self.sample.put(at, &[0; task::BYTES as usize]);
+        self.sample.put(Self::stack(number), &[0; STACK_BYTES as usize]);
+        self.sample.put_words(at + task::STACK, &[Self::stack(number)]);
+        let node = at + task::THREAD_NODE;
+        self.sample.put_words(signal, &[node, node]);
+        self.sample.put_words(node, &[signal, signal]);
+        self.sample.put_words(at + task::SIGNAL, &[signal]);
+        self.sample.put(at + task::PID, &(number as u32).to_le_bytes());
+        self.sample.put_words(at + task::START_TIME, &[1000 + number]);
+        self.sample.put(at + task::COMM, b"task\x1b[2J\0");
+    }
+
+    /// Links tasks 0 to `last` into the list of processes.
+    fn link(&self, last: u64) {
+        let node = |number: u64| Self::at(number % (last + 1)) + task::TASKS;
+        for number in 0..=last {
+            self.sample
+                .put_words(node(number), &[node(number + 1), node(number + last)]);
+        }
+    }
+
+    /// Lets a task sleep in `sleep`, called from `caller`, called from the start of a thread.
+    fn sleeps_in(&self, number: u64, caller: u64) {
+        let sp = Self::stack(number) + 0x3000;
+        self.sample
+            .put_words(sp, &[0, 0, 0, 0, 0, 0, TEXT + 0x10, caller, TEXT + 0x310]);
+        self.sample.put_words(Self::at(number) + task::SP, &[sp]);
+    }
+
+    fn counts(&self, number: u64, switches: u64) {
+        self.sample.put_words(Self::at(number) + task::SWITCHES, &[switches, 0]);
+    }
+
+    /// Lets the CPU run a task, after `switches` task switches.
+    fn runs(&self, number: u64, switches: u64) {
+        let at = Self::at(number);
+        self.sample.put_words(CPU_DATA, &[at, at, INIT, switches, 0, 0]);
+        for other in 0..64 {
+            if self.sample.read_u64(Gva(Self::at(other))).is_ok() {
+                self.sample.put(
+                    Self::at(other) + task::ON_CPU,
+                    &u32::from(other == number).to_le_bytes(),
+                );
+            }
+        }
+    }
+
+    fn survey<'q>(&self, finder: &'q Quiescence) -> Survey<'q> {
+        let code = Gva(TEXT + 0x100)..Gva(TEXT + 0x200);
+        let old = OldCode::new(vec![OldFunction {
+            name: "old".into(),
+            code,
+        }]);
+        finder.survey(&self.sample, old, Vec::new()).unwrap()
+    }
+}
+
+/// The vCPU in user mode, or in the kernel with its stack pointer on a task's stack.
+fn vcpu(kernel: Option<(u64, u64)>) -> Registers {
+    let mut registers = Registers {
+        efer: 0x500,
+        cs: 0x33,
+        kernel_gs_base: CPU_DATA,
+        ..Registers::default()
+    };
+    if let Some((rip, sp)) = kernel {
+        (registers.cs, registers.gs_base, registers.kernel_gs_base) = (0x10, CPU_DATA, 0);
+        (registers.rip, registers.general[4]) = (rip, sp);
+    }
+    registers
+}
+
+fn blocked(verdict: &Verdict) -> Vec<u32> {
+    assert_eq!(verdict.unsure, []);
+    verdict.blockers.iter().map(|blocker| blocker.task.pid).collect()
+}
+
+#[test]
+fn a_guest_whose_tasks_all_sleep_elsewhere_is_safe() {
+    let guest = Guest::new(4);
+    let finder = Quiescence::find(&guest.sample).unwrap();
+    let mut survey = guest.survey(&finder);
+    assert_eq!(survey.task_count(), 5);
+    assert!(survey.outlook(&guest.sample).is_safe());
+    assert!(survey.recheck(&guest.sample, &[vcpu(None)]).unwrap().is_safe());
+}
+
+#[test]
+fn a_task_that_sleeps_in_a_callee_of_an_old_function_is_named_with_its_stack() {
+    let guest = Guest::new(4);
+    guest.sleeps_in(3, TEXT + 0x120);
+    let finder = Quiescence::find(&guest.sample).unwrap();
+    let mut survey = guest.survey(&finder);
+    let verdict = survey.outlook(&guest.sample);
+    assert_eq!(verdict, survey.recheck(&guest.sample, &[vcpu(None)]).unwrap());
+    let [blocker] = verdict.blockers.as_slice() else {
+        panic!("{verdict:?}")
+    };
+    assert_eq!(
+        (blocker.task.to_string(), blocker.function.as_str()),
+        ("task?[2J (pid 3)".into(), "old")
+    );
+    let stack: Vec<_> = blocker.stack.iter().map(|frame| frame.ip.0 - TEXT).collect();
+    assert_eq!(stack, [0x10, 0x120, 0x310]);
+}
+
+#[test]
+fn an_address_that_is_only_left_over_on_a_stack_does_not_block() {
+    let guest = Guest::new(2);
+    // above the frames, where nothing returns to
+    guest.sample.put_words(Guest::stack(2) + 0x3100, &[TEXT + 0x120]);
+    let finder = Quiescence::find(&guest.sample).unwrap();
+    assert!(
+        guest
+            .survey(&finder)
+            .recheck(&guest.sample, &[vcpu(None)])
+            .unwrap()
+            .is_safe()
+    );
+}
+
+#[test]
+fn a_task_that_ran_since_the_survey_is_looked_at_again() {
+    let guest = Guest::new(4);
+    let finder = Quiescence::find(&guest.sample).unwrap();
+    let mut survey = guest.survey(&finder);
+    guest.sleeps_in(2, TEXT + 0x120);
+    guest.counts(2, 1);
+    guest.runs(1, 9);
+    assert_eq!(blocked(&survey.recheck(&guest.sample, &[vcpu(None)]).unwrap()), [2]);
+    // and it leaves again
+    guest.sleeps_in(2, TEXT + 0x210);
+    guest.counts(2, 2);
+    guest.runs(1, 11);
+    survey.settle(&guest.sample).unwrap();
+    assert!(survey.recheck(&guest.sample, &[vcpu(None)]).unwrap().is_safe());
+}
+
+#[test]
+fn a_task_that_was_running_is_looked_at_where_it_sleeps_now() {
+    let guest = Guest::new(4);
+    let finder = Quiescence::find(&guest.sample).unwrap();
+    let mut survey = guest.survey(&finder);
+    guest.sleeps_in(1, TEXT + 0x120);
+    guest.counts(1, 1);
+    guest.runs(4, 8);
+    assert_eq!(blocked(&survey.recheck(&guest.sample, &[vcpu(None)]).unwrap()), [1]);
+}
+
+#[test]
+fn a_vcpu_in_the_kernel_is_unwound_from_its_registers() {
+    let guest = Guest::new(2);
+    let finder = Quiescence::find(&guest.sample).unwrap();
+    let sp = Guest::stack(1) + 0x2000;
+    let at = |rip: u64, caller: u64| {
+        guest.sample.put_words(sp, &[caller, TEXT + 0x310]);
+        guest
+            .survey(&finder)
+            .recheck(&guest.sample, &[vcpu(Some((rip, sp)))])
+            .unwrap()
+    };
+    assert!(at(TEXT + 0x10, TEXT + 0x220).is_safe());
+    assert_eq!(blocked(&at(TEXT + 0x10, TEXT + 0x120)), [1]);
+    assert_eq!(blocked(&at(TEXT + 0x100, TEXT + 0x310)), [1]);
+    // the instruction behind the old function is not in it, a return there is
+    assert!(at(TEXT + 0x200, TEXT + 0x310).is_safe());
+    assert_eq!(blocked(&at(TEXT + 0x10, TEXT + 0x200)), [1]);
+}
+
+#[test]
+fn what_is_below_a_running_tasks_stack_pointer_does_not_count() {
+    let guest = Guest::new(1);
+    let finder = Quiescence::find(&guest.sample).unwrap();
+    let sp = Guest::stack(1) + 0x2000;
+    guest
+        .sample
+        .put_words(sp - 8, &[TEXT + 0x120, TEXT + 0x220, TEXT + 0x310]);
+    assert!(
+        guest
+            .survey(&finder)
+            .recheck(&guest.sample, &[vcpu(Some((TEXT + 0x10, sp)))])
+            .unwrap()
+            .is_safe()
+    );
+}
+
+#[test]
+fn contexts_that_are_not_understood_are_not_safe() {
+    let guest = Guest::new(2);
+    let finder = Quiescence::find(&guest.sample).unwrap();
+    let why = |vcpus: &[Registers]| {
+        let verdict = guest.survey(&finder).recheck(&guest.sample, vcpus).unwrap();
+        assert!(!verdict.is_safe());
+        verdict.unsure.first().unwrap().why.clone()
+    };
+    let sp = Guest::stack(1) + 0x2000;
+    // no vCPU for the CPU; two for it; a GS base of no CPU; a stack pointer on no stack
+    assert_eq!(why(&[]), Why::NoVcpu { cpu: 0 });
+    assert_eq!(why(&[vcpu(None), vcpu(None)]), Why::WhichCpu { vcpu: 1, rip: 0 });
+    let foreign = Registers {
+        gs_base: 1,
+        ..vcpu(Some((TEXT, sp)))
+    };
+    assert_eq!(why(&[foreign]), Why::WhichCpu { vcpu: 0, rip: TEXT });
+    assert_eq!(
+        why(&[vcpu(Some((TEXT, 0x7fff_0000)))]),
+        Why::Between {
+            cpu: 0,
+            rip: TEXT,
+            sp: 0x7fff_0000
+        }
+    );
+    // a user mode vCPU whose kernel GS base the VMM does not tell is whichever CPU is left
+    let untold = Registers {
+        kernel_gs_base: 0,
+        ..vcpu(None)
+    };
+    assert!(
+        guest
+            .survey(&finder)
+            .recheck(&guest.sample, &[untold])
+            .unwrap()
+            .is_safe()
+    );
+    assert_eq!(why(&[untold, untold]), Why::NoVcpu { cpu: 0 });
+}
+
+#[test]
+fn a_task_switch_in_flight_has_one_task_on_the_cpu_and_one_saved() {
+    let guest = Guest::new(2);
+    let finder = Quiescence::find(&guest.sample).unwrap();
+    let mut survey = guest.survey(&finder);
+    // rq->curr is already task 2, current is still task 1, and so is the stack
+    guest.sample.put_words(CPU_DATA, &[Guest::at(1), Guest::at(2)]);
+    let sp = Guest::stack(1) + 0x2000;
+    guest.sample.put_words(sp, &[TEXT + 0x220, TEXT + 0x310]);
+    let registers = [vcpu(Some((TEXT + 0x10, sp)))];
+    assert!(survey.recheck(&guest.sample, &registers).unwrap().is_safe());
+    guest.sleeps_in(2, TEXT + 0x120);
+    assert_eq!(blocked(&survey.recheck(&guest.sample, &registers).unwrap()), [2]);
+}
+
+#[test]
+fn tasks_born_after_the_survey_are_found() {
+    let guest = Guest::new(3);
+    let finder = Quiescence::find(&guest.sample).unwrap();
+    let mut survey = guest.survey(&finder);
+    guest.put_task(4);
+    guest.sleeps_in(4, TEXT + 0x120);
+    guest.link(4);
+    guest.sample.put_words(COUNTS, &[101, 4]);
+    guest.counts(1, 1);
+    guest.runs(1, 9);
+    assert_eq!(blocked(&survey.recheck(&guest.sample, &[vcpu(None)]).unwrap()), [4]);
+    assert_eq!(survey.task_count(), 5);
+}
+
+#[test]
+fn a_thread_born_after_the_survey_is_found_behind_its_siblings() {
+    let guest = Guest::new(3);
+    let finder = Quiescence::find(&guest.sample).unwrap();
+    let mut survey = guest.survey(&finder);
+    guest.put_task(9);
+    guest.sleeps_in(9, TEXT + 0x120);
+    // a second thread of the process of task 1, which runs
+    let (signal, first, second) = (
+        SIGNALS + 0x100,
+        Guest::at(1) + task::THREAD_NODE,
+        Guest::at(9) + task::THREAD_NODE,
+    );
+    guest.sample.put_words(signal, &[first, second]);
+    guest.sample.put_words(first, &[second, signal]);
+    guest.sample.put_words(second, &[signal, first]);
+    guest.sample.put_words(COUNTS, &[101, 4]);
+    assert_eq!(blocked(&survey.recheck(&guest.sample, &[vcpu(None)]).unwrap()), [9]);
+}
+
+#[test]
+fn a_new_task_at_a_dead_ones_address_is_not_taken_for_it() {
+    let guest = Guest::new(3);
+    let finder = Quiescence::find(&guest.sample).unwrap();
+    let mut survey = guest.survey(&finder);
+    // same address, same counts; born later, and asleep in the old function
+    guest.put_task(3);
+    guest.link(3);
+    guest.sample.put_words(Guest::at(3) + task::START_TIME, &[5000]);
+    guest.sleeps_in(3, TEXT + 0x120);
+    guest.sample.put_words(COUNTS, &[101, 3]);
+    assert_eq!(blocked(&survey.recheck(&guest.sample, &[vcpu(None)]).unwrap()), [3]);
+}
+
+#[test]
+fn lists_that_never_end_are_errors() {
+    let guest = Guest::new(3);
+    let finder = Quiescence::find(&guest.sample).unwrap();
+    // task 3's next is task 2
+    guest
+        .sample
+        .put_words(Guest::at(3) + task::TASKS, &[Guest::at(2) + task::TASKS]);
+    let error = finder
+        .survey(&guest.sample, OldCode::default(), Vec::new())
+        .unwrap_err();
+    assert!(error.to_string().contains("more than 262144 elements"), "{error}");
+}
+
+#[test]
+fn a_wild_stack_pointer_is_not_safe() {
+    let guest = Guest::new(3);
+    let finder = Quiescence::find(&guest.sample).unwrap();
+    for sp in [
+        0,
+        u64::MAX,
+        Guest::stack(2) + STACK_BYTES,
+        Guest::stack(2) + 1,
+        Guest::stack(3),
+    ] {
+        guest.sample.put_words(Guest::at(2) + task::SP, &[sp]);
+        let verdict = guest.survey(&finder).outlook(&guest.sample);
+        assert_eq!(verdict.unsure.first().unwrap().why, Why::StackPointer { sp });
+    }
+}
