@@ -5,7 +5,7 @@
 
 use crate::addr::{Gpa, Gva};
 use crate::memory::{MemoryError, PhysMemory, VirtMemory};
-use crate::paging::{AddressSpace, MappedMemory, PAGE_SIZE, PMD_SIZE};
+use crate::paging::{AddressSpace, MappedMemory};
 use crate::vcpu::Registers;
 use std::ops::Range;
 
@@ -147,9 +147,11 @@ impl Image {
 
     /// The segment that holds `at`.
     pub fn segment(&self, at: Gva) -> Option<&Segment> {
+        // A hostile guest may have as many segments as the window has pages.
+        let behind = self.segments.partition_point(|segment| segment.start <= at);
         self.segments
-            .iter()
-            .find(|segment| segment.start <= at && at < segment.end)
+            .get(behind.checked_sub(1)?)
+            .filter(|segment| at < segment.end)
     }
 
     /// Copies a segment out of guest memory.
@@ -200,33 +202,24 @@ fn handler(memory: &MappedMemory<'_>, idt: Gva) -> Result<Gva, MemoryError> {
     Ok(found)
 }
 
-/// Everything in the kernel window that is mapped at `distance`, merged by permission. At most 512 × 512 entries.
+/// Everything in the kernel window that is mapped at `distance`, merged by permission.
 fn segments(memory: &dyn PhysMemory, space: AddressSpace, distance: u64) -> Result<Vec<Segment>, MemoryError> {
     let mut segments: Vec<Segment> = Vec::new();
-    let mut at = WINDOW.start;
-    while at < WINDOW.end {
-        let (len, there) = match space.translate(memory, at) {
-            Ok(there) => (there.page_size - (at.0 & (there.page_size - 1)), Some(there)),
-            Err(MemoryError::NotMapped { level: 1, .. }) => (PAGE_SIZE, None),
-            Err(MemoryError::NotMapped { .. } | MemoryError::NotRam { .. }) => (PMD_SIZE, None),
-            Err(error) => return Err(error),
-        };
-        let end = at.wrapping_add(len);
-        if let Some(there) = there.filter(|there| at.0.wrapping_sub(there.gpa.0) == distance) {
-            match segments
-                .last_mut()
-                .filter(|last| last.end == at && last.writable == there.writable && last.executable == there.executable)
-            {
-                Some(last) => last.end = end,
-                None => segments.push(Segment {
-                    start: at,
-                    end,
-                    writable: there.writable,
-                    executable: there.executable,
-                }),
-            }
+    space.visit_gib(memory, WINDOW.start, &mut |at, there| {
+        if at.0.wrapping_sub(there.gpa.0) != distance {
+            return;
         }
-        at = end;
-    }
+        let end = at.wrapping_add(there.page_size);
+        let rights = (there.writable, there.executable);
+        match segments.last_mut() {
+            Some(last) if last.end == at && (last.writable, last.executable) == rights => last.end = end,
+            _ => segments.push(Segment {
+                start: at,
+                end,
+                writable: there.writable,
+                executable: there.executable,
+            }),
+        }
+    })?;
     Ok(segments)
 }

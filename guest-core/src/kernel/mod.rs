@@ -26,10 +26,12 @@ use kallsyms::{Kallsyms, KallsymsError};
 const BANNER_BYTES_MAX: usize = 512;
 /// More BTF than any kernel carries; bounds memory.
 const BTF_BYTES_MAX: u64 = 32 << 20;
+/// More read-only data than any kernel has, in bytes; bounds memory and time.
+const RODATA_BYTES_MAX: u64 = 64 << 20;
 /// Bytes of VMCOREINFO, at the most one page (kernel/crash_core.c).
 const VMCOREINFO_BYTES_MAX: u64 = 4096;
 /// CPUs that a kernel can be built for at the most (`NR_CPUS` of a distribution kernel is 8192).
-const CPUS_MAX: u32 = 8192;
+const CPUS_MAX: u64 = 8192;
 
 /// Why the kernel was not understood. Nothing was changed.
 #[derive(Debug, thiserror::Error)]
@@ -108,16 +110,7 @@ impl Kernel {
         sources.push(check_vmcoreinfo(&mapped, &symbols, &release)?);
         let btf = Btf::parse(read_btf(&mapped, &symbols)?)?;
         let page_offset = read_word(&mapped, &symbols, "page_offset_base")?;
-        let cpus = read_word(&mapped, &symbols, "nr_cpu_ids")? as u32;
-        let offsets = require(&symbols, "__per_cpu_offset")?;
-        let per_cpu_offsets = (0..u64::from(cpus.min(CPUS_MAX)))
-            .map(|cpu| mapped.read_u64(offsets.wrapping_add(8 * cpu)))
-            .collect::<Result<_, _>>()
-            .map_err(|source| KernelError::Unreadable {
-                what: "__per_cpu_offset",
-                at: offsets,
-                source,
-            })?;
+        let per_cpu_offsets = read_per_cpu_offsets(&mapped, &symbols)?;
         Ok(Self {
             image,
             symbols,
@@ -195,7 +188,19 @@ fn read_symbols(memory: &dyn PhysMemory, image: &Image) -> Result<(Kallsyms, Seg
         bytes: 0,
     };
     let rodata = |segment: &&Segment| !segment.writable && !segment.executable;
+    let mut left = RODATA_BYTES_MAX;
     for segment in image.segments.iter().filter(rodata) {
+        let after = left.checked_sub(segment.end.0 - segment.start.0);
+        left = after.ok_or_else(|| KernelError::Disagrees {
+            what: "read-only data of the kernel image",
+            found: format!(
+                "a segment {}-{} behind {} bytes",
+                segment.start,
+                segment.end,
+                RODATA_BYTES_MAX - left
+            ),
+            expected: format!("at most {RODATA_BYTES_MAX} bytes"),
+        })?;
         let bytes = image
             .read_segment(memory, segment)
             .map_err(|source| KernelError::Unreadable {
@@ -265,6 +270,23 @@ fn read_word(memory: &dyn VirtMemory, symbols: &Kallsyms, what: &'static str) ->
     memory
         .read_u64(at)
         .map_err(|source| KernelError::Unreadable { what, at, source })
+}
+
+/// `__per_cpu_offset[nr_cpu_ids]`; `nr_cpu_ids` is an unsigned int.
+fn read_per_cpu_offsets(memory: &dyn VirtMemory, symbols: &Kallsyms) -> Result<Vec<u64>, KernelError> {
+    let cpus = read_word(memory, symbols, "nr_cpu_ids")? & 0xffff_ffff;
+    let what = "__per_cpu_offset";
+    let at = require(symbols, what)?;
+    let mut bytes = vec![0; 8 * usize::try_from(cpus.min(CPUS_MAX)).unwrap_or(0)];
+    memory
+        .read(at, &mut bytes)
+        .map_err(|source| KernelError::Unreadable { what, at, source })?;
+    Ok(bytes
+        .as_chunks::<8>()
+        .0
+        .iter()
+        .map(|word| u64::from_le_bytes(*word))
+        .collect())
 }
 
 /// The NUL-terminated text at a symbol, lossily, at most `max` bytes.
