@@ -58,7 +58,14 @@ pub fn record(live: &Live<'_>, function: Gva) -> Result<Option<FtraceRecord>, Ke
     let (group, record) = (btf.structure("ftrace_page")?, btf.structure("dyn_ftrace")?);
     let (next, records, index) = (group.offset("next")?, group.offset("records")?, group.offset("index")?);
     let (ip, flags, size) = (record.offset("ip")?, record.offset("flags")?, record.size());
-    let flag = |name| btf.enumerator(name).map(i64::cast_unsigned);
+    let flag = |name| match btf.enumerator(name)?.cast_unsigned() {
+        flag if flag.is_power_of_two() => Ok(flag),
+        flag => Err(KernelError::Disagrees {
+            what: name,
+            found: format!("{flag:#x}"),
+            expected: "one bit".to_owned(),
+        }),
+    };
     let meaning = Flags {
         enabled: flag("FTRACE_FL_ENABLED")?,
         disabled: flag("FTRACE_FL_DISABLED")?,

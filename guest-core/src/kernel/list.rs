@@ -4,37 +4,50 @@ use super::{KernelError, Live};
 use crate::addr::Gva;
 use crate::memory::VirtMemory;
 
-/// More elements than any list that is walked here has.
+/// More elements than all lists that are walked together have.
 const ELEMENTS_MAX: usize = 1 << 16;
 
-/// The elements of a `list_head` at `head`: each one's address, where its node lies `node` bytes into it.
-pub fn walk(live: &Live<'_>, what: &'static str, head: Gva, node: u64) -> Result<Vec<Gva>, KernelError> {
-    chain(live, what, head, head.0, node)
+/// Walks lists, and lists of lists, with one bound for all of them.
+pub struct Walker<'a> {
+    live: Live<'a>,
+    left: usize,
 }
 
-/// The elements of a `hlist_head` at `head`, likewise.
-pub fn walk_hlist(live: &Live<'_>, what: &'static str, head: Gva, node: u64) -> Result<Vec<Gva>, KernelError> {
-    chain(live, what, head, 0, node)
-}
+impl<'a> Walker<'a> {
+    /// A walker that has seen nothing yet.
+    pub fn new(live: &Live<'a>) -> Self {
+        let left = ELEMENTS_MAX;
+        Self { live: *live, left }
+    }
 
-fn chain(live: &Live<'_>, what: &'static str, head: Gva, end: u64, node: u64) -> Result<Vec<Gva>, KernelError> {
-    let mut elements = Vec::new();
-    let mut at = head;
-    loop {
-        let next = live
-            .read_u64(at)
-            .map_err(|source| KernelError::Unreadable { what, at, source })?;
-        if next == end {
-            return Ok(elements);
-        }
-        if elements.len() == ELEMENTS_MAX {
-            return Err(KernelError::Disagrees {
+    /// The elements of a `list_head` at `head`: each one's address, where its node lies `node` bytes into it.
+    pub fn list(&mut self, what: &'static str, head: Gva, node: u64) -> Result<Vec<Gva>, KernelError> {
+        self.chain(what, head, head.0, node)
+    }
+
+    /// The elements of a `hlist_head` at `head`, likewise.
+    pub fn hlist(&mut self, what: &'static str, head: Gva, node: u64) -> Result<Vec<Gva>, KernelError> {
+        self.chain(what, head, 0, node)
+    }
+
+    fn chain(&mut self, what: &'static str, head: Gva, end: u64, node: u64) -> Result<Vec<Gva>, KernelError> {
+        let mut elements = Vec::new();
+        let mut at = head;
+        loop {
+            let next = self
+                .live
+                .read_u64(at)
+                .map_err(|source| KernelError::Unreadable { what, at, source })?;
+            if next == end {
+                return Ok(elements);
+            }
+            self.left = self.left.checked_sub(1).ok_or_else(|| KernelError::Disagrees {
                 what,
                 found: format!("more than {ELEMENTS_MAX} elements"),
                 expected: "an end".to_owned(),
-            });
+            })?;
+            elements.push(Gva(next.wrapping_sub(node)));
+            at = Gva(next);
         }
-        elements.push(Gva(next.wrapping_sub(node)));
-        at = Gva(next);
     }
 }

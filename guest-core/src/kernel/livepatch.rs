@@ -3,7 +3,8 @@
 //! `klp_patches` (kernel/livepatch/core.c): `klp_patch.list` → `obj_list` → `klp_object.node`, `func_list` → `klp_func.node`
 //! (include/linux/livepatch.h; these lists since 5.1).
 
-use super::{KernelError, Live, list};
+use super::list::Walker;
+use super::{KernelError, Live};
 use crate::addr::Gva;
 use crate::memory::VirtMemory;
 use crate::module::KlpLayout;
@@ -47,11 +48,12 @@ pub fn held_functions(live: &Live<'_>) -> Result<Vec<Gva>, KernelError> {
     );
     let old_func = func.offset("old_func")?;
     let mut held = Vec::new();
-    for patch_at in list::walk(live, "klp_patches", patches, patch.offset("list")?)? {
+    let mut walker = Walker::new(live);
+    for patch_at in walker.list("klp_patches", patches, patch.offset("list")?)? {
         let objects = patch_at.wrapping_add(patch.offset("obj_list")?);
-        for object_at in list::walk(live, "klp_patch.obj_list", objects, object.offset("node")?)? {
+        for object_at in walker.list("klp_patch.obj_list", objects, object.offset("node")?)? {
             let funcs = object_at.wrapping_add(object.offset("func_list")?);
-            for func_at in list::walk(live, "klp_object.func_list", funcs, func.offset("node")?)? {
+            for func_at in walker.list("klp_object.func_list", funcs, func.offset("node")?)? {
                 let at = func_at.wrapping_add(old_func);
                 let what = "klp_func.old_func";
                 held.push(Gva(live.read_u64(at).map_err(|source| KernelError::Unreadable {

@@ -3,7 +3,8 @@
 //! `modules` → `struct module` (include/linux/module.h); symbols in `module.kallsyms`, a `struct mod_kallsyms` since 4.5:
 //! ELF symbols, names, and since 5.2 a type letter for each.
 
-use super::{KernelError, Live, list};
+use super::list::Walker;
+use super::{KernelError, Live};
 use crate::addr::Gva;
 use crate::memory::VirtMemory;
 
@@ -36,7 +37,7 @@ pub fn all(live: &Live<'_>) -> Result<Vec<GuestModule>, KernelError> {
     };
     let module = live.kernel.btf.structure("module")?;
     let (node, name) = (module.offset("list")?, module.offset("name")?);
-    let elements = list::walk(live, "modules", head, node)?;
+    let elements = Walker::new(live).list("modules", head, node)?;
     elements
         .into_iter()
         .map(|at| {

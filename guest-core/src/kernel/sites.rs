@@ -1,6 +1,7 @@
 //! Places in the kernel's text that the kernel itself rewrites at run time: jump labels, static calls, kprobes.
 
-use super::{KernelError, Live, list};
+use super::list::Walker;
+use super::{KernelError, Live};
 use crate::addr::Gva;
 use crate::memory::VirtMemory;
 use std::ops::Range;
@@ -84,8 +85,9 @@ fn kprobes(live: &Live<'_>) -> Result<Vec<Gva>, KernelError> {
     let probe = live.kernel.btf.structure("kprobe")?;
     let (node, addr) = (probe.offset("hlist")?, probe.offset("addr")?);
     let mut sites = Vec::new();
+    let mut walker = Walker::new(live);
     for bucket in 0..KPROBE_BUCKETS {
-        for at in list::walk_hlist(live, "kprobe_table", table.wrapping_add(8 * bucket), node)? {
+        for at in walker.hlist("kprobe_table", table.wrapping_add(8 * bucket), node)? {
             let at = at.wrapping_add(addr);
             sites.push(Gva(live.read_u64(at).map_err(|source| KernelError::Unreadable {
                 what: "kprobe",
