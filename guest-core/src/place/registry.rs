@@ -22,6 +22,7 @@ use super::cave::{Cave, FILLER};
 use super::record::Record;
 use crate::addr::{Gpa, Gva};
 use crate::change::Change;
+use crate::kernel::image::WINDOW;
 use crate::kernel::{KernelError, Live};
 use crate::memory::VirtMemory;
 use crate::paging::{PAGE_SIZE, PMD_SIZE};
@@ -120,6 +121,11 @@ impl Pages {
     /// True where there is no page.
     pub fn is_empty(&self) -> bool {
         self.count == 0
+    }
+
+    /// True where a page belongs to both.
+    pub fn overlaps(&self, other: &Self) -> bool {
+        self.range().start < other.range().end && other.range().start < self.range().end
     }
 
     /// Page indexes.
@@ -371,9 +377,11 @@ impl Registry {
             .physical(at)
             .ok_or_else(|| damaged("it is not in the image".to_owned()))?;
         let (window, directory_entry, pool_pages) = (Gva(word(24)), Gpa(word(32)), word(40));
-        if word(16) != at.0 || !(POOL_PAGES_FIXED..=POOL_PAGES_MAX).contains(&pool_pages) {
+        let fits = (POOL_PAGES_FIXED..=POOL_PAGES_MAX).contains(&pool_pages)
+            && at.wrapping_add(pool_pages * PAGE_SIZE) <= live.kernel.symbol("_etext")?;
+        if word(16) != at.0 || !fits || window.0 % PMD_SIZE != 0 {
             return Err(damaged(format!(
-                "it says that it lies at {:#x} and has {pool_pages} pages",
+                "it says that it lies at {:#x}, has {pool_pages} pages and is mapped at {window}",
                 word(16)
             )));
         }
@@ -395,15 +403,20 @@ impl Registry {
             entries: Vec::new(),
             exists: true,
         };
-        let mapped = registry.page(1).0 | DIRECTORY_ENTRY_BITS;
-        if expected != directory_entry || value & !IGNORED_BITS != mapped & !IGNORED_BITS {
-            return Err(damaged(format!(
-                "the page-directory entry of {window} is {value:#x}, not {mapped:#x}"
-            )));
+        for slot in 0..SLOTS {
+            let Some(entry) = registry.entry(live, page, slot)? else {
+                continue;
+            };
+            // Each byte of the pool belongs to one patch; this also bounds what all records together can hold.
+            if let Some(other) = registry.entries.iter().find(|other| other.pages.overlaps(&entry.pages)) {
+                let (pages, taken) = (entry.pages.range(), other.pages.range());
+                return Err(damaged(format!(
+                    "slot {slot} has pages {pages:?}, slot {} has {taken:?}",
+                    other.slot
+                )));
+            }
+            registry.entries.push(entry);
         }
-        registry.entries = (0..SLOTS)
-            .filter_map(|slot| registry.entry(live, page, slot).transpose())
-            .collect::<Result<_, _>>()?;
         let mapped = registry.page(1).0 | DIRECTORY_ENTRY_BITS;
         // Without an entry the window may be gone already: vmpatch was killed while it took the registry away.
         let taken_away = value == 0 && registry.entries.is_empty();
@@ -505,7 +518,7 @@ fn unused_window(live: &Live<'_>) -> Result<(Gva, Gpa), RegistryError> {
     let image = &live.kernel.image;
     let end = live.kernel.symbol("_end")?.max(image.end());
     let mut at = Gva(end.0.saturating_add(2 * PMD_SIZE - 1)).align_down(PMD_SIZE);
-    while at.wrapping_add(PMD_SIZE) <= crate::kernel::image::WINDOW.end {
+    while at < WINDOW.end {
         let (gpa, entry) =
             live.kernel
                 .space
