@@ -37,17 +37,25 @@ fn run(cli: &Cli, progress: &Progress) -> Result<(), Failure> {
         Some(Command::Check { files }) => show(commands::check(options, files, progress)?),
         Some(Command::Revert { ids, .. }) => show(commands::revert(options, ids, progress)?),
         Some(Command::Status) => show(commands::status(options, progress)?),
-        Some(Command::Inspect) => {
-            print(options.json, progress, &commands::inspect(options, progress)?, text::inspection)
-        }
-        Some(Command::Domains) => {
-            print(options.json, progress, &commands::domains(progress)?, |lines| text::domains(lines))
-        }
+        Some(Command::Inspect) => print(
+            options.json,
+            progress,
+            &commands::inspect(options, progress)?,
+            text::inspection,
+        ),
+        Some(Command::Domains) => print(options.json, progress, &commands::domains(progress)?, |lines| {
+            text::domains(lines)
+        }),
         Some(Command::Supervise { socket }) => supervisor::supervise(socket),
     }
 }
 
-fn print<R: Serialize>(json: bool, progress: &Progress, report: &R, text: impl Fn(&R) -> String) -> Result<(), Failure> {
+fn print<R: Serialize>(
+    json: bool,
+    progress: &Progress,
+    report: &R,
+    text: impl Fn(&R) -> String,
+) -> Result<(), Failure> {
     progress.clear();
     let output = if json {
         serde_json::to_string_pretty(report).map_err(|error| Failure::Output(error.into()))? + "\n"

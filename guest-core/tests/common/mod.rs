@@ -2,5 +2,9 @@
 //! Everything in it is of our own making; nothing comes from a real kernel.
 #![allow(dead_code)] // each test file uses its own part
 
+#[path = "../../src/btf/builder.rs"]
+pub mod btf;
+pub mod guest;
 pub mod kallsyms;
 pub mod ram;
+pub mod types;

@@ -16,6 +16,7 @@ pub struct Ram {
     ranges: Vec<Range<Gpa>>,
     reads: Cell<u64>,
     bytes_read: Cell<u64>,
+    largest_read: Cell<usize>,
     writes_left: Cell<Option<u64>>,
 }
 
@@ -30,6 +31,7 @@ impl Ram {
             ranges,
             reads: Cell::new(0),
             bytes_read: Cell::new(0),
+            largest_read: Cell::new(0),
             writes_left: Cell::new(None),
         }
     }
@@ -39,10 +41,16 @@ impl Ram {
         (self.reads.get(), self.bytes_read.get())
     }
 
+    /// Bytes of the largest read: no buffer that memory was asked to fill was bigger.
+    pub fn largest_read(&self) -> usize {
+        self.largest_read.get()
+    }
+
     /// Starts counting anew.
     pub fn count_from_here(&self) {
         self.reads.set(0);
         self.bytes_read.set(0);
+        self.largest_read.set(0);
     }
 
     /// Lets `writes` more succeed and the one behind them fail; after that one writes succeed again.
@@ -123,6 +131,7 @@ impl PhysMemory for Ram {
     fn read(&self, at: Gpa, buf: &mut [u8]) -> Result<(), MemoryError> {
         self.reads.set(self.reads.get() + 1);
         self.bytes_read.set(self.bytes_read.get() + buf.len() as u64);
+        self.largest_read.set(self.largest_read.get().max(buf.len()));
         self.copy(at, buf)
     }
 

@@ -1,0 +1,274 @@
+//! The type information of the made-up kernel: the structs that vmpatch asks for, with offsets of our own choosing.
+
+use super::btf::{Builder, STRUCT};
+
+/// A member: name, offset in bytes, type.
+type Member = (&'static str, u32, Type);
+
+/// Types that members have.
+#[derive(Clone, Copy)]
+enum Type {
+    U8,
+    U16,
+    U32,
+    I32,
+    U64,
+    /// An array of bytes.
+    Bytes(u32),
+    /// So many bits.
+    Bits(u32),
+    /// A pointer to a struct that stands before.
+    Pointer(&'static str),
+    /// A struct that stands before.
+    Struct(&'static str),
+    /// An array of one.
+    Structs(&'static str, u32),
+}
+use Type::{Bits, Bytes, I32, Pointer, Struct, Structs, U8, U16, U32, U64};
+
+/// Every struct: name, size in bytes, members.
+const STRUCTS: [(&str, u32, &[Member]); 34] = [
+    ("list_head", 16, &[("next", 0, U64), ("prev", 8, U64)]),
+    ("kernel_symbol", 12, &[("value_offset", 0, I32)]),
+    (
+        "ftrace_page",
+        32,
+        &[("next", 0, U64), ("records", 8, U64), ("index", 16, U32)],
+    ),
+    ("dyn_ftrace", 24, &[("ip", 0, U64), ("flags", 8, U64)]),
+    ("klp_callbacks", 40, &[]),
+    (
+        "klp_func",
+        152,
+        &[
+            ("old_name", 0, U64),
+            ("new_func", 8, U64),
+            ("old_sympos", 16, U64),
+            ("old_func", 24, U64),
+            ("node", 40, Struct("list_head")),
+        ],
+    ),
+    (
+        "klp_object",
+        168,
+        &[
+            ("name", 0, U64),
+            ("funcs", 8, U64),
+            ("callbacks", 16, Struct("klp_callbacks")),
+            ("func_list", 56, Struct("list_head")),
+            ("node", 72, Struct("list_head")),
+        ],
+    ),
+    (
+        "klp_patch",
+        200,
+        &[
+            ("mod", 0, U64),
+            ("objs", 8, U64),
+            ("states", 16, U64),
+            ("replace", 24, U8),
+            ("list", 32, Struct("list_head")),
+            ("obj_list", 48, Struct("list_head")),
+        ],
+    ),
+    ("mutex", 32, &[("owner", 0, U64)]),
+    ("percpu_rw_semaphore", 96, &[("block", 64, U32)]),
+    ("kprobe", 120, &[("hlist", 0, U64), ("addr", 40, U64)]),
+    ("jump_entry", 16, &[("code", 0, I32)]),
+    ("static_call_site", 8, &[("addr", 0, I32)]),
+    (
+        "alt_instr",
+        12,
+        &[
+            ("instr_offset", 0, I32),
+            ("repl_offset", 4, I32),
+            ("cpuid", 8, U16),
+            ("instrlen", 10, U8),
+            ("replacementlen", 11, U8),
+        ],
+    ),
+    ("cpuinfo_x86", 256, &[("x86_capability", 32, Bytes(84))]),
+    (
+        "mod_kallsyms",
+        32,
+        &[("symtab", 0, U64), ("num_symtab", 8, U32), ("strtab", 16, U64)],
+    ),
+    ("module_memory", 16, &[("base", 0, U64), ("size", 8, U32)]),
+    (
+        "mod_arch_specific",
+        24,
+        &[("num_orcs", 0, U32), ("orc_unwind_ip", 8, U64), ("orc_unwind", 16, U64)],
+    ),
+    (
+        "module",
+        512,
+        &[
+            ("list", 8, Struct("list_head")),
+            ("name", 24, Bytes(56)),
+            ("mem", 96, Structs("module_memory", 7)),
+            ("arch", 256, Struct("mod_arch_specific")),
+            ("kallsyms", 288, U64),
+        ],
+    ),
+    ("thread_struct", 64, &[("sp", 24, U64)]),
+    ("llist_head", 8, &[("first", 0, U64)]),
+    (
+        "ftrace_ret_stack",
+        32,
+        &[("ret", 0, U64), ("func", 8, U64), ("retp", 24, U64)],
+    ),
+    (
+        "rethook_node",
+        48,
+        &[("llist", 16, U64), ("ret_addr", 32, U64), ("frame", 40, U64)],
+    ),
+    (
+        "task_struct",
+        512,
+        &[
+            ("__state", 24, U32),
+            ("stack", 32, U64),
+            ("on_cpu", 52, U32),
+            ("tasks", 64, Struct("list_head")),
+            ("pid", 80, U32),
+            ("tgid", 84, U32),
+            ("thread_node", 88, Struct("list_head")),
+            ("signal", 104, U64),
+            ("nvcsw", 112, U64),
+            ("nivcsw", 120, U64),
+            ("start_time", 128, U64),
+            ("comm", 136, Bytes(16)),
+            ("curr_ret_stack", 152, U32),
+            ("ret_stack", 160, Pointer("ftrace_ret_stack")),
+            ("rethooks", 168, Struct("llist_head")),
+            ("thread", 256, Struct("thread_struct")),
+        ],
+    ),
+    ("signal_struct", 128, &[("thread_head", 16, Struct("list_head"))]),
+    ("inactive_task_frame", 56, &[("bp", 40, U64), ("ret_addr", 48, U64)]),
+    ("irq_stack", 16384, &[]),
+    (
+        "cea_exception_stacks",
+        0x4000,
+        &[
+            ("DF_stack", 0x1000, Bytes(0x1000)),
+            ("NMI_stack", 0x3000, Bytes(0x1000)),
+        ],
+    ),
+    ("entry_stack_page", 4096, &[("stack", 3584, Bytes(512))]),
+    (
+        "cpu_entry_area",
+        0x8000,
+        &[
+            ("entry_stack_page", 0x1000, Struct("entry_stack_page")),
+            ("estacks", 0x3000, Struct("cea_exception_stacks")),
+        ],
+    ),
+    (
+        "rq",
+        256,
+        &[("nr_switches", 16, U64), ("curr", 24, U64), ("idle", 32, U64)],
+    ),
+    (
+        "pcpu_hot",
+        64,
+        &[("current_task", 0, U64), ("hardirq_stack_ptr", 32, U64)],
+    ),
+    (
+        "pt_regs",
+        168,
+        &[
+            ("r13", 16, U64),
+            ("bp", 32, U64),
+            ("r10", 56, U64),
+            ("ax", 80, U64),
+            ("dx", 96, U64),
+            ("di", 112, U64),
+            ("ip", 128, U64),
+            ("cs", 136, U64),
+            ("sp", 152, U64),
+        ],
+    ),
+    (
+        "ftrace_ops",
+        128,
+        &[
+            ("flags", 8, U64),
+            ("next", 16, U64),
+            ("trampoline", 64, U64),
+            ("trampoline_size", 72, U64),
+        ],
+    ),
+];
+
+/// `struct orc_entry` as since 6.4.
+const ORC: [Member; 6] = [
+    ("sp_offset", 0, U16),
+    ("bp_offset", 2, U16),
+    ("sp_reg", 32, Bits(4)),
+    ("bp_reg", 36, Bits(4)),
+    ("type", 40, Bits(3)),
+    ("signal", 43, Bits(1)),
+];
+
+/// Values of enumerators.
+const ENUMERATORS: [(&str, u32); 6] = [
+    ("FTRACE_FL_ENABLED", 1 << 31),
+    ("FTRACE_FL_DISABLED", 1 << 25),
+    ("FTRACE_FL_IPMODIFY", 1 << 28),
+    ("FTRACE_OPS_FL_SAVE_REGS", 1 << 2),
+    ("MOD_TEXT", 0),
+    ("MOD_INIT_TEXT", 4),
+];
+
+/// The whole blob.
+pub fn blob() -> Vec<u8> {
+    let mut b = Builder::new();
+    let basic = [
+        b.int("u8", 1),
+        b.int("u16", 2),
+        b.int("u32", 4),
+        b.int("s32", 4),
+        b.int("u64", 8),
+    ];
+    let mut structs: Vec<(&str, u32)> = Vec::new();
+    for (name, size, members) in STRUCTS {
+        let members: Vec<_> = members
+            .iter()
+            .map(|&(member, offset, kind)| (member, number(&mut b, &basic, &structs, kind), offset * 8))
+            .collect();
+        structs.push((name, b.composite(name, STRUCT, size, &members)));
+    }
+    // offsets in bits here, with the width of a bit field in the high byte
+    let members: Vec<_> = ORC
+        .iter()
+        .map(|&(member, offset, kind)| match kind {
+            Bits(bits) => (member, basic[2], offset | bits << 24),
+            kind => (member, number(&mut b, &basic, &structs, kind), offset * 8),
+        })
+        .collect();
+    b.composite("orc_entry", STRUCT | super::btf::KIND_FLAG, 6, &members);
+    b.enumeration("", false, &ENUMERATORS);
+    b.bytes()
+}
+
+fn number(b: &mut Builder, basic: &[u32; 5], structs: &[(&str, u32)], kind: Type) -> u32 {
+    let named = |name| {
+        structs
+            .iter()
+            .find(|known| known.0 == name)
+            .expect("a struct that stands before")
+            .1
+    };
+    match kind {
+        U8 => basic[0],
+        U16 => basic[1],
+        U32 | Bits(_) => basic[2],
+        I32 => basic[3],
+        U64 => basic[4],
+        Bytes(number) => b.array(basic[0], number),
+        Pointer(name) => b.pointer(named(name)),
+        Struct(name) => named(name),
+        Structs(name, number) => b.array(named(name), number),
+    }
+}
