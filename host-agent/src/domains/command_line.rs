@@ -3,7 +3,11 @@
 //! Options: QEMU's `qemu-options.hx`, `system/vl.c` and `monitor/monitor.c` (10.0).
 
 use super::address::{QmpAddress, chardev_of_device};
+use super::config;
 use super::params::Params;
+use std::ffi::OsStr;
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
 
 /// Options without an argument. Any other takes the next word, whatever it looks like, so that a guest kernel's
 /// command line (`-append`) is never read as options. QEMU 10.0 first, then those of older releases (2.0 to 9.2).
@@ -31,6 +35,8 @@ pub(super) struct CommandLine {
     pub(super) daemonized: bool,
     /// Whether QEMU changed its root folder after it had made its sockets.
     pub(super) chrooted: bool,
+    /// The files with more options, of `-readconfig`.
+    pub(super) configs: Vec<PathBuf>,
 }
 
 /// A QMP monitor.
@@ -39,23 +45,35 @@ pub(super) struct Monitor {
     pub(super) address: QmpAddress,
     /// Whether it is the one through which libvirt runs the guest.
     pub(super) libvirt: bool,
+    /// Whether it spreads each message over several lines.
+    pub(super) pretty: bool,
 }
 
 /// What is collected on the way: a monitor may come before the chardev that it names.
-#[derive(Default)]
-struct Parser {
+struct Parser<'a> {
     line: CommandLine,
     chardevs: Vec<(Vec<u8>, Params)>,
-    /// The chardevs' ids of the monitors in control mode.
-    controls: Vec<Vec<u8>>,
+    /// Of each monitor in control mode the chardev's id, and whether it is a pretty one.
+    controls: Vec<(Vec<u8>, bool)>,
     /// How many monitors came in the short form, which numbers its chardevs.
     short_monitors: usize,
+    read_config: &'a dyn Fn(&Path) -> Option<Vec<u8>>,
 }
 
 impl CommandLine {
-    /// Reads the words of a command line, the program's name first.
-    pub(super) fn parse<'a>(words: impl IntoIterator<Item = &'a [u8]>) -> Self {
-        let mut parser = Parser::default();
+    /// Reads the words of a command line, the program's name first. `read_config` gives what is in a file with more
+    /// options, which count where the file is named.
+    pub(super) fn parse<'a>(
+        words: impl IntoIterator<Item = &'a [u8]>,
+        read_config: &dyn Fn(&Path) -> Option<Vec<u8>>,
+    ) -> Self {
+        let mut parser = Parser {
+            line: Self::default(),
+            chardevs: Vec::new(),
+            controls: Vec::new(),
+            short_monitors: 0,
+            read_config,
+        };
         let mut words = words.into_iter().skip(1);
         while let Some(word) = words.next() {
             // A word that is not an option is a disk image.
@@ -74,7 +92,7 @@ impl CommandLine {
     }
 }
 
-impl Parser {
+impl Parser<'_> {
     fn option(&mut self, option: &str, argument: &[u8]) {
         match option {
             "name" => self.group("name", Params::parse(argument, Some("guest"))),
@@ -85,13 +103,22 @@ impl Parser {
             "chroot" => self.line.chrooted = true,
             "qmp" | "qmp-pretty" => {
                 let id = self.short_monitor(argument);
-                self.controls.push(id);
+                self.controls.push((id, option == "qmp-pretty"));
             }
+            "readconfig" => self.config(PathBuf::from(OsStr::from_bytes(argument))),
             "monitor" if !argument.starts_with(b"none") => {
                 self.short_monitor(argument);
             }
             _ => {}
         }
+    }
+
+    fn config(&mut self, path: PathBuf) {
+        let text = (self.read_config)(&path).unwrap_or_default();
+        for (group, params) in config::sections(&text) {
+            self.group(&group, params);
+        }
+        self.line.configs.push(path);
     }
 
     /// One set of parameters of one of QEMU's option groups.
@@ -104,7 +131,9 @@ impl Parser {
                 self.chardevs.push((id, params));
             }
             "mon" if params.get("mode") == Some(b"control") => {
-                self.controls.extend(params.get("chardev").map(<[u8]>::to_vec));
+                let pretty = params.is_on("pretty", false);
+                self.controls
+                    .extend(params.get("chardev").map(|id| (id.to_vec(), pretty)));
             }
             "run-with" => self.line.chrooted |= params.get("chroot").is_some(),
             _ => {}
@@ -130,11 +159,12 @@ impl Parser {
             controls,
             ..
         } = self;
-        let monitor = |id: Vec<u8>| {
+        let monitor = |(id, pretty): (Vec<u8>, bool)| {
             let (_, params) = chardevs.iter().find(|(name, _)| *name == id)?;
             Some(Monitor {
                 address: QmpAddress::of_chardev(params),
                 libvirt: id == LIBVIRT_CHARDEV,
+                pretty,
             })
         };
         line.monitors = controls.into_iter().filter_map(monitor).collect();

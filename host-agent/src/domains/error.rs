@@ -1,7 +1,6 @@
 //! Why a domain was not found.
 
 use super::{Domain, Survey};
-use std::fmt::Write;
 use std::io;
 use std::path::PathBuf;
 use thiserror::Error;
@@ -76,10 +75,10 @@ impl DomainError {
             names if names.is_empty() => "none is running".to_owned(),
             names => format!("running are {names}"),
         };
-        if survey.unreadable > 0 {
-            // Writing to a string cannot fail.
-            let _ = write!(
-                running,
+        if survey.hidden {
+            running += "; processes of other users do not show: run vmpatch as root";
+        } else if survey.unreadable > 0 {
+            running += &format!(
                 "; {} processes of other users could not be looked at: run vmpatch as root",
                 survey.unreadable
             );
@@ -107,15 +106,15 @@ impl DomainError {
         if !domain.qmp.is_empty() && domain.qmp.iter().all(|socket| socket.libvirt) {
             return Self::OnlyLibvirts { domain: name };
         }
-        let found = list(&domain.qmp, |socket| socket.address.to_string());
-        Self::NoQmpSocket {
-            domain: name,
-            found: if found.is_empty() {
-                "it has no QMP monitor".to_owned()
-            } else {
-                format!("it has {found}")
-            },
+        let mut found = match list(&domain.qmp, |socket| socket.address.to_string()) {
+            none if none.is_empty() => "it has no QMP monitor".to_owned(),
+            found => format!("it has {found}"),
+        };
+        if !domain.unread.is_empty() {
+            found += "; not read: ";
+            found += &list(&domain.unread, |path| path.display().to_string());
         }
+        Self::NoQmpSocket { domain: name, found }
     }
 }
 

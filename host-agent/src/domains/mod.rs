@@ -6,6 +6,7 @@
 
 mod address;
 mod command_line;
+mod config;
 mod error;
 mod params;
 pub(crate) mod process;
@@ -18,6 +19,7 @@ pub use socket::QmpSocket;
 
 use command_line::CommandLine;
 use process::Process;
+use socket::Place;
 use std::fmt;
 use std::io::{self, ErrorKind};
 use std::path::{Path, PathBuf};
@@ -37,12 +39,16 @@ pub struct Domain {
     pub binary: Option<Binary>,
     /// Its QMP monitors, in the order of the command line.
     pub qmp: Vec<QmpSocket>,
+    /// Files with more of its options (`-readconfig`) that could not be read: it may have monitors, or a name, that
+    /// are not known.
+    pub unread: Vec<PathBuf>,
 }
 
 impl Domain {
-    /// What to connect to for QMP, in the order of the command line, libvirt's own left out.
+    /// What to connect to for QMP, in the order of the command line, but pretty ones last; libvirt's own is left out.
     pub fn qmp_paths(&self) -> impl Iterator<Item = &Path> {
-        self.qmp.iter().filter_map(QmpSocket::usable)
+        let (pretty, plain): (Vec<_>, Vec<_>) = self.qmp.iter().partition(|socket| socket.pretty);
+        plain.into_iter().chain(pretty).filter_map(QmpSocket::usable)
     }
 
     /// What to connect to for QMP: the first of [`Domain::qmp_paths`].
@@ -70,6 +76,7 @@ impl Domain {
         let given = QmpSocket {
             address: QmpAddress::Unix(path.to_owned()),
             libvirt: false,
+            pretty: false,
             path: Some(path.to_owned()),
         };
         domain.qmp.insert(0, given);
@@ -77,14 +84,29 @@ impl Domain {
     }
 
     fn of_process(process: Process) -> Self {
-        let line = CommandLine::parse(process.words.iter().map(Vec::as_slice));
+        let parse = |read_config: &dyn Fn(&Path) -> Option<Vec<u8>>| {
+            CommandLine::parse(process.words.iter().map(Vec::as_slice), read_config)
+        };
+        // Where the process's files are must be known before they are read.
+        let mut line = parse(&|_| None);
+        let place = Place::of(process.pid, &line);
+        let configs: Vec<_> = line
+            .configs
+            .iter()
+            .map(|path| (path.clone(), place.read_config(path)))
+            .collect();
+        if !configs.is_empty() {
+            line = parse(&|path| configs.iter().find(|(known, _)| known == path)?.1.clone());
+        }
+        let unread = configs.into_iter().filter(|(_, text)| text.is_none());
         Self {
-            qmp: socket::sockets(process.pid, &line),
+            qmp: socket::sockets(&place, &line),
             name: line.name,
             uuid: line.uuid,
             pid: process.pid,
             start_time: process.start_time,
             binary: process.binary,
+            unread: unread.map(|(path, _)| path).collect(),
         }
     }
 }
@@ -103,8 +125,10 @@ impl fmt::Display for Domain {
 pub struct Survey {
     /// Those found, by rising pid.
     pub domains: Vec<Domain>,
-    /// How many processes could not be looked at, because they are other users' and /proc hides them (`hidepid`).
+    /// How many processes could not be looked at, because they are other users' (/proc mounted with `hidepid=1`).
     pub unreadable: usize,
+    /// Whether there may be processes of other users that do not even show (`hidepid=2` or `4`).
+    pub hidden: bool,
 }
 
 impl Survey {
@@ -138,9 +162,14 @@ impl Survey {
 ///
 /// Errors: [`DomainError::Proc`]. A process that ends while it is read is left out.
 pub fn all() -> Result<Survey, DomainError> {
-    let mut survey = Survey::default();
+    let pids = process::pids().map_err(DomainError::Proc)?;
+    let mut survey = Survey {
+        // There is always a process 1.
+        hidden: !pids.contains(&1),
+        ..Survey::default()
+    };
     let mut processes = Vec::new();
-    for pid in process::pids().map_err(DomainError::Proc)? {
+    for pid in pids {
         match Process::read(pid) {
             Ok(Some(process)) if process.is_qemu() => processes.push(process),
             Ok(_) => {}

@@ -19,6 +19,8 @@ pub struct QmpSocket {
     pub address: QmpAddress,
     /// Whether it is the one through which libvirt runs the guest: libvirt holds it always.
     pub libvirt: bool,
+    /// Whether it spreads each message over several lines (`-qmp-pretty`).
+    pub pretty: bool,
     /// What to connect to from here: a path in this process's namespace, or a zero byte and an abstract name. None
     /// where there is no such thing.
     pub path: Option<PathBuf>,
@@ -38,15 +40,12 @@ impl QmpSocket {
     }
 }
 
-/// The monitors of the running process `pid`, whose command line is `line`.
-pub(super) fn sockets(pid: i32, line: &CommandLine) -> Vec<QmpSocket> {
-    if line.monitors.is_empty() {
-        return Vec::new();
-    }
-    let place = Place::of(pid, line);
+/// The monitors that `line` tells of, in a process that is at `place`.
+pub(super) fn sockets(place: &Place, line: &CommandLine) -> Vec<QmpSocket> {
     let socket = |monitor: &Monitor| QmpSocket {
         address: monitor.address.clone(),
         libvirt: monitor.libvirt,
+        pretty: monitor.pretty,
         path: place.reach(&monitor.address),
     };
     line.monitors.iter().map(socket).collect()
@@ -54,7 +53,7 @@ pub(super) fn sockets(pid: i32, line: &CommandLine) -> Vec<QmpSocket> {
 
 /// From where a process's paths are to be read.
 #[derive(Debug, Clone, PartialEq, Eq)]
-struct Place {
+pub(super) struct Place {
     pid: i32,
     /// Whether its absolute paths mean here what they mean there.
     same_root: bool,
@@ -65,7 +64,8 @@ struct Place {
 }
 
 impl Place {
-    fn of(pid: i32, line: &CommandLine) -> Self {
+    /// Of the running process `pid`, whose command line is `line`.
+    pub(super) fn of(pid: i32, line: &CommandLine) -> Self {
         let current = || fs::read_link(proc_path(pid, "cwd")).ok();
         // A daemon left the folder where it was started; its environment still names it.
         let start = || {
@@ -83,11 +83,21 @@ impl Place {
 
     fn reach(&self, address: &QmpAddress) -> Option<PathBuf> {
         match address {
-            QmpAddress::Unix(path) if path.as_os_str().is_empty() => None,
-            QmpAddress::Unix(path) if path.is_absolute() => Some(self.absolute(path)),
-            QmpAddress::Unix(path) => self.relative(path),
+            QmpAddress::Unix(path) => self.path(path),
             QmpAddress::Abstract { name, tight } => Some(abstract_path(name, *tight)),
             _ => None,
+        }
+    }
+
+    /// A path of the process as one that leads to the same file from here.
+    pub(super) fn path(&self, path: &Path) -> Option<PathBuf> {
+        if path.as_os_str().is_empty() {
+            return None;
+        }
+        if path.is_absolute() {
+            Some(self.absolute(path))
+        } else {
+            self.relative(path)
         }
     }
 

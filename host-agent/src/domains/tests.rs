@@ -2,12 +2,12 @@
 
 use super::command_line::{CommandLine, Monitor};
 use super::{Domain, DomainError, QmpAddress, QmpSocket, Survey};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// Reads a command line; words are parted by spaces, `_` stands for a space in a word.
 fn parse(line: &str) -> CommandLine {
     let words: Vec<String> = line.split(' ').map(|word| word.replace('_', " ")).collect();
-    CommandLine::parse(words.iter().map(|word| word.as_bytes()))
+    CommandLine::parse(words.iter().map(|word| word.as_bytes()), &|_| None)
 }
 
 fn name(line: &str) -> Option<String> {
@@ -104,34 +104,62 @@ fn monitors_keep_their_order_and_do_not_mix() {
     assert_eq!(monitors(line), [unix("/a"), unix("/c"), QmpAddress::Tcp("h:1".into())]);
 }
 
+fn monitor(address: QmpAddress, libvirt: bool) -> Monitor {
+    Monitor {
+        address,
+        libvirt,
+        pretty: false,
+    }
+}
+
+#[test]
+fn pretty_monitors_are_marked_and_come_last() {
+    let line =
+        parse("qemu -qmp-pretty unix:/p,server -chardev socket,id=c,path=/c,server -mon c,mode=control,pretty=on");
+    assert!(line.monitors.iter().all(|monitor| monitor.pretty));
+    let pretty = QmpSocket {
+        pretty: true,
+        ..listening("/p")
+    };
+    let found = domain(None, 1, vec![pretty, listening("/a"), listening("/b")]);
+    assert_eq!(found.qmp_paths().collect::<Vec<_>>(), ["/a", "/b", "/p"].map(Path::new));
+}
+
+#[test]
+fn options_of_a_configuration_file_count_where_it_is_named() {
+    let text = b"[name]\nguest = \"vm42\"\n[chardev \"c\"]\nbackend = \"socket\"\npath = \"/c\"\nserver = \"on\"\n\
+                 [mon]\nchardev = \"c\"\nmode = \"control\"\n";
+    let parse = |line: &str| {
+        let read = |path: &Path| (path == Path::new("/vm.conf")).then(|| text.to_vec());
+        CommandLine::parse(line.split(' ').map(str::as_bytes), &read)
+    };
+    let line = parse("qemu -name a -readconfig /vm.conf -S");
+    assert_eq!(
+        (line.name.as_deref(), line.monitors),
+        (Some("vm42"), vec![monitor(unix("/c"), false)])
+    );
+    assert_eq!(line.configs, [Path::new("/vm.conf")]);
+    assert_eq!(parse("qemu -readconfig /vm.conf -name a").name.as_deref(), Some("a"));
+    let other = parse("qemu -readconfig /other.conf -mon c,mode=control");
+    assert_eq!((other.name, other.monitors), (None, vec![]));
+}
+
 /// As libvirt 9 starts a guest, shortened.
 #[test]
 fn libvirts_monitor_is_marked_and_one_beside_it_is_not() {
     let own = "/usr/bin/qemu-system-x86_64 -name guest=vm42,debug-threads=on -S \
                -uuid 8d0e9a3e-8b1c-4f0e-9d1b-2a1c3e4d5f60 -no-user-config -nodefaults \
                -chardev socket,id=charmonitor,fd=24,server=on,wait=off -mon chardev=charmonitor,id=monitor,mode=control";
-    let fd = Monitor {
-        address: QmpAddress::Descriptor("24".into()),
-        libvirt: true,
-    };
+    let fd = monitor(QmpAddress::Descriptor("24".into()), true);
     let line = parse(own);
     assert_eq!(line.monitors, std::slice::from_ref(&fd));
     assert_eq!(line.name.as_deref(), Some("vm42"));
     assert_eq!(line.uuid.as_deref(), Some("8d0e9a3e-8b1c-4f0e-9d1b-2a1c3e4d5f60"));
     let beside = parse(&format!("{own} -qmp unix:/run/vmpatch.sock,server=on,wait=off"));
-    let added = Monitor {
-        address: unix("/run/vmpatch.sock"),
-        libvirt: false,
-    };
+    let added = monitor(unix("/run/vmpatch.sock"), false);
     assert_eq!(beside.monitors, [fd, added]);
     let old = parse("qemu -chardev socket,id=charmonitor,path=/m,server,nowait -mon charmonitor,mode=control");
-    assert_eq!(
-        old.monitors,
-        [Monitor {
-            address: unix("/m"),
-            libvirt: true
-        }]
-    );
+    assert_eq!(old.monitors, [monitor(unix("/m"), true)]);
 }
 
 #[test]
@@ -154,6 +182,7 @@ fn domain(name: Option<&str>, pid: i32, qmp: Vec<QmpSocket>) -> Domain {
         start_time: 1,
         binary: None,
         qmp,
+        unread: vec![],
     }
 }
 
@@ -161,6 +190,7 @@ fn listening(path: &str) -> QmpSocket {
     QmpSocket {
         address: unix(path),
         libvirt: false,
+        pretty: false,
         path: Some(PathBuf::from(path)),
     }
 }
@@ -169,12 +199,16 @@ fn unreachable(address: QmpAddress, libvirt: bool) -> QmpSocket {
     QmpSocket {
         address,
         libvirt,
+        pretty: false,
         path: None,
     }
 }
 
 fn survey(domains: Vec<Domain>) -> Survey {
-    Survey { domains, unreadable: 0 }
+    Survey {
+        domains,
+        ..Survey::default()
+    }
 }
 
 #[test]
@@ -201,14 +235,23 @@ fn a_name_that_nobody_has_is_answered_with_those_that_run() {
         "no running QEMU has the name `vm42`: running are vm1, pid 3 without a name"
     );
     let hidden = Survey {
-        domains: vec![],
         unreadable: 7,
+        ..Survey::default()
     };
     let message = hidden.find("vm42").unwrap_err().to_string();
     assert_eq!(
         message,
         "no running QEMU has the name `vm42`: none is running; \
          7 processes of other users could not be looked at: run vmpatch as root"
+    );
+    let hidden = Survey {
+        hidden: true,
+        ..Survey::default()
+    };
+    let message = hidden.find("vm42").unwrap_err().to_string();
+    assert!(
+        message.ends_with("none is running; processes of other users do not show: run vmpatch as root"),
+        "{message}"
     );
     let many = survey((0..300).map(|pid| domain(Some("vm"), pid, vec![])).collect());
     assert!(
@@ -254,6 +297,17 @@ fn a_domain_without_a_usable_socket_says_what_it_has() {
         ..listening("/var/lib/libvirt/qemu/m")
     }]);
     assert!(matches!(&held, DomainError::OnlyLibvirts { .. }), "{held}");
+    let unread = Domain {
+        unread: vec![PathBuf::from("/etc/vm42.conf")],
+        ..domain(Some("vm42"), 7, vec![])
+    };
+    let unread = survey(vec![unread]).find("vm42").unwrap_err();
+    assert!(
+        unread
+            .to_string()
+            .contains("(it has no QMP monitor; not read: /etc/vm42.conf)"),
+        "{unread}"
+    );
     let other = find(vec![unreachable(fd(), false)]);
     assert!(other.to_string().contains("(it has descriptor 24)"), "{other}");
 }
