@@ -8,6 +8,7 @@ use std::env;
 use std::ffi::OsStr;
 use std::fs::{self, DirBuilder, File, OpenOptions, TryLockError};
 use std::io::{self, ErrorKind, Read, Write};
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::thread::sleep;
@@ -27,7 +28,7 @@ const HOLDER_LEN_MAX: u64 = 32;
 #[derive(Debug)]
 pub struct DomainLock {
     /// Holds the lock: it ends when the last copy of this descriptor is closed.
-    _file: File,
+    file: File,
     path: PathBuf,
     /// The process that took it; a copy in a forked child must not remove the file under its holder.
     holder: u32,
@@ -134,12 +135,17 @@ impl DomainLock {
                 .and_then(|()| writeln!(file, "{holder}"))
                 .map_err(failed)?;
             return Ok(Self {
-                _file: file,
+                file,
                 path: path.to_owned(),
                 holder,
             });
         }
         Err(LockError::Held { pid, holder: None })
+    }
+
+    /// A descriptor for a child process to inherit: the lock is held until both are closed.
+    pub fn descriptor(&self) -> io::Result<OwnedFd> {
+        Ok(self.file.try_clone()?.into())
     }
 
     /// The lock's file, in which the holder's pid stands.

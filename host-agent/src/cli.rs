@@ -1,0 +1,181 @@
+//! The command line. `docs/cli.md` describes what it promises.
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use guest_core::commit::Model;
+use std::path::PathBuf;
+use std::time::Duration;
+
+/// Where the bare command looks for modules.
+pub const PATCHES_DEFAULT: &str = "/var/lib/vmpatch/patches";
+
+/// Patches the kernel of a running VM from outside: no guest agent, no login, no reboot.
+///
+/// Without a command: applies every module of the patch directory that was made for the guest's very kernel and is
+/// not applied yet, oldest first.
+#[derive(Debug, Parser)]
+#[command(version, name = "vmpatch", after_help = EXIT_CODES, max_term_width = 100)]
+pub struct Cli {
+    /// What is asked.
+    #[command(subcommand)]
+    pub command: Option<Command>,
+    /// Which guest, and how.
+    #[command(flatten)]
+    pub options: Options,
+}
+
+const EXIT_CODES: &str = "\
+Exit codes:
+  0  done
+  1  failed; the guest is as before
+  2  wrong usage
+  3  refused: the patch or the guest does not fit
+  4  not safe within the time given; the guest is as before
+  5  no such domain, or it cannot be reached";
+
+/// Options of every command.
+#[derive(Debug, Clone, Args)]
+pub struct Options {
+    /// The guest, by the name that its QEMU was started with (-name)
+    #[arg(long, value_name = "NAME", global = true, conflicts_with = "qmp")]
+    pub domain: Option<String>,
+    /// The guest, by its QMP socket
+    #[arg(long, value_name = "SOCKET", global = true)]
+    pub qmp: Option<PathBuf>,
+    /// One JSON document on standard output in place of text
+    #[arg(long, global = true)]
+    pub json: bool,
+    /// How long to wait for a safe moment
+    #[arg(long, value_name = "SECONDS", default_value_t = 10.0, value_parser = seconds, global = true)]
+    pub timeout: f64,
+    /// When it is safe to switch functions
+    #[arg(long, value_enum, default_value_t = ModelName::CleanCut, global = true)]
+    pub model: ModelName,
+    /// Directory of modules for the bare command
+    #[arg(long, value_name = "DIR", default_value = PATCHES_DEFAULT, global = true)]
+    pub patches: PathBuf,
+    /// Say more: what was found and each try (-vv: each step)
+    #[arg(short, long, action = clap::ArgAction::Count, global = true)]
+    pub verbose: u8,
+}
+
+impl Options {
+    /// `--timeout`.
+    pub fn timeout(&self) -> Duration {
+        Duration::from_secs_f64(self.timeout)
+    }
+}
+
+/// Consistency models by name.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum ModelName {
+    /// every task's stack is clear of the old functions at one instant
+    CleanCut,
+    /// at once, whatever runs: only for changes that may be mixed with the old code
+    None,
+}
+
+impl ModelName {
+    /// The core's model.
+    pub fn model(self) -> Model {
+        match self {
+            Self::CleanCut => Model::CleanCut,
+            Self::None => Model::None,
+        }
+    }
+
+    /// As given on the command line.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::CleanCut => "clean-cut",
+            Self::None => "none",
+        }
+    }
+}
+
+/// Commands.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Apply livepatch modules
+    Apply {
+        /// Modules (.ko), applied one after another
+        #[arg(required = true, value_name = "FILE.ko")]
+        files: Vec<PathBuf>,
+    },
+    /// Say what apply would do; the guest is not touched
+    Check {
+        /// Modules (.ko)
+        #[arg(required = true, value_name = "FILE.ko")]
+        files: Vec<PathBuf>,
+    },
+    /// Show the guest's kernel, its patches and the state of each function
+    Status,
+    /// Take patches out again
+    Revert {
+        /// Patches, by the names that status shows
+        #[arg(value_name = "ID", required_unless_present = "all", conflicts_with = "all")]
+        ids: Vec<String>,
+        /// Every patch, the last applied first
+        #[arg(long)]
+        all: bool,
+    },
+    /// Show what was found in the guest: kernel, addresses, caves, sources
+    Inspect,
+    /// List the running guests of this host
+    Domains,
+    /// What takes back a change should its vmpatch be killed; started by vmpatch itself
+    #[command(hide = true)]
+    Supervise {
+        /// The guest's QMP socket
+        socket: PathBuf,
+    },
+}
+
+/// The longest time-out: a day.
+const TIMEOUT_SECONDS_MAX: f64 = 86_400.0;
+
+fn seconds(text: &str) -> Result<f64, String> {
+    let seconds: f64 = text.parse().map_err(|_| "not a number of seconds".to_owned())?;
+    if (0.0..=TIMEOUT_SECONDS_MAX).contains(&seconds) {
+        Ok(seconds)
+    } else {
+        Err(format!("not between 0 and {TIMEOUT_SECONDS_MAX} seconds"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn options_may_stand_before_and_behind_the_command() {
+        for line in [
+            &["vmpatch", "--domain", "vm42", "status", "--json"][..],
+            &["vmpatch", "status", "--json", "--domain", "vm42"],
+        ] {
+            let cli = Cli::try_parse_from(line).unwrap();
+            assert_eq!(cli.options.domain.as_deref(), Some("vm42"));
+            assert!(cli.options.json);
+        }
+    }
+
+    #[test]
+    fn revert_wants_names_or_all_but_not_both() {
+        assert!(Cli::try_parse_from(["vmpatch", "--domain", "a", "revert"]).is_err());
+        assert!(Cli::try_parse_from(["vmpatch", "--domain", "a", "revert", "--all", "x"]).is_err());
+        assert!(Cli::try_parse_from(["vmpatch", "--domain", "a", "revert", "--all"]).is_ok());
+    }
+
+    #[test]
+    fn a_timeout_is_a_number_of_seconds() {
+        assert!(Cli::try_parse_from(["vmpatch", "--timeout", "soon", "status"]).is_err());
+        assert!(Cli::try_parse_from(["vmpatch", "--timeout", "-1", "status"]).is_err());
+        assert!(Cli::try_parse_from(["vmpatch", "--timeout", "inf", "status"]).is_err());
+        assert!(Cli::try_parse_from(["vmpatch", "--timeout", "0.5", "status"]).is_ok());
+    }
+}

@@ -1,0 +1,103 @@
+//! `apply` and `check`.
+
+use super::read_module;
+use crate::cli::{ModelName, Options};
+use crate::error::Failure;
+use crate::progress::Progress;
+use crate::report::{Function, Patch, Patches, Pause};
+use crate::session::{Session, Target, commit_options};
+use guest_core::place::Record;
+use guest_core::plan::{self, ApplyOptions, Plan};
+use std::path::{Path, PathBuf};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+/// Applies modules one after another; the first that fails ends it, and those before it stay.
+pub fn apply(options: &Options, files: &[PathBuf], progress: &Progress) -> Result<Patches, Failure> {
+    let modules = files
+        .iter()
+        .map(|path| Ok((path, read_module(path)?)))
+        .collect::<Result<Vec<_>, Failure>>()?;
+    let mut session = Session::open(&Target::from_options(options)?, progress)?;
+    session.tidy()?;
+    let mut patches = Vec::new();
+    for (path, bytes) in modules {
+        patches.push(apply_one(&mut session, options, path, &bytes, progress)?);
+    }
+    Ok(Patches {
+        guest: session.guest(),
+        patches,
+    })
+}
+
+/// Plans all that `apply` would do, and stops there.
+pub fn check(options: &Options, files: &[PathBuf], progress: &Progress) -> Result<Patches, Failure> {
+    let session = Session::open(&Target::from_options(options)?, progress)?;
+    let mut patches = Vec::new();
+    for path in files {
+        let plan = plan_one(&session, options, path, &read_module(path)?)?;
+        patches.push(describe(&plan.record, Some(path), "would apply", "original"));
+    }
+    Ok(Patches {
+        guest: session.guest(),
+        patches,
+    })
+}
+
+/// Applies one module.
+pub(super) fn apply_one(
+    session: &mut Session,
+    options: &Options,
+    path: &Path,
+    bytes: &[u8],
+    progress: &Progress,
+) -> Result<Patch, Failure> {
+    progress.step(&format!("{}: applying {}", session.shown(), path.display()));
+    let plan = plan_one(session, options, path, bytes)?;
+    let committed = session.commit(
+        &plan,
+        "applying",
+        commit_options(options.model.model(), options.timeout()),
+    )?;
+    let mut patch = describe(&plan.record, Some(path), "applied", "patched");
+    patch.pause = Some(Pause::from(&committed));
+    if options.model == ModelName::None {
+        patch
+            .warnings
+            .push("applied with --model none: tasks inside an old function finish it as it was".to_owned());
+    }
+    Ok(patch)
+}
+
+fn plan_one(session: &Session, options: &Options, path: &Path, bytes: &[u8]) -> Result<Plan, Failure> {
+    let now = SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .map_or(0, |since| since.as_secs());
+    let chosen = ApplyOptions {
+        model: options.model.name().to_owned(),
+        now,
+    };
+    plan::apply(&session.live(), &session.registry, bytes, &chosen).map_err(|source| Failure::Refused {
+        path: path.to_owned(),
+        source: Box::new(source),
+    })
+}
+
+/// A patch, for the report.
+pub(super) fn describe(record: &Record, path: Option<&Path>, state: &str, functions: &str) -> Patch {
+    Patch {
+        id: record.id.clone(),
+        file: path.map(|path| path.display().to_string()),
+        state: state.to_owned(),
+        reason: None,
+        digest: Some(record.digest.clone()),
+        model: Some(record.model.clone()),
+        applied_at: None,
+        functions: record
+            .functions
+            .iter()
+            .map(|function| Function::new(function, functions))
+            .collect(),
+        pause: None,
+        warnings: Vec::new(),
+    }
+}

@@ -1,0 +1,44 @@
+//! `domains`: the running guests of this host.
+
+use super::status::patches;
+use crate::domains::{self, Domain};
+use crate::error::Failure;
+use crate::progress::Progress;
+use crate::report::DomainLine;
+use crate::session::{Session, Target};
+
+/// Every QEMU process that can be seen, with what is in it as far as it can be reached.
+pub fn domains(progress: &Progress) -> Result<Vec<DomainLine>, Failure> {
+    Ok(domains::all()?.iter().map(|domain| line(domain, progress)).collect())
+}
+
+fn line(domain: &Domain, progress: &Progress) -> DomainLine {
+    let mut line = DomainLine {
+        name: domain.name.clone(),
+        pid: domain.pid,
+        qmp: None,
+        accelerator: None,
+        kernel: None,
+        patches: Vec::new(),
+        error: None,
+    };
+    let session = domain.qmp_socket().map_err(Failure::from).and_then(|socket| {
+        line.qmp = Some(socket.display().to_string());
+        Session::open(
+            &Target {
+                name: domain.name.clone(),
+                socket,
+            },
+            progress,
+        )
+    });
+    match session {
+        Ok(session) => {
+            line.accelerator = Some(session.attached.accelerator().to_owned());
+            line.kernel = Some(session.kernel.release.clone());
+            line.patches = patches(&session).into_iter().map(|patch| patch.id).collect();
+        }
+        Err(error) => line.error = Some(error.chain().join(": ")),
+    }
+    line
+}

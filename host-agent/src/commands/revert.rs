@@ -1,0 +1,51 @@
+//! `revert`.
+
+use super::apply::describe;
+use crate::cli::Options;
+use crate::error::Failure;
+use crate::progress::Progress;
+use crate::report::{Patches, Pause};
+use crate::session::{Session, Target, commit_options};
+use guest_core::place::State;
+use guest_core::plan;
+
+/// Takes out the patches `ids`, in the order given; without any, all of them, the last applied first.
+pub fn revert(options: &Options, ids: &[String], progress: &Progress) -> Result<Patches, Failure> {
+    let mut session = Session::open(&Target::from_options(options)?, progress)?;
+    session.tidy()?;
+    let ids = if ids.is_empty() { all(&session) } else { ids.to_vec() };
+    // An unknown name is found before anything is taken out.
+    for id in &ids {
+        plan::revert(&session.live(), &session.registry, id)?;
+    }
+    let mut patches = Vec::new();
+    for id in &ids {
+        progress.step(&format!("{}: reverting {id}", session.shown()));
+        let plan = plan::revert(&session.live(), &session.registry, id)?;
+        let committed = session.commit(
+            &plan,
+            "reverting",
+            commit_options(options.model.model(), options.timeout()),
+        )?;
+        session.tidy()?;
+        let mut patch = describe(&plan.record, None, "reverted", "original");
+        patch.pause = Some(Pause::from(&committed));
+        patches.push(patch);
+    }
+    Ok(Patches {
+        guest: session.guest(),
+        patches,
+    })
+}
+
+fn all(session: &Session) -> Vec<String> {
+    let mut records: Vec<_> = session
+        .registry
+        .entries
+        .iter()
+        .filter(|entry| entry.state == State::Applied)
+        .filter_map(|entry| entry.record.as_ref())
+        .collect();
+    records.sort_by_key(|record| std::cmp::Reverse(record.order));
+    records.into_iter().map(|record| record.id.clone()).collect()
+}

@@ -1,0 +1,126 @@
+//! The bare command: brings a guest up to date from the patch directory.
+
+use super::apply::apply_one;
+use super::read_module;
+use crate::cli::Options;
+use crate::error::Failure;
+use crate::progress::Progress;
+use crate::report::{Patch, Patches};
+use crate::session::{Session, Target};
+use guest_core::module::PatchModule;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::SystemTime;
+
+/// Applies every module of the patch directory that was made for the guest's very kernel and is not applied yet, oldest
+/// first. One that fails does not keep the others from being tried; the report says why for each.
+pub fn update(options: &Options, progress: &Progress) -> Result<(Patches, Option<Failure>), Failure> {
+    let target = Target::from_options(options)?;
+    let files = modules(&options.patches)?;
+    let mut session = Session::open(&target, progress)?;
+    session.tidy()?;
+    let mut patches = Vec::new();
+    let mut first = None;
+    let mut failed = 0;
+    let mut wanted = 0;
+    for path in &files {
+        match consider(&mut session, options, path, progress) {
+            Ok(Some(patch)) => {
+                wanted += 1;
+                patches.push(patch);
+            }
+            Ok(None) => {}
+            Err(error) => {
+                wanted += 1;
+                failed += 1;
+                first.get_or_insert(error.exit_code());
+                patches.push(not_done(path, "not applied", &error.chain().join(": ")));
+            }
+        }
+    }
+    let failure = first.map(|code| Failure::Incomplete {
+        failed,
+        all: wanted,
+        code,
+    });
+    Ok((
+        Patches {
+            guest: session.guest(),
+            patches,
+        },
+        failure,
+    ))
+}
+
+/// Applies one file; `None` where it is for another kernel.
+fn consider(
+    session: &mut Session,
+    options: &Options,
+    path: &Path,
+    progress: &Progress,
+) -> Result<Option<Patch>, Failure> {
+    let bytes = read_module(path)?;
+    let module = PatchModule::parse(&bytes).map_err(|source| Failure::Refused {
+        path: path.to_owned(),
+        source: Box::new(source.into()),
+    })?;
+    if module.info().release() != Some(session.kernel.release.as_str()) {
+        progress.detail(&format!(
+            "{}: for kernel {}",
+            path.display(),
+            module.info().release().unwrap_or("?")
+        ));
+        return Ok(None);
+    }
+    let name = module.name();
+    let is_there = session
+        .registry
+        .entries
+        .iter()
+        .filter_map(|entry| entry.record.as_ref())
+        .any(|r| r.id == name);
+    if is_there {
+        let mut patch = not_done(path, "already applied", "");
+        patch.id = name.to_owned();
+        patch.reason = None;
+        return Ok(Some(patch));
+    }
+    apply_one(session, options, path, &bytes, progress).map(Some)
+}
+
+fn not_done(path: &Path, state: &str, reason: &str) -> Patch {
+    Patch {
+        id: path.file_stem().unwrap_or_default().to_string_lossy().into_owned(),
+        file: Some(path.display().to_string()),
+        state: state.to_owned(),
+        reason: Some(reason.to_owned()),
+        digest: None,
+        model: None,
+        applied_at: None,
+        functions: Vec::new(),
+        pause: None,
+        warnings: Vec::new(),
+    }
+}
+
+/// The modules of a directory: by age, those of one age by name.
+fn modules(directory: &Path) -> Result<Vec<PathBuf>, Failure> {
+    let failed = |source| Failure::File {
+        path: directory.to_owned(),
+        source,
+    };
+    let mut found: Vec<(SystemTime, PathBuf)> = Vec::new();
+    for entry in fs::read_dir(directory).map_err(failed)? {
+        let entry = entry.map_err(failed)?;
+        let path = entry.path();
+        if path.extension().is_some_and(|extension| extension == "ko") {
+            let modified = entry
+                .metadata()
+                .and_then(|metadata| metadata.modified())
+                .map_err(failed)?;
+            found.push((modified, path));
+        }
+    }
+    found.sort();
+    Ok(found.into_iter().map(|(_, path)| path).collect())
+}

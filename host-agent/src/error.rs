@@ -1,0 +1,130 @@
+//! Everything that can go wrong, with the exit code that it means and what the operator can do.
+
+use crate::attach::AttachError;
+use crate::domains::DomainError;
+use crate::lock::LockError;
+use guest_core::commit::CommitError;
+use guest_core::kernel::KernelError;
+use guest_core::place::RegistryError;
+use guest_core::plan::{Refusal, RevertError};
+use std::error::Error;
+use std::path::PathBuf;
+
+/// Why a command failed.
+#[derive(Debug, thiserror::Error)]
+pub enum Failure {
+    /// Neither `--domain` nor `--qmp`.
+    #[error("which guest? give --domain NAME or --qmp SOCKET")]
+    NoTarget,
+    /// No such domain, or not one.
+    #[error(transparent)]
+    Domain(#[from] DomainError),
+    /// Another vmpatch is at work there.
+    #[error(transparent)]
+    Lock(#[from] LockError),
+    /// QEMU can't be reached, or its guest's memory.
+    #[error("reaching the guest")]
+    Attach(#[from] AttachError),
+    /// QEMU is doing something that a patch would not survive.
+    #[error("QEMU is busy with {0}: changes from outside would be lost")]
+    Busy(String),
+    /// The kernel is not understood.
+    #[error("understanding the guest's kernel")]
+    Kernel(#[from] KernelError),
+    /// The registry is not understood.
+    #[error("understanding the guest's patches")]
+    Registry(#[from] RegistryError),
+    /// A file can't be read.
+    #[error("reading {path}")]
+    File {
+        /// The file or directory.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// A module does not fit.
+    #[error("{path} does not fit the guest")]
+    Refused {
+        /// The module.
+        path: PathBuf,
+        /// Why.
+        source: Box<Refusal>,
+    },
+    /// A patch can't be taken out.
+    #[error("can't revert")]
+    Revert(#[from] RevertError),
+    /// A change was not made.
+    #[error("{doing} {id}")]
+    Commit {
+        /// `applying`, `reverting`, …
+        doing: &'static str,
+        /// The patch.
+        id: String,
+        /// Why.
+        source: Box<CommitError>,
+    },
+    /// The worker that watches over a change can't be started.
+    #[error("starting the supervisor")]
+    Supervisor(#[source] std::io::Error),
+    /// Not every module of the patch directory could be applied.
+    #[error("{failed} of {all} modules were not applied")]
+    Incomplete {
+        /// How many were not.
+        failed: usize,
+        /// Of how many.
+        all: usize,
+        /// The exit code of the first.
+        code: u8,
+    },
+    /// The output can't be written.
+    #[error("writing the report")]
+    Output(#[source] std::io::Error),
+}
+
+impl Failure {
+    /// The exit code, as `--help` lists them.
+    pub fn exit_code(&self) -> u8 {
+        match self {
+            Self::NoTarget => 2,
+            Self::Domain(_) | Self::Lock(_) | Self::Attach(_) => 5,
+            Self::Busy(_) | Self::Kernel(_) | Self::Registry(_) | Self::Refused { .. } | Self::Revert(_) => 3,
+            Self::Commit { source, .. } if matches!(**source, CommitError::NotSafe { .. }) => 4,
+            Self::Incomplete { code, .. } => *code,
+            Self::File { .. } | Self::Commit { .. } | Self::Supervisor(_) | Self::Output(_) => 1,
+        }
+    }
+
+    /// What the operator can do about it.
+    pub fn hint(&self) -> Option<&'static str> {
+        match self {
+            Self::Commit { source, .. } => match **source {
+                CommitError::NotSafe { .. } => Some(
+                    "try again later or with a longer --timeout; --model none does not wait, for changes that may be mixed with the old code",
+                ),
+                CommitError::HalfDone { .. } => {
+                    Some("the guest may be half patched: run `vmpatch … status`, and plan a reboot of the guest")
+                }
+                _ => None,
+            },
+            Self::Busy(_) => Some("try again when that is over"),
+            Self::Registry(RegistryError::NoCave) => {
+                Some("this kernel was built without page-table isolation, which is where the room comes from")
+            }
+            _ => None,
+        }
+    }
+
+    /// The error and its causes, none of them twice.
+    pub fn chain(&self) -> Vec<String> {
+        let mut lines = vec![self.to_string()];
+        let mut cause = self.source();
+        while let Some(error) = cause {
+            let line = error.to_string();
+            if lines.last() != Some(&line) {
+                lines.push(line);
+            }
+            cause = error.source();
+        }
+        lines
+    }
+}

@@ -1,0 +1,210 @@
+//! What vmpatch says when it is done: one document, as JSON or as text. `docs/json.md` describes the members; they are only
+//! ever added to.
+
+use guest_core::commit::Committed;
+use guest_core::machine::PauseTimes;
+use guest_core::place::{PatchedFunction, Redirect};
+use serde::Serialize;
+
+/// A guest-virtual address, as hex text: JSON numbers end at 2^53.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Address(pub u64);
+
+impl Serialize for Address {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(&format_args!("{:#x}", self.0))
+    }
+}
+
+/// The guest that it is about.
+#[derive(Debug, Clone, Serialize)]
+pub struct Guest {
+    /// Its name, where QEMU was given one.
+    pub domain: Option<String>,
+    /// The QEMU process.
+    pub pid: i32,
+    /// `uname -r` of its kernel.
+    pub release: String,
+}
+
+/// Times of one pause, in microseconds, as the host saw them.
+#[derive(Debug, Clone, Copy, Serialize)]
+pub struct Pause {
+    /// From asking to stop to hearing that the guest runs.
+    pub total_us: u64,
+    /// Stopping the vCPUs.
+    pub stop_us: u64,
+    /// Reading their registers.
+    pub registers_us: u64,
+    /// Checking locks and stacks.
+    pub check_us: u64,
+    /// Writing and reading back.
+    pub write_us: u64,
+    /// Letting the vCPUs run.
+    pub resume_us: u64,
+    /// Pauses that it took.
+    pub tries: u32,
+    /// The longest of them.
+    pub pause_us_max: u64,
+}
+
+impl From<&Committed> for Pause {
+    fn from(committed: &Committed) -> Self {
+        let PauseTimes {
+            stop_us,
+            registers_us,
+            check_us,
+            write_us,
+            resume_us,
+            total_us,
+        } = committed.pause;
+        let (tries, pause_us_max) = (committed.tries, committed.pause_us_max);
+        Self {
+            total_us,
+            stop_us,
+            registers_us,
+            check_us,
+            write_us,
+            resume_us,
+            tries,
+            pause_us_max,
+        }
+    }
+}
+
+/// One redirected function.
+#[derive(Debug, Clone, Serialize)]
+pub struct Function {
+    /// Its name in the kernel.
+    pub name: String,
+    /// Which of several of that name, from 1; 0 where it is the only one.
+    pub sympos: u64,
+    /// Address of the old function.
+    pub old: Address,
+    /// Address of the new function.
+    pub new: Address,
+    /// `ftrace`: the jump stands in the ftrace site; `body`: behind it.
+    pub redirect: Redirect,
+    /// `patched`, `original`, or what is there instead.
+    pub state: String,
+}
+
+impl Function {
+    /// From a plan or a record, with the state that it has.
+    pub fn new(function: &PatchedFunction, state: &str) -> Self {
+        Self {
+            name: function.name.clone(),
+            sympos: function.sympos,
+            old: Address(function.old),
+            new: Address(function.new),
+            redirect: function.redirect,
+            state: state.to_owned(),
+        }
+    }
+}
+
+/// One patch.
+#[derive(Debug, Clone, Serialize)]
+pub struct Patch {
+    /// The module's name, which `revert` takes.
+    pub id: String,
+    /// The file, where there was one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub file: Option<String>,
+    /// `applied`, `reverted`, `would apply`, `not applied`, `applying`, …
+    pub state: String,
+    /// Why it was not done, where it was not.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub reason: Option<String>,
+    /// SHA-256 of the module.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub digest: Option<String>,
+    /// Consistency model that it was applied with.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub model: Option<String>,
+    /// Seconds since 1970 on the host that applied it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub applied_at: Option<u64>,
+    /// Its functions.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub functions: Vec<Function>,
+    /// The pause that it took.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub pause: Option<Pause>,
+    /// What the operator should know.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub warnings: Vec<String>,
+}
+
+/// `apply`, `check`, `revert`, `status` and the bare command.
+#[derive(Debug, Clone, Serialize)]
+pub struct Patches {
+    /// The guest.
+    pub guest: Guest,
+    /// The patches that it is about, in the order in which they were dealt with.
+    pub patches: Vec<Patch>,
+}
+
+/// `inspect`: an address range.
+#[derive(Debug, Clone, Serialize)]
+pub struct AddressRange {
+    /// First byte.
+    pub start: Address,
+    /// Bytes.
+    pub len: u64,
+}
+
+/// `inspect`.
+#[derive(Debug, Clone, Serialize)]
+pub struct Inspection {
+    /// The guest.
+    pub guest: Guest,
+    /// QEMU's version.
+    pub qemu: String,
+    /// `tcg` or `kvm`.
+    pub accelerator: String,
+    /// vCPUs.
+    pub vcpus: usize,
+    /// Guest RAM, bytes.
+    pub ram: u64,
+    /// The kernel's banner.
+    pub banner: String,
+    /// `_text`-side start of the image.
+    pub image: AddressRange,
+    /// Guest-physical address of the image's start.
+    pub image_physical: Address,
+    /// 4 or 5.
+    pub page_table_levels: u8,
+    /// Guest-physical address of the kernel's own top-level page table.
+    pub page_table_root: Address,
+    /// Number of symbols.
+    pub symbols: usize,
+    /// Number of types.
+    pub types: usize,
+    /// Text caves.
+    pub caves: Vec<AddressRange>,
+    /// The registry, where there is one.
+    pub registry: Option<AddressRange>,
+    /// Where each of this was found, and what agreed with it.
+    pub sources: Vec<String>,
+}
+
+/// `domains`: one running guest.
+#[derive(Debug, Clone, Serialize)]
+pub struct DomainLine {
+    /// Its name.
+    pub name: Option<String>,
+    /// The QEMU process.
+    pub pid: i32,
+    /// The QMP socket that was used.
+    pub qmp: Option<String>,
+    /// `tcg` or `kvm`.
+    pub accelerator: Option<String>,
+    /// `uname -r`.
+    pub kernel: Option<String>,
+    /// Names of its patches.
+    pub patches: Vec<String>,
+    /// Why it could not be looked at.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub error: Option<String>,
+}

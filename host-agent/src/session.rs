@@ -1,0 +1,200 @@
+//! A guest that vmpatch has reached and understood.
+
+use crate::attach::Attached;
+use crate::cli::Options;
+use crate::domains;
+use crate::error::Failure;
+use crate::lock::DomainLock;
+use crate::progress::Progress;
+use crate::report;
+use guest_core::commit::{self, CommitOptions};
+use guest_core::kernel::Live;
+use guest_core::machine::Machine;
+use guest_core::place::{Cave, Registry, cave};
+use guest_core::plan;
+use guest_core::{Kernel, Registers};
+use std::path::PathBuf;
+use std::time::Duration;
+
+/// Longest pause that is allowed before vmpatch gives up and resumes. Far above what a pause takes, even on a host
+/// whose processors are all busy; a guest that stands longer than this is noticed by whoever uses it.
+const PAUSE_MAX: Duration = Duration::from_millis(250);
+/// How long another vmpatch at work on the domain is waited for: its supervisor may just be taking something back.
+const LOCK_TIME_MAX: Duration = Duration::from_secs(5);
+/// How often the kernel is looked for: what is read while the guest runs may belong to a process that just ends.
+const FIND_TRIES: usize = 5;
+
+/// Which guest, and where its QMP socket is.
+#[derive(Debug, Clone)]
+pub struct Target {
+    /// Its name, where it was found by name.
+    pub name: Option<String>,
+    /// The QMP socket.
+    pub socket: PathBuf,
+}
+
+impl Target {
+    /// From `--domain` or `--qmp`.
+    pub fn from_options(options: &Options) -> Result<Self, Failure> {
+        match (&options.domain, &options.qmp) {
+            (_, Some(socket)) => Ok(Self {
+                name: None,
+                socket: socket.clone(),
+            }),
+            (Some(name), None) => {
+                let domain = domains::find(name)?;
+                Ok(Self {
+                    name: Some(name.clone()),
+                    socket: domain.qmp_socket()?,
+                })
+            }
+            (None, None) => Err(Failure::NoTarget),
+        }
+    }
+}
+
+/// A guest, its kernel and its patches.
+pub struct Session {
+    /// QEMU and the guest's memory.
+    pub attached: Attached,
+    /// The kernel.
+    pub kernel: Kernel,
+    /// Registers of the vCPUs as they were when the kernel was found.
+    pub vcpus: Vec<Registers>,
+    /// Text caves that are still free.
+    pub caves: Vec<Cave>,
+    /// The patches.
+    pub registry: Registry,
+    name: Option<String>,
+    lock: DomainLock,
+}
+
+impl Session {
+    /// Reaches the guest and understands it. Nothing is changed, and the guest is not paused.
+    pub fn open(target: &Target, progress: &Progress) -> Result<Self, Failure> {
+        let shown = target
+            .name
+            .clone()
+            .unwrap_or_else(|| target.socket.display().to_string());
+        progress.step(&format!("{shown}: connecting"));
+        let attached = Attached::open(&target.socket)?;
+        let lock = DomainLock::acquire_within(attached.pid(), LOCK_TIME_MAX)?;
+        progress.step(&format!("{shown}: finding the kernel"));
+        let (kernel, vcpus) = find_kernel(&attached)?;
+        let live = kernel.live(attached.memory());
+        let caves = cave::find(&live)?;
+        let registry = Registry::find(&live, &caves)?;
+        progress.detail(&kernel.banner);
+        let name = target.name.clone().or(attached.name());
+        Ok(Self {
+            attached,
+            kernel,
+            vcpus,
+            caves,
+            registry,
+            name,
+            lock,
+        })
+    }
+
+    /// The guest, for the report.
+    pub fn guest(&self) -> report::Guest {
+        report::Guest {
+            domain: self.name.clone(),
+            pid: self.attached.pid(),
+            release: self.kernel.release.clone(),
+        }
+    }
+
+    /// The guest's name, or its process.
+    pub fn shown(&self) -> String {
+        self.name
+            .clone()
+            .unwrap_or_else(|| format!("process {}", self.attached.pid()))
+    }
+
+    /// The kernel with the guest's memory.
+    pub fn live(&self) -> Live<'_> {
+        self.kernel.live(self.attached.memory())
+    }
+
+    /// Carries out a plan, with a supervisor beside it, and reads the registry anew.
+    pub fn commit(
+        &mut self,
+        plan: &plan::Plan,
+        doing: &'static str,
+        options: CommitOptions,
+    ) -> Result<commit::Committed, Failure> {
+        self.refuse_if_busy()?;
+        let live = self.kernel.live(self.attached.memory());
+        let mut machine = self.attached.machine(&self.lock).map_err(Failure::Supervisor)?;
+        let result = commit::commit(&live, &mut machine as &mut dyn Machine, plan, &options);
+        drop(machine);
+        let committed = result.map_err(|source| failed(plan, doing, source));
+        self.reread()?;
+        committed
+    }
+
+    /// Wipes what a revert, or a vmpatch that was killed, has left; takes back what was half committed.
+    pub fn tidy(&mut self) -> Result<(), Failure> {
+        self.refuse_if_busy()?;
+        while let Some(plan) = plan::recovery(&self.live(), &self.registry)? {
+            let options = commit_options(guest_core::commit::Model::CleanCut, Duration::from_secs(10));
+            self.commit(&plan, "taking back", options)?;
+        }
+        let live = self.kernel.live(self.attached.memory());
+        let changes = plan::cleanup(&live, &self.registry)?;
+        let wiped = commit::lay(&live, &changes);
+        self.reread()?;
+        wiped.map_err(|source| Failure::Commit {
+            doing: "wiping what is left of",
+            id: "reverted patches".to_owned(),
+            source: Box::new(source),
+        })
+    }
+
+    fn refuse_if_busy(&self) -> Result<(), Failure> {
+        match self.attached.busy_with()? {
+            Some(what) => Err(Failure::Busy(what.to_string())),
+            None => Ok(()),
+        }
+    }
+
+    fn reread(&mut self) -> Result<(), Failure> {
+        let live = self.kernel.live(self.attached.memory());
+        let caves = cave::find(&live)?;
+        self.registry = Registry::find(&live, &caves)?;
+        self.caves = caves;
+        Ok(())
+    }
+}
+
+/// The core's options, with the bound on the pause.
+pub fn commit_options(model: guest_core::commit::Model, timeout: Duration) -> CommitOptions {
+    CommitOptions {
+        model,
+        timeout,
+        pause_max: PAUSE_MAX,
+    }
+}
+
+fn failed(plan: &plan::Plan, doing: &'static str, source: commit::CommitError) -> Failure {
+    Failure::Commit {
+        doing,
+        id: plan.record.id.clone(),
+        source: Box::new(source),
+    }
+}
+
+fn find_kernel(attached: &Attached) -> Result<(Kernel, Vec<Registers>), Failure> {
+    let mut tries = 0;
+    loop {
+        let vcpus = attached.registers_running()?;
+        tries += 1;
+        match Kernel::find(attached.memory(), &vcpus) {
+            Ok(kernel) => return Ok((kernel, vcpus)),
+            Err(error) if tries == FIND_TRIES => return Err(error.into()),
+            Err(_) => {}
+        }
+    }
+}

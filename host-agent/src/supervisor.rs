@@ -1,0 +1,149 @@
+//! What makes a SIGKILL of vmpatch harmless: a process of its own that knows what is being changed.
+//!
+//! The worker starts `vmpatch supervise SOCKET` in a process group of its own, so that Ctrl-C does not reach it, and tells it, line by
+//! line as JSON, the [`Journal`] of what it is about to change and whether the guest was running; each line is answered by one
+//! byte. When the worker's end of the socket closes with a journal outstanding, the supervisor reaches the guest by
+//! itself, takes back what is half done, and lets the guest run. It inherits the domain's lock, so that no other
+//! vmpatch comes in between.
+
+use crate::attach::Attached;
+use crate::error::Failure;
+use crate::lock::DomainLock;
+use guest_core::commit;
+use guest_core::machine::Journal;
+use serde::{Deserialize, Serialize};
+use std::io::{self, BufRead, BufReader, Read, Write};
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt;
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+/// How long the supervisor tries to reach the guest after its worker died. QEMU frees the QMP socket within
+/// milliseconds; a host that is out of memory or processors takes longer.
+const RECOVERY_TIME_MAX: Duration = Duration::from_secs(30);
+/// Pause between two tries.
+const RECOVERY_WAIT: Duration = Duration::from_millis(10);
+/// How long the worker waits for an answer.
+const ANSWER_TIME_MAX: Duration = Duration::from_secs(10);
+/// Most bytes of one line: a journal of the largest patch.
+const LINE_BYTES_MAX: u64 = 64 << 20;
+
+/// One line to the supervisor.
+#[derive(Debug, Serialize, Deserialize)]
+struct Watch {
+    journal: Journal,
+    /// The guest was running, and is to run again.
+    running: bool,
+}
+
+/// The worker's side.
+#[derive(Debug)]
+pub struct Supervisor {
+    child: Child,
+    socket: UnixStream,
+}
+
+impl Supervisor {
+    /// Starts a supervisor for the guest behind the QMP socket `path`.
+    pub fn start(path: &Path, lock: &DomainLock) -> io::Result<Self> {
+        let (ours, theirs) = UnixStream::pair()?;
+        ours.set_read_timeout(Some(ANSWER_TIME_MAX))?;
+        let child = Command::new(std::env::current_exe()?)
+            .arg("supervise")
+            .arg(path)
+            .stdin(Stdio::from(OwnedFd::from(theirs)))
+            // The lock is held for as long as any descriptor of it is open.
+            .stdout(Stdio::from(lock.descriptor()?))
+            .stderr(Stdio::inherit())
+            .process_group(0)
+            .spawn()?;
+        Ok(Self { child, socket: ours })
+    }
+
+    /// From here on, should this process die, `journal` is taken back.
+    pub fn watch(&mut self, journal: &Journal, running: bool) -> io::Result<()> {
+        self.tell(&Some(Watch {
+            journal: journal.clone(),
+            running,
+        }))
+    }
+
+    /// Nothing is to be taken back any more.
+    pub fn release(&mut self) -> io::Result<()> {
+        self.tell(&None)
+    }
+
+    fn tell(&mut self, watch: &Option<Watch>) -> io::Result<()> {
+        let mut line = serde_json::to_vec(watch)?;
+        line.push(b'\n');
+        self.socket.write_all(&line)?;
+        self.socket.read_exact(&mut [0])
+    }
+}
+
+impl Drop for Supervisor {
+    fn drop(&mut self) {
+        // It ends when it sees the socket closed.
+        let _ = self.socket.shutdown(std::net::Shutdown::Both);
+        let _ = self.child.wait();
+    }
+}
+
+/// The supervisor's side: `vmpatch supervise SOCKET`, with the worker's socket as standard input.
+pub fn supervise(path: &Path) -> Result<(), Failure> {
+    let stdin = io::stdin();
+    let mut answers = UnixStream::from(stdin_descriptor().map_err(Failure::Supervisor)?);
+    let mut lines = BufReader::new(stdin.lock());
+    let mut watch: Option<Watch> = None;
+    loop {
+        let mut line = Vec::new();
+        let read = (&mut lines).take(LINE_BYTES_MAX).read_until(b'\n', &mut line);
+        // A line that was cut off was not answered, so the worker has not begun what it tells of.
+        if !matches!(read, Ok(len) if len > 0) || line.last() != Some(&b'\n') {
+            break;
+        }
+        watch = serde_json::from_slice(&line).map_err(|error| Failure::Supervisor(error.into()))?;
+        if answers.write_all(b".").is_err() {
+            break;
+        }
+    }
+    watch.map_or(Ok(()), |watch| recover(path, &watch))
+}
+
+fn stdin_descriptor() -> io::Result<OwnedFd> {
+    use std::os::fd::AsFd;
+    io::stdin().as_fd().try_clone_to_owned()
+}
+
+fn recover(path: &Path, watch: &Watch) -> Result<(), Failure> {
+    let start = Instant::now();
+    loop {
+        match take_back(path, watch) {
+            Ok(complete) => {
+                let what = if complete {
+                    "the change was complete and stays"
+                } else {
+                    "the change was taken back"
+                };
+                eprintln!("vmpatch: its process was killed; {what}, and the guest runs on");
+                return Ok(());
+            }
+            Err(Failure::Attach(_)) if start.elapsed() < RECOVERY_TIME_MAX => std::thread::sleep(RECOVERY_WAIT),
+            Err(error) => return Err(error),
+        }
+    }
+}
+
+fn take_back(path: &Path, watch: &Watch) -> Result<bool, Failure> {
+    let attached = Attached::open(path)?;
+    let mut paused = attached.take_over(watch.running)?;
+    let result = commit::take_back(attached.memory(), paused.as_mut(), &watch.journal);
+    paused.resume().map_err(crate::attach::AttachError::from)?;
+    result.map_err(|source| Failure::Commit {
+        doing: "taking back",
+        id: "a change that was cut off".to_owned(),
+        source: Box::new(source),
+    })
+}
