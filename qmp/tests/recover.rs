@@ -6,8 +6,11 @@ use common::{PATIENCE, Qemu};
 use qmp::{Gpa, Machine, RunState, recover};
 use std::io::{BufRead, BufReader};
 use std::process::{Child, Command, Stdio};
+use std::time::Duration;
 
 const QMP: &str = "QMP_TEST_SOCKET";
+const WAITS: &str = "pauses_and_writes_until_it_is_killed";
+const REPEATS: &str = "pauses_again_and_again_until_it_is_killed";
 const AT: Gpa = Gpa(0x20_0000);
 
 /// Not a test of its own: the process that is killed.
@@ -22,14 +25,25 @@ fn pauses_and_writes_until_it_is_killed() {
     std::thread::sleep(PATIENCE * 10);
 }
 
-fn start_victim(qemu: &Qemu) -> Child {
+/// Not a test of its own: the process that is killed at any instant.
+#[test]
+#[ignore = "the process that the other tests kill"]
+fn pauses_again_and_again_until_it_is_killed() {
+    let Some(socket) = std::env::var_os(QMP) else { return };
+    println!("\nIN PAUSE");
+    loop {
+        let mut machine = Machine::attach(socket.as_ref(), PATIENCE).unwrap();
+        for bytes in [b"half", b"old!"] {
+            let mut paused = machine.pause().unwrap();
+            paused.write(&[(AT, bytes)]).unwrap();
+            paused.resume().unwrap();
+        }
+    }
+}
+
+fn start_victim(qemu: &Qemu, what: &str) -> Child {
     let mut victim = Command::new(std::env::current_exe().unwrap())
-        .args([
-            "--exact",
-            "pauses_and_writes_until_it_is_killed",
-            "--ignored",
-            "--nocapture",
-        ])
+        .args(["--exact", what, "--ignored", "--nocapture"])
         .env(QMP, qemu.qmp())
         .stdout(Stdio::piped())
         .spawn()
@@ -50,7 +64,7 @@ fn state_and_bytes(qemu: &Qemu) -> (RunState, [u8; 4]) {
 #[test]
 fn a_guest_left_paused_by_a_killed_process_is_undone_and_runs() {
     let qemu = Qemu::start(&["-M", "q35"]);
-    let mut victim = start_victim(&qemu);
+    let mut victim = start_victim(&qemu, WAITS);
     victim.kill().unwrap();
     victim.wait().unwrap();
     recover(&qemu.qmp(), PATIENCE, &[(AT, b"old!")], true).unwrap();
@@ -60,7 +74,7 @@ fn a_guest_left_paused_by_a_killed_process_is_undone_and_runs() {
 #[test]
 fn without_resume_the_guest_is_undone_and_stays_paused() {
     let qemu = Qemu::start(&["-M", "q35"]);
-    let mut victim = start_victim(&qemu);
+    let mut victim = start_victim(&qemu, WAITS);
     victim.kill().unwrap();
     victim.wait().unwrap();
     recover(&qemu.qmp(), PATIENCE, &[(AT, b"old!")], false).unwrap();
@@ -73,4 +87,21 @@ fn a_guest_that_runs_is_written_and_runs_on() {
     recover(&qemu.qmp(), PATIENCE, &[(AT, b"old!")], true).unwrap();
     recover(&qemu.qmp(), PATIENCE, &[], true).unwrap();
     assert_eq!(state_and_bytes(&qemu), (RunState::Running, *b"old!"));
+}
+
+#[test]
+fn killed_at_any_instant_the_guest_is_undone_and_runs() {
+    let qemu = Qemu::start(&["-M", "q35"]);
+    for instant in 0..30 {
+        let mut victim = start_victim(&qemu, REPEATS);
+        std::thread::sleep(Duration::from_micros(instant * 700));
+        victim.kill().unwrap();
+        victim.wait().unwrap();
+        recover(&qemu.qmp(), PATIENCE, &[(AT, b"old!")], true).unwrap();
+        assert_eq!(
+            state_and_bytes(&qemu),
+            (RunState::Running, *b"old!"),
+            "instant {instant}"
+        );
+    }
 }

@@ -37,6 +37,9 @@ pub enum StubError {
     /// The stub closed the connection.
     #[error("QEMU closed the connection to its GDB stub")]
     Closed,
+    /// An exchange before this one failed, so replies can no longer be told apart.
+    #[error("the connection to QEMU's GDB stub is of no use any more")]
+    OutOfStep,
     /// A reply of another form than asked for; a refusal is `E` with two digits.
     #[error("QEMU's GDB stub was to send {expected}, and sent {found:?}")]
     Reply {
@@ -83,6 +86,8 @@ pub struct Connection {
     socket: UnixStream,
     received: Receiver,
     reply_timeout: Duration,
+    /// False once an exchange failed: replies to it may still come, and must not be taken for those to later packets.
+    in_step: bool,
 }
 
 impl Connection {
@@ -95,6 +100,7 @@ impl Connection {
             socket,
             received: Receiver::default(),
             reply_timeout,
+            in_step: true,
         })
     }
 
@@ -205,13 +211,14 @@ impl Connection {
         Ok(())
     }
 
-    /// Leaves physical memory mode and lets the guest run. That it runs is told by QMP's RESUME event, not here.
-    /// Nothing may be sent afterwards: it would stop the guest.
+    /// Leaves physical memory mode and detaches, which lets the guest run: when the reply comes, it does. Nothing may be
+    /// sent afterwards: it would stop the guest again.
     pub fn resume(&mut self) -> Result<(), StubError> {
-        let mut packets = Vec::new();
-        packet::frame("Qqemu.PhyMemMode:0", &mut packets);
-        packet::frame("c", &mut packets);
-        Ok(self.socket.write_all(&packets)?)
+        // The process number is that of all vCPUs of a PC. It must be given once any debugger asked for process numbers.
+        let bodies = [String::from("Qqemu.PhyMemMode:0"), String::from("D;1")];
+        self.exchange(&bodies, &mut None)?
+            .iter()
+            .try_for_each(|reply| expect_ok(reply))
     }
 
     /// Leaves physical memory mode, and the guest stopped.
@@ -222,6 +229,9 @@ impl Connection {
 
     /// Sends packets and gives their replies, in order; `first_at` is set to when the first reply came.
     fn exchange(&mut self, bodies: &[String], first_at: &mut Option<Instant>) -> Result<Vec<Vec<u8>>, StubError> {
+        if !std::mem::replace(&mut self.in_step, false) {
+            return Err(StubError::OutOfStep);
+        }
         let deadline = Instant::now() + self.reply_timeout;
         let mut replies = Vec::with_capacity(bodies.len());
         for batch in bodies.chunks(PACKETS_IN_FLIGHT) {
@@ -233,6 +243,7 @@ impl Connection {
                 first_at.get_or_insert_with(Instant::now);
             }
         }
+        self.in_step = true;
         Ok(replies)
     }
 

@@ -6,7 +6,8 @@
 //!
 //! What QEMU does that the protocol does not say:
 //! - a client that connects stops the guest;
-//! - any byte that comes while the guest runs stops it, and is swallowed: send nothing after `c`, not even `+`;
+//! - any byte that comes while the guest runs stops it, and is swallowed: send nothing after a resume, not even `+`;
+//! - `D` (detach) resumes it, and answers when it runs; `c` has no answer;
 //! - up to 7.2 a stop reply (`T02…`) comes whenever the guest stops, later only where one is due;
 //! - there is no `QStartNoAckMode`, but a `$` acknowledges the reply before it, so packets can be sent in a row;
 //! - a physical write outside RAM is answered `OK`, or goes to a device: check the address beforehand.

@@ -1,7 +1,7 @@
 //! The guest stopped, as a guard.
 //!
-//! Connecting to the stub is the stop, with the packets that ask for the registers already in the socket; `c` on the
-//! same connection is the resume. Of the ways measured on QEMU 10.0.2 and 7.2.22 this is the shortest, shorter than a
+//! Connecting to the stub is the stop, with the packets that ask for the registers already in the socket; detaching on
+//! the same connection is the resume. Of the ways measured on QEMU 10.0.2 and 7.2.22 this is the shortest, shorter than a
 //! bare QMP `stop` and `cont`, which pass through QEMU's monitor threads twice. The stub's socket is opened before the
 //! pause, and its connection closed after it.
 //!
@@ -26,10 +26,6 @@ use tokio::time::timeout;
 /// How long to wait for the STOP event of our own pause, in milliseconds. QEMU sends it before the stub's first reply, so
 /// it is there; a QEMU that sends none must not keep the guest stopped.
 const STOP_EVENT_MS: u64 = 20;
-
-/// How long to wait for the RESUME event, in milliseconds, before resuming through QMP instead. It takes a fraction of
-/// one; a loaded host may schedule QEMU late.
-const RESUME_EVENT_MS: u64 = 500;
 
 /// Tries to resume through QMP, each with the client's own time-out.
 const RESUME_TRIES: u32 = 3;
@@ -208,37 +204,34 @@ impl<'a> Paused<'a> {
         self.times.left_paused = !self.was_running || self.somebody_else_stopped_it();
         let result = if self.times.left_paused {
             self.connection.leave_stopped().map_err(PauseError::from)
-        } else if self.connection.resume().is_ok() && self.event("RESUME", RESUME_EVENT_MS).is_some() {
-            Ok(())
         } else {
-            self.resume_by_qmp()
+            self.connection.resume().or_else(|_| self.resume_by_qmp())
         };
         self.times.resume_us = as_us(start.elapsed());
         self.times.total_us = as_us(self.began.elapsed());
         result
     }
 
-    /// True where a `stop` that is not ours came between the question whether the guest runs and our own stop.
+    /// True where a `stop` that is not ours came between the question whether the guest runs and our own stop: then it
+    /// was the earlier one that raised the STOP event.
     fn somebody_else_stopped_it(&mut self) -> bool {
-        let stop = self.event("STOP", STOP_EVENT_MS);
-        stop.and_then(|event| event.at_us)
-            .is_some_and(|at_us| at_us < self.began_at_us)
-    }
-
-    /// The next event of that name, if it comes in time.
-    fn event(&mut self, name: &str, within_ms: u64) -> Option<Event> {
-        let events = &mut self.events;
-        let wait = async {
+        let Self {
+            machine,
+            events,
+            began_at_us,
+            ..
+        } = self;
+        let stop = async {
             loop {
                 match events.recv().await {
-                    Ok(event) if event.name == name => return Some(event),
+                    Ok(event) if event.name == "STOP" => return event.at_us,
                     Ok(_) | Err(RecvError::Lagged(_)) => {}
                     Err(RecvError::Closed) => return None,
                 }
             }
         };
-        let machine = &*self.machine;
-        machine.block_on(async { timeout(Duration::from_millis(within_ms), wait).await.ok().flatten() })
+        let at_us = machine.block_on(async { timeout(Duration::from_millis(STOP_EVENT_MS), stop).await });
+        at_us.ok().flatten().is_some_and(|at_us| at_us < *began_at_us)
     }
 
     /// The way out when the stub does not answer. QEMU carries the commands out in this order even if it answers too

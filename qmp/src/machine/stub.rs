@@ -1,13 +1,16 @@
 //! Opening QEMU's GDB stub at run time, and closing it.
 //!
 //! The stub listens on a socket that is handed to QEMU as a descriptor, so QEMU needs no access to any directory of
-//! ours, and nothing but this process has a way to the socket. Listening does not pause the guest; connecting does.
+//! ours. Its name is removed at once; this process keeps a way to it through `/proc/self/fd`, so nobody else connects,
+//! and nothing is left behind however it ends. Listening does not pause the guest; connecting does.
 
 use crate::client::{Client, CommandError};
 use serde::Deserialize;
 use serde_json::{Value, json};
+use std::fs::{DirBuilder, File};
 use std::io;
-use std::os::unix::fs::DirBuilderExt;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -17,9 +20,6 @@ const DEVICE: &str = "vmpatch-gdb";
 
 /// The name that QEMU gives to the device of a stub opened by `-gdb`, `-s` or a monitor's `gdbserver`.
 const OPERATORS_DEVICE: &str = "gdb";
-
-/// How the names of our directories begin.
-const DIRECTORY_PREFIX: &str = "vmpatch-";
 
 /// Tries to find a directory name that is free.
 const DIRECTORY_TRIES: u32 = 64;
@@ -59,10 +59,11 @@ struct Chardev {
     filename: String,
 }
 
-/// A stub of ours that listens. Dropping it removes the socket's directory; [`close`] tells QEMU.
+/// A stub of ours that listens. [`close`] ends it.
 #[derive(Debug)]
 pub struct ListeningStub {
-    directory: PrivateDir,
+    /// The socket as a file, opened without being connected to.
+    socket: OwnedFd,
 }
 
 impl ListeningStub {
@@ -76,7 +77,7 @@ impl ListeningStub {
         {
             return Err(StubOpenError::Foreign { at: foreign.filename });
         }
-        let (directory, listener) = listen().map_err(|cause| StubOpenError::Socket {
+        let (socket_file, listener) = listen().map_err(|cause| StubOpenError::Socket {
             directory: std::env::temp_dir(),
             cause,
         })?;
@@ -93,77 +94,60 @@ impl ListeningStub {
         let _: Value = client
             .execute_as("chardev-add", json!({"id": DEVICE, "backend": socket}))
             .await?;
-        let stub = Self { directory };
         let said = client.hmp(&format!("gdbserver chardev:{DEVICE}")).await?;
         // 7.2 and 10.0: "Waiting for gdb connection on device 'chardev:vmpatch-gdb'", else "Could not open gdbserver …".
-        if said.starts_with("Waiting for gdb connection") {
-            Ok(stub)
-        } else {
-            Err(StubOpenError::Refused { said })
+        if !said.starts_with("Waiting for gdb connection") {
+            close(client).await?;
+            return Err(StubOpenError::Refused { said });
         }
+        Ok(Self { socket: socket_file })
     }
 
     /// Where to connect.
     pub fn socket(&self) -> PathBuf {
-        self.directory.socket()
+        PathBuf::from(format!("/proc/self/fd/{}", self.socket.as_raw_fd()))
     }
 }
 
 /// Closes a stub of ours, if there is one, of this process or of one that was killed. Does not touch an operator's.
 pub async fn close(client: &Client) -> Result<(), CommandError> {
-    let ours = |devices: Vec<Chardev>| devices.into_iter().find(|device| device.label == DEVICE);
-    let Some(device) = ours(chardevs(client).await?) else {
+    let ours = |devices: Vec<Chardev>| devices.iter().any(|device| device.label == DEVICE);
+    if !ours(chardevs(client).await?) {
         return Ok(());
-    };
+    }
     // Ends the stub and removes its device, unless the process was killed before the stub took the device.
     client.hmp("gdbserver none").await?;
-    if ours(chardevs(client).await?).is_some() {
+    if ours(chardevs(client).await?) {
         client
             .execute(qapi::qmp::chardev_remove { id: DEVICE.to_owned() })
             .await?;
     }
-    drop(directory_of(&device.filename, &std::env::temp_dir()));
     Ok(())
-}
-
-/// The directory behind `disconnected:unix:/tmp/vmpatch-1-0/gdb,server=on`, if it has a name such as we give.
-fn directory_of(filename: &str, parent: &Path) -> Option<PrivateDir> {
-    let (_, address) = filename.split_once("unix:")?;
-    let (socket, _) = address.split_once(',')?;
-    let directory = Path::new(socket).parent()?;
-    let is_ours = directory.file_name()?.to_str()?.starts_with(DIRECTORY_PREFIX) && directory.parent()? == parent;
-    is_ours.then(|| PrivateDir(directory.to_owned()))
 }
 
 async fn chardevs(client: &Client) -> Result<Vec<Chardev>, CommandError> {
     client.execute_as("query-chardev", json!({})).await
 }
 
-/// A directory that only this user can enter, with one socket in it.
-#[derive(Debug)]
-struct PrivateDir(PathBuf);
-
-impl PrivateDir {
-    fn socket(&self) -> PathBuf {
-        self.0.join("gdb")
-    }
-}
-
-impl Drop for PrivateDir {
-    fn drop(&mut self) {
-        // QEMU removes the socket itself on closing the stub. Nothing to do about a failure: an empty directory stays.
-        let _ = std::fs::remove_file(self.socket());
-        let _ = std::fs::remove_dir(&self.0);
-    }
-}
-
-fn listen() -> io::Result<(PrivateDir, UnixListener)> {
+/// A listening socket without a name, and a way to connect to it.
+fn listen() -> io::Result<(OwnedFd, UnixListener)> {
     let directory = private_dir(&std::env::temp_dir())?;
-    let listener = UnixListener::bind(directory.socket())?;
-    Ok((directory, listener))
+    let path = directory.join("gdb");
+    let made = UnixListener::bind(&path).and_then(|listener| Ok((open_socket_file(&path)?, listener)));
+    // A failure to remove leaves a name that only this user reaches.
+    let _ = std::fs::remove_file(&path);
+    let _ = std::fs::remove_dir(&directory);
+    made
 }
 
-fn private_dir(parent: &Path) -> io::Result<PrivateDir> {
+/// The socket as a file, without connecting.
+fn open_socket_file(path: &Path) -> io::Result<OwnedFd> {
+    let flags = nix::libc::O_PATH | nix::libc::O_NOFOLLOW;
+    Ok(File::options().read(true).custom_flags(flags).open(path)?.into())
+}
+
+/// Makes a directory that only this user can enter.
+fn private_dir(parent: &Path) -> io::Result<PathBuf> {
     static COUNT: AtomicU32 = AtomicU32::new(0);
     for _ in 0..DIRECTORY_TRIES {
         let name = format!(
@@ -172,9 +156,9 @@ fn private_dir(parent: &Path) -> io::Result<PrivateDir> {
             COUNT.fetch_add(1, Ordering::Relaxed)
         );
         let path = parent.join(name);
-        match std::fs::DirBuilder::new().mode(0o700).create(&path) {
+        match DirBuilder::new().mode(0o700).create(&path) {
             Err(cause) if cause.kind() == io::ErrorKind::AlreadyExists => {}
-            result => return result.map(|()| PrivateDir(path)),
+            result => return result.map(|()| path),
         }
     }
     Err(io::ErrorKind::AlreadyExists.into())
@@ -183,21 +167,16 @@ fn private_dir(parent: &Path) -> io::Result<PrivateDir> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::os::unix::net::UnixStream;
 
     #[test]
-    fn a_directory_left_over_is_removed_only_where_its_name_is_ours() {
-        let parent = private_dir(&std::env::temp_dir()).unwrap();
-        let left = private_dir(&parent.0).unwrap();
-        let path = left.0.clone();
-        std::mem::forget(left);
-        let filename = format!("disconnected:unix:{}/gdb,server=on", path.display());
-        for other in [Path::new("/"), &path] {
-            assert!(directory_of(&filename, other).is_none());
+    fn a_socket_without_a_name_is_connected_to_again_and_again() {
+        let (socket, listener) = listen().unwrap();
+        assert!(!listener.local_addr().unwrap().as_pathname().unwrap().exists());
+        let stub = ListeningStub { socket };
+        for _ in 0..2 {
+            UnixStream::connect(stub.socket()).unwrap();
+            listener.accept().unwrap();
         }
-        assert!(directory_of("unix:/etc/gdb,server=on", Path::new("/")).is_none());
-        assert!(directory_of("null", &parent.0).is_none());
-        assert!(path.exists());
-        drop(directory_of(&filename, &parent.0).unwrap());
-        assert!(!path.exists());
     }
 }
