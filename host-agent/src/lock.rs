@@ -24,14 +24,16 @@ const OPEN_TRIES_MAX: u32 = 16;
 /// More than any holder writes: a pid in decimal.
 const HOLDER_LEN_MAX: u64 = 32;
 
-/// The right to work on a domain. Dropped, or with the end of its process, it is free again.
+/// The right to work on a domain. It is free again when this is dropped, or its process has ended, and every process
+/// that inherited [`DomainLock::descriptor`] has ended as well.
+///
+/// The file stays: were it removed here, the next one could lock a new file while such a process is still at work. The
+/// files of QEMUs that have ended are removed by whoever takes a lock next.
 #[derive(Debug)]
 pub struct DomainLock {
     /// Holds the lock: it ends when the last copy of this descriptor is closed.
     file: File,
     path: PathBuf,
-    /// The process that took it; a copy in a forked child must not remove the file under its holder.
-    holder: u32,
 }
 
 /// Why a domain could not be locked.
@@ -99,7 +101,8 @@ impl DomainLock {
         let start_time = process::start_time(pid).map_err(|cause| LockError::Process { pid, cause })?;
         let folder = run_folder()?;
         // Another process may get this pid once QEMU has ended.
-        let path = folder.join(format!("{pid}-{start_time}.lock"));
+        let path = folder.join(file_name(pid, start_time));
+        sweep(&folder);
         let end = Instant::now() + within;
         loop {
             match Self::take(pid, &path) {
@@ -126,7 +129,7 @@ impl DomainLock {
                 }
                 Err(TryLockError::Error(cause)) => return Err(failed(cause)),
             }
-            // Locked, but the last holder has removed it meanwhile: the others lock the file that is there now.
+            // Locked, but somebody has removed it meanwhile: the others lock the file that is there now.
             if !is_at(&file, path).map_err(failed)? {
                 continue;
             }
@@ -137,7 +140,6 @@ impl DomainLock {
             return Ok(Self {
                 file,
                 path: path.to_owned(),
-                holder,
             });
         }
         Err(LockError::Held { pid, holder: None })
@@ -154,13 +156,29 @@ impl DomainLock {
     }
 }
 
-impl Drop for DomainLock {
-    fn drop(&mut self) {
-        if self.holder == std::process::id() {
-            // Removed while it is still locked. A file that stays does no harm, so nothing is to be done on failure.
-            let _ = fs::remove_file(&self.path);
+/// Removes the files of processes that have ended. Whatever can't be removed does no harm.
+fn sweep(folder: &Path) {
+    for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
+        let path = entry.path();
+        let name = path.file_name().and_then(OsStr::to_str).unwrap_or_default();
+        let Some((pid, start_time)) = parse_file_name(name) else {
+            continue;
+        };
+        let alive = process::start_time(pid).is_ok_and(|found| found == start_time);
+        // A lock that is held says that this one does not see all processes.
+        if !alive && open(&path).is_ok_and(|file| file.try_lock().is_ok()) {
+            let _ = fs::remove_file(&path);
         }
     }
+}
+
+fn file_name(pid: i32, start_time: u64) -> String {
+    format!("{pid}-{start_time}.lock")
+}
+
+fn parse_file_name(name: &str) -> Option<(i32, u64)> {
+    let (pid, start_time) = name.strip_suffix(".lock")?.split_once('-')?;
+    Some((pid.parse().ok()?, start_time.parse().ok()?))
 }
 
 fn open(path: &Path) -> io::Result<File> {
@@ -246,133 +264,4 @@ fn make_folder(path: &Path, uid: u32) -> Result<(), LockError> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::{DomainLock, LockError, folder_for, make_folder};
-    use std::ffi::OsStr;
-    use std::fs::{self, Permissions};
-    use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
-    use std::path::{Path, PathBuf};
-    use std::process::{Child, Command};
-    use std::time::{Duration, Instant};
-
-    /// A process to be locked, ended when the test is over.
-    struct Target(Child);
-
-    impl Target {
-        fn start() -> Self {
-            Self(Command::new("sleep").arg("60").spawn().unwrap())
-        }
-
-        fn pid(&self) -> i32 {
-            i32::try_from(self.0.id()).unwrap()
-        }
-    }
-
-    impl Drop for Target {
-        fn drop(&mut self) {
-            self.0.kill().unwrap();
-            self.0.wait().unwrap();
-        }
-    }
-
-    #[test]
-    fn a_lock_is_held_until_it_is_dropped_and_names_its_holder() {
-        let target = Target::start();
-        let lock = DomainLock::acquire(target.pid()).unwrap();
-        let own = i32::try_from(std::process::id()).unwrap();
-        let error = DomainLock::acquire(target.pid()).unwrap_err();
-        assert!(
-            matches!(error, LockError::Held { holder: Some(pid), .. } if pid == own),
-            "{error}"
-        );
-        let path = lock.path().to_owned();
-        assert!(path.exists());
-        drop(lock);
-        assert!(!path.exists(), "nothing stays behind");
-        DomainLock::acquire(target.pid()).unwrap();
-    }
-
-    #[test]
-    fn domains_are_locked_apart() {
-        let (one, other) = (Target::start(), Target::start());
-        let _one = DomainLock::acquire(one.pid()).unwrap();
-        let _other = DomainLock::acquire(other.pid()).unwrap();
-    }
-
-    #[test]
-    fn waiting_ends_with_the_lock_or_with_the_time() {
-        let target = Target::start();
-        let pid = target.pid();
-        let lock = DomainLock::acquire(pid).unwrap();
-        let begun = Instant::now();
-        let limit = Duration::from_millis(100);
-        let error = DomainLock::acquire_within(pid, limit).unwrap_err();
-        assert!(
-            matches!(error, LockError::Held { .. }) && begun.elapsed() >= limit,
-            "{error}"
-        );
-        let waiting = std::thread::spawn(move || DomainLock::acquire_within(pid, Duration::from_secs(60)).map(drop));
-        std::thread::sleep(limit);
-        drop(lock);
-        waiting.join().unwrap().unwrap();
-    }
-
-    #[test]
-    fn a_lock_of_many_is_never_held_by_two() {
-        let target = Target::start();
-        let pid = target.pid();
-        let path = std::env::temp_dir().join(format!("vmpatch-lock-test-{pid}"));
-        let work = || {
-            for _ in 0..50 {
-                let _lock = DomainLock::acquire_within(pid, Duration::from_secs(60)).unwrap();
-                // Fails if another one is in here too.
-                fs::create_dir(&path).unwrap();
-                fs::remove_dir(&path).unwrap();
-            }
-        };
-        std::thread::scope(|scope| {
-            for _ in 0..4 {
-                scope.spawn(work);
-            }
-        });
-    }
-
-    #[test]
-    fn a_process_that_has_ended_cannot_be_locked() {
-        // Above the kernel's highest pid (PID_MAX_LIMIT, 2^22).
-        let error = DomainLock::acquire(1 << 22).unwrap_err();
-        assert!(matches!(error, LockError::Process { .. }), "{error}");
-    }
-
-    #[test]
-    fn each_user_has_a_folder() {
-        let runtime = std::env::temp_dir();
-        assert_eq!(folder_for(0, Some(runtime.as_os_str())), Path::new("/run/vmpatch"));
-        assert_eq!(folder_for(1000, Some(runtime.as_os_str())), runtime.join("vmpatch"));
-        for unset in [None, Some(OsStr::new("run")), Some(OsStr::new("/nowhere/at/all"))] {
-            assert_eq!(folder_for(1000, unset), Path::new("/tmp/vmpatch-1000"));
-        }
-    }
-
-    #[test]
-    fn a_folder_that_others_can_change_is_refused() {
-        let base = std::env::temp_dir().join(format!("vmpatch-folder-test-{}", std::process::id()));
-        fs::create_dir(&base).unwrap();
-        let uid = fs::metadata(&base).unwrap().uid();
-        let refused = |path: &PathBuf, uid| match make_folder(path, uid) {
-            Err(LockError::Unsafe { found, .. }) => found,
-            other => panic!("{other:?}"),
-        };
-        let own = base.join("own");
-        make_folder(&own, uid).unwrap();
-        assert_eq!(fs::metadata(&own).unwrap().mode() & 0o777, 0o700);
-        make_folder(&own, uid).unwrap();
-        assert_eq!(refused(&own, uid + 1), format!("it belongs to user {uid}"));
-        fs::set_permissions(&own, Permissions::from_mode(0o770)).unwrap();
-        assert_eq!(refused(&own, uid), "others may write to it (mode 770)");
-        let link = base.join("link");
-        symlink("/tmp", &link).unwrap();
-        assert_eq!(refused(&link, uid), "not a folder");
-        fs::remove_dir_all(&base).unwrap();
-    }
-}
+mod tests;
