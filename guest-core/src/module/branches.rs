@@ -21,6 +21,9 @@ const INT3: u8 = 0xcc;
 /// Bytes of `jmp rel32`.
 const JMP32_LEN: usize = 5;
 
+/// `ret`, and traps up to the length of the jump that was there.
+const PLAIN_RETURN: [u8; JMP32_LEN] = [0xc3, INT3, INT3, INT3, INT3];
+
 /// How a thunk is reached.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Branch {
@@ -105,13 +108,16 @@ impl Linker<'_, '_, '_> {
             return Ok(());
         }
         let returns = self.guest.returns()?;
+        let avoids_lower_half = self.guest.avoids_lower_half()?;
         for at in sites {
             let found = self.bytes(at, JMP32_LEN)?.to_vec();
             if found.first() != Some(&JMP32) || self.branch_symbol(at, JMP32_LEN) != RETURN_THUNK {
                 return Err(self.site_error(RETURNS, at, JMP32_LEN, format!("jmp {RETURN_THUNK}")));
             }
+            let upper_half = self.address(at)? & 0x20 != 0;
             let bytes = match returns {
-                Returns::Plain => vec![0xc3, INT3, INT3, INT3, INT3],
+                Returns::Thunk(_) if avoids_lower_half && upper_half => PLAIN_RETURN.to_vec(),
+                Returns::Plain => PLAIN_RETURN.to_vec(),
                 Returns::Thunk(thunk) => self.branch_to(&[JMP32], at, thunk, "the return thunk")?,
             };
             self.write(at, &bytes)?;
@@ -266,6 +272,26 @@ mod tests {
             .insert(0xffff_ffff_8200_0000, 0xffff_ffff_8100_2000_u64.to_le_bytes().to_vec());
         // jmp 0xffffffff81002000 at 0xffffffff81000000
         assert_eq!(guest.link_text(&file, &ALT_6_1), [0xe9, 0xfb, 0x1f, 0, 0]);
+    }
+
+    #[test]
+    fn a_return_in_the_upper_half_of_a_cache_line_needs_no_its_thunk() {
+        let mut elf = TestElf::livepatch(&[[0xe9, 0, 0, 0, 0].as_slice(), &[0xcc; 27], &[0xe9, 0, 0, 0, 0]].concat());
+        let symbol = elf.undefined(RETURN_THUNK);
+        let table = elf.section(RETURNS, SHF_ALLOC.0, &[0; 8]);
+        for (entry, site) in [(0, 0), (4, 32)] {
+            elf.relocation(1, site + 1, R_X86_64_PLT32, symbol, -4);
+            elf.relocation(table, entry, R_X86_64_PC32, 1, i64::try_from(site).unwrap());
+        }
+        let mut guest = guest(RETURN_THUNK, &[0xc3]);
+        guest.internal.insert("x86_return_thunk", 0xffff_ffff_8200_0000);
+        guest.internal.insert("its_return_thunk", 0xffff_ffff_8100_2000);
+        guest
+            .memory
+            .insert(0xffff_ffff_8200_0000, 0xffff_ffff_8100_2000_u64.to_le_bytes().to_vec());
+        let text = guest.link_text(&elf.build(), &ALT_6_1);
+        assert_eq!(text[..5], [0xe9, 0xfb, 0x1f, 0, 0]);
+        assert_eq!(text[32..], PLAIN_RETURN);
     }
 
     #[test]

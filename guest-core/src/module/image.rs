@@ -44,19 +44,17 @@ pub struct Undefined {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum ImageError {
     /// A section that carries meaning which is not handled, for code that is needed.
-    #[error("unsupported section {section}: its entry at {offset:#x} concerns {concerns} ({reason})")]
+    #[error("unsupported section {section}, for {concerns}: {reason}")]
     UnsupportedSection {
         /// The section's name.
         section: String,
-        /// Offset of the entry, in bytes.
-        offset: u64,
-        /// The code or data that the entry is about: section and offset.
+        /// The code or data that the section says something about, or that refers to it: section and offset.
         concerns: String,
         /// What handling it would take.
         reason: &'static str,
     },
     /// Needed code or data refers to a section that does not go into the guest.
-    #[error("{needed_by} refers to {symbol} in section {section}, which is not placed in the guest ({reason})")]
+    #[error("{needed_by} refers to section {section}, symbol '{symbol}', which is not placed in the guest: {reason}")]
     NotPlaced {
         /// Where the reference is: section and offset.
         needed_by: String,
@@ -263,7 +261,12 @@ impl<'m, 'd> Selection<'m, 'd> {
         match duty(section) {
             Duty::Place(AreaKind::Scratch) => Err(refuse("it is only copied from")),
             Duty::Work => Err(refuse("it is a table for the loader")),
-            Duty::Drop(reason) | Duty::Refuse(reason) => Err(refuse(reason)),
+            Duty::Drop(reason) => Err(refuse(reason)),
+            Duty::Refuse(reason) => Err(ImageError::UnsupportedSection {
+                section: section.name.into(),
+                concerns: needed_by(),
+                reason,
+            }),
             Duty::Place(area) => {
                 self.needed.insert(id, area);
                 self.queue.push_back(id);
@@ -281,15 +284,12 @@ impl<'m, 'd> Selection<'m, 'd> {
                     return None;
                 };
                 let target = self.module.target(relocation, 0).unwrap_or(at);
-                self.needed
-                    .contains_key(&at.section)
-                    .then_some((relocation.offset, target))
+                self.needed.contains_key(&at.section).then_some(target)
             });
-            if let Some((offset, target)) = concerned {
+            if let Some(target) = concerned {
                 let concerns = self.module.place(target);
                 return Err(ImageError::UnsupportedSection {
                     section: section.name.into(),
-                    offset,
                     concerns,
                     reason,
                 });

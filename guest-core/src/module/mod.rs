@@ -20,6 +20,8 @@ mod klp;
 mod layout;
 mod link;
 mod modinfo;
+#[cfg(test)]
+mod native;
 mod nops;
 mod orc;
 mod paravirt;

@@ -130,8 +130,8 @@ impl GuestContext<'_> {
         })
     }
 
-    /// True where indirect branches must not end in the lower half of a cache line (ITS, Indirect Target Selection):
-    /// the kernel then returns through `its_return_thunk`, and so does not use retpolines (`its_select_mitigation`).
+    /// True where branches must not end in the lower half of a cache line (ITS, Indirect Target Selection): the kernel then
+    /// returns through `its_return_thunk`, and makes plain indirect branches avoid it too (`its_select_mitigation`).
     pub(super) fn avoids_lower_half(&self) -> Result<bool, LinkError> {
         let (Some(variable), Some(its)) = (self.internal("x86_return_thunk"), self.internal("its_return_thunk")) else {
             return Ok(false);
