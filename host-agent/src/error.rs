@@ -22,6 +22,16 @@ pub enum Failure {
     /// Another vmpatch is at work there.
     #[error(transparent)]
     Lock(#[from] LockError),
+    /// Another process answers than the one that was found.
+    #[error("{socket} is answered by process {found}, not by the domain's process {expected}")]
+    OtherProcess {
+        /// The QMP socket.
+        socket: PathBuf,
+        /// The process that has that socket on its command line.
+        expected: i32,
+        /// The process at its other end.
+        found: i32,
+    },
     /// QEMU can't be reached, or its guest's memory.
     #[error("reaching the guest")]
     Attach(#[from] AttachError),
@@ -86,7 +96,7 @@ impl Failure {
     pub fn exit_code(&self) -> u8 {
         match self {
             Self::NoTarget => 2,
-            Self::Domain(_) | Self::Lock(_) | Self::Attach(_) => 5,
+            Self::Domain(_) | Self::Lock(_) | Self::OtherProcess { .. } | Self::Attach(_) => 5,
             Self::Busy(_) | Self::Kernel(_) | Self::Registry(_) | Self::Refused { .. } | Self::Revert(_) => 3,
             Self::Commit { source, .. } if matches!(**source, CommitError::NotSafe { .. }) => 4,
             Self::Incomplete { code, .. } => *code,

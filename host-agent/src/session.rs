@@ -2,7 +2,7 @@
 
 use crate::attach::Attached;
 use crate::cli::Options;
-use crate::domains;
+use crate::domains::{self, Domain};
 use crate::error::Failure;
 use crate::lock::DomainLock;
 use crate::progress::Progress;
@@ -29,6 +29,8 @@ const FIND_TRIES: usize = 5;
 pub struct Target {
     /// Its name, where it was found by name.
     pub name: Option<String>,
+    /// Its process, where that is known before connecting.
+    pub pid: Option<i32>,
     /// The QMP socket.
     pub socket: PathBuf,
 }
@@ -37,19 +39,26 @@ impl Target {
     /// From `--domain` or `--qmp`.
     pub fn from_options(options: &Options) -> Result<Self, Failure> {
         match (&options.domain, &options.qmp) {
-            (_, Some(socket)) => Ok(Self {
-                name: None,
-                socket: socket.clone(),
-            }),
-            (Some(name), None) => {
-                let domain = domains::find(name)?;
+            (_, Some(socket)) => {
+                let pid = domains::all()?.by_qmp(socket).map(|domain| domain.pid);
                 Ok(Self {
-                    name: Some(name.clone()),
-                    socket: domain.qmp_socket()?,
+                    name: None,
+                    pid,
+                    socket: socket.clone(),
                 })
             }
+            (Some(name), None) => Self::of_domain(&domains::find(name)?),
             (None, None) => Err(Failure::NoTarget),
         }
+    }
+
+    /// A domain that was found.
+    pub fn of_domain(domain: &Domain) -> Result<Self, Failure> {
+        Ok(Self {
+            name: domain.name.clone(),
+            pid: Some(domain.pid),
+            socket: domain.qmp_socket()?,
+        })
     }
 }
 
@@ -77,8 +86,22 @@ impl Session {
             .clone()
             .unwrap_or_else(|| target.socket.display().to_string());
         progress.step(&format!("{shown}: connecting"));
+        // Where the process is known, the lock comes first: it tells of another vmpatch, where QEMU's socket is just mute.
+        let lock = |pid| DomainLock::acquire_within(pid, LOCK_TIME_MAX);
+        let early = target.pid.map(lock).transpose()?;
         let attached = Attached::open(&target.socket)?;
-        let lock = DomainLock::acquire_within(attached.pid(), LOCK_TIME_MAX)?;
+        let lock = match early {
+            Some(early) if target.pid == Some(attached.pid()) => early,
+            Some(_) => {
+                let (expected, found) = (target.pid.unwrap_or(0), attached.pid());
+                return Err(Failure::OtherProcess {
+                    socket: target.socket.clone(),
+                    expected,
+                    found,
+                });
+            }
+            None => lock(attached.pid())?,
+        };
         progress.step(&format!("{shown}: finding the kernel"));
         let (kernel, vcpus) = find_kernel(&attached)?;
         let live = kernel.live(attached.memory());

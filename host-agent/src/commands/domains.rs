@@ -22,15 +22,9 @@ fn line(domain: &Domain, progress: &Progress) -> DomainLine {
         patches: Vec::new(),
         error: None,
     };
-    let session = domain.qmp_socket().map_err(Failure::from).and_then(|socket| {
-        line.qmp = Some(socket.display().to_string());
-        Session::open(
-            &Target {
-                name: domain.name.clone(),
-                socket,
-            },
-            progress,
-        )
+    let session = Target::of_domain(domain).and_then(|target| {
+        line.qmp = Some(target.socket.display().to_string());
+        Session::open(&target, progress)
     });
     match session {
         Ok(session) => {
