@@ -6,10 +6,10 @@
 //! kprobe's slot goes on, with a jump, in the function that it was set on, whose address is then on no stack.
 
 use super::error::{SetupError, UnwindError};
-use super::modules::{self, ModuleCode};
+use super::modules::Modules;
 use super::orc::{ENTRY_BYTES_MAX, OrcFormat, Rule};
 use super::table::OrcTable;
-use super::trampolines::{self, Trampoline};
+use super::trampolines::{Trampoline, Trampolines};
 use super::view::KernelView;
 use crate::addr::Gva;
 use std::ops::Range;
@@ -33,14 +33,14 @@ pub struct PatchCode {
 }
 
 /// A piece of text with the table for it.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, PartialEq, Eq)]
 struct Piece {
     text: Range<Gva>,
     orc: Option<OrcTable>,
 }
 
 /// All known code of a kernel at one moment.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 pub struct CodeMap {
     format: OrcFormat,
     /// `_stext.._etext`
@@ -48,6 +48,14 @@ pub struct CodeMap {
     /// `_text.._end`: text and data
     image: Range<Gva>,
     orc: OrcTable,
+    modules: Option<Modules>,
+    tracers: Option<Trampolines>,
+    loaded: Loaded,
+}
+
+/// What comes and goes.
+#[derive(Debug, Default, PartialEq, Eq)]
+struct Loaded {
     /// Modules' and patches' text, sorted. A patch in the kernel's text cave stands before the kernel's own table.
     pieces: Vec<Piece>,
     /// Modules' other memory, sorted.
@@ -59,48 +67,47 @@ impl CodeMap {
     /// Reads what the kernel has loaded now. `patches`: what vmpatch has laid.
     pub fn read(view: &dyn KernelView, patches: &[PatchCode]) -> Result<Self, SetupError> {
         let symbol = |name: &str| view.symbol(name).ok_or_else(|| SetupError::NoSymbol(name.to_owned()));
-        let text = symbol("_stext")?..symbol("_etext")?;
         let orc = own_table(view)?;
-        let modules = modules::read(view)?;
         let mut map = Self {
             format: format(view, &orc)?,
+            text: symbol("_stext")?..symbol("_etext")?,
             image: symbol("_text")?..symbol("_end")?,
-            text,
             orc,
-            pieces: Vec::new(),
-            data: Vec::new(),
-            trampolines: Vec::new(),
+            modules: Modules::find(view)?,
+            tracers: Trampolines::find(view)?,
+            loaded: Loaded::default(),
         };
-        map.set(&modules, patches);
-        map.trampolines = trampolines::read(view)?;
+        map.refresh(view, patches)?;
         Ok(map)
     }
 
     /// Reads again what may have changed since; true where it has.
     pub fn refresh(&mut self, view: &dyn KernelView, patches: &[PatchCode]) -> Result<bool, SetupError> {
-        let mut now = self.clone();
-        now.set(&modules::read(view)?, patches);
-        now.trampolines = trampolines::read(view)?;
-        let changed = now.pieces != self.pieces || now.data != self.data || now.trampolines != self.trampolines;
-        *self = now;
-        Ok(changed)
-    }
-
-    fn set(&mut self, modules: &[ModuleCode], patches: &[PatchCode]) {
-        let of_modules = modules.iter().flat_map(|module| {
-            module.text.iter().map(|text| Piece {
-                text: text.clone(),
-                orc: module.orc,
-            })
-        });
-        let of_patches = patches.iter().map(|patch| Piece {
+        let modules = self
+            .modules
+            .as_ref()
+            .map_or(Ok(Vec::new()), |modules| modules.read(view))?;
+        let mut now = Loaded::default();
+        for module in modules {
+            let orc = module.orc;
+            now.pieces
+                .extend(module.text.into_iter().map(|text| Piece { text, orc }));
+            now.data.extend(module.data);
+        }
+        let laid = |patch: &PatchCode| Piece {
             text: patch.text.clone(),
             orc: Some(patch.orc),
-        });
-        self.pieces = of_modules.chain(of_patches).collect();
-        self.pieces.sort_by_key(|piece| piece.text.start);
-        self.data = modules.iter().flat_map(|module| module.data.iter().cloned()).collect();
-        self.data.sort_by_key(|data| data.start);
+        };
+        now.pieces.extend(patches.iter().map(laid));
+        now.pieces.sort_by_key(|piece| piece.text.start);
+        now.data.sort_by_key(|data| data.start);
+        now.trampolines = self
+            .tracers
+            .as_ref()
+            .map_or(Ok(Vec::new()), |tracers| tracers.read(view))?;
+        let changed = now != self.loaded;
+        self.loaded = now;
+        Ok(changed)
     }
 
     /// True for an address in known code.
@@ -116,7 +123,7 @@ impl CodeMap {
             && !self.is_text(at)
             // a return address may be one past the text
             && !self.is_text(Gva(word - 1))
-            && holding(&self.data, at, |data| data).is_none()
+            && holding(&self.loaded.data, at, |data| data).is_none()
     }
 
     /// How to unwind from `at`: an instruction, or the last byte of a call.
@@ -144,11 +151,11 @@ impl CodeMap {
     }
 
     fn piece(&self, at: Gva) -> Option<&Piece> {
-        holding(&self.pieces, at, |piece| &piece.text)
+        holding(&self.loaded.pieces, at, |piece| &piece.text)
     }
 
     fn trampoline(&self, at: Gva) -> Option<&Trampoline> {
-        holding(&self.trampolines, at, |trampoline| &trampoline.text)
+        holding(&self.loaded.trampolines, at, |trampoline| &trampoline.text)
     }
 }
 

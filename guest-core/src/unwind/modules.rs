@@ -13,6 +13,8 @@ use std::ops::Range;
 
 /// More modules than any guest has loaded.
 const MODULES_MAX: usize = 4096;
+/// Longest `struct module` that is read.
+const STRUCT_BYTES_MAX: usize = 16 << 10;
 /// The kinds of memory that hold code, `enum mod_mem_type`.
 const CODE_KINDS: [&str; 2] = ["MOD_TEXT", "MOD_INIT_TEXT"];
 /// The layouts of kernels before 6.4.
@@ -27,7 +29,7 @@ pub(super) struct ModuleCode {
 }
 
 /// Where a `struct module` says it: offsets of base, total size, and size of the text at its start.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 struct Area {
     base: u64,
     size: u64,
@@ -35,8 +37,10 @@ struct Area {
     is_code: bool,
 }
 
-#[derive(Debug)]
-struct Layout {
+/// Where the list of modules is, and what is read of each.
+#[derive(Debug, Clone)]
+pub(super) struct Modules {
+    head: Gva,
     bytes: usize,
     node: u64,
     areas: Vec<Area>,
@@ -45,31 +49,43 @@ struct Layout {
     orc_entries: u64,
 }
 
-/// Reads the list `modules`.
-pub(super) fn read(view: &dyn KernelView) -> Result<Vec<ModuleCode>, SetupError> {
-    let Ok(module) = view.btf().structure("module") else {
-        // a kernel built without modules
-        return Ok(Vec::new());
-    };
-    let layout = layout(view, &module)?;
-    let head = view
-        .symbol("modules")
-        .ok_or_else(|| SetupError::NoSymbol("modules".to_owned()))?;
-    let mut bytes = vec![0; layout.bytes];
-    let mut found = Vec::new();
-    for at in list::forward(view, "the list of modules", head, layout.node, MODULES_MAX)? {
-        let unreadable = |source| SetupError::Unreadable {
-            what: "struct module",
-            at,
-            source,
+impl Modules {
+    /// Looks the list up; `None` for a kernel built without modules.
+    pub fn find(view: &dyn KernelView) -> Result<Option<Self>, SetupError> {
+        let Some(head) = view.symbol("modules") else {
+            return Ok(None);
         };
-        view.read(at, &mut bytes).map_err(unreadable)?;
-        found.push(decode(&layout, &bytes));
+        let module = view.btf().structure("module")?;
+        Ok(Some(Self {
+            head,
+            bytes: usize::try_from(module.size()).unwrap_or(0).min(STRUCT_BYTES_MAX),
+            node: module.offset("list")?,
+            areas: areas(view, &module)?,
+            orc_count: module.offset("arch.num_orcs")?,
+            orc_ips: module.offset("arch.orc_unwind_ip")?,
+            orc_entries: module.offset("arch.orc_unwind")?,
+        }))
     }
-    Ok(found)
+
+    /// Reads what is loaded now.
+    pub fn read(&self, view: &dyn KernelView) -> Result<Vec<ModuleCode>, SetupError> {
+        let mut bytes = vec![0; self.bytes];
+        let mut found = Vec::new();
+        for at in list::forward(view, "the list of modules", self.head, self.node, MODULES_MAX)? {
+            let unreadable = |source| SetupError::Unreadable {
+                what: "struct module",
+                at,
+                source,
+            };
+            view.read(at, &mut bytes).map_err(unreadable)?;
+            found.push(decode(self, &bytes));
+        }
+        Ok(found)
+    }
 }
 
-fn layout(view: &dyn KernelView, module: &Struct<'_>) -> Result<Layout, SetupError> {
+/// `mem[]`, or the two layouts of kernels before 6.4.
+fn areas(view: &dyn KernelView, module: &Struct<'_>) -> Result<Vec<Area>, SetupError> {
     let mut areas = Vec::new();
     if let Some(mem) = module.try_member("mem") {
         let code = CODE_KINDS.map(|name| view.btf().enumerator(name).map(i64::cast_unsigned));
@@ -97,17 +113,10 @@ fn layout(view: &dyn KernelView, module: &Struct<'_>) -> Result<Layout, SetupErr
             });
         }
     }
-    Ok(Layout {
-        bytes: usize::try_from(module.size()).unwrap_or(0),
-        node: module.offset("list")?,
-        areas,
-        orc_count: module.offset("arch.num_orcs")?,
-        orc_ips: module.offset("arch.orc_unwind_ip")?,
-        orc_entries: module.offset("arch.orc_unwind")?,
-    })
+    Ok(areas)
 }
 
-fn decode(layout: &Layout, bytes: &[u8]) -> ModuleCode {
+fn decode(layout: &Modules, bytes: &[u8]) -> ModuleCode {
     let half = |at: u64| {
         let at = usize::try_from(at).ok()?;
         let bytes = bytes.get(at..)?.first_chunk::<4>()?;
