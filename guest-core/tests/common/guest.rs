@@ -284,7 +284,7 @@ impl Build {
 
     /// A jump label and a static call in the functions 20 and 21, behind their ftrace sites.
     fn sites(&mut self) {
-        let tables = [("___jump_table", 16, 20), ("_static_call_sites", 8, 21)];
+        let tables = [("__jump_table", 16, 20), ("static_call_sites", 8, 21)];
         for (index, (name, size, number)) in tables.into_iter().enumerate() {
             let at = EXPORTS + 0x2000 + 0x100 * index as u64;
             self.name('R', &format!("__start_{name}"), at);

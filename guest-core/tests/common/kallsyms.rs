@@ -28,6 +28,9 @@ pub const RELEASES: [Release; 5] = [
     Release::V7_0,
 ];
 
+/// Kernel addresses lie above.
+const LOWEST: u64 = 0xffff_ffff_0000_0000;
+
 /// A symbol: type letter, name, address.
 pub type Symbol = (char, String, u64);
 
@@ -52,10 +55,11 @@ pub fn write(release: Release, symbols: &[Symbol], at: Gva) -> Tables {
         bytes: Vec::new(),
         align,
     };
+    // What lies elsewhere is not in reach of the table's 32 bits: it is cut to them.
     let base = symbols
         .iter()
         .map(|symbol| symbol.2)
-        .filter(|address| *address > u64::from(u32::MAX))
+        .filter(|address| *address >= LOWEST)
         .min()
         .unwrap_or(0);
     let first = matches!(release, Release::V5_10 | Release::V6_1);

@@ -6,5 +6,6 @@
 pub mod btf;
 pub mod guest;
 pub mod kallsyms;
+pub mod module;
 pub mod ram;
 pub mod types;
