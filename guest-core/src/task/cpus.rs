@@ -2,6 +2,7 @@
 
 use super::layout::irq_stack_bytes;
 use crate::addr::Gva;
+use crate::btf::Member;
 use crate::unwind::{KernelView, SetupError, Stack, StackKind};
 use crate::vcpu::Registers;
 use std::ops::Range;
@@ -22,6 +23,8 @@ const IRQ_STACK: [(&str, &str, &str); 2] = [
     ("pcpu_hot", "pcpu_hot", "hardirq_stack_ptr"),
     ("hardirq_stack_ptr", "", ""),
 ];
+/// No stack of these is bigger, in bytes: with KASAN an exception stack has 8 pages.
+const CPU_STACK_BYTES_MAX: u64 = 64 << 10;
 /// Stacks start and end on pages.
 const PAGE_BYTES: u64 = 4096;
 /// EFER bit 10: the vCPU is in long mode.
@@ -67,11 +70,12 @@ impl Cpus {
         let mut exception_stacks = Vec::new();
         for name in EXCEPTION_STACKS {
             if let Some(member) = stacks.try_member(name) {
-                exception_stacks.push(member.offset()..member.end());
+                exception_stacks.push(stack_range(name, &member)?);
             }
         }
         let area = btf.structure("cpu_entry_area")?;
         let entry = area.member("entry_stack_page.stack")?;
+        stack_range("entry_stack_page.stack", &entry)?;
         let from_exceptions = |at: u64| at.wrapping_sub(area.offset("estacks").unwrap_or(0)).cast_signed();
         area.offset("estacks")?;
         let queue = btf.structure("rq")?;
@@ -202,6 +206,19 @@ impl Cpus {
     fn queue(&self, cpu: usize, offset: u64) -> Gva {
         self.on(cpu, self.run_queue).wrapping_add(offset)
     }
+}
+
+/// The bytes of a struct that are a stack.
+fn stack_range(name: &str, member: &Member) -> Result<Range<u64>, SetupError> {
+    let range = member.offset()..member.end();
+    if range.end.saturating_sub(range.start) <= CPU_STACK_BYTES_MAX {
+        return Ok(range);
+    }
+    Err(SetupError::NotUnderstood {
+        what: "the stacks of a CPU",
+        found: format!("{name} at {range:?}"),
+        expected: format!("at most {CPU_STACK_BYTES_MAX} bytes"),
+    })
 }
 
 /// The per-CPU address of the first alternative that the kernel has: symbol, struct, member.

@@ -104,14 +104,10 @@ impl TaskList {
     ) -> Result<Vec<Gva>, SetupError> {
         let mut tasks = Vec::new();
         for leader in backward(view, "the list of processes", self.head, layout.tasks, TASKS_MAX, known)? {
+            // processes of a hostile guest may share a list of threads: one bound for all of them
+            let left = TASKS_MAX.saturating_sub(tasks.len());
             let head = threads(view, layout, leader)?;
-            tasks.extend(forward(
-                view,
-                "a process's threads",
-                head,
-                layout.thread_node,
-                TASKS_MAX,
-            )?);
+            tasks.extend(forward(view, "a process's threads", head, layout.thread_node, left)?);
         }
         Ok(tasks)
     }

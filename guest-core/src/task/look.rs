@@ -2,7 +2,7 @@
 
 use super::cpus::Cpus;
 use super::layout::TaskLayout;
-use super::verdict::{State, Why};
+use super::verdict::{Blocker, State, Why};
 use crate::addr::Gva;
 use crate::unwind::returns::Hidden;
 use crate::unwind::scan::{Finding, scan, scan_words};
@@ -173,7 +173,9 @@ impl Look<'_> {
         let mut frames = Vec::new();
         let mut inside: Option<String> = None;
         let end = unwinder.walk(self.view, start, stacks, hidden, &mut |frame| {
-            frames.push(frame);
+            if frames.len() < Blocker::FRAMES_MAX {
+                frames.push(frame);
+            }
             let old = if frame.interrupted {
                 self.old.at_instruction(frame.ip)
             } else {

@@ -70,8 +70,14 @@ pub struct Blocker {
     pub task: TaskId,
     /// The old function.
     pub function: String,
-    /// Its stack, innermost frame first, with what of it lies below the old function.
+    /// Its stack, innermost frame first, with what of it lies below the old function; at most
+    /// [`Blocker::FRAMES_MAX`] frames.
     pub stack: Vec<Frame>,
+}
+
+impl Blocker {
+    /// How much of a stack is kept for a report. Every task of a hostile guest may be inside, with thousands of frames.
+    pub const FRAMES_MAX: usize = 64;
 }
 
 /// A task of which it is not known whether it is inside an old function.
