@@ -6,6 +6,9 @@ use super::{Btf, BtfError, TypeId, word};
 /// How many members one look-up may visit. The kernel's biggest struct has some 300 members with all that is
 /// anonymous inside; BTF made to nest the same anonymous struct again and again must not keep us busy.
 const VISITS_MAX: usize = 20_000;
+/// How many copies of one struct there may be. The kernel's build merges equal ones; those that remain differ in what a
+/// member points at. Each look-up goes through all of them.
+const COPIES_MAX: usize = 64;
 /// How many dots and brackets a path may have.
 const PATH_MAX: usize = 16;
 
@@ -85,6 +88,13 @@ impl<'a> Struct<'a> {
                 .collect();
         }
         let first = *ids.first().ok_or_else(missing)?;
+        if ids.len() > COPIES_MAX {
+            return Err(BtfError::Ambiguous {
+                name: name.to_owned(),
+                count: ids.len(),
+                what: "more ways than are looked at".to_owned(),
+            });
+        }
         let size = btf.size_of(first)?;
         if ids.iter().any(|&id| btf.size_of(id) != Ok(size)) {
             let what = "size".to_owned();

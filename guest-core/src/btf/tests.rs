@@ -233,3 +233,17 @@ fn a_blob_made_by_pahole_gives_the_offsets_that_pahole_prints() {
     assert_eq!(place("orc_entry", "signal"), (4 * 8 + 11, Some(1), 4));
     assert_eq!(btf.enumerator("GREEN"), Ok(7));
 }
+
+#[test]
+fn a_struct_with_a_thousand_copies_is_refused() {
+    let mut b = Builder::new();
+    let long = b.int("long", 8);
+    for _ in 0..1000 {
+        b.composite("task_struct", STRUCT, 8, &[("sp", long, 0)]);
+    }
+    let btf = Btf::parse(b.bytes()).unwrap();
+    assert!(matches!(
+        btf.structure("task_struct"),
+        Err(BtfError::Ambiguous { count: 1000, .. })
+    ));
+}
