@@ -9,9 +9,10 @@
 
 use super::kallsyms::{Release, Symbol, Tables, write};
 use super::ram::Ram;
-use super::types;
+use super::{tasks, types};
 use guest_core::{Gpa, Gva, Kernel, Registers};
 use std::collections::BTreeMap;
+use std::sync::{Mutex, OnceLock};
 
 /// Where the image is mapped.
 pub const IMAGE: u64 = 0xffff_ffff_9200_0000;
@@ -50,6 +51,7 @@ pub const SITE_NOP: [u8; 5] = [0x0f, 0x1f, 0x44, 0x00, 0x00];
 
 const BTF: u64 = RODATA + 0x1000;
 const EXPORTS: u64 = RODATA + 0x1_0000;
+const ORC: u64 = RODATA + 0x3_0000;
 const KALLSYMS: u64 = RODATA + 0x4_0000;
 const TOP_TABLE: u64 = DATA;
 const IDT: u64 = DATA + 0x8000;
@@ -96,7 +98,9 @@ pub struct Guest {
 impl Guest {
     /// A sound guest with the usual choices.
     pub fn new() -> Self {
-        Self::with(Choice::default())
+        static SOUND: OnceLock<Mutex<Guest>> = OnceLock::new();
+        let sound = SOUND.get_or_init(|| Mutex::new(Self::with(Choice::default())));
+        sound.lock().unwrap().clone()
     }
 
     /// A sound guest.
@@ -202,19 +206,23 @@ impl Build {
         self.words();
         self.per_cpu();
         self.ftrace();
+        self.orc();
         let root = self.page_tables();
         self.interrupt_table();
         change(&mut self.symbols);
         let (tables, tables_at) = self.symbol_table();
         let at = self.symbols.iter().map(|(_, name, at)| (name.clone(), *at)).collect();
         let vcpus = (0..2).map(|cpu| self.vcpu(root, cpu)).collect();
-        Guest {
+        let mut guest = Guest {
             ram: Ram::new(self.bytes),
             vcpus,
             at,
             tables,
             tables_at,
-        }
+        };
+        tasks::populate(&guest, 4);
+        guest.ram.settle();
+        guest
     }
 
     fn text(&mut self) {
@@ -304,7 +312,7 @@ impl Build {
             ("vmcoreinfo_data", WORDS + 0x1000),
             ("vmcoreinfo_size", text.len() as u64),
             ("total_forks", 3),
-            ("nr_threads", 0),
+            ("nr_threads", 4),
             ("__cpu_online_mask", 3),
             ("ftrace_pages_start", FTRACE),
             ("ftrace_ops_list", LISTS + 0x800),
@@ -334,6 +342,7 @@ impl Build {
         for (index, name) in locks.into_iter().enumerate() {
             self.name('d', name, LISTS + 0x1000 + 0x100 * index as u64);
         }
+        self.name('D', "init_task", tasks::INIT_TASK);
         self.name('d', "kprobe_table", LISTS + 0x2000);
         self.name('D', "boot_cpu_data", LISTS + 0x3000);
     }
@@ -371,6 +380,41 @@ impl Build {
             for (index, site) in sites.iter().enumerate() {
                 self.put_u64(records + 24 * index as u64, *site);
             }
+        }
+    }
+
+    /// How to unwind: nothing is known before the functions, in the cave and behind the entry code; in functions the
+    /// return address is on top of the stack; at the start of tasks, and in entry code, the stack ends.
+    fn orc(&mut self) {
+        const UNKNOWN: [u8; 6] = [0; 6];
+        const CALL: [u8; 6] = [8, 0, 0, 0, 5, 2];
+        const LAST: [u8; 6] = [0, 0, 0, 0, 0, 1];
+        let functions = FUNCTIONS + 64 * (PLAIN + 9) + 64;
+        let rules = [
+            (IMAGE, UNKNOWN),
+            (FUNCTIONS, CALL),
+            (tasks::START, LAST),
+            (tasks::START + 64, CALL),
+            (functions, UNKNOWN),
+            (ENTRY, LAST),
+            (ENTRY + 0x1000, UNKNOWN),
+        ];
+        let (ips, entries) = (ORC, ORC + 0x1000);
+        for (index, (at, rule)) in (0..).zip(rules) {
+            self.put(
+                ips + 4 * index,
+                &(at.wrapping_sub(ips + 4 * index) as u32).to_le_bytes(),
+            );
+            self.put(entries + 6 * index, &rule);
+        }
+        let count = rules.len() as u64;
+        for (name, at) in [
+            ("__start_orc_unwind_ip", ips),
+            ("__stop_orc_unwind_ip", ips + 4 * count),
+            ("__start_orc_unwind", entries),
+            ("__stop_orc_unwind", entries + 6 * count),
+        ] {
+            self.name('R', name, at);
         }
     }
 
@@ -454,6 +498,24 @@ impl Build {
             gs_base: active,
             kernel_gs_base: aside,
             idt_base: IDT,
+            general: [
+                0,
+                0,
+                0,
+                0,
+                tasks::idle(cpu).stack + tasks::STACK - 0x200,
+                0,
+                0,
+                0,
+                0,
+                0,
+                0,
+                0,
+                0,
+                0,
+                0,
+                0,
+            ],
             ..Registers::default()
         }
     }

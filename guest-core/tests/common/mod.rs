@@ -8,4 +8,5 @@ pub mod guest;
 pub mod kallsyms;
 pub mod module;
 pub mod ram;
+pub mod tasks;
 pub mod types;

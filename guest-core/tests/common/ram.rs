@@ -53,6 +53,15 @@ impl Ram {
         self.largest_read.set(0);
     }
 
+    /// Takes what was written so far as the state that [`Ram::differences`] compares with.
+    pub fn settle(&mut self) {
+        let mut bytes = self.base.as_ref().clone();
+        for (page, copy) in std::mem::take(&mut *self.written.borrow_mut()) {
+            bytes[span(page)].copy_from_slice(&copy[..]);
+        }
+        self.base = Arc::new(bytes);
+    }
+
     /// Lets `writes` more succeed and the one behind them fail; after that one writes succeed again.
     pub fn fail_write_after(&self, writes: u64) {
         self.writes_left.set(Some(writes));

@@ -272,3 +272,48 @@ fn number(b: &mut Builder, basic: &[u32; 5], structs: &[(&str, u32)], kind: Type
         Structs(name, number) => b.array(named(name), number),
     }
 }
+
+/// Where in the blob the size of a struct is said.
+pub fn size_at(blob: &[u8], name: &str) -> usize {
+    let name = name_at(blob, name);
+    let is_it = |at: &usize| word(blob, *at) == name && word(blob, at + 4) >> 24 & 0x1f == STRUCT;
+    (24..blob.len() - 8)
+        .step_by(4)
+        .find(is_it)
+        .expect("a struct of that name")
+        + 8
+}
+
+/// Where in the blob the length of the array that the member `name` is, is said.
+pub fn length_at(blob: &[u8], name: &str) -> usize {
+    let name = name_at(blob, name);
+    let member = (24..blob.len() - 8)
+        .step_by(4)
+        .find(|at| word(blob, *at) == name)
+        .expect("a member of that name");
+    let number = word(blob, member + 4);
+    let mut at = 24;
+    for _ in 1..number {
+        let (kind, elements) = (word(blob, at + 4) >> 24 & 0x1f, (word(blob, at + 4) & 0xffff) as usize);
+        at += 12
+            + match kind {
+                1 => 4,
+                3 => 12,
+                4 => 12 * elements,
+                6 => 8 * elements,
+                _ => 0,
+            };
+    }
+    at + 20
+}
+
+fn name_at(blob: &[u8], name: &str) -> u32 {
+    let strings = 24 + word(blob, 16) as usize;
+    let name = [b"\0", name.as_bytes(), b"\0"].concat();
+    let found = blob[strings..].windows(name.len()).position(|window| window == name);
+    found.expect("a name in the blob") as u32 + 1
+}
+
+fn word(blob: &[u8], at: usize) -> u32 {
+    u32::from_le_bytes(blob[at..at + 4].try_into().unwrap())
+}
