@@ -5,7 +5,8 @@ mod common;
 use common::{PATIENCE, Qemu, TempDir};
 use qmp::{Client, CommandError, ConnectError};
 use serde_json::{Value, json};
-use std::io::{Read, Seek, Write};
+use std::io::{BufRead, BufReader, Read, Seek, Write};
+use std::os::unix::net::UnixListener;
 use std::time::Duration;
 use tokio::net::UnixStream;
 
@@ -54,7 +55,7 @@ async fn a_socket_held_by_another_client_is_said_to_be_held_and_is_free_afterwar
 async fn a_peer_that_does_not_speak_qmp_is_named_with_what_it_said() {
     let dir = TempDir::new();
     let path = dir.path().join("s");
-    let listener = std::os::unix::net::UnixListener::bind(&path).unwrap();
+    let listener = UnixListener::bind(&path).unwrap();
     let peer = std::thread::spawn(move || {
         listener
             .accept()
@@ -145,4 +146,37 @@ async fn a_descriptor_is_passed_and_written_through() {
     file.rewind().unwrap();
     file.read_exact(&mut magic).unwrap();
     assert_eq!(&magic, b"\x7fELF");
+}
+
+/// Plays back what QEMU 10.0.2 was seen to do after a client was killed in the middle of a command: the command's
+/// result goes to the next client, before the greeting or behind it, with an id of the killed client's.
+fn answer_with_leftovers(listener: UnixListener) {
+    let (mut socket, _) = listener.accept().unwrap();
+    let mut requests = BufReader::new(socket.try_clone().unwrap()).lines();
+    socket
+        .write_all(b"{\"return\": {\"total\": 0, \"status\": \"none\", \"completed\": 0}, \"id\": 4}\r\n")
+        .unwrap();
+    let version = json!({"qemu": {"micro": 2, "minor": 0, "major": 10}, "package": ""});
+    let greeting = json!({"QMP": {"version": version, "capabilities": ["oob"]}});
+    socket.write_all(format!("{greeting}\r\n").as_bytes()).unwrap();
+    for (stale_id, result) in [(1, json!({})), (2, json!({"name": "vm42"}))] {
+        let request: Value = serde_json::from_str(&requests.next().unwrap().unwrap()).unwrap();
+        let stale = json!({"return": {"name": "of another"}, "id": stale_id});
+        let reply = json!({"return": result, "id": request["id"]});
+        socket.write_all(format!("{stale}\r\n{reply}\r\n").as_bytes()).unwrap();
+    }
+}
+
+#[tokio::test]
+async fn results_meant_for_a_client_that_was_killed_are_not_taken_for_ours() {
+    let dir = TempDir::new();
+    let path = dir.path().join("s");
+    let listener = UnixListener::bind(&path).unwrap();
+    let peer = std::thread::spawn(move || answer_with_leftovers(listener));
+    let client = Client::connect(&path, PATIENCE).await.unwrap();
+    assert_eq!(
+        client.execute(qapi::qmp::query_name {}).await.unwrap().name.as_deref(),
+        Some("vm42")
+    );
+    peer.join().unwrap();
 }

@@ -6,7 +6,7 @@ use common::{PATIENCE, Qemu, TempDir};
 use qmp::machine::StubOpenError;
 use qmp::{Backing, CpuState, Gpa, Machine, PauseError, Paused, RunState};
 use serde_json::{Value, json};
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::os::unix::net::UnixListener;
 use std::time::Duration;
 
@@ -33,7 +33,7 @@ fn comparable(state: &CpuState) -> CpuState {
 
 #[test]
 fn registers_of_every_vcpu_are_those_that_qemu_prints() {
-    for vcpus in [1, 2, 4] {
+    for vcpus in [1, 2, 4, 40] {
         let qemu = Qemu::start(&["-M", "q35", "-smp", &vcpus.to_string()]);
         let mut machine = attach(&qemu);
         for _ in 0..2 {
@@ -88,13 +88,13 @@ fn writes_are_in_guest_memory_while_still_paused() {
     let qemu = Qemu::start(&MEMFD);
     let mut machine = attach(&qemu);
     let map = machine.ram_map(machine.pid().unwrap()).unwrap();
-    let region = map.region_of(Gpa(0x20_0000), 0x1_0000).unwrap();
+    let region = map.region_of(Gpa(0x20_0000), 0x10_0000).unwrap();
     let Backing::Shared(file) = &region.backing else {
         panic!("{region:?}")
     };
     let memory = file.open(map.pid).unwrap();
     let at = |gpa: u64| file.offset + gpa - region.gpa.0;
-    let long: Vec<u8> = (0..=250).cycle().take(10_001).collect();
+    let long: Vec<u8> = (0..=250).cycle().take(100_001).collect();
     let mut paused = machine.pause().unwrap();
     paused
         .write(&[(Gpa(0x20_0001), &[0xe9, 1, 2, 3, 4]), (Gpa(0x20_1001), &long)])
@@ -203,6 +203,26 @@ fn nothing_is_left_in_qemu_or_on_disk_afterwards() {
     drop(machine.pause().unwrap());
     drop(machine);
     assert!(!chardevs(&attach(&qemu)).contains("vmpatch"));
+}
+
+#[test]
+fn a_qemu_that_gave_up_its_rights_is_handed_the_socket_instead() {
+    if std::fs::metadata("/proc/self").unwrap().uid() != 0 {
+        eprintln!("skipped: only root can start a QEMU that becomes another user");
+        return;
+    }
+    // Up to QEMU 9 the option has another name.
+    let qemu = Qemu::start_else(
+        &["-M", "q35", "-run-with", "user=nobody"],
+        &["-M", "q35", "-runas", "nobody"],
+    );
+    let mut machine = attach(&qemu);
+    for _ in 0..2 {
+        let mut paused = machine.pause().unwrap();
+        paused.write(&[(Gpa(0x20_0000), b"x")]).unwrap();
+        paused.resume().unwrap();
+    }
+    assert_eq!(machine.run_state().unwrap(), RunState::Running);
 }
 
 #[test]

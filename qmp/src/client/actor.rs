@@ -6,6 +6,7 @@ use super::wire::{self, Event, LineError, LineReader, Message, Refusal};
 use serde_json::{Value, json};
 use std::collections::HashMap;
 use std::os::fd::OwnedFd;
+use std::time::{SystemTime, UNIX_EPOCH};
 use tokio::sync::{broadcast, mpsc, oneshot};
 
 /// A command on its way to QEMU.
@@ -36,7 +37,7 @@ impl Pending {
 /// Then every command still waiting is told why.
 pub async fn run(mut lines: LineReader, mut queue: mpsc::Receiver<Request>, events: broadcast::Sender<Event>) {
     let mut pending = HashMap::new();
-    let mut next_id = 0;
+    let mut next_id = first_id();
     let cause = loop {
         tokio::select! {
             request = queue.recv() => {
@@ -59,6 +60,14 @@ pub async fn run(mut lines: LineReader, mut queue: mpsc::Receiver<Request>, even
     while let Ok(Request { name, reply, .. }) = queue.try_recv() {
         Pending { name, reply }.fail(&cause);
     }
+}
+
+/// Where ids begin: at the time in nanoseconds, so that a result meant for an earlier client, killed in the middle of a
+/// command, is not taken for one of ours.
+fn first_id() -> u64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    // QEMU's JSON integers have 63 bits.
+    u64::try_from(since.as_nanos()).unwrap_or(0) & (u64::MAX >> 2)
 }
 
 /// Sends a command. Reading waits meanwhile, which cannot lock up: QEMU buffers its replies and goes on reading.

@@ -38,7 +38,7 @@ pub enum ConnectError {
         within_ms: u128,
     },
     /// Whoever answers does not speak QMP.
-    #[error("{path} does not speak QMP: its first line is {found}")]
+    #[error("{path} does not speak QMP: it said {found}")]
     NotQmp {
         /// The path tried.
         path: PathBuf,

@@ -39,6 +39,9 @@ const QUEUE_RETRY_MS: u64 = 10;
 /// Events kept for a receiver that is not reading. QEMU rate-limits its chatty events; 256 is minutes of a busy guest.
 const EVENT_QUEUE_LEN: usize = 256;
 
+/// Lines skipped before the greeting. QEMU carries out one command at a time, so there are a few at most.
+const STALE_LINES_MAX: usize = 16;
+
 /// What a command is told that comes after the connection's end.
 const GONE: &str = "it had ended before";
 
@@ -74,14 +77,7 @@ impl Client {
         let (requests, queue) = mpsc::channel(REQUEST_QUEUE_LEN);
         let (events, _) = broadcast::channel(EVENT_QUEUE_LEN);
         let mut lines = wire::LineReader::new(stream);
-        let first = lines.next().await.map_err(|cause| ConnectError::Lost {
-            path: path.to_owned(),
-            cause,
-        })?;
-        let greeting = Greeting::parse(&first).ok_or_else(|| ConnectError::NotQmp {
-            path: path.to_owned(),
-            found: wire::excerpt(&first),
-        })?;
+        let greeting = greet(path, &mut lines).await?;
         let task = tokio::spawn(actor::run(lines, queue, events.clone()));
         let client = Self {
             path: path.to_owned(),
@@ -189,6 +185,27 @@ async fn reach(path: &Path) -> Result<UnixStream, ConnectError> {
             result => return result.map_err(|cause| ConnectError::from_connect(path, cause)),
         }
     }
+}
+
+/// Reads the greeting. Before it may come what answers a client that was killed in the middle of a command: QEMU sends
+/// a result to whoever is connected by then (seen with 10.0.2).
+async fn greet(path: &Path, lines: &mut wire::LineReader) -> Result<Greeting, ConnectError> {
+    let path = path.to_owned();
+    let mut found = String::new();
+    for _ in 0..STALE_LINES_MAX {
+        let line = match lines.next().await {
+            Ok(line) => line,
+            Err(cause) => return Err(ConnectError::Lost { path, cause }),
+        };
+        if let Some(greeting) = Greeting::parse(&line) {
+            return Ok(greeting);
+        }
+        found = wire::excerpt(&line);
+        if wire::parse_message(&line).is_none() {
+            break;
+        }
+    }
+    Err(ConnectError::NotQmp { path, found })
 }
 
 impl Drop for Client {

@@ -9,9 +9,9 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-/// Packets sent before their replies are read. QEMU blocks its main loop when a reply finds the socket full, so all
-/// replies outstanding must fit into it (208 KiB by default, of which a short reply takes some 800 bytes).
-const PACKETS_IN_FLIGHT: usize = 32;
+/// Bytes of packets sent before their replies are read. QEMU stops reading while a reply finds our socket full, so what
+/// we send must fit into the socket whole (208 KiB by default), or both would wait for each other.
+const BATCH_BYTES: usize = 64 << 10;
 
 /// Bytes of guest memory in one `M` or `m` packet: two digits each, with room for the address, below QEMU's limit.
 const MEMORY_BYTES_PER_PACKET: usize = (packet::PACKET_BYTES_MAX - 64) / 2;
@@ -234,11 +234,15 @@ impl Connection {
         }
         let deadline = Instant::now() + self.reply_timeout;
         let mut replies = Vec::with_capacity(bodies.len());
-        for batch in bodies.chunks(PACKETS_IN_FLIGHT) {
-            let mut packets = Vec::new();
-            batch.iter().for_each(|body| packet::frame(body, &mut packets));
+        let mut packets = Vec::new();
+        for (sent, body) in bodies.iter().enumerate() {
+            packet::frame(body, &mut packets);
+            if packets.len() < BATCH_BYTES - packet::PACKET_BYTES_MAX && sent + 1 < bodies.len() {
+                continue;
+            }
             self.socket.write_all(&packets)?;
-            for _ in batch {
+            packets.clear();
+            while replies.len() <= sent {
                 replies.push(self.reply(deadline)?);
                 first_at.get_or_insert_with(Instant::now);
             }

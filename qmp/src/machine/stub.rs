@@ -1,8 +1,11 @@
 //! Opening QEMU's GDB stub at run time, and closing it.
 //!
-//! The stub listens on a socket that is handed to QEMU as a descriptor, so QEMU needs no access to any directory of
-//! ours. Its name is removed at once; this process keeps a way to it through `/proc/self/fd`, so nobody else connects,
-//! and nothing is left behind however it ends. Listening does not pause the guest; connecting does.
+//! QEMU listens on a socket in a directory that only this user can enter, and whose name is removed at once; this process
+//! keeps a way to it through `/proc/self/fd`, so nobody else connects. Where QEMU cannot reach the directory (another
+//! user, a confined process), a socket that listens already is passed as a descriptor. That is not done first: QEMU 10.0
+//! takes a descriptor on one thread and closes it with its connection on another, without a lock, so a client killed in
+//! this moment can make it close a wrong one (seen: a descriptor of the next client). Listening does not pause the guest;
+//! connecting does.
 
 use crate::client::{Client, CommandError};
 use serde::Deserialize;
@@ -14,12 +17,22 @@ use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::{Duration, SystemTime};
 
-/// The name of our character device and descriptor in QEMU; by it a left-over of a killed process is recognised.
+/// The name of our character device in QEMU; by it a left-over of a killed process is recognised.
 const DEVICE: &str = "vmpatch-gdb";
 
 /// The name that QEMU gives to the device of a stub opened by `-gdb`, `-s` or a monitor's `gdbserver`.
 const OPERATORS_DEVICE: &str = "gdb";
+
+/// How the names of our directories begin.
+const DIRECTORY_PREFIX: &str = "vmpatch-gdb-";
+
+/// The socket's name in its directory.
+const SOCKET: &str = "s";
+
+/// Age from which a directory counts as left behind, in seconds: its use takes milliseconds, of a hung QEMU ten seconds.
+const STALE_S: u64 = 60;
 
 /// Tries to find a directory name that is free.
 const DIRECTORY_TRIES: u32 = 64;
@@ -45,7 +58,7 @@ pub enum StubOpenError {
     /// No private directory or socket could be made.
     #[error("cannot make a socket in {directory}")]
     Socket {
-        /// The directory for temporary files.
+        /// The directory tried.
         directory: PathBuf,
         /// What the host said.
         #[source]
@@ -70,43 +83,51 @@ impl ListeningStub {
     /// Has QEMU listen, after closing what a killed process may have left.
     pub async fn open(client: &Client) -> Result<Self, StubOpenError> {
         close(client).await?;
-        if let Some(foreign) = chardevs(client)
-            .await?
-            .into_iter()
-            .find(|device| device.label == OPERATORS_DEVICE)
-        {
+        let devices = chardevs(client).await?;
+        if let Some(foreign) = devices.into_iter().find(|device| device.label == OPERATORS_DEVICE) {
             return Err(StubOpenError::Foreign { at: foreign.filename });
         }
-        let (socket_file, listener) = listen().map_err(|cause| StubOpenError::Socket {
-            directory: std::env::temp_dir(),
-            cause,
-        })?;
-        client
-            .execute_with_fd(
-                qapi::qmp::getfd {
-                    fdname: DEVICE.to_owned(),
-                },
-                listener.into(),
-            )
-            .await?;
-        let address = json!({"type": "fd", "data": {"str": DEVICE}});
-        let socket = json!({"type": "socket", "data": {"addr": address, "server": true, "wait": false}});
-        let _: Value = client
-            .execute_as("chardev-add", json!({"id": DEVICE, "backend": socket}))
-            .await?;
+        let name = SocketName::new(&std::env::temp_dir())?;
+        if add_device(client, json!({"type": "unix", "data": {"path": name.path}}))
+            .await
+            .is_err()
+        {
+            add_device_by_descriptor(client, &name).await?;
+        }
+        let socket = name.open()?;
         let said = client.hmp(&format!("gdbserver chardev:{DEVICE}")).await?;
         // 7.2 and 10.0: "Waiting for gdb connection on device 'chardev:vmpatch-gdb'", else "Could not open gdbserver …".
         if !said.starts_with("Waiting for gdb connection") {
             close(client).await?;
             return Err(StubOpenError::Refused { said });
         }
-        Ok(Self { socket: socket_file })
+        Ok(Self { socket })
     }
 
     /// Where to connect.
     pub fn socket(&self) -> PathBuf {
         PathBuf::from(format!("/proc/self/fd/{}", self.socket.as_raw_fd()))
     }
+}
+
+/// Adds the device: a socket that listens at `address`.
+async fn add_device(client: &Client, address: Value) -> Result<(), CommandError> {
+    let socket = json!({"type": "socket", "data": {"addr": address, "server": true, "wait": false}});
+    let _: Value = client
+        .execute_as("chardev-add", json!({"id": DEVICE, "backend": socket}))
+        .await?;
+    Ok(())
+}
+
+/// Adds the device with a socket made here.
+async fn add_device_by_descriptor(client: &Client, name: &SocketName) -> Result<(), StubOpenError> {
+    let listener = UnixListener::bind(&name.path).map_err(|cause| name.error(cause))?;
+    // A name used once: giving a name anew makes QEMU close what it had.
+    let fdname = format!("{DEVICE}-{}", name.unique());
+    client
+        .execute_with_fd(qapi::qmp::getfd { fdname: fdname.clone() }, listener.into())
+        .await?;
+    Ok(add_device(client, json!({"type": "fd", "data": {"str": fdname}})).await?)
 }
 
 /// Closes a stub of ours, if there is one, of this process or of one that was killed. Does not touch an operator's.
@@ -129,39 +150,87 @@ async fn chardevs(client: &Client) -> Result<Vec<Chardev>, CommandError> {
     client.execute_as("query-chardev", json!({})).await
 }
 
-/// A listening socket without a name, and a way to connect to it.
-fn listen() -> io::Result<(OwnedFd, UnixListener)> {
-    let directory = private_dir(&std::env::temp_dir())?;
-    let path = directory.join("gdb");
-    let made = UnixListener::bind(&path).and_then(|listener| Ok((open_socket_file(&path)?, listener)));
-    // A failure to remove leaves a name that only this user reaches.
-    let _ = std::fs::remove_file(&path);
-    let _ = std::fs::remove_dir(&directory);
-    made
+/// A name for a socket, in a directory of its own that only this user can enter. Dropping it removes both; the socket
+/// lives on.
+#[derive(Debug)]
+struct SocketName {
+    directory: PathBuf,
+    path: PathBuf,
 }
 
-/// The socket as a file, without connecting.
-fn open_socket_file(path: &Path) -> io::Result<OwnedFd> {
-    let flags = nix::libc::O_PATH | nix::libc::O_NOFOLLOW;
-    Ok(File::options().read(true).custom_flags(flags).open(path)?.into())
-}
+impl SocketName {
+    fn new(parent: &Path) -> Result<Self, StubOpenError> {
+        static COUNT: AtomicU32 = AtomicU32::new(0);
+        remove_stale(parent, Duration::from_secs(STALE_S));
+        let mut result = Err(io::ErrorKind::AlreadyExists.into());
+        for _ in 0..DIRECTORY_TRIES {
+            let count = COUNT.fetch_add(1, Ordering::Relaxed);
+            let directory = parent.join(format!("{DIRECTORY_PREFIX}{}-{count}", std::process::id()));
+            match DirBuilder::new().mode(0o700).create(&directory) {
+                Err(cause) if cause.kind() == io::ErrorKind::AlreadyExists => {}
+                other => {
+                    result = other.map(|()| Self {
+                        path: directory.join(SOCKET),
+                        directory,
+                    });
+                    break;
+                }
+            }
+        }
+        result.map_err(|cause| StubOpenError::Socket {
+            directory: parent.to_owned(),
+            cause,
+        })
+    }
 
-/// Makes a directory that only this user can enter.
-fn private_dir(parent: &Path) -> io::Result<PathBuf> {
-    static COUNT: AtomicU32 = AtomicU32::new(0);
-    for _ in 0..DIRECTORY_TRIES {
-        let name = format!(
-            "vmpatch-{}-{}",
-            std::process::id(),
-            COUNT.fetch_add(1, Ordering::Relaxed)
-        );
-        let path = parent.join(name);
-        match DirBuilder::new().mode(0o700).create(&path) {
-            Err(cause) if cause.kind() == io::ErrorKind::AlreadyExists => {}
-            result => return result.map(|()| path),
+    /// What tells the directory from any other of this host, over its whole life.
+    fn unique(&self) -> String {
+        let made = std::fs::metadata(&self.directory).and_then(|data| data.modified()).ok();
+        let since = made
+            .and_then(|made| made.duration_since(SystemTime::UNIX_EPOCH).ok())
+            .unwrap_or_default();
+        format!("{}-{}", self.directory.display(), since.as_nanos())
+    }
+
+    /// The socket as a file, without connecting.
+    fn open(&self) -> Result<OwnedFd, StubOpenError> {
+        let flags = nix::libc::O_PATH | nix::libc::O_NOFOLLOW;
+        let file = File::options().read(true).custom_flags(flags).open(&self.path);
+        file.map(OwnedFd::from).map_err(|cause| self.error(cause))
+    }
+
+    fn error(&self, cause: io::Error) -> StubOpenError {
+        StubOpenError::Socket {
+            directory: self.directory.clone(),
+            cause,
         }
     }
-    Err(io::ErrorKind::AlreadyExists.into())
+}
+
+impl Drop for SocketName {
+    fn drop(&mut self) {
+        remove(&self.directory);
+    }
+}
+
+/// Removes a socket's name. What cannot be removed stays until the next time.
+fn remove(directory: &Path) {
+    let _ = std::fs::remove_file(directory.join(SOCKET));
+    let _ = std::fs::remove_dir(directory);
+}
+
+/// Removes names that a killed process left: a name is needed for milliseconds.
+fn remove_stale(parent: &Path, age: Duration) {
+    for entry in std::fs::read_dir(parent).into_iter().flatten().flatten() {
+        let ours = entry
+            .file_name()
+            .to_str()
+            .is_some_and(|name| name.starts_with(DIRECTORY_PREFIX));
+        let made = entry.metadata().and_then(|data| data.modified());
+        if ours && made.is_ok_and(|made| made.elapsed().is_ok_and(|passed| passed >= age)) {
+            remove(&entry.path());
+        }
+    }
 }
 
 #[cfg(test)]
@@ -171,12 +240,31 @@ mod tests {
 
     #[test]
     fn a_socket_without_a_name_is_connected_to_again_and_again() {
-        let (socket, listener) = listen().unwrap();
-        assert!(!listener.local_addr().unwrap().as_pathname().unwrap().exists());
-        let stub = ListeningStub { socket };
+        let name = SocketName::new(&std::env::temp_dir()).unwrap();
+        let listener = UnixListener::bind(&name.path).unwrap();
+        let stub = ListeningStub {
+            socket: name.open().unwrap(),
+        };
+        let directory = name.directory.clone();
+        drop(name);
+        assert!(!directory.exists());
         for _ in 0..2 {
             UnixStream::connect(stub.socket()).unwrap();
             listener.accept().unwrap();
         }
+    }
+
+    #[test]
+    fn a_name_left_by_a_killed_process_is_removed_once_it_is_old() {
+        let parent = SocketName::new(&std::env::temp_dir()).unwrap();
+        let left = SocketName::new(&parent.directory).unwrap();
+        let other = parent.directory.join("other");
+        std::fs::create_dir(&other).unwrap();
+        drop(UnixListener::bind(&left.path).unwrap());
+        remove_stale(&parent.directory, Duration::from_secs(STALE_S));
+        assert!(left.path.exists());
+        remove_stale(&parent.directory, Duration::ZERO);
+        assert!(!left.directory.exists() && other.exists());
+        std::fs::remove_dir(&other).unwrap();
     }
 }

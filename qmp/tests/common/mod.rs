@@ -49,6 +49,15 @@ pub struct Qemu {
 impl Qemu {
     /// Starts a machine with 64 MiB of RAM and nothing in it but `extra`.
     pub fn start(extra: &[&str]) -> Self {
+        Self::try_start(extra).unwrap()
+    }
+
+    /// As [`Qemu::start`], with other options where QEMU does not know the first.
+    pub fn start_else(extra: &[&str], otherwise: &[&str]) -> Self {
+        Self::try_start(extra).or_else(|_| Self::try_start(otherwise)).unwrap()
+    }
+
+    fn try_start(extra: &[&str]) -> Result<Self, String> {
         let dir = TempDir::new();
         let socket = dir.path().join("q");
         // Another version of QEMU may be tried: QEMU=/path/to/it cargo test -p qmp
@@ -60,18 +69,20 @@ impl Qemu {
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .spawn()
-            .unwrap();
-        let qemu = Self { child, dir };
+            .map_err(|cause| format!("cannot start QEMU: {cause}"))?;
+        let mut qemu = Self { child, dir };
         let deadline = Instant::now() + Duration::from_secs(START_TIMEOUT_S);
         // The file is there a moment before QEMU listens on it.
         while UnixStream::connect(&socket).is_err() {
-            assert!(
-                Instant::now() < deadline,
-                "QEMU did not open its QMP socket in {START_TIMEOUT_S} s"
-            );
+            if let Ok(Some(status)) = qemu.child.try_wait() {
+                return Err(format!("QEMU ended: {status}"));
+            }
+            if Instant::now() > deadline {
+                return Err(format!("QEMU did not open its QMP socket in {START_TIMEOUT_S} s"));
+            }
             std::thread::sleep(Duration::from_millis(10));
         }
-        qemu
+        Ok(qemu)
     }
 
     pub fn qmp(&self) -> PathBuf {
