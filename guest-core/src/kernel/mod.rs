@@ -221,13 +221,12 @@ fn read_symbols(memory: &dyn PhysMemory, image: &Image) -> Result<(Kallsyms, Seg
 /// Cross-checks symbols with the image: text is executable, the banner is where its symbol says.
 fn fits(memory: &dyn PhysMemory, image: &Image, symbols: &Kallsyms) -> Result<(), String> {
     let at = |name: &str| symbols.unique(name).ok_or(format!("no single symbol {name}"));
-    for name in ["_stext", "_etext"] {
+    // _etext is one past the text: what lies there may be of another kind, or nothing.
+    for (name, last) in [("_stext", 0), ("_etext", 1)] {
         let address = at(name)?;
-        // _etext is one past the text, which may end a segment.
         if !image
-            .segment(address)
-            .or(image.segment(Gva(address.0.wrapping_sub(1))))
-            .is_some_and(|s| s.executable)
+            .segment(Gva(address.0.wrapping_sub(last)))
+            .is_some_and(|segment| segment.executable)
         {
             return Err(format!("{name} {address} is not in executable memory of the image"));
         }

@@ -335,7 +335,8 @@ fn alternatives(live: &Live<'_>) -> Result<AltLayout, KernelError> {
         size: entry.size(),
         instr_offset: entry.offset("instr_offset")?,
         repl_offset: entry.offset("repl_offset")?,
-        cpuid: entry.offset("cpuid")?,
+        // Since 6.3 a bit field of 16 bits, which ends where the bytes of `flags` begin.
+        cpuid: entry.member("cpuid")?.offset(),
         flags: entry.try_member("flags").map(|member| member.offset()),
         instrlen: entry.offset("instrlen")?,
         replacementlen: entry.offset("replacementlen")?,

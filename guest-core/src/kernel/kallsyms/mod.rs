@@ -226,7 +226,7 @@ fn read(
     let incomplete = |table| KallsymsError::Incomplete { at: index_at, table };
     let names = Names::before(data, tokens, budget).ok_or(incomplete("markers and names"))?;
     let mut kallsyms = decode_names(data, tokens, &names).ok_or(incomplete("printable names"))?;
-    let mut failure = incomplete("table of offsets");
+    let mut failures = Vec::new();
     for (offsets, base) in offset_tables(data, tokens, &names) {
         for form in [
             OffsetForm::AbsolutePerCpu,
@@ -239,11 +239,17 @@ fn read(
             kallsyms.set_addresses(addresses, form);
             match accept(&kallsyms) {
                 Ok(()) => return Ok(kallsyms),
-                Err(what) => failure = KallsymsError::Disagrees { at: index_at, what },
+                Err(what) => failures.push(format!("as {form:?} with base {base:#x}: {what}")),
             }
         }
     }
-    Err(failure)
+    match failures.as_slice() {
+        [] => Err(incomplete("table of offsets")),
+        _ => Err(KallsymsError::Disagrees {
+            at: index_at,
+            what: failures.join("; "),
+        }),
+    }
 }
 
 /// Places where the offsets (first) and the base (second) may lie: behind the token index (6.4 on), or
