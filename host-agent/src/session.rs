@@ -7,14 +7,14 @@ use crate::error::Failure;
 use crate::lock::DomainLock;
 use crate::progress::Progress;
 use crate::report;
-use guest_core::commit::{self, CommitOptions};
+use guest_core::commit::{self, CommitOptions, Committed, Model};
 use guest_core::kernel::Live;
 use guest_core::machine::Machine;
-use guest_core::place::{Cave, Registry, cave};
-use guest_core::plan;
+use guest_core::place::{Cave, Record, Registry, cave};
+use guest_core::plan::{self, ApplyOptions, Plan};
 use guest_core::{Kernel, Registers};
-use std::path::PathBuf;
-use std::time::Duration;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 /// Longest pause that is allowed before vmpatch gives up and resumes. Far above what a pause takes, even on a host
 /// whose processors are all busy; a guest that stands longer than this is noticed by whoever uses it.
@@ -141,13 +141,46 @@ impl Session {
         self.kernel.live(self.attached.memory())
     }
 
+    /// Plans to apply the module `file`, whose bytes are given. The guest is not touched.
+    pub fn plan(&self, file: &Path, bytes: &[u8], options: &Options) -> Result<Plan, Failure> {
+        let now = SystemTime::now()
+            .duration_since(UNIX_EPOCH)
+            .map_or(0, |since| since.as_secs());
+        let chosen = ApplyOptions {
+            model: options.model.name().to_owned(),
+            now,
+        };
+        plan::apply(&self.live(), &self.registry, bytes, &chosen).map_err(|source| Failure::Refused {
+            path: file.to_owned(),
+            source: Box::new(source),
+        })
+    }
+
+    /// Applies the module `file`, whose bytes are given.
+    pub fn apply(&mut self, file: &Path, bytes: &[u8], options: &Options) -> Result<(Record, Committed), Failure> {
+        let plan = self.plan(file, bytes, options)?;
+        let committed = self.commit(
+            &plan,
+            "applying",
+            commit_options(options.model.model(), options.timeout()),
+        )?;
+        Ok((plan.record, committed))
+    }
+
+    /// Takes out the patch `id`, and wipes what is left of it.
+    pub fn revert(&mut self, id: &str, options: &Options) -> Result<(Record, Committed), Failure> {
+        let plan = plan::revert(&self.live(), &self.registry, id)?;
+        let committed = self.commit(
+            &plan,
+            "reverting",
+            commit_options(options.model.model(), options.timeout()),
+        )?;
+        self.tidy()?;
+        Ok((plan.record, committed))
+    }
+
     /// Carries out a plan, with a supervisor beside it, and reads the registry anew.
-    pub fn commit(
-        &mut self,
-        plan: &plan::Plan,
-        doing: &'static str,
-        options: CommitOptions,
-    ) -> Result<commit::Committed, Failure> {
+    fn commit(&mut self, plan: &Plan, doing: &'static str, options: CommitOptions) -> Result<Committed, Failure> {
         self.refuse_if_busy()?;
         let live = self.kernel.live(self.attached.memory());
         let mut machine = self.attached.machine(&self.lock).map_err(Failure::Supervisor)?;
@@ -162,7 +195,7 @@ impl Session {
     pub fn tidy(&mut self) -> Result<(), Failure> {
         self.refuse_if_busy()?;
         while let Some(plan) = plan::recovery(&self.live(), &self.registry)? {
-            let options = commit_options(guest_core::commit::Model::CleanCut, Duration::from_secs(10));
+            let options = commit_options(Model::CleanCut, Duration::from_secs(10));
             self.commit(&plan, "taking back", options)?;
         }
         let live = self.kernel.live(self.attached.memory());
@@ -193,7 +226,7 @@ impl Session {
 }
 
 /// The core's options, with the bound on the pause.
-pub fn commit_options(model: guest_core::commit::Model, timeout: Duration) -> CommitOptions {
+fn commit_options(model: Model, timeout: Duration) -> CommitOptions {
     CommitOptions {
         model,
         timeout,
@@ -201,7 +234,7 @@ pub fn commit_options(model: guest_core::commit::Model, timeout: Duration) -> Co
     }
 }
 
-fn failed(plan: &plan::Plan, doing: &'static str, source: commit::CommitError) -> Failure {
+fn failed(plan: &Plan, doing: &'static str, source: commit::CommitError) -> Failure {
     Failure::Commit {
         doing,
         id: plan.record.id.clone(),

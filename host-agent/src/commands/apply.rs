@@ -5,11 +5,9 @@ use crate::cli::{ModelName, Options};
 use crate::error::Failure;
 use crate::progress::Progress;
 use crate::report::{Function, Patch, Patches, Pause};
-use crate::session::{Session, Target, commit_options};
+use crate::session::{Session, Target};
 use guest_core::place::Record;
-use guest_core::plan::{self, ApplyOptions, Plan};
 use std::path::{Path, PathBuf};
-use std::time::{SystemTime, UNIX_EPOCH};
 
 /// Applies modules one after another; the first that fails ends it, and those before it stay.
 pub fn apply(options: &Options, files: &[PathBuf], progress: &Progress) -> Result<Patches, Failure> {
@@ -34,7 +32,7 @@ pub fn check(options: &Options, files: &[PathBuf], progress: &Progress) -> Resul
     let session = Session::open(&Target::from_options(options)?, progress)?;
     let mut patches = Vec::new();
     for path in files {
-        let plan = plan_one(&session, options, path, &read_module(path)?)?;
+        let plan = session.plan(path, &read_module(path)?, options)?;
         patches.push(describe(&plan.record, Some(path), "would apply", "original"));
     }
     Ok(Patches {
@@ -52,13 +50,8 @@ pub(super) fn apply_one(
     progress: &Progress,
 ) -> Result<Patch, Failure> {
     progress.step(&format!("{}: applying {}", session.shown(), path.display()));
-    let plan = plan_one(session, options, path, bytes)?;
-    let committed = session.commit(
-        &plan,
-        "applying",
-        commit_options(options.model.model(), options.timeout()),
-    )?;
-    let mut patch = describe(&plan.record, Some(path), "applied", "patched");
+    let (record, committed) = session.apply(path, bytes, options)?;
+    let mut patch = describe(&record, Some(path), "applied", "patched");
     patch.pause = Some(Pause::from(&committed));
     if options.model == ModelName::None {
         patch
@@ -66,20 +59,6 @@ pub(super) fn apply_one(
             .push("applied with --model none: tasks inside an old function finish it as it was".to_owned());
     }
     Ok(patch)
-}
-
-fn plan_one(session: &Session, options: &Options, path: &Path, bytes: &[u8]) -> Result<Plan, Failure> {
-    let now = SystemTime::now()
-        .duration_since(UNIX_EPOCH)
-        .map_or(0, |since| since.as_secs());
-    let chosen = ApplyOptions {
-        model: options.model.name().to_owned(),
-        now,
-    };
-    plan::apply(&session.live(), &session.registry, bytes, &chosen).map_err(|source| Failure::Refused {
-        path: path.to_owned(),
-        source: Box::new(source),
-    })
 }
 
 /// A patch, for the report.

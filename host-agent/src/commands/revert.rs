@@ -5,7 +5,7 @@ use crate::cli::Options;
 use crate::error::Failure;
 use crate::progress::Progress;
 use crate::report::{Patches, Pause};
-use crate::session::{Session, Target, commit_options};
+use crate::session::{Session, Target};
 use guest_core::place::State;
 use guest_core::plan;
 
@@ -21,14 +21,8 @@ pub fn revert(options: &Options, ids: &[String], progress: &Progress) -> Result<
     let mut patches = Vec::new();
     for id in &ids {
         progress.step(&format!("{}: reverting {id}", session.shown()));
-        let plan = plan::revert(&session.live(), &session.registry, id)?;
-        let committed = session.commit(
-            &plan,
-            "reverting",
-            commit_options(options.model.model(), options.timeout()),
-        )?;
-        session.tidy()?;
-        let mut patch = describe(&plan.record, None, "reverted", "original");
+        let (record, committed) = session.revert(id, options)?;
+        let mut patch = describe(&record, None, "reverted", "original");
         patch.pause = Some(Pause::from(&committed));
         patches.push(patch);
     }
