@@ -2,6 +2,7 @@
 //! memory is not ours to keep, so the snapshot comes from outside: `VMPATCH_NATIVE` names a directory with
 //! - `kallsyms`: the guest's /proc/kallsyms, modules included, read as root;
 //! - `mem/`: QEMU's `memsave` of kernel text, rodata and data and of the modules' text, each file named by its address in hex;
+//! - `x86_capability`: that member's offset in `struct cpuinfo_x86`, in hex;
 //! - `NAME.ko` that the guest loaded, and `NAME.ko.sections`: names and addresses from /sys/module/NAME/sections.
 //!
 //! Run with `cargo test -p guest-core native -- --ignored --nocapture`.
@@ -15,8 +16,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 
-/// Offset of `x86_capability` in `boot_cpu_data`, and its words: in 6.1 and 6.12.
-const CAPABILITIES: (u64, u64) = (40, 24);
+/// Words of `x86_capability`, bugs included, in 6.1 and 6.12.
+const CAPABILITY_WORDS: u64 = 24;
 
 fn directory() -> PathBuf {
     std::env::var_os("VMPATCH_NATIVE")
@@ -45,8 +46,9 @@ fn guest(directory: &Path) -> TestGuest {
             fs::read(file.path()).unwrap(),
         );
     }
-    let start = Gva(guest.exported["boot_cpu_data"] + CAPABILITIES.0);
-    guest.capabilities = (0..CAPABILITIES.1)
+    let offset = number(fs::read_to_string(directory.join("x86_capability")).unwrap().trim());
+    let start = Gva(guest.exported["boot_cpu_data"] + offset);
+    guest.capabilities = (0..CAPABILITY_WORDS)
         .map(|word| guest.read_u32(start.wrapping_add(word * 4)).unwrap())
         .collect();
     guest
@@ -77,7 +79,7 @@ fn modules(directory: &Path) -> Vec<(String, Vec<u8>, BTreeMap<String, u64>)> {
 }
 
 /// Offsets in a section's text that may differ: distances to the module's other sections, which lie elsewhere here, and
-/// static calls, which the kernel makes direct.
+/// what the loader may leave alone: static calls through their trampoline, and ENDBRs that could be sealed.
 fn may_differ(image: &Image<'_, '_>, section: super::SectionId) -> BTreeSet<u64> {
     let module = image.module;
     let own = |relocation| match module.symbol(relocation).unwrap().place {
@@ -90,11 +92,14 @@ fn may_differ(image: &Image<'_, '_>, section: super::SectionId) -> BTreeSet<u64>
     let mut offsets: BTreeSet<u64> = relocations
         .flat_map(|r| r.offset..r.offset + if r.kind == R_X86_64_64.0 { 8 } else { 4 })
         .collect();
-    for (_, table) in module.sections_named(".static_call_sites") {
-        for offset in (0..table.size).step_by(8) {
-            let at = module.site(table, offset, super::sites::Pointer::Relative).unwrap();
-            if at.section == section {
-                offsets.extend(at.offset..at.offset + 5);
+    // Tables whose entries begin with a relative pointer to code: their stride, and the bytes of code that one is about.
+    for (name, stride, len) in [(".static_call_sites", 8, 5), (".ibt_endbr_seal", 4, 4)] {
+        for (_, table) in module.sections_named(name) {
+            for offset in (0..table.size).step_by(stride) {
+                let at = module.site(table, offset, super::sites::Pointer::Relative).unwrap();
+                if at.section == section {
+                    offsets.extend(at.offset..at.offset + len);
+                }
             }
         }
     }
