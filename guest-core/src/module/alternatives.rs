@@ -2,11 +2,11 @@
 //! `apply_alternatives` in arch/x86/kernel/alternative.c; 6.1, 6.12).
 
 use super::PatchModule;
-use super::elf::SectionOffset;
+use super::sections::SectionOffset;
 use super::sites::{Pointer, TableError};
 
-/// Layout of the guest kernel's `struct alt_instr`, in bytes. 12 bytes long in 6.1, with a trailing `padlen` 13 in 5.10,
-/// with `flags` 14 since 6.3.
+/// Layout of the guest kernel's `struct alt_instr`, in bytes. 12 bytes long in 6.1 and in late 5.10, with a trailing
+/// `padlen` 13 before, with `flags` 14 since 6.3.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct AltLayout {
     /// Its size.

@@ -1,9 +1,10 @@
 //! Return sites and indirect branches: the compiler sends both through thunks, and the loader makes of each what this
 //! guest's kernel made of its own (`apply_returns`, `apply_retpolines` in arch/x86/kernel/alternative.c; 5.10, 6.1, 6.12).
 
-use super::elf::SectionOffset;
-use super::link::{LinkError, Linker};
+use super::LinkError;
+use super::link::Linker;
 use super::nops::nops;
+use super::sections::SectionOffset;
 use super::sites::Pointer;
 use super::thunks::{Indirect, LFENCE, RETURN_THUNK, Returns, branch_through};
 use crate::addr::Gva;

@@ -2,10 +2,10 @@
 //! what may be left out and why, and what is refused. A section that no line names is refused.
 //!
 //! Sources: the kernel's include/linux/module.h, kernel/module/main.c (`find_module_sections`),
-//! arch/x86/kernel/module.c (`module_finalize`), scripts/module.lds.S; read in 5.10, 6.1 and 6.12.
+//! arch/x86/kernel/module.c (`module_finalize`), scripts/module.lds.S; read in 5.10, 6.1, 6.12 and 7.2.
 
-use super::elf::Section;
 use super::layout::AreaKind;
+use super::sections::Section;
 
 /// What is to be done with a section.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -87,6 +87,7 @@ const TABLE: &[(&str, Duty)] = &[
     (".printk_index",           Drop(NAMES)),
     ("__kcrctab*",              Refuse(GUEST_LIST)),
     ("__ksymtab*",              Refuse(GUEST_LIST)),
+    ("__kflagstab*",            Refuse(GUEST_LIST)),
     ("__param",                 Refuse("a module parameter, which the guest would have to show and set")),
     (".ctors*",                 Refuse("functions to be run at load")),
     (".init_array*",            Refuse("functions to be run at load")),

@@ -4,6 +4,7 @@
 //! `.klp.rela.*` sections) are in the kernel's Documentation/livepatch/module-elf-format.rst.
 
 use super::ModuleError;
+use super::sections::{Relocation, Section, SectionId, SectionOffset, Symbol, SymbolId, SymbolPlace};
 use object::LittleEndian;
 use object::elf::{self, FileHeader64, Rela64, SectionHeader64, Sym64};
 use object::read::elf::{FileHeader, Rela, SectionHeader, SectionTable, Sym, SymbolTable};
@@ -24,117 +25,6 @@ const SHN_LIVEPATCH: u16 = 0xff20;
 
 const LE: LittleEndian = LittleEndian;
 type Header = FileHeader64<LittleEndian>;
-
-/// A section of the module, by its index in the section header table.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct SectionId(pub(crate) usize);
-
-/// A symbol of the module, by its index in the symbol table.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub(crate) struct SymbolId(pub(crate) usize);
-
-/// A place in the module file: a section and an offset into it, in bytes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct SectionOffset {
-    /// Which section.
-    pub section: SectionId,
-    /// Bytes from the section's start.
-    pub offset: u64,
-}
-
-/// One relocation of a loaded section.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct Relocation {
-    /// Bytes from the start of the section that it changes.
-    pub offset: u64,
-    /// ELF relocation type, `R_X86_64_*`.
-    pub kind: u32,
-    pub symbol: SymbolId,
-    pub addend: i64,
-}
-
-/// A section.
-#[derive(Debug)]
-pub(crate) struct Section<'d> {
-    pub name: &'d str,
-    /// `SHT_*`.
-    pub kind: u32,
-    /// `SHF_*`.
-    pub flags: u64,
-    /// Bytes in memory; a NOBITS section has no [`Section::data`] for them.
-    pub size: u64,
-    pub align: u64,
-    /// Bytes in the file; empty for sections that are not loaded.
-    pub data: &'d [u8],
-    /// In ascending order of offset.
-    pub relocations: Vec<Relocation>,
-}
-
-impl Section<'_> {
-    /// True where the kernel's loader gives the section memory (`SHF_ALLOC`) and it holds something.
-    pub fn is_loaded(&self) -> bool {
-        self.flags & elf::SHF_ALLOC.0 != 0
-            && self.size != 0
-            && self.kind != elf::SHT_RELA.0
-            && self.kind != elf::SHT_NULL.0
-    }
-
-    pub fn is_executable(&self) -> bool {
-        self.flags & elf::SHF_EXECINSTR.0 != 0
-    }
-
-    pub fn is_writable(&self) -> bool {
-        self.flags & elf::SHF_WRITE.0 != 0
-    }
-
-    /// The first relocation at `offset`.
-    pub fn relocation_at(&self, offset: u64) -> Option<&Relocation> {
-        self.relocations_in(offset, offset.saturating_add(1)).first()
-    }
-
-    /// The relocations with `from <= offset < to`.
-    pub fn relocations_in(&self, from: u64, to: u64) -> &[Relocation] {
-        let start = self.relocations.partition_point(|r| r.offset < from);
-        let end = self.relocations.partition_point(|r| r.offset < to);
-        self.relocations.get(start..end).unwrap_or_default()
-    }
-
-    /// `N` file bytes from `offset` on.
-    pub fn bytes<const N: usize>(&self, offset: u64) -> Option<[u8; N]> {
-        let start = usize::try_from(offset).ok()?;
-        self.data.get(start..start.checked_add(N)?)?.try_into().ok()
-    }
-}
-
-/// What a symbol stands for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum SymbolPlace<'d> {
-    /// Defined elsewhere: an exported symbol of the kernel.
-    Undefined { weak: bool },
-    /// A number.
-    Absolute(u64),
-    /// A place in this module.
-    Defined(SectionOffset),
-    /// `.klp.sym.OBJECT.NAME,SYMPOS`: any symbol of an object, exported or not.
-    Livepatch {
-        object: &'d str,
-        name: &'d str,
-        sympos: u64,
-    },
-    /// `SHN_COMMON`, which the kernel's loader refuses.
-    Common,
-    /// A special section index that modules have no use for.
-    Unknown(u16),
-}
-
-/// A symbol.
-#[derive(Debug)]
-pub(crate) struct Symbol<'d> {
-    pub name: &'d str,
-    pub place: SymbolPlace<'d>,
-    pub size: u64,
-    pub is_function: bool,
-}
 
 /// What is read of the file.
 #[derive(Debug)]

@@ -2,7 +2,8 @@
 //! later into calls when somebody traces the function (`ftrace_process_locs`, kernel/trace/ftrace.c). The guest does not
 //! know our functions, so nobody can trace them: the NOP stays.
 
-use super::link::{LinkError, Linker};
+use super::LinkError;
+use super::link::Linker;
 use super::nops::nops;
 use super::sites::Pointer;
 

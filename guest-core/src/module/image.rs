@@ -3,9 +3,9 @@
 
 use super::alternatives::{AltLayout, Alternative};
 use super::duty::{Duty, duty};
-use super::elf::{Relocation, SectionId, SectionOffset, SymbolId, SymbolPlace};
 use super::layout::{AreaKind, Layout, LayoutError};
 use super::orc::OrcRows;
+use super::sections::{Relocation, SectionId, SectionOffset, SymbolId, SymbolPlace};
 use super::sites::TableError;
 use super::{Patch, PatchModule};
 use object::elf::{R_X86_64_NONE, SHN_COMMON};

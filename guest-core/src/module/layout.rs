@@ -1,6 +1,6 @@
 //! Where in memory each section of a module goes: three areas with different rights.
 
-use super::elf::{Section, SectionId};
+use super::sections::{Section, SectionId};
 
 /// Most bytes of one area: a guest's text cave is 2 to 4 MiB in all.
 const AREA_BYTES_MAX: u64 = 16 << 20;

@@ -1,12 +1,12 @@
 //! The finished bytes of a module for given addresses.
 
-use super::elf::{Relocation, SectionOffset, SymbolPlace};
+use super::LinkError;
 use super::layout::AreaKind;
 use super::orc::OrcTables;
-use super::sites::TableError;
+use super::sections::{Relocation, SectionOffset, SymbolPlace};
 use super::{Image, ResolveError, ResolveSymbol};
 use crate::addr::Gva;
-use crate::memory::{MemoryError, VirtMemory};
+use crate::memory::VirtMemory;
 
 /// Where the areas of a [`Layout`](super::Layout) will be in the guest.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -58,131 +58,6 @@ pub struct LinkedFunction {
     pub new: Gva,
     /// Bytes of the new function. Parts that the compiler split off (`.cold`) lie elsewhere in the text area.
     pub size: u64,
-}
-
-/// Why a module can't be linked.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum LinkError {
-    /// An area that was given no fitting address.
-    #[error("the {area:?} area ({size} bytes) can't be at {base}: expected a multiple of {align} bytes, and room")]
-    Base {
-        /// Which area.
-        area: AreaKind,
-        /// Its bytes.
-        size: u64,
-        /// The address given.
-        base: Gva,
-        /// The alignment needed, in bytes.
-        align: u64,
-    },
-    /// A symbol has no address.
-    #[error("cannot resolve {symbol}, needed by {needed_by}: {cause}")]
-    Symbol {
-        /// Its name.
-        symbol: String,
-        /// Who needs it: section and offset, or what for.
-        needed_by: String,
-        /// Why not.
-        cause: ResolveError,
-    },
-    /// A relocation type that is not handled.
-    #[error("relocation type {kind} at {at} against {symbol} is not handled")]
-    RelocationKind {
-        /// Section and offset.
-        at: String,
-        /// `R_X86_64_*` as a number.
-        kind: u32,
-        /// The symbol's name.
-        symbol: String,
-    },
-    /// The place of a relocation is in use.
-    #[error("relocation at {at} against {symbol}: found {found:02x?} there, expected zeroes")]
-    NotZero {
-        /// Section and offset.
-        at: String,
-        /// The symbol's name.
-        symbol: String,
-        /// The bytes there.
-        found: Vec<u8>,
-    },
-    /// The value does not fit the bytes that are to hold it.
-    #[error("{kind} at {at} ({place:#x}) cannot reach {symbol} at {target:#x}: the distance overflows 32 bits")]
-    Overflow {
-        /// Section and offset.
-        at: String,
-        /// The guest-virtual address of that place.
-        place: u64,
-        /// Name of the relocation type.
-        kind: &'static str,
-        /// The symbol's name.
-        symbol: String,
-        /// Guest-virtual address of the symbol, addend included.
-        target: u64,
-    },
-    /// Bytes beyond the end of their section.
-    #[error("{len} bytes at {at} are not inside a placed section")]
-    Outside {
-        /// Section and offset.
-        at: String,
-        /// Bytes.
-        len: usize,
-    },
-    /// A table for the loader is damaged.
-    #[error(transparent)]
-    Table(#[from] TableError),
-    /// Code listed in a table for the loader is not what the table says.
-    #[error("{table} lists {at}: found {found:02x?} there, expected {expected}")]
-    Site {
-        /// The table.
-        table: &'static str,
-        /// Section and offset of the code.
-        at: String,
-        /// The bytes there.
-        found: Vec<u8>,
-        /// What should be there.
-        expected: String,
-    },
-    /// A thunk of the guest's kernel is in no known state.
-    #[error("the guest's {symbol} at {at} begins with {found:02x?}, expected {expected}")]
-    Thunk {
-        /// The thunk's name.
-        symbol: String,
-        /// Its address.
-        at: Gva,
-        /// Its first bytes.
-        found: Vec<u8>,
-        /// What it could begin with.
-        expected: &'static str,
-    },
-    /// The guest's kernel counts calls (`retbleed=stuff`), so ours would have to be counted too.
-    #[error("the guest's kernel tracks call depth (its return thunk is call_depth_return_thunk), which is not handled")]
-    CallDepth,
-    /// An alternative for a CPU feature that the guest's kernel does not know.
-    #[error("the alternative at {at} asks for CPU feature {feature}, the guest has {known}")]
-    Feature {
-        /// Section and offset of the entry.
-        at: String,
-        /// The feature's number.
-        feature: u16,
-        /// How many features the guest's kernel knows.
-        known: usize,
-    },
-    /// A call through a null pointer of the guest's `pv_ops`.
-    #[error("the paravirt call at {at} goes through {pointer}, which is null")]
-    NoOperation {
-        /// Section and offset of the call.
-        at: String,
-        /// Where the pointer is.
-        pointer: Gva,
-    },
-    /// Guest memory that the work needs can't be read.
-    #[error("cannot read {what}: {cause}")]
-    Memory {
-        /// What is read there.
-        what: String,
-        /// Why not.
-        cause: MemoryError,
-    },
 }
 
 impl Image<'_, '_> {

@@ -7,6 +7,9 @@
 //!   kind of section obliges a loader to is one table in `duty.rs`; what is not handled is refused here;
 //! - [`Linked`]: the finished bytes for given addresses ([`LinkError`]), after the work of the kernel's own loader.
 //!
+//! The work of the kernel's own loader is one file for each kind: `alternatives.rs` and `replace.rs`, `branches.rs` (return
+//! and indirect branch sites; `thunks.rs` finds out what this guest does with them), `paravirt.rs`, `fentry.rs`, `orc.rs`.
+//!
 //! Nothing here writes to a guest. The file is treated as hostile: every length and offset in it is checked.
 
 mod alternatives;
@@ -19,15 +22,18 @@ mod image;
 mod klp;
 mod layout;
 mod link;
+mod link_error;
 mod modinfo;
 #[cfg(test)]
 mod native;
 mod nops;
 mod orc;
 mod paravirt;
+mod patch;
 mod relocate;
 mod replace;
 mod resolve;
+mod sections;
 mod sites;
 #[cfg(test)]
 mod testing;
@@ -36,18 +42,20 @@ mod tests;
 mod thunks;
 
 pub use alternatives::AltLayout;
-pub use elf::{SectionId, SectionOffset};
 pub use error::ModuleError;
 pub use image::{Image, ImageError, Undefined};
-pub use klp::{KlpLayout, Patch, PatchError, PatchFunction, PatchObject};
 pub use layout::{Area, AreaKind, Layout, LayoutError, PlacedSection};
-pub use link::{Bases, GuestContext, LinkError, Linked, LinkedFunction};
+pub use link::{Bases, GuestContext, Linked, LinkedFunction};
+pub use link_error::LinkError;
 pub use modinfo::ModInfo;
 pub use orc::OrcTables;
+pub use patch::{KlpLayout, Patch, PatchError, PatchFunction, PatchObject};
 pub use resolve::{ResolveError, ResolveSymbol};
+pub use sections::{SectionId, SectionOffset};
 pub use sites::TableError;
 
-use elf::{Elf, Relocation, Section, Symbol, SymbolPlace};
+use elf::Elf;
+use sections::{Relocation, Section, Symbol, SymbolPlace};
 
 /// A livepatch module file that has been read and checked. It borrows the file's bytes.
 #[derive(Debug)]

@@ -4,10 +4,11 @@
 //! As in a loaded module: a table of 4-byte distances, each from itself to the code that an entry begins to hold for, and
 //! a table of the entries, both in the order of the code (arch/x86/kernel/unwind_orc.c, `unwind_module_init`).
 
+use super::LinkError;
 use super::PatchModule;
-use super::elf::{SectionId, SectionOffset};
 use super::layout::{AreaKind, Layout, LayoutError};
-use super::link::{LinkError, Linker};
+use super::link::Linker;
+use super::sections::{SectionId, SectionOffset};
 use super::sites::{Pointer, TableError};
 use crate::addr::Gva;
 

@@ -2,9 +2,10 @@
 //! call of what the table holds (`apply_paravirt`, `paravirt_patch_call` in arch/x86/kernel/paravirt.c; up to 6.7, since then
 //! they are alternatives with `ALT_FLAG_DIRECT_CALL`). The table does not change after boot.
 
-use super::elf::SectionOffset;
-use super::link::{LinkError, Linker};
+use super::LinkError;
+use super::link::Linker;
 use super::nops::nops;
+use super::sections::SectionOffset;
 use super::sites::{Pointer, TableError};
 use crate::addr::Gva;
 

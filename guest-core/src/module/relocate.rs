@@ -1,8 +1,9 @@
 //! x86-64 relocations, those that kernel modules use (`__apply_relocate_add` in arch/x86/kernel/module.c).
 
-use super::elf::{Relocation, SectionOffset};
+use super::LinkError;
 use super::layout::AreaKind;
-use super::link::{LinkError, Linker};
+use super::link::Linker;
+use super::sections::{Relocation, SectionOffset};
 use object::elf::{
     R_X86_64_32, R_X86_64_32S, R_X86_64_64, R_X86_64_NONE, R_X86_64_PC32, R_X86_64_PC64, R_X86_64_PLT32, RelocationType,
 };

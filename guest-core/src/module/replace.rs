@@ -1,10 +1,11 @@
 //! Applies alternatives for the guest's CPU: where it has the feature asked for, the site gets the replacement.
 //!
-//! As `apply_alternatives` (arch/x86/kernel/alternative.c; 6.1, 6.12), with one difference that does not show: 6.1 corrects
+//! As `apply_alternatives` (arch/x86/kernel/alternative.c; 6.1, 6.12, 7.2), with one difference that does not show: 6.1 corrects
 //! only a lone call or jump for its new place, later kernels every instruction, and so it is done here for all of them.
 
+use super::LinkError;
 use super::alternatives::Alternative;
-use super::link::{LinkError, Linker};
+use super::link::Linker;
 use super::nops::nops;
 use crate::addr::Gva;
 use iced_x86::{Decoder, DecoderOptions, Instruction, Mnemonic, OpKind};
@@ -21,16 +22,23 @@ enum Immovable {
 }
 
 impl Linker<'_, '_, '_> {
-    /// Applies the alternatives in placed code, in the table's order: later ones may overwrite earlier ones.
+    /// Applies the alternatives in placed code. Of the entries for one site, which follow each other, the last that applies
+    /// wins: up to 6.12 it overwrites the others, in 7.2 it is the only one that is applied.
     pub(super) fn apply_alternatives(&mut self) -> Result<(), LinkError> {
-        for alternative in &self.image.alternatives {
-            let len = usize::from(alternative.site_len);
-            let bytes = if self.applies(alternative)? {
-                self.replacement(alternative, len)?
-            } else {
-                merge_nops(self.bytes(alternative.site, len)?)
+        for entries in self.image.alternatives.chunk_by(|a, b| a.site == b.site) {
+            let Some(first) = entries.first() else { continue };
+            let len = usize::from(first.site_len);
+            let mut chosen = None;
+            for entry in entries {
+                if self.applies(entry)? {
+                    chosen = Some(entry);
+                }
+            }
+            let bytes = match chosen {
+                Some(entry) => self.replacement(entry, len)?,
+                None => merge_nops(self.bytes(first.site, len)?),
             };
-            self.write(alternative.site, &bytes)?;
+            self.write(first.site, &bytes)?;
         }
         Ok(())
     }
@@ -201,6 +209,29 @@ mod tests {
         assert_eq!(guest().link_text(&elf.build(), &ALT_6_1), [0x0f, 0x01, 0xca]);
         let elf = module(&[0x90, 0x90, 0x90], &[0x0f, 0x01, 0xca], &[36, 0, 1, 0, 3, 3]);
         assert_eq!(guest().link_text(&elf.build(), &ALT_6_12), [0x0f, 0x01, 0xca]);
+    }
+
+    #[test]
+    fn of_two_alternatives_that_apply_the_last_wins() {
+        let mut elf = TestElf::livepatch(&[0x90, 0x90, 0x90]);
+        let code = elf.section(
+            ".altinstr_replacement",
+            SHF_ALLOC.0 | SHF_EXECINSTR.0,
+            &[0x0f, 0x01, 0xca, 0xf3, 0xaa],
+        );
+        let code = elf.section_symbol(code);
+        // The second one is for a shorter site, as in a nested alternative; it is filled up all the same.
+        let entries = [
+            [0, 0, 0, 0, 0, 0, 0, 0, 35, 0, 3, 3],
+            [0, 0, 0, 0, 0, 0, 0, 0, 36, 0x80, 2, 2],
+        ]
+        .concat();
+        let table = elf.section(".altinstructions", SHF_ALLOC.0, &entries);
+        for (entry, replacement) in [(0, 0), (12, 3)] {
+            elf.relocation(table, entry, R_X86_64_PC32, 1, 0);
+            elf.relocation(table, entry + 4, R_X86_64_PC32, code, replacement);
+        }
+        assert_eq!(guest().link_text(&elf.build(), &ALT_6_1), [0xf3, 0xaa, 0x90]);
     }
 
     #[test]

@@ -2,7 +2,7 @@
 //! or relative to itself, that a relocation fills in (tools/objtool/check.c, `create_*_sections`).
 
 use super::PatchModule;
-use super::elf::{Section, SectionId, SectionOffset};
+use super::sections::{Section, SectionId, SectionOffset};
 use object::elf::{R_X86_64_64, R_X86_64_PC32};
 
 /// A table for the loader that is not as it should be.

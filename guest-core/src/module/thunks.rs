@@ -1,11 +1,13 @@
 //! What the guest's kernel has decided about speculation, read from what it did to its own thunks.
 //!
 //! The kernel decides by CPU feature bits of its own making (`X86_FEATURE_RETPOLINE`, `_RETHUNK`, `_INDIRECT_THUNK_ITS`, ...),
-//! whose numbers differ between releases (ITS: 21*32+5 in 6.1, 21*32+6 in 6.12) and stand nowhere in the guest. The outcome does:
+//! whose numbers differ between releases (ITS: 11*32+9 in 5.10, 21*32+5 in 6.1, 21*32+6 in 6.12) and stand nowhere in the guest. The outcome does:
 //! its thunks are alternatives themselves, patched at boot (arch/x86/lib/retpoline.S), and `x86_return_thunk` points
 //! to the return thunk in use (arch/x86/kernel/cpu/bugs.c). So the bytes in guest memory are asked, not the bits.
 
-use super::link::{GuestContext, LinkError};
+use super::LinkError;
+use super::ResolveError;
+use super::link::GuestContext;
 use crate::addr::Gva;
 
 /// The thunk that the compiler lets every return jump to, until the loader patches the site.
@@ -40,18 +42,26 @@ pub(super) enum Indirect {
 }
 
 impl GuestContext<'_> {
-    /// Any symbol of the kernel image that is there once; none where there is none.
-    pub(super) fn internal(&self, name: &str) -> Option<Gva> {
-        self.symbols.any(None, name, 0).ok()
+    /// A symbol of the kernel image, exported or not; none where it has no such symbol.
+    fn internal(&self, name: &str) -> Result<Option<Gva>, LinkError> {
+        match self.symbols.any(None, name, 0) {
+            Ok(address) => Ok(Some(address)),
+            Err(ResolveError::NotFound { .. }) => Ok(None),
+            Err(cause) => Err(LinkError::Symbol {
+                symbol: name.into(),
+                needed_by: "return and retpoline sites".into(),
+                cause,
+            }),
+        }
     }
 
     /// What this guest does with returns.
     pub(super) fn returns(&self) -> Result<Returns, LinkError> {
         let default = self.exported(RETURN_THUNK, "return sites")?;
-        if let Some(variable) = self.internal("x86_return_thunk") {
+        if let Some(variable) = self.internal("x86_return_thunk")? {
             let thunk = Gva(self.read_u64(variable, "x86_return_thunk")?);
             // Counting calls needs more than a thunk: every call would have to count (arch/x86/kernel/callthunks.c).
-            if self.internal("call_depth_return_thunk") == Some(thunk) {
+            if self.internal("call_depth_return_thunk")? == Some(thunk) {
                 return Err(LinkError::CallDepth);
             }
             if thunk != default {
@@ -83,10 +93,10 @@ impl GuestContext<'_> {
 
     /// The return of a kernel function in assembly, whose code up to there is the same in every release.
     fn witness(&self) -> Result<Option<Returns>, LinkError> {
-        // arch/x86/lib/clear_page_64.S: mov $4096,%ecx; xor %eax,%eax; rep stosb; RET
+        // arch/x86/lib/clear_page_64.S (5.10 to 6.12; 7.2 has none): mov $4096,%ecx; xor %eax,%eax; rep stosb; RET
         const NAME: &str = "clear_page_erms";
         const BODY: [u8; 9] = [0xb9, 0x00, 0x10, 0x00, 0x00, 0x31, 0xc0, 0xf3, 0xaa];
-        let Some(mut at) = self.internal(NAME) else {
+        let Some(mut at) = self.internal(NAME)? else {
             return Ok(None);
         };
         if self.bytes::<4>(at, NAME)? == ENDBR64 {
@@ -133,7 +143,8 @@ impl GuestContext<'_> {
     /// True where branches must not end in the lower half of a cache line (ITS, Indirect Target Selection): the kernel then
     /// returns through `its_return_thunk`, and makes plain indirect branches avoid it too (`its_select_mitigation`).
     pub(super) fn avoids_lower_half(&self) -> Result<bool, LinkError> {
-        let (Some(variable), Some(its)) = (self.internal("x86_return_thunk"), self.internal("its_return_thunk")) else {
+        let (Some(variable), Some(its)) = (self.internal("x86_return_thunk")?, self.internal("its_return_thunk")?)
+        else {
             return Ok(false);
         };
         Ok(self.read_u64(variable, "x86_return_thunk")? == its.0)
