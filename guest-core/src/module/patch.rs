@@ -72,7 +72,7 @@ pub struct PatchFunction {
     pub symbol: Option<String>,
 }
 
-/// Why [`PatchModule::patch`] found nothing that it could act on.
+/// Why [`PatchModule::patch`](super::PatchModule::patch) found nothing that it could act on.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum PatchError {
     /// Another tool's way to describe a patch.
