@@ -74,6 +74,8 @@ pub struct Session {
     pub caves: Vec<Cave>,
     /// The patches.
     pub registry: Registry,
+    /// The program that is started as supervisor: this very one, unless an embedder that is not `vmpatch` says otherwise.
+    pub supervisor: PathBuf,
     name: Option<String>,
     lock: DomainLock,
 }
@@ -115,6 +117,7 @@ impl Session {
             vcpus,
             caves,
             registry,
+            supervisor: std::env::current_exe().map_err(Failure::Supervisor)?,
             name,
             lock,
         })
@@ -183,7 +186,10 @@ impl Session {
     fn commit(&mut self, plan: &Plan, doing: &'static str, options: CommitOptions) -> Result<Committed, Failure> {
         self.refuse_if_busy()?;
         let live = self.kernel.live(self.attached.memory());
-        let mut machine = self.attached.machine(&self.lock).map_err(Failure::Supervisor)?;
+        let mut machine = self
+            .attached
+            .machine(&self.supervisor, &self.lock)
+            .map_err(Failure::Supervisor)?;
         let result = commit::commit(&live, &mut machine as &mut dyn Machine, plan, &options);
         drop(machine);
         let committed = result.map_err(|source| failed(plan, doing, source));

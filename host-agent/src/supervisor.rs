@@ -46,11 +46,11 @@ pub struct Supervisor {
 }
 
 impl Supervisor {
-    /// Starts a supervisor for the guest behind the QMP socket `path`.
-    pub fn start(path: &Path, lock: &DomainLock) -> io::Result<Self> {
+    /// Starts `program`, which is `vmpatch`, as supervisor for the guest behind the QMP socket `path`.
+    pub fn start(program: &Path, path: &Path, lock: &DomainLock) -> io::Result<Self> {
         let (ours, theirs) = UnixStream::pair()?;
         ours.set_read_timeout(Some(ANSWER_TIME_MAX))?;
-        let child = Command::new(std::env::current_exe()?)
+        let child = Command::new(program)
             .arg("supervise")
             .arg(path)
             .stdin(Stdio::from(OwnedFd::from(theirs)))

@@ -125,11 +125,11 @@ impl Attached {
         Ok(self.qmp.borrow().cpu_states()?.iter().map(registers).collect())
     }
 
-    /// The guest as the core changes it, with a supervisor beside it for as long as this lives.
-    pub fn machine(&self, lock: &DomainLock) -> std::io::Result<GuardedMachine<'_>> {
+    /// The guest as the core changes it, with a supervisor, from that program, beside it for as long as this lives.
+    pub fn machine(&self, supervisor: &Path, lock: &DomainLock) -> std::io::Result<GuardedMachine<'_>> {
         Ok(GuardedMachine::new(
             self.qmp.borrow_mut(),
-            Supervisor::start(&self.socket, lock)?,
+            Supervisor::start(supervisor, &self.socket, lock)?,
         ))
     }
 
