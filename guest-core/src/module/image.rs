@@ -103,7 +103,7 @@ impl<'d> PatchModule<'d> {
                 layout.place(*id, section, *area)?;
             }
         }
-        let mut orc = self.orc_rows(|section| selection.needed.contains_key(&section))?;
+        let mut orc = self.orc_rows(|section| selection.needed.get(&section) == Some(&AreaKind::Text))?;
         orc.place(&mut layout)?;
         let mut places = vec![None; self.elf.sections.len()];
         for placed in &layout.sections {
