@@ -45,6 +45,9 @@ pub struct CodeMap {
     format: OrcFormat,
     /// `_stext.._etext`
     text: Range<Gva>,
+    /// `_sinittext.._einittext`: code that ran at boot. Its memory was given away, but the first idle task's stack
+    /// still has frames of it, to which nothing ever returns.
+    init_text: Option<Range<Gva>>,
     /// `_text.._end`: text and data
     image: Range<Gva>,
     orc: OrcTable,
@@ -71,6 +74,10 @@ impl CodeMap {
         let mut map = Self {
             format: format(view, &orc)?,
             text: symbol("_stext")?..symbol("_etext")?,
+            init_text: view
+                .symbol("_sinittext")
+                .zip(view.symbol("_einittext"))
+                .map(|(start, end)| start..end),
             image: symbol("_text")?..symbol("_end")?,
             orc,
             modules: Modules::find(view)?,
@@ -112,7 +119,7 @@ impl CodeMap {
 
     /// True for an address in known code.
     pub fn is_text(&self, at: Gva) -> bool {
-        self.text.contains(&at) || self.piece(at).is_some() || self.trampoline(at).is_some()
+        self.is_own_text(at) || self.piece(at).is_some() || self.trampoline(at).is_some()
     }
 
     /// True for a word that may point into code that is not known; see the module's text.
@@ -139,10 +146,14 @@ impl CodeMap {
             .trampoline(at)
             .and_then(|trampoline| trampoline.original(at))
             .unwrap_or(at);
-        if !self.text.contains(&there) {
+        if !self.is_own_text(there) {
             return Err(UnwindError::NoOrc { ip: at });
         }
         self.orc.rule(memory, &self.format, there)
+    }
+
+    fn is_own_text(&self, at: Gva) -> bool {
+        self.text.contains(&at) || self.init_text.as_ref().is_some_and(|text| text.contains(&at))
     }
 
     /// How this kernel writes ORC entries.

@@ -301,3 +301,19 @@ fn what_the_cpu_pushes_is_enough_to_go_on() {
         (vec!["0x10".into(), "0x100!".into(), "0x210".into()], Ok(()))
     );
 }
+
+#[test]
+fn frames_of_boot_code_that_is_gone_end_the_first_idle_tasks_stack() {
+    let mut functions = vec![("idle", entry::CALL_8); 16];
+    functions.push(("start_kernel", entry::END));
+    let mut case = case(
+        &functions,
+        &[(STACK + 0x100, vec![at(16, 0x20)])],
+        (at(0, 0x10), STACK + 0x100),
+    );
+    let ip = Gva(at(16, 0x20));
+    assert_eq!(walked(&case).1, Err(UnwindError::NotText { ip, sp: STACK + 0x108 }));
+    case.sample.set_symbol("_sinittext", at(16, 0));
+    case.sample.set_symbol("_einittext", at(17, 0));
+    assert_eq!(walked(&case), (vec!["0x10".into(), "0x20".into()], Ok(())));
+}
