@@ -176,7 +176,7 @@ pub fn gpa(at: u64) -> u64 {
 }
 
 /// An address in the direct map, so many bytes into the heap.
-pub fn heap(offset: u64) -> u64 {
+pub const fn heap(offset: u64) -> u64 {
     DIRECT + HEAP_GPA + offset
 }
 
@@ -522,6 +522,6 @@ impl Build {
 }
 
 /// A CPU's own copy of the per-CPU data.
-pub fn per_cpu_area(cpu: u64) -> u64 {
+pub const fn per_cpu_area(cpu: u64) -> u64 {
     PERCPU + PERCPU_BYTES * (1 + cpu)
 }
