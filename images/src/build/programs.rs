@@ -23,6 +23,7 @@ const PROGRAMS: [(&str, &str); 8] = [
     ("pause", include_str!("../../programs/pause.c")),
     ("printk", include_str!("../../programs/printk.c")),
     ("sections", include_str!("../../programs/sections.c")),
+    ("tasks", include_str!("../../programs/tasks.c")),
     ("siocatmark", include_str!("../../programs/siocatmark.c")),
     ("symbols", include_str!("../../programs/symbols.c")),
 ];

@@ -1,0 +1,198 @@
+//! The benchmark: how long a guest is paused, and how long an operator waits. One run on one guest; every figure stands beside
+//! what it is compared with, taken in the same run, turn by turn.
+//!
+//! usage: cargo run --release -p e2e --bin bench [CYCLES]
+
+use std::error::Error;
+use std::fs;
+use std::path::Path;
+use std::process::{Command, ExitCode, Stdio};
+use std::time::{Duration, Instant};
+
+use clap::Parser;
+use e2e::kit::{self, Modules};
+use e2e::monitor::Monitor;
+use e2e::vmpatch;
+use guest_core::commit::Committed;
+use host_agent::cli::Cli;
+use host_agent::progress::Progress;
+use host_agent::session::{Session, Target};
+use images::build::Cve;
+use images::guest::Guest;
+use images::kernel::Kernel;
+use serde_json::json;
+
+/// The guest's name.
+const NAME: &str = "vmbench";
+/// Tasks that sleep in the guest, beside its own.
+const TASKS: [usize; 3] = [100, 1_000, 5_000];
+/// Apply/revert cycles for each number of tasks, unless the command line says otherwise.
+const CYCLES_DEFAULT: usize = 200;
+/// Whole `vmpatch` processes for each number of tasks.
+const PROCESSES: usize = 11;
+/// Memory for 5,000 tasks' stacks and all else, MiB.
+const MEMORY_MIB: u32 = 1024;
+/// How long the guest may take to start its tasks.
+const START_LIMIT: Duration = Duration::from_secs(120);
+/// How often a running process is looked at for its memory.
+const SAMPLE: Duration = Duration::from_millis(1);
+
+type Result<T> = std::result::Result<T, Box<dyn Error>>;
+
+fn main() -> ExitCode {
+    match run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("bench: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run() -> Result<()> {
+    let cycles = std::env::args()
+        .nth(1)
+        .map_or(Ok(CYCLES_DEFAULT), |text| text.parse())?;
+    let kernel = Kernel::CLOUD_6_1;
+    let module = Modules::of(&kernel).cve(Cve::Y2026N52928);
+    let program = vmpatch::program()?;
+    let guest = Guest::boot(kit::guest(kernel).name(NAME).memory_mib(MEMORY_MIB))?;
+    let mut monitor = Monitor::second(&guest);
+    let is_kvm = monitor.call("query-kvm", json!({}))?["enabled"].as_bool() == Some(true);
+    let (release, accelerator) = (guest.kernel_release(), if is_kvm { "KVM" } else { "TCG" });
+    println!("{release}, 2 vCPUs, shared RAM, {accelerator}; {cycles} apply/revert cycles each; µs: p50 / p99 / max");
+    for tasks in TASKS {
+        let wanted = tasks.to_string();
+        let sleepers = guest.spawn(&["/opt/tasks", &wanted])?;
+        sleepers.wait_for_stdout("sleeping", START_LIMIT)?;
+        println!("\n{tasks} tasks");
+        pauses(&guest, &mut monitor, program, Path::new(&module), cycles)?;
+        processes(program, &module)?;
+        sleepers.kill()?;
+        sleepers.wait(START_LIMIT)?;
+    }
+    Ok(())
+}
+
+/// Cycles in one process that has found the kernel once, each beside a bare stop and cont.
+fn pauses(guest: &Guest, monitor: &mut Monitor, program: &Path, module: &Path, cycles: usize) -> Result<()> {
+    let options = Cli::parse_from(["vmpatch", "--domain", guest.name()]).options;
+    let progress = Progress::new(0);
+    let mut session = Session::open(&Target::from_options(&options)?, &progress)?;
+    session.supervisor = program.to_owned();
+    let bytes = fs::read(module)?;
+    let (mut bare, mut warm, mut all) = (Vec::new(), Vec::new(), Vec::new());
+    for _ in 0..cycles {
+        let start = Instant::now();
+        monitor.call("stop", json!({}))?;
+        monitor.call("cont", json!({}))?;
+        bare.push(micros(start.elapsed()));
+        let start = Instant::now();
+        let (record, applied) = session.apply(module, &bytes, &options)?;
+        warm.push(micros(start.elapsed()));
+        let (_, reverted) = session.revert(&record.id, &options)?;
+        all.extend([applied, reverted]);
+    }
+    let bare = Figures::of(bare);
+    let row = |name: &str, figures: Figures| {
+        println!("  {name:<36}{figures}   {:.2} × bare", ratio(figures.p50, bare.p50));
+    };
+    let pick = |pick: fn(&Committed) -> u64| Figures::of(all.iter().map(pick).collect());
+    println!("  {:<36}{bare}", "bare QMP stop + cont");
+    row("pause", pick(|c| c.pause_us_max));
+    row("  stop", pick(|c| c.pause.stop_us));
+    row("  registers", pick(|c| c.pause.registers_us));
+    row("  locks and stacks", pick(|c| c.pause.check_us));
+    row("  write and read back", pick(|c| c.pause.write_us));
+    row("  resume", pick(|c| c.pause.resume_us));
+    let tries: u32 = all.iter().map(|committed| committed.tries).sum();
+    println!(
+        "  {:<36}{:.2}",
+        "looks for a safe moment a commit",
+        ratio(tries.into(), all.len() as u64)
+    );
+    println!("  {:<36}{}", "apply, kernel found before (warm)", Figures::of(warm));
+    Ok(())
+}
+
+/// Whole processes, as an operator starts them.
+fn processes(program: &Path, module: &str) -> Result<()> {
+    let (mut cold, mut own_kib, mut mapped_kib) = (Vec::new(), 0, 0);
+    for _ in 0..PROCESSES {
+        let start = Instant::now();
+        let mut child = command(program, &["apply", module]).spawn()?;
+        while child.try_wait()?.is_none() {
+            let (own, mapped) = resident_kib(child.id());
+            own_kib = own_kib.max(own);
+            mapped_kib = mapped_kib.max(mapped);
+            std::thread::sleep(SAMPLE);
+        }
+        cold.push(micros(start.elapsed()));
+        let reverted = command(program, &["revert", "--all"]).status()?;
+        if !child.wait()?.success() || !reverted.success() {
+            return Err("vmpatch failed".into());
+        }
+    }
+    println!("  {:<36}{}", "vmpatch apply, whole process (cold)", Figures::of(cold));
+    println!(
+        "  {:<36}{own_kib} KiB, and {mapped_kib} KiB of guest RAM",
+        "its memory at the most"
+    );
+    Ok(())
+}
+
+fn command(program: &Path, args: &[&str]) -> Command {
+    let mut command = Command::new(program);
+    command
+        .args(["--domain", NAME])
+        .args(args)
+        .stdout(Stdio::null())
+        .stderr(Stdio::null());
+    command
+}
+
+/// Resident memory of a process: its own (anonymous and files), and shared, which is the guest's RAM.
+fn resident_kib(pid: u32) -> (u64, u64) {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+    let field = |name: &str| {
+        let line = status.lines().find_map(|line| line.strip_prefix(name));
+        line.and_then(|rest| rest.split_whitespace().next()?.parse().ok())
+            .unwrap_or(0)
+    };
+    (field("RssAnon:") + field("RssFile:"), field("RssShmem:"))
+}
+
+/// What is said of many times, in microseconds.
+#[derive(Debug, Clone, Copy)]
+struct Figures {
+    p50: u64,
+    p99: u64,
+    max: u64,
+}
+
+impl Figures {
+    fn of(mut times: Vec<u64>) -> Self {
+        times.sort_unstable();
+        let last = times.len().saturating_sub(1);
+        let at = |share: usize| times.get((times.len() * share / 100).min(last)).copied().unwrap_or(0);
+        Self {
+            p50: at(50),
+            p99: at(99),
+            max: at(100),
+        }
+    }
+}
+
+impl std::fmt::Display for Figures {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{:>7} / {:>7} / {:>7}", self.p50, self.p99, self.max)
+    }
+}
+
+fn ratio(a: u64, b: u64) -> f64 {
+    a as f64 / b.max(1) as f64
+}
+
+fn micros(time: Duration) -> u64 {
+    u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
+}
