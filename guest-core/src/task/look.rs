@@ -153,15 +153,12 @@ impl Look<'_> {
         }
     }
 
-    /// The task's return addresses in flight, where the scan alone does not say that all is clear.
+    /// What a walk needs, the task's return addresses in flight, where the scan alone does not say that all is clear.
     fn needs_walk(&self, task: Gva, finding: Finding) -> Result<Option<Vec<Hidden>>, Why> {
         if finding.is_clear() {
             return Ok(None);
         }
-        let hidden = self.returns.of_task(self.view, task)?;
-        let only_hidden = finding.old.is_none() && finding.unknown.is_none();
-        let returns_into_old = |one: &Hidden| self.old.at_return(Gva(one.ret)).is_some();
-        Ok((!only_hidden || hidden.iter().any(returns_into_old)).then_some(hidden))
+        Ok(Some(self.returns.of_task(self.view, task)?))
     }
 
     fn walk(&self, start: Start, stacks: &[Stack], hidden: &[Hidden]) -> Result<State, Why> {

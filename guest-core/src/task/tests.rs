@@ -11,11 +11,12 @@ const TASKS: u64 = 0xffff_8880_2000_0000;
 const STACKS: u64 = 0xffff_c900_0000_0000;
 const SIGNALS: u64 = 0xffff_8880_3000_0000;
 /// The functions: what sleeps, what it may be called from, where threads start.
-const FUNCTIONS: [(&str, [u8; 6]); 4] = [
+const FUNCTIONS: [(&str, [u8; 6]); 5] = [
     ("sleep", entry::CALL_8),
     ("old", entry::CALL_8),
     ("other", entry::CALL_8),
     ("ret_from_fork_asm", entry::END),
+    ("arch_rethook_trampoline", entry::UNDEFINED),
 ];
 
 /// A guest with one CPU, which task 1 runs, and tasks that sleep.
@@ -381,4 +382,24 @@ fn a_wild_stack_pointer_is_not_safe() {
         let verdict = guest.survey(&finder).outlook(&guest.sample);
         assert_eq!(verdict.unsure.first().unwrap().why, Why::StackPointer { sp });
     }
+}
+
+#[test]
+fn a_return_into_an_old_function_that_a_tracer_hides_blocks() {
+    let guest = Guest::new(2);
+    let finder = Quiescence::find(&guest.sample).unwrap();
+    // the return address into the old function is kept by a kretprobe; its trampoline stands on the stack
+    let (slot, node) = (Guest::stack(2) + 0x3038, Guest::stack(2) + 0x100);
+    guest.sleeps_in(2, TEXT + 0x400);
+    guest.sample.put_words(node, &[0, TEXT + 0x120, slot]);
+    assert_eq!(guest.survey(&finder).outlook(&guest.sample).unsure.len(), 1);
+    guest.sample.put_words(Guest::at(2) + task::RETHOOKS, &[node]);
+    let verdict = guest.survey(&finder).outlook(&guest.sample);
+    assert_eq!(blocked(&verdict), [2]);
+    let stack: Vec<_> = verdict.blockers[0]
+        .stack
+        .iter()
+        .map(|frame| frame.ip.0 - TEXT)
+        .collect();
+    assert_eq!(stack, [0x10, 0x120, 0x310]);
 }

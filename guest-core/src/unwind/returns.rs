@@ -6,9 +6,10 @@
 //!   `curr_ret_stack`, from 6.10 words up to offset `curr_ret_stack` in which such structs lie (kernel/trace/fgraph.c);
 //! - rethook: the list `task->rethooks` of `struct rethook_node` (kernel/trace/rethook.c, 6.1's kretprobes and later).
 //!
-//! A scan for old functions that did not look there would call a task safe that is about to return into one. Both
-//! remember the place on the stack, so that the walk finds the address that belongs there, whatever their order.
-//! Where a kernel does it in another way (kretprobes up to 5.17), such a stack is not safe.
+//! A scan for old functions would call a task safe that is about to return into one. So where a trampoline is on a
+//! stack, only a walk decides. Both remember the place on the stack: the walk finds the address that belongs there,
+//! whatever their order. Where it finds none, the stack is not safe: a kernel that keeps them in another way
+//! (kretprobes up to 5.17), or one stopped between replacing the address and noting it down (`rethook_hook`).
 
 use super::error::{SetupError, UnwindError};
 use super::view::KernelView;
@@ -16,10 +17,14 @@ use crate::addr::Gva;
 use crate::btf::BtfError;
 use std::ops::Range;
 
-/// Code that stands on the stack in place of a return address.
-const TRAMPOLINES: [&str; 3] = ["return_to_handler", "arch_rethook_trampoline", "__kretprobe_trampoline"];
-/// Older names of them.
-const OLD_TRAMPOLINES: [&str; 1] = ["kretprobe_trampoline"];
+/// Code that stands on the stack in place of a return address: the function graph tracer's.
+const GRAPH_TRAMPOLINE: &str = "return_to_handler";
+/// The same for kretprobes, by its names over time.
+const PROBE_TRAMPOLINES: [&str; 3] = [
+    "arch_rethook_trampoline",
+    "__kretprobe_trampoline",
+    "kretprobe_trampoline",
+];
 /// Functions in which a real return address may be in a register only, on its way back to the stack.
 const HANDLERS: [&str; 5] = [
     "ftrace_return_to_handler",
@@ -74,15 +79,14 @@ struct Rethook {
 impl Returns {
     /// Looks up the trampolines and the layouts that this kernel has.
     pub fn read(view: &dyn KernelView) -> Result<Self, SetupError> {
-        let names = TRAMPOLINES.iter().chain(&OLD_TRAMPOLINES);
-        let trampolines: Vec<_> = names.clone().filter_map(|name| view.symbol(name)).collect();
-        let mut code: Vec<_> = names
+        let names = || PROBE_TRAMPOLINES.iter().chain([&GRAPH_TRAMPOLINE]);
+        let mut code: Vec<_> = names()
             .chain(&HANDLERS)
             .filter_map(|name| view.symbol_range(name))
             .collect();
         code.sort_by_key(|range| range.start);
         Ok(Self {
-            trampolines,
+            trampolines: names().filter_map(|name| view.symbol(name)).collect(),
             code,
             graph: graph(view)?,
             rethook: rethook(view)?,
