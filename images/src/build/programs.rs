@@ -16,16 +16,16 @@ use crate::cache::{self, Cache};
 use crate::command;
 
 /// Names and texts of all programs.
-const PROGRAMS: [(&str, &str); 8] = [
+const PROGRAMS: [(&str, &str); 9] = [
     ("kstrtoint", include_str!("../../programs/kstrtoint.c")),
     ("lsrr", include_str!("../../programs/lsrr.c")),
     ("pair", include_str!("../../programs/pair.c")),
     ("pause", include_str!("../../programs/pause.c")),
     ("printk", include_str!("../../programs/printk.c")),
     ("sections", include_str!("../../programs/sections.c")),
-    ("tasks", include_str!("../../programs/tasks.c")),
     ("siocatmark", include_str!("../../programs/siocatmark.c")),
     ("symbols", include_str!("../../programs/symbols.c")),
+    ("tasks", include_str!("../../programs/tasks.c")),
 ];
 
 /// The headers that they share.
