@@ -73,51 +73,32 @@ impl Look<'_> {
         let mut stacks = vec![self.stack_of(task)?];
         let own = self.cpus.stacks(self.view, cpu);
         stacks.extend(own.map_err(|_| between.clone())?);
-        let on = stacks.iter().find(|stack| stack.holds(sp, 0));
+        let Some(on) = stacks.iter().find(|stack| stack.holds(sp, 0)) else {
+            // Just come from user mode, or about to go back: still, or again, on the user's stack. The kernel's are empty.
+            let is_outermost = sp < KERNEL_START && self.cpus.is_entry(rip);
+            let is_clear = is_outermost && self.old.at_instruction(Gva(rip)).is_none();
+            return is_clear.then_some(State::Clear).ok_or(between);
+        };
         let mut finding = scan_words(&registers.general, self.old, self.code, self.returns);
-        let words = scan_words(&[rip], self.old, self.code, self.returns);
-        finding = merge(finding, words);
-        if self.old.at_instruction(Gva(rip)).is_some() {
-            finding.old = Some(rip);
-        }
-        match on {
-            // the outermost stack: nothing else is in use
-            Some(stack) if stack.kind == StackKind::Task => {
+        finding = merge(finding, scan_words(&[rip], self.old, self.code, self.returns));
+        for stack in &stacks {
+            if stack == on {
                 finding = merge(finding, self.scan_from(stack, sp & !7, buffer)?);
-            }
-            // entering from user mode, or on the way back: the kernel's stacks are empty but for what is on them now
-            None if !(sp < KERNEL_START && self.cpus.is_entry(rip)) => return Err(between),
-            _ => {
-                for stack in &stacks {
-                    let from = if on == Some(stack) {
-                        sp & !7
-                    } else {
-                        stack.range.start.0
-                    };
-                    finding = merge(finding, self.scan_if_mapped(stack, from, on == Some(stack), buffer)?);
-                }
+            } else if on.kind != StackKind::Task {
+                // any of the others may be in use further out; from where on is not known yet
+                finding = merge(finding, self.scan_if_mapped(stack, buffer)?);
             }
         }
         let Some(hidden) = self.needs_walk(task, finding)? else {
             return Ok(State::Clear);
         };
-        if on.is_none() {
-            return Err(between);
-        }
         let frame = Frame {
             ip: Gva(rip),
             sp,
             interrupted: true,
         };
-        self.walk(
-            Start {
-                frame,
-                bp: registers.rbp(),
-                general: Some(registers.general),
-            },
-            &stacks,
-            &hidden,
-        )
+        let (bp, general) = (registers.rbp(), Some(registers.general));
+        self.walk(Start { frame, bp, general }, &stacks, &hidden)
     }
 
     /// The task's own stack.
@@ -145,10 +126,10 @@ impl Look<'_> {
         Ok(scan(buffer, self.old, self.code, self.returns))
     }
 
-    /// The same for a stack that may have no memory: that for a kind of exception which this CPU does not have.
-    fn scan_if_mapped(&self, stack: &Stack, from: u64, in_use: bool, buffer: &mut Vec<u8>) -> Result<Finding, Why> {
-        match self.scan_from(stack, from, buffer) {
-            Err(_) if !in_use && stack.kind == StackKind::Exception => Ok(Finding::default()),
+    /// The same for all of a stack that may have no memory: that for a kind of exception which this CPU does not have.
+    fn scan_if_mapped(&self, stack: &Stack, buffer: &mut Vec<u8>) -> Result<Finding, Why> {
+        match self.scan_from(stack, stack.range.start.0, buffer) {
+            Err(_) if stack.kind == StackKind::Exception => Ok(Finding::default()),
             finding => finding,
         }
     }

@@ -10,6 +10,8 @@ const COUNTS: u64 = 0xffff_ffff_8290_0000;
 const TASKS: u64 = 0xffff_8880_2000_0000;
 const STACKS: u64 = 0xffff_c900_0000_0000;
 const SIGNALS: u64 = 0xffff_8880_3000_0000;
+/// The code between user mode and the kernel proper.
+const ENTRY: u64 = TEXT + 0x800;
 /// The functions: what sleeps, what it may be called from, where threads start.
 const FUNCTIONS: [(&str, [u8; 6]); 5] = [
     ("sleep", entry::CALL_8),
@@ -37,6 +39,8 @@ impl Guest {
             ("runqueues", 8),
             ("hardirq_stack_ptr", 32),
             ("cea_exception_stacks", 40),
+            ("__entry_text_start", ENTRY),
+            ("__entry_text_end", ENTRY + 0x100),
         ] {
             sample.set_symbol(name, at);
         }
@@ -402,4 +406,48 @@ fn a_return_into_an_old_function_that_a_tracer_hides_blocks() {
         .map(|frame| frame.ip.0 - TEXT)
         .collect();
     assert_eq!(stack, [0x10, 0x120, 0x310]);
+}
+
+#[test]
+fn a_vcpu_on_its_way_between_user_mode_and_the_kernel_has_nothing_on_the_kernels_stack() {
+    let guest = Guest::new(1);
+    let finder = Quiescence::find(&guest.sample).unwrap();
+    guest.sample.put_words(Guest::stack(1) + 0x3ff0, &[TEXT + 0x120]);
+    // a system call's first instruction: the user's stack, and the kernel's GS base is still set aside
+    let mut registers = vcpu(Some((ENTRY, 0x7fff_0000)));
+    (registers.gs_base, registers.kernel_gs_base) = (0, CPU_DATA);
+    assert!(
+        guest
+            .survey(&finder)
+            .recheck(&guest.sample, &[registers])
+            .unwrap()
+            .is_safe()
+    );
+    // the user has set its GS base to the value of a CPU's
+    registers.gs_base = CPU_DATA;
+    assert!(
+        guest
+            .survey(&finder)
+            .recheck(&guest.sample, &[registers])
+            .unwrap()
+            .is_safe()
+    );
+}
+
+#[test]
+fn a_vcpu_in_an_interrupt_has_its_task_scanned_too() {
+    let guest = Guest::new(1);
+    let finder = Quiescence::find(&guest.sample).unwrap();
+    let irq = STACKS + 0x90_0000;
+    guest.sample.put(irq, &[0; STACK_BYTES as usize]);
+    guest.sample.put_words(CPU_DATA + 32, &[irq + STACK_BYTES - 8]);
+    guest.sample.put_words(irq + 0x3000, &[TEXT + 0x320]);
+    let registers = [vcpu(Some((TEXT + 0x10, irq + 0x3000)))];
+    let look = || guest.survey(&finder).recheck(&guest.sample, &registers).unwrap();
+    assert!(look().is_safe());
+    // left over at the far end of the task's stack: the walk, which does not get there, decides
+    guest.sample.put_words(Guest::stack(1) + 0x100, &[TEXT + 0x120]);
+    assert!(look().is_safe());
+    guest.sample.put_words(irq + 0x3000, &[TEXT + 0x920]);
+    assert!(!look().is_safe());
 }
