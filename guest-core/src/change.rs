@@ -219,7 +219,9 @@ pub(crate) mod hex {
         let pairs = text.as_bytes().chunks(2);
         pairs
             .map(|pair| {
-                let text = std::str::from_utf8(pair).ok().filter(|text| text.len() == 2);
+                // from_str_radix alone would take a sign, too
+                let text = std::str::from_utf8(pair).ok();
+                let text = text.filter(|text| text.len() == 2 && text.bytes().all(|byte| byte.is_ascii_hexdigit()));
                 text.and_then(|text| u8::from_str_radix(text, 16).ok())
                     .ok_or(D::Error::custom("not hex"))
             })
