@@ -6,7 +6,9 @@
 pub mod btf;
 pub mod guest;
 pub mod kallsyms;
+pub mod machine;
 pub mod module;
+pub mod patch;
 pub mod ram;
 pub mod tasks;
 pub mod types;

@@ -8,6 +8,17 @@ use std::sync::Arc;
 
 const PAGE: u64 = 4096;
 
+/// What goes wrong with a write, so many writes from now.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Fault {
+    /// That one fails; those behind it succeed.
+    Once(u64),
+    /// That one and all behind it fail, as if the writer had died.
+    Death(u64),
+    /// The same, and half of that one is written.
+    TornDeath(u64),
+}
+
 /// RAM from guest-physical 0 on. Copies share what neither has written.
 #[derive(Clone)]
 pub struct Ram {
@@ -17,7 +28,7 @@ pub struct Ram {
     reads: Cell<u64>,
     bytes_read: Cell<u64>,
     largest_read: Cell<usize>,
-    writes_left: Cell<Option<u64>>,
+    fault: Cell<Option<Fault>>,
 }
 
 impl Ram {
@@ -32,7 +43,7 @@ impl Ram {
             reads: Cell::new(0),
             bytes_read: Cell::new(0),
             largest_read: Cell::new(0),
-            writes_left: Cell::new(None),
+            fault: Cell::new(None),
         }
     }
 
@@ -62,9 +73,9 @@ impl Ram {
         self.base = Arc::new(bytes);
     }
 
-    /// Lets `writes` more succeed and the one behind them fail; after that one writes succeed again.
-    pub fn fail_write_after(&self, writes: u64) {
-        self.writes_left.set(Some(writes));
+    /// Lets so many more writes succeed before the fault; `None` takes it away.
+    pub fn set_fault(&self, fault: Option<Fault>) {
+        self.fault.set(fault);
     }
 
     /// All bytes as they are now, by page: only those that were written.
@@ -132,6 +143,15 @@ impl Ram {
     }
 }
 
+fn failed(at: Gpa, bytes: &[u8]) -> MemoryError {
+    let cause = "a fault of the test's".to_owned();
+    MemoryError::Host {
+        at,
+        len: bytes.len(),
+        cause,
+    }
+}
+
 fn span(page: u64) -> Range<usize> {
     (page * PAGE) as usize..((page + 1) * PAGE) as usize
 }
@@ -145,16 +165,21 @@ impl PhysMemory for Ram {
     }
 
     fn write(&self, at: Gpa, bytes: &[u8]) -> Result<(), MemoryError> {
-        if let Some(left) = self.writes_left.get() {
-            self.writes_left.set(left.checked_sub(1));
-            if left == 0 {
-                let cause = "a fault of the test's".to_owned();
-                return Err(MemoryError::Host {
-                    at,
-                    len: bytes.len(),
-                    cause,
-                });
+        match self.fault.get() {
+            Some(Fault::Once(0)) => {
+                self.fault.set(None);
+                return Err(failed(at, bytes));
             }
+            Some(Fault::Death(0)) => return Err(failed(at, bytes)),
+            Some(Fault::TornDeath(0)) => {
+                self.fault.set(Some(Fault::Death(0)));
+                self.put(at.0, &bytes[..bytes.len() / 2]);
+                return Err(failed(at, bytes));
+            }
+            Some(Fault::Once(left)) => self.fault.set(Some(Fault::Once(left - 1))),
+            Some(Fault::Death(left)) => self.fault.set(Some(Fault::Death(left - 1))),
+            Some(Fault::TornDeath(left)) => self.fault.set(Some(Fault::TornDeath(left - 1))),
+            None => {}
         }
         self.copy(at, &mut vec![0; bytes.len()])?;
         self.put(at.0, bytes);

@@ -1,0 +1,218 @@
+//! Commits in guests made by hand: faults at every write, deaths, guests that are in the way, forged records.
+
+mod common;
+
+use common::guest::{CAVE, Choice, DIRECT, ETEXT, FUNCTIONS, Guest, SITE_NOP, gpa};
+use common::machine::{Stopped, Vm};
+use common::patch::{OPTIONS, carry_out, mend, patched, plan, plan_for, registry, target, two};
+use common::ram::Fault;
+use common::tasks::{START, process, write};
+use guest_core::change::Change;
+use guest_core::commit::{CommitError, CommitOptions, Model, NotSafe, commit, lay, take_back};
+use guest_core::plan::{Plan, cleanup, recovery, revert};
+use guest_core::{Gpa, Kernel};
+use std::time::Duration;
+
+/// One write fails, and the commit takes everything back: no byte of the guest differs.
+#[test]
+fn a_write_that_fails_anywhere_leaves_the_guest_as_it_was() {
+    let (sound, kernel) = (Guest::new(), Guest::new().kernel());
+    let (applied, _) = patched();
+    let plans = [
+        plan(&sound, &kernel, &two()).unwrap(),
+        revert(&kernel.live(&applied.ram), &registry(&applied, &kernel), "fix").unwrap(),
+    ];
+    for (start, plan) in [&sound, &applied].into_iter().zip(plans) {
+        let mut write = 0;
+        loop {
+            let guest = start.clone();
+            guest.ram.set_fault(Some(Fault::Once(write)));
+            if carry_out(&guest, &kernel, &plan).is_ok() {
+                break;
+            }
+            assert!(guest.ram.differences().is_empty(), "write {write}");
+            write += 1;
+        }
+        assert!(write as usize >= plan.before.len() + plan.paused.len(), "{write}");
+    }
+}
+
+/// vmpatch dies at a write, also in the middle of one; its supervisor takes back what was not complete.
+#[test]
+fn a_death_at_any_write_is_made_harmless_by_the_supervisor() {
+    let (sound, kernel) = (Guest::new(), Guest::new().kernel());
+    let (applied, _) = patched();
+    let plans = [
+        plan(&sound, &kernel, &two()).unwrap(),
+        revert(&kernel.live(&applied.ram), &registry(&applied, &kernel), "fix").unwrap(),
+    ];
+    for (start, plan) in [&sound, &applied].into_iter().zip(plans) {
+        let journal = guest_core::machine::Journal {
+            before: plan.before.clone(),
+            paused: plan.paused.clone(),
+        };
+        let last = (plan.before.len() + plan.paused.len()) as u64 - 1;
+        for write in 0..=last {
+            for fault in [Fault::Death(write), Fault::TornDeath(write)] {
+                let guest = start.clone();
+                guest.ram.set_fault(Some(fault));
+                carry_out(&guest, &kernel, &plan).unwrap_err();
+                guest.ram.set_fault(None);
+                let mut stopped = Stopped {
+                    ram: &guest.ram,
+                    vcpus: &guest.vcpus,
+                    elapsed: Duration::ZERO,
+                };
+                let complete = take_back(&guest.ram, &mut stopped, &journal).unwrap();
+                // Half of the last word is all of the state: everything else was written before.
+                assert!(!complete || fault == Fault::TornDeath(last), "{fault:?}");
+                assert!(complete || guest.ram.differences().is_empty(), "{fault:?}");
+            }
+        }
+    }
+}
+
+/// The supervisor died, too: the next vmpatch finds in the guest what there is to undo.
+#[test]
+fn a_death_at_any_write_is_mended_by_the_next_vmpatch() {
+    let (sound, kernel) = (Guest::new(), Guest::new().kernel());
+    let plan = plan(&sound, &kernel, &two()).unwrap();
+    // the first change lays the registry's page; before the header is written nothing tells whose the zeros are
+    for write in 2..(plan.before.len() + plan.paused.len()) as u64 {
+        let guest = sound.clone();
+        guest.ram.set_fault(Some(Fault::Death(write)));
+        carry_out(&guest, &kernel, &plan).unwrap_err();
+        guest.ram.set_fault(None);
+        mend(&guest, &kernel);
+        assert!(guest.ram.differences().is_empty(), "write {write}");
+    }
+}
+
+#[test]
+fn a_task_inside_the_old_function_keeps_it_as_it_is() {
+    let guest = Guest::new();
+    let kernel = guest.kernel();
+    write(
+        &guest,
+        process(1),
+        "stuck",
+        &[FUNCTIONS + 16, FUNCTIONS + 64 * 3 + 20, START + 1],
+    );
+    let before = guest.ram.differences();
+    let plan = plan_for(&guest, &kernel, "victim").unwrap();
+    let mut vm = Vm::new(&guest);
+    let options = CommitOptions {
+        timeout: Duration::from_millis(5),
+        ..OPTIONS
+    };
+    let error = commit(&kernel.live(&guest.ram), &mut vm, &plan, &options).unwrap_err();
+    assert_eq!((vm.pauses, vm.journal.clone()), (0, None));
+    let CommitError::NotSafe { said, tries, .. } = error else {
+        panic!()
+    };
+    assert!(said.contains("stuck (pid 101) is inside victim") && tries > 1, "{said}");
+    assert!(guest.ram.differences() == before);
+    let none = CommitOptions {
+        model: Model::None,
+        ..OPTIONS
+    };
+    commit(&kernel.live(&guest.ram), &mut Vm::new(&guest), &plan, &none).unwrap();
+    target(&guest, guest.symbol("victim") + 4);
+}
+
+#[test]
+fn a_guest_that_is_changing_its_own_text_is_waited_for() {
+    let guest = Guest::new();
+    let kernel = guest.kernel();
+    let plan = plan_for(&guest, &kernel, "victim").unwrap();
+    guest.put_u64(guest.symbol("text_mutex"), DIRECT);
+    let error = carry_out(&guest, &kernel, &plan).unwrap_err();
+    assert!(matches!(error, CommitError::NotSafe { why: NotSafe::Held(held), .. } if held.name == "text_mutex"));
+    assert_eq!(guest.bytes_at(guest.symbol("victim") + 4, 5), SITE_NOP);
+    assert_eq!(guest.bytes_at(CAVE, 8), [0xcc; 8]);
+}
+
+#[test]
+fn a_pause_that_is_too_long_changes_nothing() {
+    let guest = Guest::new();
+    let kernel = guest.kernel();
+    let plan = plan_for(&guest, &kernel, "victim").unwrap();
+    let mut vm = Vm::new(&guest);
+    vm.elapsed = Duration::from_secs(2);
+    let error = commit(&kernel.live(&guest.ram), &mut vm, &plan, &OPTIONS).unwrap_err();
+    assert!(matches!(
+        error,
+        CommitError::TooLong {
+            took_us: 2_000_000,
+            allowed_us: 1_000_000
+        }
+    ));
+    assert!(guest.ram.differences().is_empty());
+}
+
+#[test]
+fn a_guest_that_changed_since_the_plan_is_left_alone() {
+    let guest = Guest::new();
+    let kernel = guest.kernel();
+    let plan = plan_for(&guest, &kernel, "victim").unwrap();
+    guest.put(guest.symbol("victim") + 4, &[0xe8, 9, 9, 9, 9]);
+    let before = guest.ram.differences();
+    let error = carry_out(&guest, &kernel, &plan).unwrap_err();
+    assert!(matches!(error, CommitError::Changed(_)), "{error}");
+    assert!(guest.ram.differences() == before);
+}
+
+/// A record in the guest is the guest's word: changes that lie outside of RAM, or that say what is not there.
+#[test]
+fn a_forged_record_makes_revert_an_error_and_changes_nothing() {
+    for (at, len) in [
+        (u64::MAX - 2, 5),
+        (16 << 20, 5),
+        (gpa(ETEXT) - 2, 5),
+        (gpa(FUNCTIONS), 0),
+    ] {
+        let (guest, kernel) = patched();
+        let live = kernel.live(&guest.ram);
+        let mut registry = registry(&guest, &kernel);
+        let record = registry.entries[0].record.as_mut().unwrap();
+        record.changes = vec![Change::replace("forged", Gpa(at), vec![1; len], vec![2; len])];
+        record.text.len = u64::MAX;
+        record.text.start = u64::MAX;
+        let plan = revert(&live, &registry, "fix").unwrap();
+        if len != 0 {
+            carry_out(&guest, &kernel, &plan).unwrap_err();
+            assert!(guest.ram.differences().is_empty(), "{at:#x}");
+        }
+        let _ = recovery(&live, &registry);
+        let _ = cleanup(&live, &registry);
+        assert!(plan.paused.iter().all(|change| change.len() <= 2 << 20));
+    }
+}
+
+#[test]
+fn every_form_of_a_kernel_is_patched_and_given_back() {
+    for release in common::kallsyms::RELEASES {
+        for five_levels in [false, true] {
+            let guest = Guest::with(Choice {
+                release,
+                five_levels,
+                isolated: true,
+            });
+            let kernel = guest.kernel();
+            let model = CommitOptions {
+                model: Model::None,
+                ..OPTIONS
+            };
+            let carry = |plan: &Plan| commit(&kernel.live(&guest.ram), &mut Vm::new(&guest), plan, &model).unwrap();
+            carry(&plan(&guest, &kernel, &two()).unwrap());
+            carry(&revert(&kernel.live(&guest.ram), &registry(&guest, &kernel), "fix").unwrap());
+            mend_without_stacks(&guest, &kernel);
+            assert!(guest.ram.differences().is_empty(), "{release:?} {five_levels}");
+        }
+    }
+}
+
+fn mend_without_stacks(guest: &Guest, kernel: &Kernel) {
+    let live = kernel.live(&guest.ram);
+    lay(&live, &cleanup(&live, &registry(guest, kernel)).unwrap()).unwrap();
+}

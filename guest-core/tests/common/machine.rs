@@ -1,0 +1,79 @@
+//! A machine of which only memory and registers are there: stopping it takes no time, and a journal is only kept.
+
+use super::guest::Guest;
+use super::ram::Ram;
+use guest_core::machine::{Journal, Machine, MachineError, PauseTimes, Paused};
+use guest_core::{Gpa, PhysMemory, Registers};
+use std::time::Duration;
+
+/// The machine of a guest.
+pub struct Vm<'a> {
+    pub ram: &'a Ram,
+    pub vcpus: Vec<Registers>,
+    /// What a supervisor would have to take back.
+    pub journal: Option<Journal>,
+    /// How often it was stopped.
+    pub pauses: u32,
+    /// How long each pause is said to have taken up to the writes.
+    pub elapsed: Duration,
+}
+
+impl<'a> Vm<'a> {
+    /// The machine that runs `guest`.
+    pub fn new(guest: &'a Guest) -> Self {
+        let vcpus = guest.vcpus.clone();
+        Self {
+            ram: &guest.ram,
+            vcpus,
+            journal: None,
+            pauses: 0,
+            elapsed: Duration::ZERO,
+        }
+    }
+}
+
+impl Machine for Vm<'_> {
+    fn guard(&mut self, journal: Option<&Journal>) -> Result<(), MachineError> {
+        self.journal = journal.cloned();
+        Ok(())
+    }
+
+    fn pause(&mut self) -> Result<Box<dyn Paused + '_>, MachineError> {
+        self.pauses += 1;
+        Ok(Box::new(Stopped {
+            ram: self.ram,
+            vcpus: &self.vcpus,
+            elapsed: self.elapsed,
+        }))
+    }
+}
+
+/// The same while its vCPUs stand.
+pub struct Stopped<'a> {
+    pub ram: &'a Ram,
+    pub vcpus: &'a [Registers],
+    pub elapsed: Duration,
+}
+
+impl Paused for Stopped<'_> {
+    fn registers(&mut self) -> Result<Vec<Registers>, MachineError> {
+        Ok(self.vcpus.to_vec())
+    }
+
+    fn elapsed(&self) -> Duration {
+        self.elapsed
+    }
+
+    fn write(&mut self, writes: &[(Gpa, Vec<u8>)]) -> Result<(), MachineError> {
+        for (at, bytes) in writes {
+            self.ram
+                .write(*at, bytes)
+                .map_err(|error| MachineError::new("writing to the guest", error))?;
+        }
+        Ok(())
+    }
+
+    fn resume(self: Box<Self>) -> Result<PauseTimes, MachineError> {
+        Ok(PauseTimes::default())
+    }
+}

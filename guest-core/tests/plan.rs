@@ -1,0 +1,250 @@
+//! Plans for guests made by hand: what is written where, and what is refused.
+
+mod common;
+
+use common::guest::{FUNCTIONS, Guest, heap};
+use common::module::{Function, livepatch, livepatch_for};
+use common::patch::{carry_out, mend, patched, plan, plan_for, refusal, registry, target, two};
+use guest_core::module::ResolveError;
+use guest_core::place::{Redirect, RegistryError, State};
+use guest_core::plan::{Refusal, RevertError, revert};
+use guest_core::redirect::RedirectError;
+use guest_core::{Gva, VirtMemory};
+
+#[test]
+fn a_patched_function_jumps_into_code_that_only_runs() {
+    let guest = Guest::new();
+    let kernel = guest.kernel();
+    let plan = plan_for(&guest, &kernel, "victim").unwrap();
+    assert!(guest.ram.differences().is_empty());
+    carry_out(&guest, &kernel, &plan).unwrap();
+    let new = target(&guest, guest.symbol("victim") + 4);
+    let mut code = [0; 10];
+    let live = kernel.live(&guest.ram);
+    live.read(Gva(new), &mut code).unwrap();
+    assert_eq!(code.to_vec(), Function::returning_one("victim").code);
+    let there = kernel.space.translate(&guest.ram, Gva(new)).unwrap();
+    assert!(there.executable && !there.writable);
+    let record = guest_core::kernel::ftrace::record(&live, Gva(guest.symbol("victim")))
+        .unwrap()
+        .unwrap();
+    assert!(record.is_disabled() && !record.is_held());
+    let registry = registry(&guest, &kernel);
+    let [entry] = registry.entries.as_slice() else { panic!() };
+    assert_eq!(entry.state, State::Applied);
+    let record = entry.record.as_ref().unwrap();
+    assert_eq!((record.id.as_str(), record.applied_at, record.order), ("fix", 7, 1));
+    assert_eq!(
+        (record.functions[0].redirect, record.functions[0].new),
+        (Redirect::Ftrace, new)
+    );
+}
+
+#[test]
+fn a_function_without_a_site_gets_the_jump_at_its_entry() {
+    let guest = Guest::new();
+    let kernel = guest.kernel();
+    let plan = plan_for(&guest, &kernel, "notrace_victim").unwrap();
+    assert_eq!(plan.record.functions[0].redirect, Redirect::Body);
+    carry_out(&guest, &kernel, &plan).unwrap();
+    assert_eq!(
+        target(&guest, guest.symbol("notrace_victim")),
+        plan.record.functions[0].new
+    );
+}
+
+#[test]
+fn a_function_that_is_traced_gets_the_jump_behind_its_site() {
+    let guest = Guest::new();
+    let kernel = guest.kernel();
+    let site = guest.symbol("victim") + 4;
+    let record = guest_core::kernel::ftrace::record(&kernel.live(&guest.ram), Gva(site))
+        .unwrap()
+        .unwrap();
+    guest.put_u64(record.flags_at.0, 1 << 31 | 1);
+    guest.put(site, &[0xe8, 1, 2, 3, 4]);
+    let plan = plan_for(&guest, &kernel, "victim").unwrap();
+    assert_eq!(plan.record.functions[0].redirect, Redirect::Body);
+    carry_out(&guest, &kernel, &plan).unwrap();
+    assert_eq!(guest.bytes_at(site, 5), [0xe8, 1, 2, 3, 4]);
+    assert_eq!(target(&guest, site + 5), plan.record.functions[0].new);
+    assert_eq!(guest.u64_at(record.flags_at.0), 1 << 31 | 1);
+}
+
+#[test]
+fn the_n_th_of_several_functions_of_one_name_is_patched() {
+    let guest = Guest::new();
+    let kernel = guest.kernel();
+    assert!(matches!(
+        refusal(&guest, &kernel, "twin"),
+        Refusal::Function {
+            cause: ResolveError::Ambiguous { .. },
+            ..
+        }
+    ));
+    let second = Function {
+        sympos: 2,
+        ..Function::returning_one("twin")
+    };
+    let plan = plan(&guest, &kernel, &livepatch("fix", &[second])).unwrap();
+    assert_eq!(plan.record.functions[0].old, FUNCTIONS + 64 * 5);
+}
+
+#[test]
+fn parts_that_the_compiler_split_off_must_not_run_either() {
+    let guest = Guest::new();
+    let plan = plan_for(&guest, &guest.kernel(), "victim").unwrap();
+    let occupied: Vec<_> = plan
+        .occupied
+        .iter()
+        .map(|part| (part.name.as_str(), part.code.start.0))
+        .collect();
+    assert_eq!(
+        occupied,
+        [("victim", FUNCTIONS + 64 * 3), ("victim.cold", FUNCTIONS + 64 * 6)]
+    );
+}
+
+#[test]
+fn new_code_calls_what_the_kernel_exports_and_nothing_else() {
+    let guest = Guest::new();
+    let kernel = guest.kernel();
+    let calling = |symbol| {
+        let code = vec![0xe8, 0, 0, 0, 0, 0xc3];
+        livepatch(
+            "fix",
+            &[Function {
+                code,
+                calls: Some((1, symbol)),
+                ..Function::returning_one("victim")
+            }],
+        )
+    };
+    let planned = plan(&guest, &kernel, &calling("schedule")).unwrap();
+    carry_out(&guest, &kernel, &planned).unwrap();
+    let new = planned.record.functions[0].new;
+    let mut code = [0; 5];
+    kernel.live(&guest.ram).read(Gva(new), &mut code).unwrap();
+    let distance = i32::from_le_bytes(code[1..].try_into().unwrap());
+    assert_eq!(new.wrapping_add(5).wrapping_add_signed(distance.into()), FUNCTIONS);
+    let guest = Guest::new();
+    assert!(matches!(
+        plan(&guest, &kernel, &calling("victim")),
+        Err(Refusal::Link(_))
+    ));
+    assert!(matches!(
+        plan(&guest, &kernel, &calling("nobody")),
+        Err(Refusal::Link(_))
+    ));
+}
+
+#[test]
+fn what_does_not_fit_the_guest_is_refused_by_name() {
+    let guest = Guest::new();
+    let kernel = guest.kernel();
+    let other = livepatch_for("fix", "6.1.0-other SMP ", &[Function::returning_one("victim")]);
+    assert!(matches!(plan(&guest, &kernel, &other), Err(Refusal::Vermagic { .. })));
+    assert!(matches!(
+        refusal(&guest, &kernel, "nobody"),
+        Refusal::Function {
+            cause: ResolveError::NotFound { .. },
+            ..
+        }
+    ));
+    assert!(matches!(
+        refusal(&guest, &kernel, "tiny"),
+        Refusal::Redirect(RedirectError::TooShort { len: 3, needed: 5, .. })
+    ));
+    let big = Function {
+        code: vec![0x90; 2 << 20],
+        ..Function::returning_one("victim")
+    };
+    let found = plan(&guest, &kernel, &livepatch("fix", &[big]));
+    assert!(
+        matches!(found, Err(Refusal::Registry(RegistryError::Full { .. }))),
+        "{found:?}"
+    );
+    assert!(matches!(plan(&guest, &kernel, b"\x7fELF"), Err(Refusal::Module(_))));
+    assert!(guest.ram.differences().is_empty());
+}
+
+#[test]
+fn a_site_with_bytes_that_nobody_accounts_for_is_refused() {
+    let guest = Guest::new();
+    let kernel = guest.kernel();
+    guest.put(guest.symbol("victim") + 4, &[0xcc]);
+    let Refusal::Redirect(RedirectError::Foreign { found, .. }) = refusal(&guest, &kernel, "victim") else {
+        panic!()
+    };
+    assert_eq!(found, "cc1f440000");
+}
+
+#[test]
+fn a_body_that_the_kernel_rewrites_itself_is_refused() {
+    for (number, what) in [(20, "a jump label"), (21, "a static call")] {
+        let name: &'static str = if number == 20 { "function_20" } else { "function_21" };
+        let guest = Guest::new();
+        let kernel = guest.kernel();
+        let live = kernel.live(&guest.ram);
+        let record = guest_core::kernel::ftrace::record(&live, Gva(FUNCTIONS + 64 * number))
+            .unwrap()
+            .unwrap();
+        guest.put_u64(record.flags_at.0, 1 << 31);
+        let Refusal::Redirect(RedirectError::Rewritten { what: found, .. }) = refusal(&guest, &kernel, name) else {
+            panic!()
+        };
+        assert!(found.starts_with(what), "{found}");
+    }
+}
+
+#[test]
+fn a_function_that_the_guests_own_livepatch_holds_is_refused() {
+    let guest = Guest::new();
+    let kernel = guest.kernel();
+    let (patch, object, function) = (heap(0x1000), heap(0x2000), heap(0x3000));
+    guest.link(guest.symbol("klp_patches"), &[patch + 32]);
+    guest.link(patch + 48, &[object + 72]);
+    guest.link(object + 56, &[function + 40]);
+    guest.put_u64(function + 24, guest.symbol("victim"));
+    assert!(matches!(
+        refusal(&guest, &kernel, "victim"),
+        Refusal::Redirect(RedirectError::OwnLivepatch { .. })
+    ));
+}
+
+#[test]
+fn a_patch_is_applied_once_and_a_function_is_patched_once() {
+    let (guest, kernel) = patched();
+    assert!(matches!(
+        refusal(&guest, &kernel, "schedule"),
+        Refusal::AlreadyApplied { .. }
+    ));
+    let other = livepatch("other", &[Function::returning_one("victim")]);
+    assert!(matches!(plan(&guest, &kernel, &other), Err(Refusal::Held { id, .. }) if id == "fix"));
+    let other = livepatch("other", &[Function::returning_one("vfs_read")]);
+    let plan = plan(&guest, &kernel, &other).unwrap();
+    assert_eq!(plan.record.order, 2);
+    carry_out(&guest, &kernel, &plan).unwrap();
+    assert_eq!(registry(&guest, &kernel).entries.len(), 2);
+}
+
+#[test]
+fn a_patch_taken_out_leaves_the_guest_as_it_was() {
+    let guest = Guest::new();
+    let kernel = guest.kernel();
+    carry_out(&guest, &kernel, &plan(&guest, &kernel, &two()).unwrap()).unwrap();
+    let out = revert(&kernel.live(&guest.ram), &registry(&guest, &kernel), "fix").unwrap();
+    carry_out(&guest, &kernel, &out).unwrap();
+    mend(&guest, &kernel);
+    assert!(guest.ram.differences().is_empty());
+}
+
+#[test]
+fn a_patch_that_is_not_there_is_told_with_those_that_are() {
+    let (guest, kernel) = patched();
+    let error = revert(&kernel.live(&guest.ram), &registry(&guest, &kernel), "fxi").unwrap_err();
+    assert!(
+        matches!(&error, RevertError::Unknown { known, .. } if known == &["fix"]),
+        "{error}"
+    );
+}
