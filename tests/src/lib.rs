@@ -2,17 +2,21 @@
 //! run as an operator runs it.
 //!
 //! - [`vmpatch`] builds the program, runs it on a guest and holds what it answered;
+//! - [`report`] reads that answer's JSON;
 //! - [`kit`] has the programs that go into a guest, and the livepatch modules for each kernel;
 //! - [`bed`] lends guests to tests: booted once for many, checked and cleaned after each;
 //! - [`probe`] runs a program in a guest that sees which kernel function is in force;
+//! - [`ftrace`] turns the guest's own tracing on and off;
 //! - [`health`] finds the guest kernel's own complaints;
 //! - [`monitor`] talks to QEMU behind vmpatch's back;
 //! - [`ram`] compares all of a guest's memory, or its kernel, before and after.
 
 pub mod bed;
+pub mod ftrace;
 pub mod health;
 pub mod kit;
 pub mod monitor;
 pub mod probe;
 pub mod ram;
+pub mod report;
 pub mod vmpatch;
