@@ -10,27 +10,33 @@ const SLOTS: (u64, usize) = (64, 32);
 /// The pool's first page behind the registry and the page table.
 const RECORDS: u64 = CAVE + 2 * 4096;
 
-/// The input is a number of slots, the slots, and what lies behind them in the pool.
-pub fn run(data: &[u8]) {
-    super::with_sound(|guest, kernel| {
-        let Some((slots, rest)) = data.split_first() else {
-            return;
-        };
-        let (slots, rest) = rest.split_at(rest.len().min(usize::from(*slots % 8) * SLOTS.1));
-        lay(&guest, kernel, slots, rest);
-        guest.ram.count_from_here();
-        look(&guest, kernel);
-        super::assert_bounded(&guest);
+thread_local! {
+    /// A guest with an empty registry.
+    static LAID: Guest = super::with_sound(|guest, kernel| {
+        let live = kernel.live(&guest.ram);
+        let caves = cave::find(&live).expect("the caves of a sound guest");
+        let registry = Registry::find(&live, &caves).expect("room for a registry in a sound guest");
+        for change in registry.creation() {
+            change.make(&guest.ram).expect("an empty registry");
+        }
+        guest
     });
 }
 
-fn lay(guest: &Guest, kernel: &Kernel, slots: &[u8], pool: &[u8]) {
-    let live = kernel.live(&guest.ram);
-    let caves = cave::find(&live).expect("the caves of a sound guest");
-    let registry = Registry::find(&live, &caves).expect("room for a registry in a sound guest");
-    for change in registry.creation() {
-        change.make(&guest.ram).expect("an empty registry");
-    }
+/// The input is a number of slots, the slots, and what lies behind them in the pool.
+pub fn run(data: &[u8]) {
+    let Some((slots, rest)) = data.split_first() else {
+        return;
+    };
+    let (slots, rest) = rest.split_at(rest.len().min(usize::from(*slots % 8) * SLOTS.1));
+    let guest = LAID.with(Guest::clone);
+    lay(&guest, slots, rest);
+    guest.ram.count_from_here();
+    super::with_sound(|_, kernel| look(&guest, kernel));
+    super::assert_bounded(&guest);
+}
+
+fn lay(guest: &Guest, slots: &[u8], pool: &[u8]) {
     guest.put(CAVE + SLOTS.0, slots);
     let room = (0x10_0000 - 2 * 4096).min(pool.len());
     guest.put(RECORDS, &pool[..room]);
