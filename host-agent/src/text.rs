@@ -76,7 +76,10 @@ pub fn inspection(report: &Inspection) -> String {
         "process",
         format!("{} (QEMU {}, {})", report.guest.pid, report.qemu, report.accelerator),
     );
-    row("guest", format!("{} vCPUs, {} MiB", report.vcpus, report.ram >> 20));
+    row(
+        "guest",
+        format!("{} vCPUs, {} MiB", report.vcpus, report.ram.div_ceil(1 << 20)),
+    );
     row("kernel", report.banner.clone());
     row(
         "image",

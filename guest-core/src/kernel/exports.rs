@@ -10,24 +10,47 @@ const NAME_BYTES_MAX: usize = 512;
 /// More entries than a kernel has.
 const ENTRIES_MAX: u64 = 1 << 20;
 
-/// The address that the image exports `name` at; `None` where it does not. Both tables are looked through: vmpatch
-/// applies modules whatever their licence, as it is the operator who answers for them.
-pub fn find(live: &Live<'_>, name: &str) -> Result<Option<Gva>, KernelError> {
-    for (start, stop) in [
-        ("__start___ksymtab", "__stop___ksymtab"),
-        ("__start___ksymtab_gpl", "__stop___ksymtab_gpl"),
+/// An exported symbol.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Export {
+    /// Its address.
+    pub address: Gva,
+    /// The checksum of its type (`CONFIG_MODVERSIONS`), where the kernel has them: one for each entry of the table, 4 bytes
+    /// (`__kcrctab`; plain values on x86 in all releases from 4.19 to 6.12).
+    pub crc: Option<u32>,
+}
+
+/// What the image exports as `name`; `None` where it does not. Both tables are looked through: vmpatch applies modules
+/// whatever their licence, as it is the operator who answers for them.
+pub fn find(live: &Live<'_>, name: &str) -> Result<Option<Export>, KernelError> {
+    for (start, stop, crcs) in [
+        ("__start___ksymtab", "__stop___ksymtab", "__start___kcrctab"),
+        ("__start___ksymtab_gpl", "__stop___ksymtab_gpl", "__start___kcrctab_gpl"),
     ] {
-        let (Some(start), Some(stop)) = (live.kernel.symbols.unique(start), live.kernel.symbols.unique(stop)) else {
+        let at = |symbol| live.kernel.symbols.unique(symbol);
+        let (Some(start), Some(stop)) = (at(start), at(stop)) else {
             continue;
         };
-        if let Some(found) = search(live, start, stop, name)? {
-            return Ok(Some(found));
+        if let Some((index, address)) = search(live, start, stop, name)? {
+            let crc = at(crcs).map(|crcs| {
+                let at = crcs.wrapping_add(4 * index);
+                live.read_u32(at).map_err(|source| KernelError::Unreadable {
+                    what: "__kcrctab",
+                    at,
+                    source,
+                })
+            });
+            return Ok(Some(Export {
+                address,
+                crc: crc.transpose()?,
+            }));
         }
     }
     Ok(None)
 }
 
-fn search(live: &Live<'_>, start: Gva, stop: Gva, name: &str) -> Result<Option<Gva>, KernelError> {
+/// The index and the address of `name` in one table.
+fn search(live: &Live<'_>, start: Gva, stop: Gva, name: &str) -> Result<Option<(u64, Gva)>, KernelError> {
     let size = live.kernel.btf.structure("kernel_symbol")?.size();
     let count = (stop.0.saturating_sub(start.0) / size.max(1)).min(ENTRIES_MAX);
     let entry = |index: u64| start.wrapping_add(index * size);
@@ -38,7 +61,7 @@ fn search(live: &Live<'_>, start: Gva, stop: Gva, name: &str) -> Result<Option<G
         match text(live, at)?.as_slice().cmp(name.as_bytes()) {
             std::cmp::Ordering::Less => low = middle + 1,
             std::cmp::Ordering::Greater => high = middle,
-            std::cmp::Ordering::Equal => return relative(live, entry(middle)).map(Some),
+            std::cmp::Ordering::Equal => return Ok(Some((middle, relative(live, entry(middle))?))),
         }
     }
     Ok(None)

@@ -10,7 +10,7 @@ pub const VMLINUX: &str = "vmlinux";
 impl ResolveSymbol for Live<'_> {
     fn exported(&self, name: &str) -> Result<Gva, ResolveError> {
         match exports::find(self, name) {
-            Ok(Some(found)) => Ok(found),
+            Ok(Some(export)) => Ok(export.address),
             Ok(None) if self.kernel.symbols.named(name).next().is_some() => Err(ResolveError::NotExported),
             Ok(None) => Err(ResolveError::NotFound {
                 object: VMLINUX.to_owned(),

@@ -57,6 +57,9 @@ pub use sites::TableError;
 use elf::Elf;
 use sections::{Relocation, Section, Symbol, SymbolPlace};
 
+/// Bytes of a `struct modversion_info`.
+const VERSION_BYTES: usize = 64;
+
 /// A livepatch module file that has been read and checked. It borrows the file's bytes.
 #[derive(Debug)]
 pub struct PatchModule<'d> {
@@ -102,6 +105,21 @@ impl<'d> PatchModule<'d> {
     /// guest's own `.orc_header` (arch/x86/include/asm/orc_header.h).
     pub fn orc_header(&self) -> Option<&'d [u8]> {
         self.section_named(".orc_header").map(|(_, section)| section.data)
+    }
+
+    /// What the module was compiled against: names of exported symbols and the checksums of their types (`__versions`,
+    /// `struct modversion_info` of include/linux/module.h: 8 bytes and a name of 56). Empty without `CONFIG_MODVERSIONS`.
+    pub fn versions(&self) -> impl Iterator<Item = (&'d str, u32)> {
+        let data = self
+            .section_named("__versions")
+            .map_or(&[][..], |(_, section)| section.data);
+        data.chunks_exact(VERSION_BYTES).filter_map(|entry| {
+            let (crc, name) = entry.split_first_chunk::<8>()?;
+            let name = name.split(|byte| *byte == 0).next()?;
+            // The kernel compares the low half only (kernel/module/version.c).
+            let crc = u32::try_from(u64::from_le_bytes(*crc) & 0xffff_ffff).ok()?;
+            Some((std::str::from_utf8(name).ok()?, crc))
+        })
     }
 
     /// All sections that a loader gives memory to.

@@ -30,6 +30,8 @@ pub struct PatchedFunction {
     pub new_len: u64,
     /// How the jump is laid.
     pub redirect: Redirect,
+    /// Guest-physical address of the jump.
+    pub jump: u64,
 }
 
 /// A part of the patch in the pool's window: first address and bytes, guest-virtual.

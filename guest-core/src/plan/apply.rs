@@ -4,7 +4,7 @@ use super::Plan;
 use crate::addr::Gva;
 use crate::change::Change;
 use crate::kernel::resolve::VMLINUX;
-use crate::kernel::{KernelError, Live, livepatch};
+use crate::kernel::{KernelError, Live, exports, livepatch};
 use crate::memory::VirtMemory;
 use crate::module::{
     AltLayout, Bases, GuestContext, ImageError, LinkError, Linked, LinkedFunction, ModuleError, PatchError,
@@ -43,6 +43,18 @@ pub enum Refusal {
         module: String,
         /// `vermagic`, or the release, of the guest's kernel.
         guest: String,
+    },
+    /// It was compiled against another type of something that it uses.
+    #[error(
+        "the module was compiled against another {symbol} (checksum {module:#010x}; the guest's kernel has {guest:#010x})"
+    )]
+    Version {
+        /// The exported symbol.
+        symbol: String,
+        /// The checksum of its type in the module.
+        module: u32,
+        /// That of the guest's kernel.
+        guest: u32,
     },
     /// `klp_patch.replace`.
     #[error("the module wants to replace all other livepatches (klp_patch.replace), which is not supported")]
@@ -104,6 +116,7 @@ pub struct ApplyOptions {
 pub fn apply(live: &Live<'_>, registry: &Registry, file: &[u8], options: &ApplyOptions) -> Result<Plan, Refusal> {
     let module = PatchModule::parse(file)?;
     check_vermagic(live, module.info().get("vermagic").unwrap_or_default())?;
+    check_versions(live, &module)?;
     let patch = module.patch(&livepatch::layout(live)?)?;
     if patch.replace {
         return Err(Refusal::Replace);
@@ -148,6 +161,7 @@ pub fn apply(live: &Live<'_>, registry: &Registry, file: &[u8], options: &ApplyO
     for function in &linked.functions {
         let (old, len) = old_function(live, registry, function)?;
         let (kind, sites) = redirect(live, &function.old_name, old, len, function.new, &held)?;
+        let jump = sites.first().map_or(0, |change| change.gpa().0);
         changes.extend(sites);
         occupied.extend(parts(live, &function.old_name, old, len));
         functions.push(PatchedFunction {
@@ -158,6 +172,7 @@ pub fn apply(live: &Live<'_>, registry: &Registry, file: &[u8], options: &ApplyO
             new: function.new.0,
             new_len: function.size,
             redirect: kind,
+            jump,
         });
     }
     let orders = registry
@@ -326,6 +341,21 @@ fn check_vermagic(live: &Live<'_>, module: &str) -> Result<(), Refusal> {
             guest,
         })
     }
+}
+
+/// Where module and kernel both have checksums of types, they must be the same, as the kernel's own loader demands.
+fn check_versions(live: &Live<'_>, module: &PatchModule<'_>) -> Result<(), Refusal> {
+    for (symbol, crc) in module.versions() {
+        let guest = exports::find(live, symbol)?.and_then(|export| export.crc);
+        if let Some(guest) = guest.filter(|guest| *guest != crc) {
+            return Err(Refusal::Version {
+                symbol: symbol.to_owned(),
+                module: crc,
+                guest,
+            });
+        }
+    }
+    Ok(())
 }
 
 /// The layout of the kernel's `struct alt_instr`, which the module was compiled with, too.

@@ -6,7 +6,7 @@ use crate::error::Failure;
 use crate::progress::Progress;
 use crate::report::{Patch, Patches};
 use crate::session::{Session, Target};
-use guest_core::place::{Entry, Record, State};
+use guest_core::place::{Entry, PatchedFunction, Record, State};
 
 /// Reads the registry, and each function's jump.
 pub fn status(options: &Options, progress: &Progress) -> Result<Patches, Failure> {
@@ -35,7 +35,7 @@ fn patch(session: &Session, entry: &Entry) -> Patch {
     let mut patch = describe(record, None, state_name(entry.state), "original");
     patch.applied_at = Some(record.applied_at);
     for (function, shown) in record.functions.iter().zip(&mut patch.functions) {
-        shown.state = function_state(session, record, &function.name);
+        shown.state = function_state(session, record, function);
     }
     let lost = patch.functions.iter().any(|function| function.state != "patched");
     match entry.state {
@@ -51,9 +51,8 @@ fn patch(session: &Session, entry: &Entry) -> Patch {
 }
 
 /// What the jump's place holds.
-fn function_state(session: &Session, record: &Record, name: &str) -> String {
-    let what = format!("jump of {name}");
-    let Some(jump) = record.changes.iter().find(|change| change.what() == what) else {
+fn function_state(session: &Session, record: &Record, function: &PatchedFunction) -> String {
+    let Some(jump) = record.changes.iter().find(|change| change.gpa().0 == function.jump) else {
         return "unknown".to_owned();
     };
     let memory = session.attached.memory();
