@@ -131,17 +131,27 @@ impl Change {
         self.verify(memory)
     }
 
-    /// Writes bytes that [`Change::restored`] gave.
-    pub(crate) fn overwrite(&self, memory: &dyn PhysMemory, bytes: &[u8]) -> Result<(), ChangeError> {
+    /// Puts the old state back, as [`Change::restored`] says; writes nothing where it is there.
+    pub(crate) fn restore(&self, memory: &dyn PhysMemory) -> Result<(), ChangeError> {
+        let bytes = self.restored(memory)?;
+        if bytes == self.read(memory)? {
+            return Ok(());
+        }
         memory
-            .write(self.gpa(), bytes)
+            .write(self.gpa(), &bytes)
             .map_err(|source| self.memory_error(source))
     }
 
     /// The bytes that put the old state back over whatever of this change is there: all of it, a part, or nothing.
+    ///
+    /// Where a byte is neither old nor new, somebody else has written there since, for example the guest's own
+    /// tracer: then all bytes stay as they are.
     pub fn restored(&self, memory: &dyn PhysMemory) -> Result<Vec<u8>, ChangeError> {
         let now = self.read(memory)?;
-        Ok(self.undone().merged(&now))
+        let is = |at: usize, now: u8, one: u8| (now ^ one) & self.mask_at(at) == 0;
+        let mut bytes = now.iter().zip(&self.old).zip(&self.new).enumerate();
+        let ours = bytes.all(|(at, ((&now, &old), &new))| is(at, now, old) || is(at, now, new));
+        Ok(if ours { self.undone().merged(&now) } else { now })
     }
 
     /// The bytes that are there now.
@@ -281,6 +291,18 @@ mod tests {
         let change = Change::replace("site", Gpa(0), vec![1, 2, 3, 4], vec![5, 6, 7, 8]);
         ram.write(Gpa(0), &[5, 6, 3, 4]).unwrap();
         assert_eq!(change.restored(&ram).unwrap(), [1, 2, 3, 4]);
+    }
+
+    #[test]
+    fn restoring_leaves_alone_what_somebody_else_wrote_since() {
+        let ram = Ram::new(16);
+        let change = Change::replace("site", Gpa(0), vec![0x0f, 0x1f, 0x44, 0, 0], vec![0xe9, 1, 2, 3, 4]);
+        let call = [0xe8, 0x1f, 2, 3, 9];
+        ram.write(Gpa(0), &call).unwrap();
+        assert_eq!(change.restored(&ram).unwrap(), call);
+        let flags = Change::set_bits("flags", Gpa(8), 2);
+        ram.write(Gpa(8), &[0x83]).unwrap();
+        assert_eq!(flags.restored(&ram).unwrap(), [0x81]);
     }
 
     #[test]

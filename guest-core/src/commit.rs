@@ -152,8 +152,7 @@ pub fn take_back(memory: &dyn PhysMemory, paused: &mut dyn Paused, journal: &Jou
     if !complete {
         restore(memory, paused, &journal.paused)?;
         for change in journal.before.iter().rev() {
-            let bytes = change.restored(memory)?;
-            change.overwrite(memory, &bytes)?;
+            change.restore(memory)?;
         }
     }
     Ok(complete)
@@ -177,10 +176,7 @@ pub fn lay(live: &Live<'_>, changes: &[Change]) -> Result<(), CommitError> {
 /// Puts back the old bytes of `changes`, last first, and gives the error that made it necessary.
 fn put_back<T>(memory: &dyn PhysMemory, changes: &[Change], first: CommitError) -> Result<T, CommitError> {
     for change in changes.iter().rev() {
-        let undo = change
-            .restored(memory)
-            .and_then(|bytes| change.overwrite(memory, &bytes));
-        if let Err(undo) = undo {
+        if let Err(undo) = change.restore(memory) {
             return Err(CommitError::HalfDone {
                 first: first.to_string(),
                 undo: undo.to_string(),

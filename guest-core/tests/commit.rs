@@ -162,6 +162,53 @@ fn a_guest_that_changed_since_the_plan_is_left_alone() {
     assert!(guest.ram.differences() == before);
 }
 
+/// What the guest wrote where a change was still to be made is the guest's: undoing must not put back what was there
+/// when the plan was made.
+#[test]
+fn undoing_leaves_alone_what_the_guest_wrote_meanwhile() {
+    let guest = Guest::new();
+    let kernel = guest.kernel();
+    let plan = plan_for(&guest, &kernel, "victim").unwrap();
+    let window = plan
+        .before
+        .iter()
+        .find(|change| change.what().contains("page-directory"))
+        .unwrap()
+        .gpa();
+    let site = guest.symbol("victim") + 4;
+    guest.ram.put_u64(window.0, 0x5063);
+    guest.put(site, &[0xe8, 1, 2, 3, 4]);
+    let before = guest.ram.differences();
+    carry_out(&guest, &kernel, &plan).unwrap_err();
+    assert!(guest.ram.differences() == before, "undone by the commit");
+    let journal = guest_core::machine::Journal {
+        before: plan.before,
+        paused: plan.paused,
+    };
+    let mut stopped = Stopped {
+        ram: &guest.ram,
+        vcpus: &guest.vcpus,
+        elapsed: Duration::ZERO,
+    };
+    take_back(&guest.ram, &mut stopped, &journal).unwrap();
+    assert!(guest.ram.differences() == before, "undone by the supervisor");
+}
+
+/// vmpatch and its supervisor died before the pause; the guest then began to trace the function. The next vmpatch finds
+/// the patch half committed, and must not take the tracer's call away.
+#[test]
+fn recovery_leaves_a_site_alone_that_the_guest_traces_since() {
+    let guest = Guest::new();
+    let kernel = guest.kernel();
+    let plan = plan_for(&guest, &kernel, "victim").unwrap();
+    lay(&kernel.live(&guest.ram), &plan.before).unwrap();
+    let site = guest.symbol("victim") + 4;
+    guest.put(site, &[0xe8, 1, 2, 3, 4]);
+    mend(&guest, &kernel);
+    assert_eq!(guest.bytes_at(site, 5), [0xe8, 1, 2, 3, 4]);
+    assert_eq!(guest.ram.differences().len(), 1);
+}
+
 /// A record in the guest is the guest's word: changes that lie outside of RAM, or that say what is not there.
 #[test]
 fn a_forged_record_makes_revert_an_error_and_changes_nothing() {
