@@ -12,7 +12,7 @@ use super::ram::Ram;
 use super::{tasks, types};
 use guest_core::{Gpa, Gva, Kernel, Registers};
 use std::collections::BTreeMap;
-use std::sync::{Mutex, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock};
 
 /// Where the image is mapped.
 pub const IMAGE: u64 = 0xffff_ffff_9200_0000;
@@ -88,9 +88,9 @@ pub struct Guest {
     pub ram: Ram,
     pub vcpus: Vec<Registers>,
     /// Address of each symbol that has one.
-    pub at: BTreeMap<String, u64>,
+    pub at: Arc<BTreeMap<String, u64>>,
     /// The symbol table.
-    pub tables: Tables,
+    pub tables: Arc<Tables>,
     /// Where it lies.
     pub tables_at: u64,
 }
@@ -216,8 +216,8 @@ impl Build {
         let mut guest = Guest {
             ram: Ram::new(self.bytes),
             vcpus,
-            at,
-            tables,
+            at: Arc::new(at),
+            tables: Arc::new(tables),
             tables_at,
         };
         tasks::populate(&guest, 4);
