@@ -9,6 +9,7 @@ use images::guest::Guest;
 use serde_json::{Value, json};
 
 use crate::monitor::Monitor;
+use crate::report::address;
 
 const PAGE: u64 = 4096;
 /// Where the kernel window begins: image, modules, fixmap (Documentation/arch/x86/x86_64/mm.rst).
@@ -90,13 +91,17 @@ impl KernelPlace {
             .text(&["grep", "-E", &pattern, "/proc/kallsyms"])
             .expect("the guest lists its symbols");
         let symbols = listed.lines().filter_map(symbol).collect();
-        let root = hex(inspection, "/page_table_root");
+        let root = address(inspection, "/page_table_root");
         let levels = inspection
             .pointer("/page_table_levels")
             .and_then(Value::as_u64)
             .expect("a number of levels");
         let place = Self { root, levels, symbols };
-        assert_eq!(place.symbol("_text"), hex(inspection, "/image/start"), "{inspection}");
+        assert_eq!(
+            place.symbol("_text"),
+            address(inspection, "/image/start"),
+            "{inspection}"
+        );
         place
     }
 
@@ -188,19 +193,6 @@ impl KernelPlace {
 
 fn entry_index(address: u64, level: u64) -> u64 {
     address >> (12 + 9 * (level - 1)) & 511
-}
-
-/// The hex text at a place of a report.
-///
-/// # Panics
-///
-/// If there is none.
-pub fn hex(report: &Value, pointer: &str) -> u64 {
-    let text = report
-        .pointer(pointer)
-        .and_then(Value::as_str)
-        .unwrap_or_else(|| panic!("no {pointer} in {report}"));
-    u64::from_str_radix(text.trim_start_matches("0x"), 16).unwrap_or_else(|error| panic!("{text}: {error}"))
 }
 
 /// A line of /proc/kallsyms: address, type, name.

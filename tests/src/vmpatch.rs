@@ -50,6 +50,7 @@ fn build() -> Result<PathBuf, String> {
 #[derive(Clone, Debug)]
 pub struct Vmpatch {
     target: [String; 2],
+    folder: Option<PathBuf>,
 }
 
 impl Vmpatch {
@@ -62,6 +63,7 @@ impl Vmpatch {
     pub fn domain(name: &str) -> Self {
         Self {
             target: ["--domain".into(), name.into()],
+            folder: None,
         }
     }
 
@@ -69,7 +71,15 @@ impl Vmpatch {
     pub fn socket(path: &Path) -> Self {
         Self {
             target: ["--qmp".into(), path.display().to_string()],
+            folder: None,
         }
+    }
+
+    /// Run in that folder.
+    #[must_use]
+    pub fn in_folder(mut self, folder: &Path) -> Self {
+        self.folder = Some(folder.to_owned());
+        self
     }
 
     /// Runs it to its end.
@@ -81,6 +91,22 @@ impl Vmpatch {
         let start = Instant::now();
         let output = self.command(args).output().expect("vmpatch starts");
         Answer::new(self.line(args), output, start.elapsed())
+    }
+
+    /// Runs it without naming the guest.
+    ///
+    /// # Panics
+    ///
+    /// If it can't be built or started.
+    pub fn run_bare(&self, args: &[&str]) -> Answer {
+        let start = Instant::now();
+        let mut command = Command::new(program().expect("vmpatch builds"));
+        let output = command
+            .args(args)
+            .stdin(Stdio::null())
+            .output()
+            .expect("vmpatch starts");
+        Answer::new([&["vmpatch"], args].concat().join(" "), output, start.elapsed())
     }
 
     /// Starts it, as the leader of a process group, as a shell does.
@@ -151,6 +177,7 @@ impl Vmpatch {
     fn command(&self, args: &[&str]) -> Command {
         let mut command = Command::new(program().expect("vmpatch builds"));
         command.args(&self.target).args(args).stdin(Stdio::null());
+        command.current_dir(self.folder.as_deref().unwrap_or(Path::new("/")));
         command
     }
 
