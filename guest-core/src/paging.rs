@@ -66,19 +66,23 @@ impl AddressSpace {
     /// ended the walk; [`MemoryError::NotRam`] where a table lies outside of RAM.
     pub fn translate(&self, memory: &dyn PhysMemory, at: Gva) -> Result<Translation, MemoryError> {
         let (mut table, mut rights) = (self.root, Rights::ALL);
-        for level in (1..=self.levels).rev() {
+        for level in (2..=self.levels).rev() {
             let (_, entry) = read_entry(memory, table, at, level)?;
             let large = entry & entry::LARGE != 0;
             if entry & entry::PRESENT == 0 || (large && level > 3) {
                 return Err(MemoryError::NotMapped { at, level, entry });
             }
             rights = rights.and(entry);
-            if level == 1 || large {
+            if large {
                 return Ok(rights.page(entry, level, at));
             }
             table = Gpa(entry & ADDRESS_MASK);
         }
-        unreachable!("level 1 always returns")
+        let (_, entry) = read_entry(memory, table, at, 1)?;
+        match entry & entry::PRESENT {
+            0 => Err(MemoryError::NotMapped { at, level: 1, entry }),
+            _ => Ok(rights.and(entry).page(entry, 1, at)),
+        }
     }
 
     /// Visits every page mapped in the 1 GiB at `at`, a multiple of that, in ascending order. Each table is read once: at

@@ -147,6 +147,13 @@ pub struct Entry {
     pub record: Option<Record>,
 }
 
+impl Entry {
+    /// Its record, where it has one.
+    pub fn record(&self) -> Option<&Record> {
+        self.record.as_ref()
+    }
+}
+
 /// The registry of one guest, and the pool of pages that it rules.
 #[derive(Debug, Clone)]
 pub struct Registry {
@@ -175,10 +182,14 @@ impl Registry {
         }
     }
 
+    /// The records of all patches.
+    pub fn records(&self) -> impl Iterator<Item = &Record> {
+        self.entries.iter().filter_map(Entry::record)
+    }
+
     /// The code of all patches, with their ORC tables.
     pub fn laid_code(&self) -> Vec<PatchCode> {
-        let records = self.entries.iter().filter_map(|entry| entry.record.as_ref());
-        let code = records.map(|record| {
+        let code = self.records().map(|record| {
             let orc = OrcTable::new(Gva(record.orc.ips), Gva(record.orc.entries), record.orc.count);
             // Code whose table can't be is code that no stack can be unwound through: not safe, where one leads through it.
             let text = Gva(record.text.start)..Gva(record.text.start.saturating_add(record.text.len));

@@ -122,12 +122,7 @@ pub fn apply(live: &Live<'_>, registry: &Registry, file: &[u8], options: &ApplyO
         return Err(Refusal::Replace);
     }
     let id = module.name().to_owned();
-    if registry
-        .entries
-        .iter()
-        .filter_map(|entry| entry.record.as_ref())
-        .any(|record| record.id == id)
-    {
+    if registry.records().any(|record| record.id == id) {
         return Err(Refusal::AlreadyApplied { id });
     }
     let image = module.image(&patch, &alternatives(live)?)?;
@@ -175,11 +170,7 @@ pub fn apply(live: &Live<'_>, registry: &Registry, file: &[u8], options: &ApplyO
             jump,
         });
     }
-    let orders = registry
-        .entries
-        .iter()
-        .filter_map(|entry| entry.record.as_ref())
-        .map(|record| record.order);
+    let orders = registry.records().map(|record| record.order);
     let span = |start: Gva, len| Span { start: start.0, len };
     let record = Record {
         id,
@@ -281,11 +272,8 @@ fn old_function(live: &Live<'_>, registry: &Registry, function: &LinkedFunction)
             name: name.clone(),
             cause,
         })?;
-    let records = registry.entries.iter().filter_map(|entry| entry.record.as_ref());
-    if let Some(other) = records
-        .into_iter()
-        .find(|record| record.functions.iter().any(|other| other.old == at.0))
-    {
+    let mut records = registry.records();
+    if let Some(other) = records.find(|record| record.functions.iter().any(|other| other.old == at.0)) {
         return Err(Refusal::Held {
             function: name.clone(),
             id: other.id.clone(),

@@ -28,24 +28,17 @@ pub enum RevertError {
 ///
 /// The text is wiped within the pause because only there code that was already run may be written.
 pub fn revert(live: &Live<'_>, registry: &Registry, id: &str) -> Result<Plan, RevertError> {
-    let named = |entry: &&Entry| entry.record.as_ref().is_some_and(|record| record.id == id);
-    let Some(entry) = registry.entries.iter().find(named) else {
-        let known = registry
-            .entries
-            .iter()
-            .filter_map(|entry| Some(entry.record.as_ref()?.id.clone()))
-            .collect();
+    let with_record = |entry| Option::zip(Some(entry), Entry::record(entry));
+    let mut patches = registry.entries.iter().filter_map(with_record);
+    let Some((entry, record)) = patches.find(|(_, record)| record.id == id) else {
+        let known = registry.records().map(|record| record.id.clone()).collect();
         return Err(RevertError::Unknown {
             id: id.to_owned(),
             known,
         });
     };
-    let record = entry
-        .record
-        .clone()
-        .unwrap_or_else(|| unreachable!("an entry was found by its record"));
     let mut paused: Vec<Change> = record.changes.iter().rev().map(Change::undone).collect();
-    paused.extend(wipe_text(live, registry, entry, &record)?);
+    paused.extend(wipe_text(live, registry, entry, record)?);
     paused.push(registry.state_change(entry.slot, State::Applied, State::Reverted));
     let text = Gva(record.text.start)..Gva(record.text.start.saturating_add(record.text.len));
     let occupied = vec![OldFunction {
@@ -57,7 +50,7 @@ pub fn revert(live: &Live<'_>, registry: &Registry, id: &str) -> Result<Plan, Re
         paused,
         occupied,
         laid: registry.laid_code(),
-        record,
+        record: record.clone(),
     })
 }
 

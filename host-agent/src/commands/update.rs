@@ -73,12 +73,7 @@ fn consider(
         return Ok(None);
     }
     let name = module.name();
-    let is_there = session
-        .registry
-        .entries
-        .iter()
-        .filter_map(|entry| entry.record.as_ref())
-        .any(|r| r.id == name);
+    let is_there = session.registry.records().any(|r| r.id == name);
     if is_there {
         let mut patch = not_done(path, "already applied", "");
         patch.id = name.to_owned();
