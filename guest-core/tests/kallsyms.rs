@@ -3,7 +3,7 @@
 
 mod common;
 
-use common::kallsyms::{RELEASES, Release, Symbol, Tables, write};
+use common::kallsyms::{RELEASES, Release, Symbol, Tables, write, write_with};
 use guest_core::Gva;
 use guest_core::kernel::kallsyms::{Kallsyms, KallsymsError, OffsetForm};
 
@@ -91,6 +91,16 @@ fn tables_at_every_place_that_their_alignment_allows_are_found() {
             let tables = write(release, &symbols_of(release), AT.wrapping_add(lead as u64));
             let data = [vec![0xaa; lead], tables.bytes].concat();
             assert!(find(&data).is_ok(), "{release:?} behind {lead} bytes");
+        }
+    }
+}
+
+#[test]
+fn tables_with_any_padding_behind_the_tokens_are_found() {
+    for release in RELEASES {
+        for longer in 0..9 {
+            let tables = write_with(release, &symbols_of(release), AT, &"~".repeat(longer));
+            assert!(find(&tables.bytes).is_ok(), "{release:?} with {longer} more letters");
         }
     }
 }

@@ -50,6 +50,11 @@ pub struct Tables {
 
 /// The tables for `symbols`, in that order, whose first byte lies at `at`.
 pub fn write(release: Release, symbols: &[Symbol], at: Gva) -> Tables {
+    write_with(release, symbols, at, "")
+}
+
+/// The same with a last token that has so much more text: the table's padding depends on it.
+pub fn write_with(release: Release, symbols: &[Symbol], at: Gva, longer: &str) -> Tables {
     let align = if release == Release::V7_0 { 4 } else { 8 };
     let mut out = Writer {
         bytes: Vec::new(),
@@ -69,7 +74,8 @@ pub fn write(release: Release, symbols: &[Symbol], at: Gva) -> Tables {
         base_at = out.table(&base.to_le_bytes());
     }
     let count = out.table(&(symbols.len() as u32).to_le_bytes());
-    let tokens = tokens();
+    let mut tokens = tokens();
+    tokens[255].push_str(longer);
     let (names, markers) = name_table(symbols, &tokens);
     let names = out.table(&names);
     let markers = out.table(&markers);

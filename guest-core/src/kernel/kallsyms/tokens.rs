@@ -35,12 +35,16 @@ impl Tokens {
         None
     }
 
-    /// The table that ends, padded to its alignment at the most, where the index starts.
+    /// The table that ends, padded to its alignment at the most, where the index starts. Its last string tells where it
+    /// starts, because the index says how far into the table that string is.
     fn before(data: &[u8], index: usize, last: u16) -> Option<Self> {
-        let nearest = index.checked_sub(usize::from(last) + 2)?;
-        let farthest = nearest.saturating_sub(usize::from(TOKEN_BYTES_MAX) + ALIGN_MAX);
-        let tables = (farthest..=nearest).rev().filter(|table| table % ALIGN_MIN == 0);
-        tables.into_iter().find_map(|table| Self::at(data, table, index))
+        // NUL and padding
+        let padded = index.saturating_sub(ALIGN_MAX + 1);
+        let end = padded + data.get(padded..index)?.iter().rposition(|byte| *byte != 0)? + 1;
+        let farthest = end.saturating_sub(usize::from(TOKEN_BYTES_MAX) + 1);
+        let start = farthest + data.get(farthest..end)?.iter().rposition(|byte| *byte == 0)? + 1;
+        let table = start.checked_sub(usize::from(last))?;
+        table.is_multiple_of(ALIGN_MIN).then(|| Self::at(data, table, index))?
     }
 
     fn at(data: &[u8], table: usize, index: usize) -> Option<Self> {
