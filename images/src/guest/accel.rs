@@ -1,6 +1,10 @@
 //! What executes the guest's instructions: KVM where it really runs a stock kernel, else emulation.
 
-use std::fs::{self, File};
+use kvm_ioctls::Kvm;
+use std::fs;
+
+/// The only version of KVM's interface since Linux 2.6.22 (Documentation/virt/kvm/api.rst).
+const KVM_API_VERSION: i32 = 12;
 
 /// How QEMU executes guest code.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -19,7 +23,7 @@ impl Accel {
     pub fn probe() -> Self {
         let wanted = std::env::var("VMPATCH_ACCEL").unwrap_or_default();
         let cpuinfo = || fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-        let usable = || File::options().read(true).write(true).open("/dev/kvm").is_ok();
+        let usable = || Kvm::new().is_ok_and(|kvm| kvm.get_api_version() == KVM_API_VERSION);
         match wanted.as_str() {
             "kvm" => Self::Kvm,
             "tcg" => Self::Tcg,
