@@ -1,14 +1,17 @@
 //! Everything that can go wrong, with the exit code that it means and what the operator can do.
 
 use crate::attach::AttachError;
+use crate::cli::PATCHES_DEFAULT;
 use crate::domains::DomainError;
 use crate::lock::LockError;
 use guest_core::commit::CommitError;
 use guest_core::kernel::KernelError;
 use guest_core::place::RegistryError;
 use guest_core::plan::{Refusal, RevertError};
+use qmp::ConnectError;
 use std::error::Error;
-use std::path::PathBuf;
+use std::io;
+use std::path::{Path, PathBuf};
 
 /// Why a command failed.
 #[derive(Debug, thiserror::Error)]
@@ -91,6 +94,16 @@ pub enum Failure {
     Output(#[source] std::io::Error),
 }
 
+/// True where the host refused somewhere down the chain.
+fn lacks_permission(error: &(dyn Error + 'static)) -> bool {
+    std::iter::successors(Some(error), |error| error.source()).any(|error| {
+        matches!(error.downcast_ref(), Some(ConnectError::Permission { .. }))
+            || error
+                .downcast_ref()
+                .is_some_and(|error: &io::Error| error.kind() == io::ErrorKind::PermissionDenied)
+    })
+}
+
 impl Failure {
     /// The exit code, as `--help` lists them.
     pub fn exit_code(&self) -> u8 {
@@ -117,6 +130,12 @@ impl Failure {
                 _ => None,
             },
             Self::Busy(_) => Some("try again when that is over"),
+            Self::Attach(error) if lacks_permission(error) => {
+                Some("run vmpatch as root, or as the user that QEMU runs as")
+            }
+            Self::File { path, .. } if path.as_path() == Path::new(PATCHES_DEFAULT) => {
+                Some("that is where the bare command looks for modules: put them there, or say --patches DIR")
+            }
             Self::Registry(RegistryError::NoCave) => {
                 Some("this kernel was built without page-table isolation, which is where the room comes from")
             }
