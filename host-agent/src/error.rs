@@ -96,12 +96,18 @@ pub enum Failure {
 
 /// True where the host refused somewhere down the chain.
 fn lacks_permission(error: &(dyn Error + 'static)) -> bool {
-    std::iter::successors(Some(error), |error| error.source()).any(|error| {
-        matches!(error.downcast_ref(), Some(ConnectError::Permission { .. }))
+    let mut cause = Some(error);
+    while let Some(error) = cause {
+        let refused = matches!(error.downcast_ref(), Some(ConnectError::Permission { .. }))
             || error
                 .downcast_ref()
-                .is_some_and(|error: &io::Error| error.kind() == io::ErrorKind::PermissionDenied)
-    })
+                .is_some_and(|error: &io::Error| error.kind() == io::ErrorKind::PermissionDenied);
+        if refused {
+            return true;
+        }
+        cause = error.source();
+    }
+    false
 }
 
 impl Failure {

@@ -6,6 +6,15 @@ use guest_core::module::{Bases, GuestContext, PatchModule};
 use guest_core::place::{Registry, cave};
 use guest_core::plan::{ApplyOptions, apply};
 
+thread_local! {
+    /// Where the registry of a sound guest would be.
+    static REGISTRY: Registry = super::with_sound(|guest, kernel| {
+        let live = kernel.live(&guest.ram);
+        let caves = cave::find(&live).expect("the caves of a sound guest");
+        Registry::find(&live, &caves).expect("room for a registry in a sound guest")
+    });
+}
+
 /// Parses, lays out and links against a sound guest; then plans to apply it there.
 pub fn run(data: &[u8]) {
     super::with_sound(|guest, kernel| {
@@ -27,13 +36,13 @@ pub fn run(data: &[u8]) {
             };
             let _ = image.link(&bases, &context);
         }
-        let caves = cave::find(&live).expect("the caves of a sound guest");
-        let registry = Registry::find(&live, &caves).expect("room for a registry in a sound guest");
         let options = ApplyOptions {
             model: "none".to_owned(),
             now: 0,
         };
-        let _ = apply(&live, &registry, data, &options);
+        REGISTRY.with(|registry| {
+            let _ = apply(&live, registry, data, &options);
+        });
         assert!(guest.ram.differences().is_empty(), "planning changed the guest");
     });
 }
