@@ -88,8 +88,9 @@ impl Vmpatch {
     ///
     /// If it can't be built or started.
     pub fn run(&self, args: &[&str]) -> Answer {
+        let mut command = self.command(args);
         let start = Instant::now();
-        let output = self.command(args).output().expect("vmpatch starts");
+        let output = command.output().expect("vmpatch starts");
         Answer::new(self.line(args), output, start.elapsed())
     }
 
@@ -99,8 +100,8 @@ impl Vmpatch {
     ///
     /// If it can't be built or started.
     pub fn run_bare(&self, args: &[&str]) -> Answer {
-        let start = Instant::now();
         let mut command = Command::new(program().expect("vmpatch builds"));
+        let start = Instant::now();
         let output = command
             .args(args)
             .stdin(Stdio::null())
