@@ -20,6 +20,7 @@ pub mod vcpu;
 
 #[cfg(test)]
 mod testing;
+mod text;
 
 pub use addr::{Gpa, Gva};
 pub use kernel::Kernel;

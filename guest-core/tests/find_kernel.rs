@@ -370,9 +370,16 @@ fn more_cpus_than_a_kernel_can_have_are_not_believed() {
 #[test]
 fn a_banner_without_an_end_is_cut() {
     let guest = Guest::new();
-    guest.put(RODATA + BANNER.len() as u64, &[b'x'; 0x800]);
+    guest.put(RODATA + BANNER.len() as u64 - 1, &[b'x'; 0x800]);
     guest.put(guest.u64_at(guest.symbol("vmcoreinfo_data")), b"NOTHING=");
     assert_eq!(find(&guest).unwrap().banner.len(), 512);
+}
+
+#[test]
+fn a_banner_with_escapes_is_shown_without_them() {
+    let guest = Guest::new();
+    guest.put(RODATA + BANNER.len() as u64 - 4, b"\x1b[2J\n#2\0");
+    assert_eq!(find(&guest).unwrap().banner, BANNER.trim_end().replace("SMP", "?[2J"));
 }
 
 #[test]

@@ -373,6 +373,8 @@ fn records_that_are_no_records_are_refused() {
         &sound.replace("0000000000000000", "zz"),
         &sound.replace("0000000000000000", "+f+f+f+f+f+f+f+f"),
         &sound.replace("0000000000000000", "00"),
+        &sound.replace("\"fix\"", "\"\\u001b[2J\""),
+        &sound.replace("a word", "a \u{202e}word"),
         &sound.replace("\"gpa\":4096", "\"gpa\":18446744073709551616"),
     ] {
         assert!(text != sound);

@@ -2,6 +2,7 @@
 
 use super::record::{Kind, Record, WIDE_ELEMENT};
 use super::{Btf, BtfError, TypeId, word};
+use crate::text::plain;
 
 /// How many members one look-up may visit. The kernel's biggest struct has some 300 members with all that is
 /// anonymous inside; BTF made to nest the same anonymous struct again and again must not keep us busy.
@@ -120,7 +121,7 @@ impl<'a> Struct<'a> {
         if !matches!(record.kind, Kind::Struct | Kind::Union) {
             return Err(missing());
         }
-        let name = String::from_utf8_lossy(btf.name(record.name_off)).into_owned();
+        let name = plain(btf.name(record.name_off));
         let name = if name.is_empty() {
             "(anonymous)".to_owned()
         } else {

@@ -18,6 +18,7 @@ use crate::addr::{Gpa, Gva};
 use crate::btf::{Btf, BtfError};
 use crate::memory::{MemoryError, PhysMemory, VirtMemory};
 use crate::paging::{AddressSpace, MappedMemory};
+use crate::text::plain;
 use crate::vcpu::Registers;
 use image::{Image, ImageError, Segment};
 use kallsyms::{Kallsyms, KallsymsError};
@@ -288,7 +289,7 @@ fn read_per_cpu_offsets(memory: &dyn VirtMemory, symbols: &Kallsyms) -> Result<V
         .collect())
 }
 
-/// The NUL-terminated text at a symbol, lossily, at most `max` bytes.
+/// The line of text at a symbol, made fit for a terminal, at most `max` bytes.
 fn read_text(
     memory: &dyn VirtMemory,
     symbols: &Kallsyms,
@@ -300,8 +301,9 @@ fn read_text(
     memory
         .read(at, &mut bytes)
         .map_err(|source| KernelError::Unreadable { what, at, source })?;
-    let text = bytes.split(|byte| *byte == 0).next().unwrap_or_default();
-    Ok(String::from_utf8_lossy(text).into_owned())
+    // the newline at the end of a banner
+    let len = bytes.iter().position(|byte| [0, b'\n'].contains(byte)).unwrap_or(max);
+    Ok(plain(bytes.get(..len).unwrap_or_default()))
 }
 
 /// VMCOREINFO (kernel/crash_core.c) repeats the release and some addresses; where a kernel has it, it must agree.

@@ -7,6 +7,7 @@ use super::list::Walker;
 use super::{KernelError, Live};
 use crate::addr::Gva;
 use crate::memory::VirtMemory;
+use crate::text::plain;
 
 /// `MODULE_NAME_LEN`: 56 on 64-bit kernels up to 6.x.
 const NAME_BYTES_MAX: usize = 64;
@@ -43,7 +44,10 @@ pub fn all(live: &Live<'_>) -> Result<Vec<GuestModule>, KernelError> {
         .map(|at| {
             let mut bytes = [0; NAME_BYTES_MAX];
             read(live, "module.name", at.wrapping_add(name), &mut bytes)?;
-            Ok(GuestModule { name: text(&bytes), at })
+            Ok(GuestModule {
+                name: plain(&bytes),
+                at,
+            })
         })
         .collect()
 }
@@ -97,8 +101,4 @@ pub fn symbols_named(live: &Live<'_>, module: &GuestModule, name: &str) -> Resul
 fn read(live: &Live<'_>, what: &'static str, at: Gva, buf: &mut [u8]) -> Result<(), KernelError> {
     live.read(at, buf)
         .map_err(|source| KernelError::Unreadable { what, at, source })
-}
-
-fn text(bytes: &[u8]) -> String {
-    String::from_utf8_lossy(bytes.split(|byte| *byte == 0).next().unwrap_or_default()).into_owned()
 }

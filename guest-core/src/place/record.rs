@@ -1,6 +1,7 @@
 //! What the registry keeps of one patch: enough to show it, to unwind through it, and to take it out.
 
 use crate::change::Change;
+use crate::text::is_plain;
 use serde::{Deserialize, Serialize};
 
 /// How a function is redirected.
@@ -88,10 +89,14 @@ impl Record {
         serde_json::to_vec(self)
     }
 
-    /// From the guest: bounded by the pool's 2 MiB. Errors: not JSON of this shape, or changes that contradict themselves.
+    /// From the guest: bounded by the pool's 2 MiB. Errors: not JSON of this shape, text that could
+    /// move a terminal's cursor, or changes that contradict themselves.
     pub fn from_bytes(bytes: &[u8]) -> Result<Self, serde_json::Error> {
         use serde::de::Error;
         let record: Self = serde_json::from_slice(bytes)?;
+        if let Some(text) = record.texts().find(|text| !text.chars().all(is_plain)) {
+            return Err(serde_json::Error::custom(format!("{text:?} is not plain text")));
+        }
         match record.changes.iter().find(|change| !change.is_sound()) {
             Some(change) => Err(serde_json::Error::custom(format!(
                 "the change of {} is malformed",
@@ -99,5 +104,12 @@ impl Record {
             ))),
             None => Ok(record),
         }
+    }
+
+    /// Everything in it that is shown to people.
+    fn texts(&self) -> impl Iterator<Item = &str> {
+        let names = self.functions.iter().map(|function| function.name.as_str());
+        let own = [&self.id, &self.digest, &self.model].into_iter().map(String::as_str);
+        own.chain(names).chain(self.changes.iter().map(Change::what))
     }
 }

@@ -24,6 +24,7 @@ pub use survey::{Quiescence, Survey};
 pub use verdict::{Blocker, Unsure, Verdict, Why};
 
 use crate::addr::Gva;
+use crate::text::plain;
 use crate::unwind::KernelView;
 use std::fmt;
 
@@ -44,15 +45,11 @@ impl TaskId {
     fn read(view: &dyn KernelView, layout: &layout::TaskLayout, at: Gva) -> Self {
         let number = |offset| view.read_u32(at.wrapping_add(offset)).unwrap_or(0);
         let mut comm = vec![0; layout.comm_bytes];
-        let comm = match view.read(at.wrapping_add(layout.comm), &mut comm) {
-            Ok(()) => comm.split(|&byte| byte == 0).next().unwrap_or_default(),
-            Err(_) => b"?",
-        };
         // a tenant chooses the name: nothing in it may move an operator's terminal
-        let comm = String::from_utf8_lossy(comm)
-            .chars()
-            .map(|c| if c.is_control() { '?' } else { c })
-            .collect();
+        let comm = match view.read(at.wrapping_add(layout.comm), &mut comm) {
+            Ok(()) => plain(&comm),
+            Err(_) => "?".to_owned(),
+        };
         Self {
             at,
             pid: number(layout.pid),
