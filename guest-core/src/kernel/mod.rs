@@ -13,6 +13,7 @@ pub mod locks;
 pub mod modules;
 pub mod resolve;
 pub mod sites;
+pub mod tracers;
 
 use crate::addr::{Gpa, Gva};
 use crate::btf::{Btf, BtfError};

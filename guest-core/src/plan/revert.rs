@@ -3,9 +3,9 @@
 use super::Plan;
 use crate::addr::Gva;
 use crate::change::Change;
-use crate::kernel::{KernelError, Live};
+use crate::kernel::{KernelError, Live, ftrace, tracers};
 use crate::paging::PAGE_SIZE;
-use crate::place::{Entry, FILLER, Record, Registry, State};
+use crate::place::{Entry, FILLER, Record, Redirect, Registry, State};
 use crate::unwind::OldFunction;
 
 /// Why a patch can't be taken out. Nothing was changed.
@@ -18,6 +18,14 @@ pub enum RevertError {
         id: String,
         /// The names that are there.
         known: Vec<String>,
+    },
+    /// The guest began to trace it when ftrace had been told to leave it alone.
+    #[error(
+        "{function} is wanted by a tracer that the guest started after it was patched: taking the patch out now would make the guest turn its tracing off for good; end that tracer first"
+    )]
+    Traced {
+        /// The function.
+        function: String,
     },
     /// The guest could not be read.
     #[error("reading the guest's kernel")]
@@ -37,7 +45,8 @@ pub fn revert(live: &Live<'_>, registry: &Registry, id: &str) -> Result<Plan, Re
             known,
         });
     };
-    let mut paused: Vec<Change> = record.changes.iter().rev().map(Change::undone).collect();
+    let mut paused = untraced(live, record)?;
+    paused.extend(record.changes.iter().rev().map(Change::undone));
     paused.extend(wipe_text(live, registry, entry, record)?);
     paused.push(registry.state_change(entry.slot, State::Applied, State::Reverted));
     let text = Gva(record.text.start)..Gva(record.text.start.saturating_add(record.text.len));
@@ -52,6 +61,36 @@ pub fn revert(live: &Live<'_>, registry: &Registry, id: &str) -> Result<Plan, Re
         laid: registry.laid_code(),
         record: record.clone(),
     })
+}
+
+/// What must be as it is for ftrace to take the functions back, as changes that change nothing.
+///
+/// ftrace has not counted the tracers that were started while a record was disabled. If one of them ended when it no longer
+/// is, ftrace would count below zero, warn, and turn itself off for good (`__ftrace_hash_rec_update`, kernel/trace/ftrace.c).
+fn untraced(live: &Live<'_>, record: &Record) -> Result<Vec<Change>, RevertError> {
+    let mut same = Vec::new();
+    for function in record.functions.iter().filter(|f| f.redirect == Redirect::Ftrace) {
+        let Some(site) = ftrace::record(live, Gva(function.old))? else {
+            continue;
+        };
+        let tracers = tracers::of(live, site.site)?;
+        if tracers.wanted {
+            return Err(RevertError::Traced {
+                function: function.name.clone(),
+            });
+        }
+        for (at, word) in tracers.words {
+            let unreadable = |source| KernelError::Unreadable {
+                what: "who traces",
+                at,
+                source,
+            };
+            let (gpa, _) = live.physical(at).map_err(unreadable)?;
+            let what = format!("who traces {}", function.name);
+            same.push(Change::word(what, gpa, word, word));
+        }
+    }
+    Ok(same)
 }
 
 /// Filler over the text pages: the record says how many bytes of the entry's first pages are text.
