@@ -13,6 +13,9 @@ use std::error::Error;
 use std::io;
 use std::path::{Path, PathBuf};
 
+/// What [`Failure::Commit`] says where a patch was to be applied.
+pub const APPLYING: &str = "applying";
+
 /// Why a command failed.
 #[derive(Debug, thiserror::Error)]
 pub enum Failure {
@@ -126,7 +129,8 @@ impl Failure {
     /// What the operator can do about it.
     pub fn hint(&self) -> Option<&'static str> {
         match self {
-            Self::Commit { source, .. } => match **source {
+            Self::Commit { doing, source, .. } => match **source {
+                CommitError::NotSafe { .. } if *doing != APPLYING => Some("try again later or with a longer --timeout"),
                 CommitError::NotSafe { .. } => Some(
                     "try again later or with a longer --timeout; --model none does not wait, for changes that may be mixed with the old code",
                 ),

@@ -3,7 +3,7 @@
 use crate::attach::Attached;
 use crate::cli::Options;
 use crate::domains::{self, Domain};
-use crate::error::Failure;
+use crate::error::{self, Failure};
 use crate::lock::DomainLock;
 use crate::progress::Progress;
 use crate::report;
@@ -164,20 +164,17 @@ impl Session {
         let plan = self.plan(file, bytes, options)?;
         let committed = self.commit(
             &plan,
-            "applying",
+            error::APPLYING,
             commit_options(options.model.model(), options.timeout()),
         )?;
         Ok((plan.record, committed))
     }
 
-    /// Takes out the patch `id`, and wipes what is left of it.
+    /// Takes out the patch `id`, and wipes what is left of it. Whatever model was chosen: no task may be in the new code then,
+    /// as that code is gone afterwards.
     pub fn revert(&mut self, id: &str, options: &Options) -> Result<(Record, Committed), Failure> {
         let plan = plan::revert(&self.live(), &self.registry, id)?;
-        let committed = self.commit(
-            &plan,
-            "reverting",
-            commit_options(options.model.model(), options.timeout()),
-        )?;
+        let committed = self.commit(&plan, "reverting", commit_options(Model::CleanCut, options.timeout()))?;
         self.tidy()?;
         Ok((plan.record, committed))
     }

@@ -1,7 +1,7 @@
 //! `revert`.
 
 use super::apply::describe;
-use crate::cli::Options;
+use crate::cli::{ModelName, Options};
 use crate::error::Failure;
 use crate::progress::Progress;
 use crate::report::{Patches, Pause};
@@ -24,6 +24,11 @@ pub fn revert(options: &Options, ids: &[String], progress: &Progress) -> Result<
         let (record, committed) = session.revert(id, options)?;
         let mut patch = describe(&record, None, "reverted", "original");
         patch.pause = Some(Pause::from(&committed));
+        if options.model == ModelName::None {
+            patch.warnings.push(
+                "--model none is not for revert: it waits until no task is in the new code, which is wiped".to_owned(),
+            );
+        }
         patches.push(patch);
     }
     Ok(Patches {
