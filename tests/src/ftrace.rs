@@ -6,6 +6,8 @@ use images::guest::Guest;
 
 /// Where a guest has mounted it.
 const ROOT: &str = "/sys/kernel/tracing";
+/// Lines of a trace that are looked at.
+const TRACE_LINES_MAX: usize = 2000;
 /// What puts everything back that a test here turns on, in an order that the kernel takes.
 const RESET: &str = "cd /sys/kernel/tracing || exit
 [ -e events/kprobes/enable ] && echo 0 >events/kprobes/enable
@@ -37,6 +39,18 @@ impl<'a> Ftrace<'a> {
         );
     }
 
+    /// Adds a kprobe event on a place, and turns it on.
+    ///
+    /// # Panics
+    ///
+    /// If the kernel does not take it.
+    #[track_caller]
+    pub fn probe(&self, event: &str, place: &str) {
+        let script = format!("echo 'p:{event} {place}' >>{ROOT}/kprobe_events");
+        self.guest.text(&["sh", "-c", &script]).expect("the kprobe is taken");
+        self.set(&format!("events/kprobes/{event}/enable"), "1");
+    }
+
     /// Writes a line to a file, which the kernel may refuse.
     ///
     /// # Panics
@@ -58,6 +72,38 @@ impl<'a> Ftrace<'a> {
     pub fn get(&self, file: &str) -> String {
         let bytes = self.guest.pull(&format!("{ROOT}/{file}"));
         String::from_utf8_lossy(&bytes.expect("tracefs can be read")).into_owned()
+    }
+
+    /// The first lines of what was traced, without the heading; nothing more is traced meanwhile.
+    ///
+    /// # Panics
+    ///
+    /// If it can't be read.
+    #[track_caller]
+    pub fn trace(&self) -> String {
+        self.set("tracing_on", "0");
+        let script = format!("grep -v '^#' {ROOT}/trace | head -n {TRACE_LINES_MAX}");
+        let trace = self.guest.text(&["sh", "-c", &script]).expect("the trace can be read");
+        self.set("trace", "");
+        self.set("tracing_on", "1");
+        trace
+    }
+
+    /// How often the kprobe event of that name was hit.
+    ///
+    /// # Panics
+    ///
+    /// If there is no such event.
+    #[track_caller]
+    pub fn kprobe_hits(&self, event: &str) -> u64 {
+        // Each line: the event, its hits, and the times that it could not be recorded.
+        let profile = self.get("kprobe_profile");
+        let mut lines = profile.lines().map(|line| line.split_whitespace().collect::<Vec<_>>());
+        let hits = lines.find_map(|words| match words.as_slice() {
+            [name, hits, ..] if *name == event => hits.parse().ok(),
+            _ => None,
+        });
+        hits.unwrap_or_else(|| panic!("no {event}: {profile}"))
     }
 
     /// Makes a tracer the current one.
@@ -99,7 +145,7 @@ impl<'a> Ftrace<'a> {
         self.start("function");
         let enabled = self.get("enabled_functions");
         self.guest.text(&["uname", "-r"]).expect("the guest tells its release");
-        let trace = self.get("trace");
+        let trace = self.trace();
         self.reset();
         assert!(enabled.contains(WITNESS), "{enabled}");
         assert!(trace.contains(WITNESS), "{trace}");

@@ -1,20 +1,26 @@
 //! vmpatch beside the guest's own use of ftrace: tracers, kprobes, livepatches. Neither may harm the other.
 
 use std::sync::LazyLock;
+use std::time::{Duration, Instant};
 
 use e2e::bed::{self, Lent};
 use e2e::ftrace::Ftrace;
 use e2e::kit::{self, Modules};
 use e2e::probe::{Seen, see};
-use e2e::report::redirects;
+use e2e::report::{redirects, states};
 use e2e::vmpatch::Vmpatch;
 use images::build::Cve;
+use images::build::hand_written::Applied;
+use images::guest::Guest;
 use images::kernel::Kernel;
 
 static MODULES: LazyLock<Modules> = LazyLock::new(|| Modules::of(&Kernel::CLOUD_6_1));
-/// The patched function, the program that sees it, and a module for it.
-const CVE: Cve = Cve::Y2026N52928;
+/// The patch, the function that it replaces, and the program that sees it.
+static PATCH: LazyLock<String> = LazyLock::new(|| MODULES.cve(Cve::Y2026N52928));
 const FUNCTION: &str = "unix_ioctl";
+const PROGRAM: &str = "siocatmark";
+/// How long the guest's own livepatch may take to come into force: seconds, on a guest at rest.
+const TRANSITION_LIMIT: Duration = Duration::from_secs(60);
 
 fn guest() -> Lent {
     bed::lend(kit::guest(Kernel::CLOUD_6_1))
@@ -25,22 +31,264 @@ fn a_guest_traces_all_functions_after_a_patch_and_the_fix_stays_in_force() {
     let guest = guest();
     let vmpatch = Vmpatch::on(&guest);
     let tracing = Ftrace::of(&guest);
-    let applied = vmpatch.apply(&MODULES.cve(CVE));
+    let applied = vmpatch.apply(&PATCH);
     assert_eq!(redirects(&applied), [(FUNCTION, "ftrace")]);
 
     for tracer in ["function", "function_graph"] {
         tracing.start(tracer);
-        assert_eq!(see(&guest, CVE.program()), Seen::Fixed, "while {tracer} runs");
-        tracing.set("tracing_on", "0");
-        let trace = tracing.get("trace");
-        assert!(trace.lines().count() > 1000, "{tracer} sees next to nothing: {trace}");
+        assert_eq!(see(&guest, PROGRAM), Seen::Fixed, "while {tracer} runs");
+        let lines = tracing.trace().lines().count();
+        assert!(lines > 1000, "{tracer} sees next to nothing: {lines} lines");
         tracing.reset();
         bed::assert_healthy(&guest);
     }
     tracing.assert_alive();
-    assert_eq!(see(&guest, CVE.program()), Seen::Fixed);
+    assert_eq!(see(&guest, PROGRAM), Seen::Fixed);
 
     vmpatch.revert_all();
-    assert_eq!(see(&guest, CVE.program()), Seen::Flawed);
+    assert_eq!(see(&guest, PROGRAM), Seen::Flawed);
     tracing.assert_alive();
+}
+
+#[test]
+fn a_filter_or_a_kprobe_on_a_patched_function_does_no_harm() {
+    let guest = guest();
+    let vmpatch = Vmpatch::on(&guest);
+    let tracing = Ftrace::of(&guest);
+    vmpatch.apply(&PATCH);
+
+    // ftrace was told to leave this function alone: whether the kernel then takes a filter with it is its own affair.
+    tracing.try_set("set_ftrace_filter", FUNCTION);
+    for tracer in ["function", "function_graph"] {
+        tracing.start(tracer);
+        assert_eq!(see(&guest, PROGRAM), Seen::Fixed, "while {tracer} runs with a filter");
+        tracing.set("current_tracer", "nop");
+    }
+    tracing.reset();
+
+    let taken = tracing.try_set("kprobe_events", &format!("p:late {FUNCTION}"));
+    if taken.status.success() {
+        tracing.try_set("events/kprobes/late/enable", "1");
+    }
+    assert_eq!(see(&guest, PROGRAM), Seen::Fixed, "with a kprobe");
+    assert_eq!(states(&vmpatch.status())[0].2, ["patched"]);
+    tracing.reset();
+
+    vmpatch.revert_all();
+    assert_eq!(see(&guest, PROGRAM), Seen::Flawed);
+    tracing.assert_alive();
+    // The function itself can be traced again.
+    tracing.set("set_ftrace_filter", FUNCTION);
+    tracing.start("function");
+    see(&guest, PROGRAM);
+    assert!(tracing.trace().contains(FUNCTION));
+}
+
+#[test]
+fn a_patch_is_not_taken_out_from_under_a_tracer_that_came_after_it() {
+    let guest = guest();
+    let vmpatch = Vmpatch::on(&guest);
+    let tracing = Ftrace::of(&guest);
+    vmpatch.apply(&PATCH);
+    // ftrace did not count this tracer in, and must not count it out.
+    tracing.start("function");
+    let refused = vmpatch.run(&["revert", "--all"]).expect(3);
+    let complaint = refused.complaint();
+    assert!(
+        complaint.contains(FUNCTION) && complaint.contains("tracer"),
+        "{complaint}"
+    );
+    assert_eq!(states(&vmpatch.status())[0].1, "applied");
+    assert_eq!(see(&guest, PROGRAM), Seen::Fixed);
+    tracing.reset();
+    bed::assert_healthy(&guest);
+
+    // A tracer of something else is no obstacle.
+    tracing.set("set_ftrace_filter", "vfs_read");
+    tracing.start("function");
+    vmpatch.revert_all();
+    assert_eq!(see(&guest, PROGRAM), Seen::Flawed);
+    tracing.reset();
+    tracing.assert_alive();
+}
+
+#[test]
+fn a_traced_function_is_patched_behind_the_tracer_which_goes_on_seeing_it() {
+    let guest = guest();
+    let vmpatch = Vmpatch::on(&guest);
+    let tracing = Ftrace::of(&guest);
+    let is_seen = || {
+        let seen = see(&guest, PROGRAM);
+        (seen, tracing.trace().contains(FUNCTION))
+    };
+    tracing.set("set_ftrace_filter", FUNCTION);
+    tracing.start("function");
+    assert_eq!(is_seen(), (Seen::Flawed, true));
+
+    let applied = vmpatch.apply(&PATCH);
+    assert_eq!(redirects(&applied), [(FUNCTION, "body")]);
+    assert_eq!(is_seen(), (Seen::Fixed, true));
+    // The tracer may go, and come back.
+    tracing.set("current_tracer", "nop");
+    assert_eq!(is_seen(), (Seen::Fixed, false));
+    tracing.start("function_graph");
+    assert_eq!(is_seen(), (Seen::Fixed, true));
+    tracing.start("function");
+    assert_eq!(is_seen(), (Seen::Fixed, true));
+
+    vmpatch.revert_all();
+    assert_eq!(is_seen(), (Seen::Flawed, true));
+    tracing.assert_alive();
+}
+
+#[test]
+fn a_function_with_a_kprobe_on_its_entry_is_patched_behind_it_and_the_kprobe_goes_on_being_hit() {
+    let guest = guest();
+    let vmpatch = Vmpatch::on(&guest);
+    let tracing = Ftrace::of(&guest);
+    let is_hit = || {
+        let before = tracing.kprobe_hits("entry");
+        let seen = see(&guest, PROGRAM);
+        (seen, tracing.kprobe_hits("entry") > before)
+    };
+    tracing.probe("entry", FUNCTION);
+    assert_eq!(is_hit(), (Seen::Flawed, true));
+
+    let applied = vmpatch.apply(&PATCH);
+    assert_eq!(redirects(&applied), [(FUNCTION, "body")]);
+    assert_eq!(is_hit(), (Seen::Fixed, true));
+    tracing.reset();
+    assert_eq!(see(&guest, PROGRAM), Seen::Fixed);
+    tracing.probe("entry", FUNCTION);
+    assert_eq!(is_hit(), (Seen::Fixed, true));
+
+    vmpatch.revert_all();
+    assert_eq!(is_hit(), (Seen::Flawed, true));
+    tracing.assert_alive();
+}
+
+#[test]
+fn a_kprobe_where_the_jump_would_stand_is_a_refusal() {
+    let guest = guest();
+    let vmpatch = Vmpatch::on(&guest);
+    let tracing = Ftrace::of(&guest);
+    // One holds the site, the other one the bytes behind it.
+    tracing.probe("entry", FUNCTION);
+    tracing.probe("behind", &format!("{FUNCTION}+5"));
+    let refused = vmpatch.run(&["apply", &PATCH]).expect(3);
+    let complaint = refused.complaint();
+    assert!(
+        complaint.contains(FUNCTION) && complaint.contains("kprobe"),
+        "{complaint}"
+    );
+    assert_eq!(states(&vmpatch.status()), []);
+    assert_eq!(see(&guest, PROGRAM), Seen::Flawed);
+    tracing.reset();
+    vmpatch.apply(&PATCH);
+    assert_eq!(see(&guest, PROGRAM), Seen::Fixed);
+}
+
+#[test]
+fn a_function_without_an_ftrace_site_is_patched_at_its_entry() {
+    let guest = guest();
+    let vmpatch = Vmpatch::on(&guest);
+    let tracing = Ftrace::of(&guest);
+    assert_eq!(see(&guest, "kstrtoint"), Seen::Flawed);
+    let applied = vmpatch.apply(&MODULES.applied(Applied::Kstrtoint));
+    assert_eq!(redirects(&applied), [("kstrtoint", "body")]);
+    assert_eq!(see(&guest, "kstrtoint"), Seen::Fixed);
+    tracing.assert_alive();
+    assert_eq!(see(&guest, "kstrtoint"), Seen::Fixed);
+    vmpatch.revert_all();
+    assert_eq!(see(&guest, "kstrtoint"), Seen::Flawed);
+}
+
+/// The guest's own livepatch, from the same module.
+struct OwnLivepatch<'a> {
+    guest: &'a Guest,
+    folder: String,
+}
+
+impl<'a> OwnLivepatch<'a> {
+    fn load(guest: &'a Guest, module: &str) -> Self {
+        let bytes = std::fs::read(module).expect("the module can be read");
+        guest.push("/tmp/own.ko", &bytes, 0o644).unwrap();
+        guest.text(&["insmod", "/tmp/own.ko"]).unwrap();
+        let own = Self {
+            guest,
+            folder: format!(
+                "/sys/kernel/livepatch/{}",
+                Cve::Y2026N52928.module_name().replace('-', "_")
+            ),
+        };
+        own.wait_for("[ \"$(cat $0/transition)\" = 0 ]");
+        own
+    }
+
+    fn unload(self) {
+        let off = format!("echo 0 >{}/enabled", self.folder);
+        self.guest.text(&["sh", "-c", &off]).unwrap();
+        // The folder goes when the transition is over.
+        self.wait_for("[ ! -e $0 ]");
+        let name = self.folder.rsplit('/').next().unwrap_or_default();
+        self.guest.text(&["rmmod", name]).unwrap();
+    }
+
+    fn wait_for(&self, condition: &str) {
+        let start = Instant::now();
+        while !self
+            .guest
+            .run(&["sh", "-c", condition, &self.folder])
+            .unwrap()
+            .status
+            .success()
+        {
+            assert!(
+                start.elapsed() < TRANSITION_LIMIT,
+                "never {condition} of {}",
+                self.folder
+            );
+        }
+    }
+}
+
+#[test]
+fn a_function_that_the_guests_own_livepatch_holds_is_refused_by_name_until_that_is_gone() {
+    let guest = guest();
+    let vmpatch = Vmpatch::on(&guest);
+    let own = OwnLivepatch::load(&guest, &PATCH);
+    assert_eq!(see(&guest, PROGRAM), Seen::Fixed);
+
+    for command in ["apply", "check"] {
+        let refused = vmpatch.run(&[command, &PATCH]).expect(3);
+        let complaint = refused.complaint();
+        assert!(
+            complaint.contains(FUNCTION) && complaint.contains("livepatch of the guest's own"),
+            "{complaint}"
+        );
+    }
+    assert_eq!(states(&vmpatch.status()), []);
+    // Another function is free.
+    vmpatch.apply(&MODULES.cve(Cve::Y2026N53249));
+    assert_eq!(see(&guest, "lsrr"), Seen::Fixed);
+
+    own.unload();
+    assert_eq!(see(&guest, PROGRAM), Seen::Flawed);
+    vmpatch.apply(&PATCH);
+    assert_eq!(see(&guest, PROGRAM), Seen::Fixed);
+    Ftrace::of(&guest).assert_alive();
+}
+
+#[test]
+fn a_livepatch_that_the_guest_loads_onto_a_patched_function_does_no_harm() {
+    let guest = guest();
+    let vmpatch = Vmpatch::on(&guest);
+    vmpatch.apply(&PATCH);
+    let own = OwnLivepatch::load(&guest, &PATCH);
+    assert_eq!(see(&guest, PROGRAM), Seen::Fixed);
+    own.unload();
+    assert_eq!(see(&guest, PROGRAM), Seen::Fixed);
+    vmpatch.revert_all();
+    assert_eq!(see(&guest, PROGRAM), Seen::Flawed);
+    Ftrace::of(&guest).assert_alive();
 }
