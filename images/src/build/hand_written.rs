@@ -11,7 +11,7 @@ macro_rules! text {
     };
 }
 
-/// A module that is to be applied. Its effect is seen by the program of the same name (see [`super::programs`]).
+/// A module that is to be applied. Its effect is seen by the program [`Applied::program`] (see [`super::programs`]).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Applied {
     /// `__x64_sys_sysinfo` and `si_meminfo`, which see whether the other one is of their own age.
@@ -24,6 +24,8 @@ pub enum Applied {
     Symbols,
     /// `__x64_sys_sysinfo`, with work for the loader: alternatives, retpolines, SMP locks, paravirt, all kinds of data.
     Sections,
+    /// `__x64_sys_pause`, with a static call of the kernel, which goes through its trampoline.
+    StaticCall,
     /// `__x64_sys_sysinfo`, with a line for the kernel's log, in which `vmpatch test: sysinfo of ` and the task's command
     /// stand.
     Printk,
@@ -31,16 +33,25 @@ pub enum Applied {
 
 impl Applied {
     /// All of them.
-    pub const ALL: [Self; 6] = [
+    pub const ALL: [Self; 7] = [
         Self::Pair,
         Self::Pause,
         Self::Kstrtoint,
         Self::Symbols,
         Self::Sections,
+        Self::StaticCall,
         Self::Printk,
     ];
 
-    /// The name, its program's too.
+    /// The program that sees its effect.
+    pub fn program(self) -> &'static str {
+        match self {
+            Self::StaticCall => Self::Pause.name(),
+            _ => self.name(),
+        }
+    }
+
+    /// The name.
     pub fn name(self) -> &'static str {
         self.name_and_text().0
     }
@@ -49,7 +60,7 @@ impl Applied {
     pub fn functions(self) -> &'static [&'static str] {
         match self {
             Self::Pair => &["__x64_sys_sysinfo", "si_meminfo"],
-            Self::Pause => &["__x64_sys_pause"],
+            Self::Pause | Self::StaticCall => &["__x64_sys_pause"],
             Self::Kstrtoint => &["kstrtoint"],
             Self::Symbols | Self::Sections | Self::Printk => &["__x64_sys_sysinfo"],
         }
@@ -58,7 +69,7 @@ impl Applied {
     /// Builds the module for that kernel. Returns the `.ko` in the cache.
     pub fn build(self, tree: &KernelTree) -> Result<PathBuf, Error> {
         let (name, text) = self.name_and_text();
-        let module = Module::new(&format!("test-{name}")).source(name, text);
+        let module = Module::new(&format!("test-{}", name.replace('_', "-"))).source(name, text);
         let module = if self == Self::Symbols {
             module.allow_undefined()
         } else {
@@ -74,6 +85,7 @@ impl Applied {
             Self::Kstrtoint => ("kstrtoint", text!("kstrtoint")),
             Self::Symbols => ("symbols", text!("symbols")),
             Self::Sections => ("sections", text!("sections")),
+            Self::StaticCall => ("static_call", text!("static_call")),
             Self::Printk => ("printk", text!("printk")),
         }
     }
@@ -99,8 +111,6 @@ pub enum Refused {
     ExceptionTable,
     /// Has a `__bug_table`.
     BugTable,
-    /// Has `.static_call_sites`.
-    StaticCall,
     /// Has `.data..percpu`.
     PercpuData,
     /// Wants a callback to run before it is applied.
@@ -115,7 +125,7 @@ pub enum Refused {
 
 impl Refused {
     /// All of them.
-    pub const ALL: [Self; 14] = [
+    pub const ALL: [Self; 13] = [
         Self::Unresolved,
         Self::Missing,
         Self::Ambiguous,
@@ -124,7 +134,6 @@ impl Refused {
         Self::JumpTable,
         Self::ExceptionTable,
         Self::BugTable,
-        Self::StaticCall,
         Self::PercpuData,
         Self::Callbacks,
         Self::OtherObject,
@@ -154,7 +163,6 @@ impl Refused {
             Self::JumpTable => ("jump_table", text!("refused/jump_table")),
             Self::ExceptionTable => ("exception_table", text!("refused/exception_table")),
             Self::BugTable => ("bug_table", text!("refused/bug_table")),
-            Self::StaticCall => ("static_call", text!("refused/static_call")),
             Self::PercpuData => ("percpu_data", text!("refused/percpu_data")),
             Self::Callbacks => ("callbacks", text!("refused/callbacks")),
             Self::OtherObject => ("other_object", text!("refused/other_object")),
