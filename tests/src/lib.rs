@@ -9,6 +9,7 @@
 //! - [`ftrace`] turns the guest's own tracing on and off;
 //! - [`health`] finds the guest kernel's own complaints;
 //! - [`monitor`] talks to QEMU behind vmpatch's back;
+//! - [`processes`] finds processes of the host and signals them;
 //! - [`ram`] compares all of a guest's memory, or its kernel, before and after.
 
 pub mod bed;
@@ -17,6 +18,7 @@ pub mod health;
 pub mod kit;
 pub mod monitor;
 pub mod probe;
+pub mod processes;
 pub mod ram;
 pub mod report;
 pub mod vmpatch;

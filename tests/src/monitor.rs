@@ -3,7 +3,7 @@
 use std::io::{self, BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use images::guest::Guest;
 use serde_json::{Value, json};
@@ -15,6 +15,8 @@ const ANSWER_LIMIT: Duration = Duration::from_secs(60);
 #[derive(Debug)]
 pub struct Monitor {
     stream: BufReader<UnixStream>,
+    /// Names of the events that have come and were not asked for yet.
+    events: Vec<String>,
 }
 
 impl Monitor {
@@ -34,6 +36,7 @@ impl Monitor {
         stream.set_read_timeout(Some(ANSWER_LIMIT))?;
         let mut monitor = Self {
             stream: BufReader::new(stream),
+            events: Vec::new(),
         };
         monitor.line()?;
         monitor.call("qmp_capabilities", json!({})).map_err(io::Error::other)?;
@@ -56,7 +59,57 @@ impl Monitor {
             if let Some(error) = answer.get("error") {
                 return Err(format!("{command}: {error}"));
             }
+            self.note(&answer);
         }
+    }
+
+    /// Forgets the events up to now.
+    ///
+    /// # Panics
+    ///
+    /// If QEMU does not answer.
+    pub fn forget_events(&mut self) {
+        self.run_state();
+        self.events.clear();
+    }
+
+    /// Waits for an event, and forgets it and those before it. False where there was none in that time.
+    ///
+    /// # Panics
+    ///
+    /// If the connection breaks.
+    pub fn wait_for_event(&mut self, name: &str, limit: Duration) -> bool {
+        let end = Instant::now() + limit;
+        loop {
+            if let Some(index) = self.events.iter().position(|event| event == name) {
+                self.events.drain(..=index);
+                return true;
+            }
+            let left = end.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return false;
+            }
+            self.limit_answers(left);
+            let line = self.line();
+            self.limit_answers(ANSWER_LIMIT);
+            match line {
+                Ok(event) => self.note(&event),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return false,
+                Err(error) => panic!("waiting for {name}: {error}"),
+            }
+        }
+    }
+
+    fn limit_answers(&self, limit: Duration) {
+        let stream = self.stream.get_ref();
+        stream
+            .set_read_timeout(Some(limit))
+            .expect("a limit that is not zero is taken");
+    }
+
+    fn note(&mut self, message: &Value) {
+        let name = message.get("event").and_then(Value::as_str);
+        self.events.extend(name.map(str::to_owned));
     }
 
     /// `running`, `paused`, …

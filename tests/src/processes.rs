@@ -1,0 +1,62 @@
+//! Processes of this host, by their command lines, and signals to them.
+
+use std::fs;
+
+use nix::errno::Errno;
+use nix::sys::signal::{self, Signal};
+use nix::unistd::Pid;
+
+/// All processes whose arguments, without the program's name, begin with these.
+pub fn with_arguments(arguments: &[&str]) -> Vec<u32> {
+    let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
+    let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+    pids.filter(|pid| has_arguments(*pid, arguments)).collect()
+}
+
+/// False for a process that has ended.
+fn has_arguments(pid: u32, wanted: &[&str]) -> bool {
+    let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+    let mut words = line.split(|byte| *byte == 0).skip(1);
+    wanted.iter().all(|word| words.next() == Some(word.as_bytes()))
+}
+
+/// Sends a signal to a process, which may have ended.
+///
+/// # Panics
+///
+/// If it is not ours to signal.
+pub fn kill(pid: u32, signal: Signal) {
+    sent(signal::kill(as_pid(pid), signal));
+}
+
+/// Sends a signal to a process group, all of which may have ended.
+///
+/// # Panics
+///
+/// If it is not ours to signal.
+pub fn kill_group(leader: u32, signal: Signal) {
+    sent(signal::killpg(as_pid(leader), signal));
+}
+
+fn sent(result: nix::Result<()>) {
+    assert!(matches!(result, Ok(()) | Err(Errno::ESRCH)), "{result:?}");
+}
+
+fn as_pid(pid: u32) -> Pid {
+    Pid::from_raw(pid.try_into().expect("the host's pids are small"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::process::Command;
+
+    #[test]
+    fn a_process_is_found_by_its_arguments_and_ended_by_a_signal() {
+        let mut child = Command::new("sleep").arg("86399").spawn().unwrap();
+        assert_eq!(with_arguments(&["86399"]), [child.id()]);
+        kill(child.id(), Signal::SIGKILL);
+        assert_eq!(child.wait().unwrap().code(), None);
+        assert_eq!(with_arguments(&["86399"]), [0; 0]);
+    }
+}
