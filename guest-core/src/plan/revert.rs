@@ -46,7 +46,9 @@ pub fn revert(live: &Live<'_>, registry: &Registry, id: &str) -> Result<Plan, Re
         });
     };
     let mut paused = untraced(live, record)?;
-    paused.extend(record.changes.iter().rev().map(Change::undone));
+    // What is original already was put back by a vmpatch that was killed in this pause, and its supervisor with it.
+    let undone = record.changes.iter().rev().map(Change::undone);
+    paused.extend(undone.filter(|change| change.verify(live.memory).is_err()));
     paused.extend(wipe_text(live, registry, entry, record)?);
     paused.push(registry.state_change(entry.slot, State::Applied, State::Reverted));
     let text = Gva(record.text.start)..Gva(record.text.start.saturating_add(record.text.len));
