@@ -197,6 +197,7 @@ impl Session {
     /// Wipes what a revert, or a vmpatch that was killed, has left; takes back what was half committed.
     pub fn tidy(&mut self) -> Result<(), Failure> {
         self.refuse_if_busy()?;
+        self.attached.close_left_stub()?;
         while let Some(plan) = plan::recovery(&self.live(), &self.registry)? {
             let options = commit_options(Model::CleanCut, Duration::from_secs(10));
             self.commit(&plan, "taking back", options)?;

@@ -119,6 +119,11 @@ impl Attached {
         Ok(self.qmp.borrow().busy_with()?)
     }
 
+    /// Closes what a vmpatch that was killed has left open in QEMU.
+    pub fn close_left_stub(&self) -> Result<(), AttachError> {
+        Ok(self.qmp.borrow_mut().close_left_stub()?)
+    }
+
     /// Registers of all vCPUs while they run: what changes at every moment may be torn, what does not change after
     /// boot is right.
     pub fn registers_running(&self) -> Result<Vec<Registers>, AttachError> {

@@ -182,6 +182,12 @@ impl Machine {
         Ok(vcpus.iter().map(|vcpu| vcpu.index.saturating_add(1)).collect())
     }
 
+    /// Closes a GDB stub that a killed process has left; [`Machine::pause`] does so, too. Does not touch one that this process
+    /// uses, nor an operator's.
+    pub fn close_left_stub(&mut self) -> Result<(), CommandError> {
+        if self.stub.is_some() { Ok(()) } else { self.close_stub() }
+    }
+
     /// Closes the stub.
     fn close_stub(&mut self) -> Result<(), CommandError> {
         self.stub = None;
