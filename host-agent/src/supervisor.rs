@@ -11,6 +11,7 @@ use crate::error::Failure;
 use crate::lock::DomainLock;
 use guest_core::commit;
 use guest_core::machine::Journal;
+use nix::sys::signal::{SigSet, Signal};
 use serde::{Deserialize, Serialize};
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::fd::OwnedFd;
@@ -27,6 +28,11 @@ const RECOVERY_TIME_MAX: Duration = Duration::from_secs(30);
 const RECOVERY_WAIT: Duration = Duration::from_millis(10);
 /// How long the worker waits for an answer.
 const ANSWER_TIME_MAX: Duration = Duration::from_secs(10);
+/// How long the worker waits for the supervisor's end: longer than that one recovers. Past it, it hangs, and would
+/// keep the domain's lock.
+const END_TIME_MAX: Duration = Duration::from_secs(60);
+/// Pause between two looks whether it has ended.
+const END_WAIT: Duration = Duration::from_micros(200);
 /// Most bytes of one line: a journal of the largest patch.
 const LINE_BYTES_MAX: u64 = 64 << 20;
 
@@ -87,12 +93,20 @@ impl Drop for Supervisor {
     fn drop(&mut self) {
         // It ends when it sees the socket closed.
         let _ = self.socket.shutdown(std::net::Shutdown::Both);
-        let _ = self.child.wait();
+        let end = Instant::now() + END_TIME_MAX;
+        while matches!(self.child.try_wait(), Ok(None)) {
+            if Instant::now() >= end {
+                let _ = self.child.kill();
+                return;
+            }
+            std::thread::sleep(END_WAIT);
+        }
     }
 }
 
 /// The supervisor's side: `vmpatch supervise SOCKET`, with the worker's socket as standard input.
 pub fn supervise(path: &Path) -> Result<(), Failure> {
+    ignore_requests_to_end();
     let stdin = io::stdin();
     let mut answers = UnixStream::from(stdin_descriptor().map_err(Failure::Supervisor)?);
     let mut lines = BufReader::new(stdin.lock());
@@ -110,6 +124,13 @@ pub fn supervise(path: &Path) -> Result<(), Failure> {
         }
     }
     watch.map_or(Ok(()), |watch| recover(path, &watch))
+}
+
+/// Whoever ends all processes of a service, or hangs up a terminal, means the worker; the supervisor ends behind it by itself.
+fn ignore_requests_to_end() {
+    let requests = SigSet::from_iter([Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP, Signal::SIGQUIT]);
+    // Without it the supervisor works as well, as long as nobody signals it.
+    let _ = requests.thread_block();
 }
 
 fn stdin_descriptor() -> io::Result<OwnedFd> {
