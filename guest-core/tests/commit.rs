@@ -9,6 +9,7 @@ use common::ram::Fault;
 use common::tasks::{START, process, write};
 use guest_core::change::Change;
 use guest_core::commit::{CommitError, CommitOptions, Model, NotSafe, commit, lay, take_back};
+use guest_core::place::State;
 use guest_core::plan::{Plan, cleanup, recovery, revert};
 use guest_core::{Gpa, Kernel};
 use std::time::Duration;
@@ -86,6 +87,40 @@ fn a_death_at_any_write_is_mended_by_the_next_vmpatch() {
         mend(&guest, &kernel);
         assert!(guest.ram.differences().is_empty(), "write {write}");
     }
+}
+
+/// The same for a revert, whose pause may have been cut off between two functions: it is still in force, and reverted anew.
+#[test]
+fn a_revert_whose_vmpatch_and_supervisor_died_at_any_write_can_be_made_again() {
+    let (applied, kernel) = patched();
+    let plan = revert(&kernel.live(&applied.ram), &registry(&applied, &kernel), "fix").unwrap();
+    let carry_on = |guest: &Guest| {
+        if registry(guest, &kernel).entries[0].state == State::Applied {
+            let again = revert(&kernel.live(&guest.ram), &registry(guest, &kernel), "fix").unwrap();
+            carry_out(guest, &kernel, &again).unwrap();
+        }
+        mend(guest, &kernel);
+        guest.ram.differences()
+    };
+    let whole = carry_on(&applied.clone());
+    for write in 0..plan.paused.len() as u64 {
+        let guest = applied.clone();
+        guest.ram.set_fault(Some(Fault::Death(write)));
+        carry_out(&guest, &kernel, &plan).unwrap_err();
+        guest.ram.set_fault(None);
+        assert!(carry_on(&guest) == whole, "write {write}");
+    }
+}
+
+#[test]
+fn a_patch_is_in_force_also_where_the_supervisor_died_with_the_commit() {
+    let guest = Guest::new();
+    let kernel = guest.kernel();
+    let plan = plan(&guest, &kernel, &two()).unwrap();
+    let mut vm = Vm::new(&guest);
+    vm.supervisor_dies = true;
+    commit(&kernel.live(&guest.ram), &mut vm, &plan, &OPTIONS).unwrap();
+    assert_eq!(registry(&guest, &kernel).entries[0].state, State::Applied);
 }
 
 #[test]

@@ -14,6 +14,8 @@ pub struct Vm<'a> {
     pub journal: Option<Journal>,
     /// How often it was stopped.
     pub pauses: u32,
+    /// The supervisor dies with the commit: it can't be told that nothing is left to take back.
+    pub supervisor_dies: bool,
     /// How long each pause is said to have taken up to the writes.
     pub elapsed: Duration,
 }
@@ -27,6 +29,7 @@ impl<'a> Vm<'a> {
             vcpus,
             journal: None,
             pauses: 0,
+            supervisor_dies: false,
             elapsed: Duration::ZERO,
         }
     }
@@ -34,6 +37,9 @@ impl<'a> Vm<'a> {
 
 impl Machine for Vm<'_> {
     fn guard(&mut self, journal: Option<&Journal>) -> Result<(), MachineError> {
+        if self.supervisor_dies && journal.is_none() {
+            return Err(MachineError::new("telling the supervisor", "it is gone"));
+        }
         self.journal = journal.cloned();
         Ok(())
     }
