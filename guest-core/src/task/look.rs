@@ -10,6 +10,7 @@ use crate::unwind::{
     CodeMap, Frame, KernelView, OldCode, PtRegs, Returns, Stack, StackKind, Start, UnwindError, Unwinder,
 };
 use crate::vcpu::Registers;
+use std::cell::Cell;
 
 /// Addresses from here on are the kernel's; below are user mode's.
 const KERNEL_START: u64 = 1 << 63;
@@ -25,6 +26,8 @@ pub(super) struct Look<'a> {
     pub old: &'a OldCode,
     /// Code at which a new task starts; not an address that was called from.
     pub fork_entry: Option<Gva>,
+    /// How many frames may still be walked, for all tasks together.
+    pub frames_left: &'a Cell<usize>,
 }
 
 impl Look<'_> {
@@ -148,9 +151,13 @@ impl Look<'_> {
             returns: self.returns,
             regs: self.regs,
         };
+        if self.frames_left.get() == 0 {
+            return Err(Why::TooManyFrames);
+        }
         let mut frames = Vec::new();
         let mut inside: Option<String> = None;
         let end = unwinder.walk(self.view, start, stacks, hidden, &mut |frame| {
+            self.frames_left.set(self.frames_left.get().saturating_sub(1));
             if frames.len() < Blocker::FRAMES_MAX {
                 frames.push(frame);
             }

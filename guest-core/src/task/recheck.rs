@@ -2,7 +2,7 @@
 
 use super::cpus::Place;
 use super::list::{Counts, newest_threads, threads};
-use super::survey::{Survey, Task, switches};
+use super::survey::{FRAMES_MAX, Survey, Task, switches};
 use super::verdict::{State, Unsure, Verdict, Why};
 use crate::addr::Gva;
 use crate::unwind::{KernelView, SetupError};
@@ -16,6 +16,7 @@ impl Survey<'_> {
     /// Error: something that every look rests on could not be read. Nothing is known then.
     pub fn recheck(&mut self, view: &dyn KernelView, vcpus: &[Registers]) -> Result<Verdict, SetupError> {
         let mut verdict = Verdict::default();
+        self.frames_left.set(FRAMES_MAX);
         if self.code.refresh(view, &self.patches)? {
             verdict.unsure.push(Unsure {
                 task: None,

@@ -45,6 +45,9 @@ pub enum Why {
     /// It ran, and was not looked at since.
     #[error("it was not looked at since it ran")]
     NotLookedAt,
+    /// The stacks of the tasks before it took all that a look may take.
+    #[error("the guest has more stacks to unwind than are looked at")]
+    TooManyFrames,
     /// There is no vCPU for a CPU that the kernel has online.
     #[error("CPU {cpu} is online, but no vCPU is in its context")]
     NoVcpu {
