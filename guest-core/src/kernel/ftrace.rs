@@ -14,6 +14,10 @@ const RECORDS_MAX: u32 = 1 << 20;
 /// `endbr64`, or the NOP that a sealed one becomes, has four bytes and stands before the site.
 pub const ENDBR_BYTES: u64 = 4;
 
+/// Bits of `dyn_ftrace.flags` that count its users: the low 19 or more (`FTRACE_REF_MAX_SHIFT`, include/linux/ftrace.h, up to
+/// 7.2); nobody has more than these.
+const USERS: u64 = 0xffff;
+
 /// Bits of `dyn_ftrace.flags`, as the guest's kernel numbers them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Flags {
@@ -39,9 +43,10 @@ pub struct FtraceRecord {
 }
 
 impl FtraceRecord {
-    /// True where a tracer, kprobe, BPF program or livepatch of the guest uses the site.
+    /// True where a tracer, kprobe, BPF program or livepatch of the guest uses the site, or would if tracing were not
+    /// switched off (`kernel.ftrace_enabled`).
     pub fn is_held(&self) -> bool {
-        self.flags & self.meaning.enabled != 0
+        self.flags & (self.meaning.enabled | USERS) != 0
     }
 
     /// True where ftrace was told to leave the site alone.
