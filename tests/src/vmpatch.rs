@@ -117,7 +117,16 @@ impl Vmpatch {
     /// If it can't be built or started.
     pub fn start(&self, args: &[&str]) -> Child {
         use std::os::unix::process::CommandExt;
-        let mut command = self.command(args);
+        let plain = self.command(args);
+        // Whoever runs the tests in the background of a script has Ctrl-C ignored, and that is inherited; an operator has not.
+        let mut command = Command::new("env");
+        command
+            .arg("--default-signal=INT")
+            .arg(plain.get_program())
+            .args(plain.get_args());
+        command
+            .current_dir(plain.get_current_dir().unwrap_or(Path::new("/")))
+            .stdin(Stdio::null());
         command.stdout(Stdio::piped()).stderr(Stdio::piped()).process_group(0);
         command.spawn().expect("vmpatch starts")
     }
