@@ -7,14 +7,14 @@
 use std::error::Error;
 
 use images::build::hand_written::{Applied, Refused};
-use images::build::{Cve, KernelTree, programs};
+use images::build::{Cve, programs};
 use images::cache::Cache;
 use images::kernel::Kernel;
 
 fn main() -> Result<(), Box<dyn Error>> {
     let name = std::env::args().nth(1).ok_or("usage: build KERNEL")?;
     println!("{}", programs::build(&Cache::from_env()?)?.display());
-    let tree = KernelTree::of(&Kernel::named(&name))?;
+    let tree = Kernel::named(&name).headers()?;
     for cve in Cve::ALL.into_iter().filter(|cve| cve.concerns(tree.release())) {
         println!("{}", cve.module(&tree)?.display());
     }

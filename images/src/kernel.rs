@@ -4,6 +4,8 @@ use std::borrow::Cow;
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use patch_build::headers::{self, Headers};
+
 use crate::cache;
 use crate::packages;
 
@@ -86,6 +88,12 @@ impl Kernel {
     /// The version of its package, if it is bound to one.
     pub fn version(&self) -> Option<&str> {
         self.version.as_deref()
+    }
+
+    /// What the kernel's modules are built with, in the user's cache.
+    pub fn headers(&self) -> Result<Headers, headers::Error> {
+        let release = self.package.strip_prefix("linux-image-").unwrap_or(&self.package);
+        Headers::fetch(&cache::Cache::from_env()?, release, self.version())
     }
 
     /// Fetches the kernel into the user's cache.

@@ -9,17 +9,15 @@
 //! - [`guest`] boots it all with QEMU: [`guest::GuestConfig`] says what a guest is like, [`guest::Guest`] is a running one;
 //! - [`channel`] runs commands in the guest and brings back their output and exit status.
 //!
-//! Below them, [`cache`] keeps what was fetched and made, so that a second start needs no network, and [`command`] runs the
-//! host's programs and says what went wrong.
+//! Packages, the cache that spares a second start the network, and the host's programs are `patch_build`'s.
 //!
 //! `setup.sh` in this room makes a machine ready for all of it; the binary `vmpatch-images` boots a guest by hand.
 
 pub mod build;
-pub mod cache;
 pub mod channel;
-pub mod command;
 pub mod guest;
 pub mod initramfs;
 pub mod kernel;
 pub mod modules;
-pub mod packages;
+
+pub use patch_build::{cache, command, packages};

@@ -64,7 +64,7 @@ fn shows_its_effect(guest: &Guest, program: &str, module: &Path) {
 }
 
 fn every_module_shows_its_effect(kernel: Kernel) {
-    let tree = KernelTree::of(&kernel).unwrap();
+    let tree = kernel.headers().unwrap();
     let guest = guest(kernel);
     for cve in Cve::ALL.into_iter().filter(|cve| cve.concerns(tree.release())) {
         shows_its_effect(&guest, cve.program(), &cve.module(&tree).unwrap());
@@ -98,7 +98,7 @@ fn half_a_pair(name: &str, left_out: &str, tree: &KernelTree) -> PathBuf {
 
 #[test]
 fn the_program_pair_notices_a_new_function_beside_an_old_one() {
-    let tree = KernelTree::of(&Kernel::CLOUD_6_1).unwrap();
+    let tree = Kernel::CLOUD_6_1.headers().unwrap();
     let guest = guest(Kernel::CLOUD_6_1);
     let halves = [
         (

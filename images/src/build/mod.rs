@@ -15,16 +15,15 @@ mod klp_rela;
 mod module;
 pub mod programs;
 mod source;
-mod tree;
 
 use std::path::PathBuf;
-
-use sha2::{Digest, Sha256};
 
 pub use cve::Cve;
 pub use fix::FixedFunctions;
 pub use module::Module;
-pub use tree::KernelTree;
+pub use patch_build::headers::Headers as KernelTree;
+
+use patch_build::{digest, headers};
 
 use crate::{cache, command, packages};
 
@@ -40,34 +39,9 @@ pub enum Error {
     /// A program of the host failed.
     #[error(transparent)]
     Command(#[from] command::Error),
-    /// A headers package does not say where the rest of the kernel's build files is.
-    #[error("{package} depends on no {prefix}… package, but on: {found}")]
-    NoDependency {
-        /// The headers package.
-        package: String,
-        /// What the wanted package's name begins with.
-        prefix: &'static str,
-        /// All that the package depends on.
-        found: String,
-    },
-    /// The kernel's configuration does not say which compiler made the kernel.
-    #[error("{} has no CONFIG_CC_VERSION_TEXT", path.display())]
-    NoCompilerText {
-        /// The configuration.
-        path: PathBuf,
-    },
-    /// The machine's compiler is not the one that made the kernel.
-    #[error(
-        "kernel {release} was made with {expected:?}, but this machine has {found:?}: no module of it would be like the kernel's own code"
-    )]
-    WrongCompiler {
-        /// The kernel's release.
-        release: String,
-        /// The kernel's compiler, from its configuration.
-        expected: String,
-        /// The machine's, from its `--version`.
-        found: String,
-    },
+    /// What a kernel's modules are built with could not be had.
+    #[error(transparent)]
+    Headers(#[from] headers::Error),
     /// The fix of a flaw is not made for a kernel of that series.
     #[error("{id} has a fix for kernels {series}* here, not for {release}")]
     OtherSeries {
@@ -102,30 +76,4 @@ pub enum Error {
         /// The source file.
         path: PathBuf,
     },
-}
-
-/// The first 16 hexadecimal digits of the SHA-256 over all parts and their lengths: the name of what was made of them.
-fn digest(parts: &[&str]) -> String {
-    let mut hasher = Sha256::new();
-    for part in parts {
-        hasher.update(part.len().to_le_bytes());
-        hasher.update(part);
-    }
-    hasher
-        .finalize()
-        .iter()
-        .take(8)
-        .map(|byte| format!("{byte:02x}"))
-        .collect()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_digest_depends_on_where_one_part_ends() {
-        assert_ne!(digest(&["ab", "c"]), digest(&["a", "bc"]));
-        assert_eq!(digest(&["ab", "c"]).len(), 16);
-    }
 }

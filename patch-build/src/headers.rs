@@ -3,17 +3,56 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use super::source::read_text;
-use super::{Error, digest};
 use crate::cache::{self, Cache};
-use crate::command;
-use crate::kernel::Kernel;
 use crate::packages::{self, Package};
+use crate::{command, digest};
+
+/// Why a kernel's build files could not be had.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// A package could not be had.
+    #[error(transparent)]
+    Package(#[from] packages::Error),
+    /// The cache could not be used.
+    #[error(transparent)]
+    Cache(#[from] cache::Error),
+    /// A program of the host failed.
+    #[error(transparent)]
+    Command(#[from] command::Error),
+    /// A headers package does not say where the rest of the kernel's build files is.
+    #[error("{package} depends on no {prefix}… package, but on: {found}")]
+    NoDependency {
+        /// The headers package.
+        package: String,
+        /// What the wanted package's name begins with.
+        prefix: &'static str,
+        /// All that the package depends on.
+        found: String,
+    },
+    /// The kernel's configuration does not say which compiler made the kernel.
+    #[error("{} has no CONFIG_CC_VERSION_TEXT", path.display())]
+    NoCompilerText {
+        /// The configuration.
+        path: PathBuf,
+    },
+    /// The machine's compiler is not the one that made the kernel.
+    #[error(
+        "kernel {release} was made with {expected:?}, but this machine has {found:?}: no module of it would be like the kernel's own code"
+    )]
+    WrongCompiler {
+        /// The kernel's release.
+        release: String,
+        /// The kernel's compiler, from its configuration.
+        expected: String,
+        /// The machine's, from its `--version`.
+        found: String,
+    },
+}
 
 /// The build files of one kernel: its configuration and generated headers, the headers that all flavours share, and the
 /// build's own scripts and tools. In the cache; nothing is installed.
 #[derive(Clone, Debug)]
-pub struct KernelTree {
+pub struct Headers {
     release: String,
     compiler: String,
     id: String,
@@ -21,7 +60,7 @@ pub struct KernelTree {
     cache: Cache,
 }
 
-impl KernelTree {
+impl Headers {
     /// The build files for the kernel `release` (as `uname -r` says it), of that package version if one is given, else of
     /// the one that apt would install. Refused where the machine's compiler is not the one that made the kernel.
     pub fn fetch(cache: &Cache, release: &str, version: Option<&str>) -> Result<Self, Error> {
@@ -49,13 +88,6 @@ impl KernelTree {
         })
     }
 
-    /// The build files for a kernel that guests run, in the user's cache.
-    pub fn of(kernel: &Kernel) -> Result<Self, Error> {
-        let package = kernel.package();
-        let release = package.strip_prefix("linux-image-").unwrap_or(package);
-        Self::fetch(&Cache::from_env()?, release, kernel.version())
-    }
-
     /// The kernel's release, as `uname -r` says it.
     pub fn release(&self) -> &str {
         &self.release
@@ -72,12 +104,12 @@ impl KernelTree {
     }
 
     /// Where what is built for this kernel is kept.
-    pub(super) fn cache(&self) -> &Cache {
+    pub fn cache(&self) -> &Cache {
         &self.cache
     }
 
     /// Names the versions of the packages that the tree was made of.
-    pub(super) fn id(&self) -> &str {
+    pub fn id(&self) -> &str {
         &self.id
     }
 }
@@ -115,7 +147,8 @@ fn dependency<'a>(depends: &'a str, prefix: &str) -> Option<(&'a str, Option<&'a
 /// have, goes away: with it the build wants pahole.
 fn make_movable(headers: &Path) -> Result<(), Error> {
     let makefile = headers.join("Makefile");
-    let text = read_text(&makefile)?.replace("/usr/src/", "../");
+    let text = fs::read_to_string(&makefile).map_err(cache::Error::io("read", &makefile))?;
+    let text = text.replace("/usr/src/", "../");
     fs::write(&makefile, text).map_err(cache::Error::io("write", &makefile))?;
     let vmlinux = headers.join("vmlinux");
     if vmlinux.exists() {
@@ -126,7 +159,7 @@ fn make_movable(headers: &Path) -> Result<(), Error> {
 
 /// Compares the compiler that a kernel's configuration names with the machine's own of that name.
 fn check_compiler(release: &str, config: &Path) -> Result<String, Error> {
-    let text = read_text(config)?;
+    let text = fs::read_to_string(config).map_err(cache::Error::io("read", config))?;
     let expected = compiler_text(&text).ok_or_else(|| Error::NoCompilerText {
         path: config.to_owned(),
     })?;

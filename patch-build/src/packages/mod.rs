@@ -26,7 +26,9 @@ pub enum Error {
         wanted: String,
     },
     /// apt's lists do not name the package.
-    #[error("apt knows no package {wanted} (run images/setup.sh, which adds the package sources; apt has: {known})")]
+    #[error(
+        "apt knows no package {wanted} (is its package source among apt's, and `apt-get update` done? apt has: {known})"
+    )]
     Unknown {
         /// The name, with `=version` if one was asked for.
         wanted: String,

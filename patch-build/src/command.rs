@@ -11,7 +11,7 @@ const STDERR_TAIL_BYTES: usize = 2000;
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// It could not be started.
-    #[error("can't start `{program}` (is it installed? images/setup.sh installs what is needed)")]
+    #[error("can't start `{program}` (is it installed?)")]
     Start {
         /// The program with its arguments.
         program: String,

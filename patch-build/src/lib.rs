@@ -1,0 +1,44 @@
+//! Builds a livepatch module from a source change, by compiling only the files that the change touches, before and after.
+//!
+//! In the order in which a patch passes through:
+//!
+//! - [`packages`] fetches a Debian package by name, checks it and unpacks it;
+//! - [`headers`] is what a kernel's modules are built with: its configuration, headers, scripts and tools;
+//! - [`pair`] is a source file compiled before and after the change.
+//!
+//! Below them, [`cache`] keeps what was fetched and made, so that a second build needs no network, and [`command`] runs the
+//! host's programs and says what went wrong.
+
+pub mod cache;
+pub mod command;
+pub mod headers;
+pub mod packages;
+pub mod pair;
+
+use sha2::{Digest, Sha256};
+
+/// The first 16 hexadecimal digits of the SHA-256 over all parts and their lengths: the name of what was made of them.
+pub fn digest<T: AsRef<[u8]>>(parts: &[T]) -> String {
+    let mut hasher = Sha256::new();
+    for part in parts.iter().map(AsRef::as_ref) {
+        hasher.update(part.len().to_le_bytes());
+        hasher.update(part);
+    }
+    hasher
+        .finalize()
+        .iter()
+        .take(8)
+        .map(|byte| format!("{byte:02x}"))
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_digest_depends_on_where_one_part_ends() {
+        assert_ne!(digest(&["ab", "c"]), digest(&["a", "bc"]));
+        assert_eq!(digest(&["ab", "c"]).len(), 16);
+    }
+}
