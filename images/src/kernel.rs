@@ -47,8 +47,10 @@ impl Kernel {
         "linux-image-6.12.117+deb12-cloud-amd64",
         "6.12.117-1~deb12u1",
     );
+    /// 6.1 with PREEMPT_RT, of the same source as [`Kernel::CLOUD_6_1`].
+    pub const RT_6_1: Self = Self::pinned("6.1-rt", "linux-image-6.1.0-47-rt-amd64", "6.1.170-3");
     /// All kernels with a label of their own.
-    pub const TABLE: [Self; 3] = [Self::CLOUD_6_1, Self::GENERIC_6_1, Self::CLOUD_6_12];
+    pub const TABLE: [Self; 4] = [Self::CLOUD_6_1, Self::GENERIC_6_1, Self::RT_6_1, Self::CLOUD_6_12];
 
     const fn pinned(label: &'static str, package: &'static str, version: &'static str) -> Self {
         Self {
