@@ -4,6 +4,7 @@
 //!
 //! - [`packages`] fetches a Debian package by name, checks it and unpacks it;
 //! - [`headers`] is what a kernel's modules are built with: its configuration, headers, scripts and tools;
+//! - [`facts`] is what is known of the kernel: its image, symbols, exports, configuration;
 //! - [`pair`] is a source file compiled before and after the change.
 //!
 //! Below them, [`cache`] keeps what was fetched and made, so that a second build needs no network, and [`command`] runs the
@@ -11,6 +12,7 @@
 
 pub mod cache;
 pub mod command;
+pub mod facts;
 pub mod headers;
 pub mod packages;
 pub mod pair;
