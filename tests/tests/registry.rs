@@ -76,12 +76,15 @@ fn a_patch_is_not_applied_twice_and_a_function_not_patched_twice() {
     let guest = guest();
     let vmpatch = Vmpatch::on(&guest);
     let printk = MODULES.applied(Applied::Printk);
+    let symbols = MODULES.applied(Applied::Symbols);
+    let both = vmpatch.run(&["check", &printk, &symbols]).expect(3);
+    let held = "__x64_sys_sysinfo is already patched by test_printk; revert that one first";
+    assert!(both.complaint().ends_with(held), "{both}");
     vmpatch.apply(&printk);
     let again = vmpatch.run(&["apply", &printk]).expect(3);
     assert!(again.complaint().ends_with("test_printk is already applied"), "{again}");
-    let other = vmpatch.run(&["apply", &MODULES.applied(Applied::Symbols)]).expect(3);
-    let expected = "__x64_sys_sysinfo is already patched by test_printk; revert that one first";
-    assert!(other.complaint().ends_with(expected), "{other}");
+    let other = vmpatch.run(&["apply", &symbols]).expect(3);
+    assert!(other.complaint().ends_with(held), "{other}");
     assert_eq!(see(&guest, "printk"), Seen::Fixed);
 }
 

@@ -7,6 +7,7 @@ use crate::progress::Progress;
 use crate::report::{Function, Patch, Patches, Pause};
 use crate::session::{Session, Target};
 use guest_core::place::Record;
+use guest_core::plan::Refusal;
 use std::path::{Path, PathBuf};
 
 /// Applies modules one after another; the first that fails ends it, and those before it stay.
@@ -31,13 +32,35 @@ pub fn apply(options: &Options, files: &[PathBuf], progress: &Progress) -> Resul
 pub fn check(options: &Options, files: &[PathBuf], progress: &Progress) -> Result<Patches, Failure> {
     let session = Session::open(&Target::from_options(options)?, progress)?;
     let mut patches = Vec::new();
+    let mut planned: Vec<Record> = Vec::new();
     for path in files {
-        let plan = session.plan(path, &read_module(path)?, options)?;
-        patches.push(describe(&plan.record, Some(path), "would apply", "original"));
+        let record = session.plan(path, &read_module(path)?, options)?.record;
+        if let Some(refusal) = clash(&planned, &record) {
+            return Err(Failure::Refused {
+                path: path.clone(),
+                source: Box::new(refusal),
+            });
+        }
+        patches.push(describe(&record, Some(path), "would apply", "original"));
+        planned.push(record);
     }
     Ok(Patches {
         guest: session.guest(),
         patches,
+    })
+}
+
+/// Why `record` could not be applied once those before it are, each of which was planned for the guest as it is now.
+fn clash(before: &[Record], record: &Record) -> Option<Refusal> {
+    if before.iter().any(|earlier| earlier.id == record.id) {
+        return Some(Refusal::AlreadyApplied { id: record.id.clone() });
+    }
+    record.functions.iter().find_map(|function| {
+        let holds = |earlier: &&Record| earlier.functions.iter().any(|other| other.old == function.old);
+        before.iter().find(holds).map(|earlier| Refusal::Held {
+            function: function.name.clone(),
+            id: earlier.id.clone(),
+        })
     })
 }
 
