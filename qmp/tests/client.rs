@@ -26,6 +26,21 @@ async fn a_typed_command_and_a_monitor_line_are_answered() {
 }
 
 #[tokio::test]
+async fn a_monitor_that_spreads_its_messages_over_lines_is_understood() {
+    let dir = TempDir::new();
+    let pretty = format!("unix:{},server=on,wait=off", dir.path().join("p").display());
+    let _qemu = Qemu::start(&["-S", "-name", "guest=vm42", "-qmp-pretty", &pretty]);
+    let client = Client::connect(&dir.path().join("p"), PATIENCE).await.unwrap();
+    assert_eq!(
+        client.execute(qapi::qmp::query_name {}).await.unwrap().name.as_deref(),
+        Some("vm42")
+    );
+    let mut events = client.events();
+    client.execute(qapi::qmp::cont {}).await.unwrap();
+    assert_eq!(events.recv().await.unwrap().name, "RESUME");
+}
+
+#[tokio::test]
 async fn a_missing_socket_and_one_without_listener_are_told_apart() {
     let mut qemu = Qemu::start(&["-S"]);
     let missing = Client::connect(&qemu.dir().join("none"), SHORT).await;

@@ -5,7 +5,7 @@ use std::io;
 use tokio::io::AsyncReadExt;
 use tokio::net::UnixStream;
 
-/// The longest line accepted, in bytes. The longest honest ones are `query-qmp-schema` (0.3 MB) and `info mtree` of a
+/// The longest message accepted, in bytes. The longest honest ones are `query-qmp-schema` (0.3 MB) and `info mtree` of a
 /// guest with hundreds of devices (a few MB); a peer that sends more is not to fill our memory.
 const LINE_BYTES_MAX: usize = 16 << 20;
 
@@ -15,14 +15,14 @@ const READ_BYTES: usize = 64 << 10;
 /// Bytes of a foreign message quoted in an error.
 const EXCERPT_BYTES: usize = 120;
 
-/// How reading a line failed.
+/// How reading a message failed.
 #[derive(Debug, thiserror::Error)]
 pub enum LineError {
     /// The peer closed the connection.
     #[error("QEMU closed the connection")]
     Closed,
-    /// No end of line within the limit.
-    #[error("a line is longer than {LINE_BYTES_MAX} bytes")]
+    /// No end of it within the limit.
+    #[error("a message is longer than {LINE_BYTES_MAX} bytes")]
     TooLong,
     /// The socket failed.
     #[error("the socket failed: {0}")]
@@ -68,11 +68,33 @@ impl LineBuffer {
     }
 }
 
-/// A QMP socket read line by line.
+/// Puts the lines of a pretty-printed message together: with `pretty=on`, QEMU (qobject/json-writer.c, 7.2 to 11.1) writes
+/// a message's first and last brace on lines of their own, and indents all between.
+#[derive(Debug, Default)]
+struct Pretty {
+    message: Vec<u8>,
+}
+
+impl Pretty {
+    /// Takes a line; gives a message that it ends, which a line that is not pretty-printed does by itself.
+    fn take(&mut self, line: Vec<u8>, limit: usize) -> Result<Option<Vec<u8>>, LineError> {
+        if self.message.is_empty() && line != b"{" {
+            return Ok(Some(line));
+        }
+        if self.message.len() + line.len() > limit {
+            return Err(LineError::TooLong);
+        }
+        self.message.extend_from_slice(&line);
+        Ok((line == b"}").then(|| std::mem::take(&mut self.message)))
+    }
+}
+
+/// A QMP socket read message by message.
 #[derive(Debug)]
 pub struct LineReader {
     stream: UnixStream,
     buffer: LineBuffer,
+    pretty: Pretty,
 }
 
 impl LineReader {
@@ -80,6 +102,7 @@ impl LineReader {
         Self {
             stream,
             buffer: LineBuffer::new(LINE_BYTES_MAX),
+            pretty: Pretty::default(),
         }
     }
 
@@ -87,12 +110,15 @@ impl LineReader {
         &self.stream
     }
 
-    /// The next line that is not empty. Cancelling it loses nothing: bytes read are in the buffer already.
+    /// The next message. Cancelling it loses nothing: what was read is in the buffers already.
     pub async fn next(&mut self) -> Result<Vec<u8>, LineError> {
         loop {
             while let Some(line) = self.buffer.take()? {
-                if !line.is_empty() {
-                    return Ok(line);
+                if line.is_empty() {
+                    continue;
+                }
+                if let Some(message) = self.pretty.take(line, LINE_BYTES_MAX)? {
+                    return Ok(message);
                 }
             }
             self.buffer.bytes.reserve(READ_BYTES);
@@ -227,6 +253,25 @@ mod tests {
         let mut buffer = LineBuffer::new(16);
         buffer.bytes.extend_from_slice(&[b'x'; 17]);
         assert!(matches!(buffer.take(), Err(LineError::TooLong)));
+    }
+
+    #[test]
+    fn a_pretty_printed_message_is_put_together_and_a_plain_one_is_itself() {
+        let mut pretty = Pretty::default();
+        let mut take = |line: &[u8]| pretty.take(line.to_vec(), 32).unwrap();
+        assert_eq!(take(br#"{"a": 1}"#).unwrap(), br#"{"a": 1}"#);
+        assert_eq!(take(b"{"), None);
+        assert_eq!(take(br#"    "return": {"#), None);
+        assert_eq!(take(b"    }"), None);
+        assert_eq!(take(b"}").unwrap(), br#"{    "return": {    }}"#);
+        assert_eq!(take(b"{}").unwrap(), b"{}");
+    }
+
+    #[test]
+    fn a_pretty_printed_message_without_end_is_refused_at_the_limit() {
+        let mut pretty = Pretty::default();
+        assert!(pretty.take(b"{".to_vec(), 4).unwrap().is_none());
+        assert!(matches!(pretty.take(b"    ".to_vec(), 4), Err(LineError::TooLong)));
     }
 
     #[test]
