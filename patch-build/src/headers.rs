@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use crate::cache::{self, Cache};
 use crate::packages::{self, Package};
-use crate::{command, digest};
+use crate::{command, compiler, digest};
 
 /// Why a kernel's build files could not be had.
 #[derive(Debug, thiserror::Error)]
@@ -29,24 +29,9 @@ pub enum Error {
         /// All that the package depends on.
         found: String,
     },
-    /// The kernel's configuration does not say which compiler made the kernel.
-    #[error("{} has no CONFIG_CC_VERSION_TEXT", path.display())]
-    NoCompilerText {
-        /// The configuration.
-        path: PathBuf,
-    },
     /// The machine's compiler is not the one that made the kernel.
-    #[error(
-        "kernel {release} was made with {expected:?}, but this machine has {found:?}: no module of it would be like the kernel's own code"
-    )]
-    WrongCompiler {
-        /// The kernel's release.
-        release: String,
-        /// The kernel's compiler, from its configuration.
-        expected: String,
-        /// The machine's, from its `--version`.
-        found: String,
-    },
+    #[error(transparent)]
+    Compiler(#[from] compiler::Error),
 }
 
 /// The build files of one kernel: its configuration and generated headers, the headers that all flavours share, and the
@@ -78,7 +63,7 @@ impl Headers {
             make_movable(&root.join("usr/src").join(&name))
         })?;
         let folder = root.join("usr/src").join(&name);
-        let compiler = check_compiler(release, &folder.join(".config"))?;
+        let compiler = compiler::check(release, &folder.join(".config"))?.text;
         Ok(Self {
             release: release.to_owned(),
             compiler,
@@ -116,12 +101,9 @@ impl Headers {
 
 /// The headers package and the two that it cannot do without.
 fn parts(cache: &Cache, headers: &Package) -> Result<[Package; 3], Error> {
-    let deb = headers.deb();
-    let args = ["-f", &deb.to_string_lossy(), "Depends"];
-    let depends = command::output("dpkg-deb", &args, Path::new("/"))?;
-    let depends = String::from_utf8_lossy(&depends);
+    let depends = headers.depends()?;
     let part = |prefix| {
-        let (name, version) = dependency(&depends, prefix).ok_or_else(|| Error::NoDependency {
+        let (name, version) = packages::dependency(&depends, prefix).ok_or_else(|| Error::NoDependency {
             package: headers.name().to_owned(),
             prefix,
             found: depends.trim().to_owned(),
@@ -129,17 +111,6 @@ fn parts(cache: &Cache, headers: &Package) -> Result<[Package; 3], Error> {
         packages::fetch_into(cache, name, version).map_err(Error::from)
     };
     Ok([headers.clone(), part("linux-headers-")?, part("linux-kbuild-")?])
-}
-
-/// The first package in a `Depends` field whose name begins with `prefix`, and its version where only one will do.
-fn dependency<'a>(depends: &'a str, prefix: &str) -> Option<(&'a str, Option<&'a str>)> {
-    let entry = depends
-        .split([',', '|'])
-        .map(str::trim)
-        .find(|entry| entry.starts_with(prefix))?;
-    let (name, relation) = entry.split_once(' ').unwrap_or((entry, ""));
-    let version = relation.strip_prefix("(= ").and_then(|rest| rest.strip_suffix(')'));
-    Some((name, version))
 }
 
 /// Makes a kernel's headers work outside `/usr/src`: its Makefile is one line that includes the shared one by its
@@ -155,66 +126,4 @@ fn make_movable(headers: &Path) -> Result<(), Error> {
         fs::remove_file(&vmlinux).map_err(cache::Error::io("remove", &vmlinux))?;
     }
     Ok(())
-}
-
-/// Compares the compiler that a kernel's configuration names with the machine's own of that name.
-fn check_compiler(release: &str, config: &Path) -> Result<String, Error> {
-    let text = fs::read_to_string(config).map_err(cache::Error::io("read", config))?;
-    let expected = compiler_text(&text).ok_or_else(|| Error::NoCompilerText {
-        path: config.to_owned(),
-    })?;
-    let program = expected.split(' ').next().unwrap_or_default();
-    let found = command::output(program, &["--version"], Path::new("/"))?;
-    let found = String::from_utf8_lossy(&found)
-        .lines()
-        .next()
-        .unwrap_or_default()
-        .to_owned();
-    if found == expected {
-        return Ok(found);
-    }
-    Err(Error::WrongCompiler {
-        release: release.to_owned(),
-        expected: expected.to_owned(),
-        found,
-    })
-}
-
-fn compiler_text(config: &str) -> Option<&str> {
-    let value = config
-        .lines()
-        .find_map(|line| line.strip_prefix("CONFIG_CC_VERSION_TEXT="))?;
-    Some(value.trim_matches('"'))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    const DEPENDS: &str =
-        "linux-base (>= 4.12~), linux-headers-6.1.0-47-common (= 6.1.170-3), linux-kbuild-6.1 (>= 6.1.170-3), gcc-12";
-
-    #[test]
-    fn a_dependency_on_one_version_is_told_from_one_on_any_later() {
-        let common = dependency(DEPENDS, "linux-headers-");
-        assert_eq!(common, Some(("linux-headers-6.1.0-47-common", Some("6.1.170-3"))));
-        assert_eq!(dependency(DEPENDS, "linux-kbuild-"), Some(("linux-kbuild-6.1", None)));
-        assert_eq!(dependency(DEPENDS, "gcc-12"), Some(("gcc-12", None)));
-        assert_eq!(dependency(DEPENDS, "linux-image-"), None);
-    }
-
-    #[test]
-    fn another_compiler_than_the_kernels_is_refused_with_both_names() {
-        let folder = std::env::temp_dir().join(format!("vmpatch-tree-{}", std::process::id()));
-        fs::create_dir_all(&folder).unwrap();
-        let config = folder.join(".config");
-        fs::write(&config, "CONFIG_A=y\nCONFIG_CC_VERSION_TEXT=\"true (Debian 1) 1.0\"\n").unwrap();
-        let message = check_compiler("6.1.0-x", &config).unwrap_err().to_string();
-        assert!(
-            message.contains("6.1.0-x was made with \"true (Debian 1) 1.0\""),
-            "{message}"
-        );
-        assert!(message.contains("this machine has \"true (GNU"), "{message}");
-        fs::remove_dir_all(&folder).unwrap();
-    }
 }

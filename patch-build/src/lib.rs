@@ -3,19 +3,27 @@
 //! In the order in which a patch passes through:
 //!
 //! - [`packages`] fetches a Debian package by name, checks it and unpacks it;
-//! - [`headers`] is what a kernel's modules are built with: its configuration, headers, scripts and tools;
+//! - [`target`] is the kernel that a patch is made for: its image, configuration, exports and [`source`];
+//! - [`tree`] is that source made ready to compile single files of it, with the kernel's own [`compiler`];
 //! - [`facts`] is what is known of the kernel: its image, symbols, exports, configuration;
-//! - [`pair`] is a source file compiled before and after the change.
+//! - [`compile`] makes a [`pair`] of a source file: its object file before and after the change.
+//!
+//! [`headers`] is what a kernel's modules are built with, for those who have a module's source already.
 //!
 //! Below them, [`cache`] keeps what was fetched and made, so that a second build needs no network, and [`command`] runs the
 //! host's programs and says what went wrong.
 
 pub mod cache;
 pub mod command;
+pub mod compile;
+pub mod compiler;
 pub mod facts;
 pub mod headers;
 pub mod packages;
 pub mod pair;
+pub mod source;
+pub mod target;
+pub mod tree;
 
 use sha2::{Digest, Sha256};
 

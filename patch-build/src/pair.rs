@@ -8,6 +8,9 @@ pub struct ObjectPair {
     /// The module that the file is linked into, by the name that `/proc/modules` has (`af_alg`); `None` for the kernel
     /// itself.
     pub module: Option<String>,
+    /// Whether the compiler makes call sites for ftrace in this file. Without them a guest's own livepatch can't take the
+    /// patch.
+    pub has_ftrace: bool,
     /// The object file of the source as it was.
     pub before: Vec<u8>,
     /// The object file of the changed source.

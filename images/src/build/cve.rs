@@ -1,8 +1,12 @@
 //! Published fixes as livepatch modules.
 
+use std::fs;
 use std::path::PathBuf;
 
-use super::{Error, FixedFunctions, KernelTree, source};
+use patch_build::source::package;
+
+use super::{Error, FixedFunctions, KernelTree};
+use crate::cache;
 
 /// A flaw of `linux-image-6.1.0-47-*` (6.1.170-3) that Debian fixed later, in functions that need only exported symbols,
 /// and that an unprivileged program can see (see [`Cve::program`]).
@@ -77,10 +81,12 @@ impl Cve {
             });
         }
         let files = Self::ALL.map(Self::file);
-        let folder = source::kernel_files(tree.cache(), FIXED_PACKAGE, FIXED_VERSION, &files)?;
+        let folder = package::files(tree.cache(), FIXED_PACKAGE, FIXED_VERSION, &files)?;
+        let path = folder.join(self.file());
+        let text = fs::read_to_string(&path).map_err(cache::Error::io("read", &path))?;
         let fixed = FixedFunctions {
             file: self.file(),
-            text: &source::read_text(&folder.join(self.file()))?,
+            text: &text,
             functions: self.functions(),
         };
         fixed.module(&self.module_name())?.build(tree)

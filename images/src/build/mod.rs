@@ -14,7 +14,6 @@ pub mod hand_written;
 mod klp_rela;
 mod module;
 pub mod programs;
-mod source;
 
 use std::path::PathBuf;
 
@@ -69,11 +68,5 @@ pub enum Error {
         path: PathBuf,
         /// What does not fit.
         what: String,
-    },
-    /// A source file is not text.
-    #[error("{} is not UTF-8", path.display())]
-    NotText {
-        /// The source file.
-        path: PathBuf,
     },
 }

@@ -130,6 +130,14 @@ impl Package {
         })
     }
 
+    /// The package's `Depends` field.
+    pub fn depends(&self) -> Result<String, Error> {
+        let deb = self.deb();
+        let args = ["-f", &deb.to_string_lossy(), "Depends"];
+        let depends = command::output("dpkg-deb", &args, Path::new("/"))?;
+        Ok(String::from_utf8_lossy(&depends).trim().to_owned())
+    }
+
     /// The key of one of the package's cache entries; a version's colon is spelled as apt spells it in file names.
     fn key(&self, entry: &str) -> String {
         format!("packages/{}_{}/{entry}", self.name, self.version.replace(':', "%3a"))
@@ -174,6 +182,17 @@ impl Package {
         fs::remove_dir_all(&folder).map_err(io("remove"))?;
         Ok(())
     }
+}
+
+/// The first package in a `Depends` field whose name begins with `prefix`, and its version where only one will do.
+pub fn dependency<'a>(depends: &'a str, prefix: &str) -> Option<(&'a str, Option<&'a str>)> {
+    let entry = depends
+        .split([',', '|'])
+        .map(str::trim)
+        .find(|entry| entry.starts_with(prefix))?;
+    let (name, relation) = entry.split_once(' ').unwrap_or((entry, ""));
+    let version = relation.strip_prefix("(= ").and_then(|rest| rest.strip_suffix(')'));
+    Some((name, version))
 }
 
 /// The one file of a folder that apt downloaded into.
@@ -226,6 +245,18 @@ mod tests {
         let root = std::env::temp_dir().join(format!("vmpatch-packages-{}-{name}", std::process::id()));
         drop(fs::remove_dir_all(&root));
         Cache::at(root)
+    }
+
+    const DEPENDS: &str =
+        "linux-base (>= 4.12~), linux-headers-6.1.0-47-common (= 6.1.170-3), linux-kbuild-6.1 (>= 6.1.170-3), gcc-12";
+
+    #[test]
+    fn a_dependency_on_one_version_is_told_from_one_on_any_later() {
+        let common = dependency(DEPENDS, "linux-headers-");
+        assert_eq!(common, Some(("linux-headers-6.1.0-47-common", Some("6.1.170-3"))));
+        assert_eq!(dependency(DEPENDS, "linux-kbuild-"), Some(("linux-kbuild-6.1", None)));
+        assert_eq!(dependency(DEPENDS, "gcc-12"), Some(("gcc-12", None)));
+        assert_eq!(dependency(DEPENDS, "linux-image-"), None);
     }
 
     #[test]

@@ -1,0 +1,16 @@
+//! The kernel's source, and a change to it.
+
+pub mod package;
+
+use std::path::PathBuf;
+
+/// A kernel's source.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Source {
+    /// Where it is.
+    pub folder: PathBuf,
+    /// Names what is in it: the package and its version, or the folder.
+    pub id: String,
+    /// Whether nobody changes it: it is the cache's own.
+    pub fixed: bool,
+}

@@ -1,0 +1,234 @@
+//! A kernel's source made ready to compile single files of it: configured, its generated headers and tools built, and
+//! nothing else.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use crate::cache::{self, Cache, Lock};
+use crate::facts::Config;
+use crate::target::Target;
+use crate::{command, compiler, digest};
+
+/// What the kernel's own flags are extended with: a section for every function and object, so that they can be compared
+/// and taken one by one.
+const SECTIONS: &str = "KCFLAGS=-ffunction-sections -fdata-sections";
+/// Settings that say something about the machine that made the configuration, not about the kernel.
+const OF_THE_MACHINE: [&str; 2] = ["CONFIG_PAHOLE_VERSION=", "CONFIG_RUSTC_VERSION_TEXT="];
+/// The last file of a tree: one without it is not ready.
+const READY: &str = "vmpatch-vermagic";
+
+/// Why a tree could not be made ready.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The cache could not be used.
+    #[error(transparent)]
+    Cache(#[from] cache::Error),
+    /// A program of the host failed.
+    #[error(transparent)]
+    Command(#[from] command::Error),
+    /// The machine's compiler is not the one that made the kernel.
+    #[error(transparent)]
+    Compiler(#[from] compiler::Error),
+    /// The source does not take the configuration as it is.
+    #[error(
+        "{}: the source would change the kernel's configuration: {changes} (is it the kernel's own source, and are \
+         the programs that its configuration asks for installed: pahole of package dwarves?)",
+        source_folder.display()
+    )]
+    Config {
+        /// The source.
+        source_folder: PathBuf,
+        /// The first settings that differ.
+        changes: String,
+    },
+    /// The tree does not say what its modules' `vermagic=` is.
+    #[error("{}: no version string of modules in what was compiled", tree.display())]
+    NoVermagic {
+        /// The tree.
+        tree: PathBuf,
+    },
+}
+
+/// A prepared tree. Only one process at a time has it.
+#[derive(Debug)]
+pub struct Tree {
+    folder: PathBuf,
+    source: PathBuf,
+    make: Vec<String>,
+    vermagic: String,
+    fixed: bool,
+    _lock: Lock,
+}
+
+impl Tree {
+    /// The tree for that kernel, made ready unless it is in the cache. Waits while another process builds with it.
+    ///
+    /// `progress` is told what takes time.
+    pub fn prepare(cache: &Cache, target: &Target, progress: &dyn Fn(&str)) -> Result<Self, Error> {
+        let compiler = compiler::check(&target.release, &target.config)?;
+        let io = |action| cache::Error::io(action, &target.config);
+        let config = fs::read_to_string(&target.config).map_err(io("read"))?;
+        let id = digest(&[&target.source.id, &config, &compiler.text]);
+        let lock = cache.lock(&format!("builds/{}_{id}", target.release))?;
+        let folder = lock.entry().to_owned();
+        let mut make = vec![
+            format!("O={}", folder.display()),
+            format!("KERNELRELEASE={}", target.release),
+            format!("CC={}", compiler.program),
+            format!("HOSTCC={}", compiler.program),
+            SECTIONS.to_owned(),
+        ];
+        // With IBT, objtool would wait for the whole kernel to be linked (scripts/Makefile.lib, delay-objtool).
+        if Config::parse(&config).enabled("X86_KERNEL_IBT") {
+            make.push("objtool-enabled=y".to_owned());
+        }
+        let mut tree = Self {
+            folder,
+            source: target.source.folder.clone(),
+            make,
+            vermagic: String::new(),
+            fixed: target.source.fixed,
+            _lock: lock,
+        };
+        let ready = tree.folder.join(READY);
+        if !ready.exists() {
+            tree.make_ready(target, &config, progress)?;
+        }
+        tree.vermagic = fs::read_to_string(&ready).map_err(cache::Error::io("read", &ready))?;
+        Ok(tree)
+    }
+
+    /// The kernel's source.
+    pub fn source(&self) -> &Path {
+        &self.source
+    }
+
+    /// Where the generated headers and the objects are.
+    pub fn folder(&self) -> &Path {
+        &self.folder
+    }
+
+    /// What a module's `vermagic=` must be.
+    pub fn vermagic(&self) -> &str {
+        &self.vermagic
+    }
+
+    /// Whether the source can't change: it is the cache's own.
+    pub(crate) fn is_fixed(&self) -> bool {
+        self.fixed
+    }
+
+    /// Runs make in the source for `goals`.
+    pub(crate) fn make(&self, goals: &[&str]) -> Result<(), command::Error> {
+        let jobs = std::thread::available_parallelism().map_or(1, usize::from);
+        let jobs = format!("-j{jobs}");
+        // Where this runs under another make, that one's flags are none of ours.
+        let mut args = vec!["-u", "MAKEFLAGS", "-u", "MFLAGS", "make", "-s", &jobs];
+        args.extend(self.make.iter().map(String::as_str));
+        args.extend(goals);
+        command::output("env", &args, &self.source).map(drop)
+    }
+
+    fn make_ready(&self, target: &Target, config: &str, progress: &dyn Fn(&str)) -> Result<(), Error> {
+        let io = |action| cache::Error::io(action, &self.folder);
+        if self.folder.exists() {
+            fs::remove_dir_all(&self.folder).map_err(io("remove what an interrupted run left in"))?;
+        }
+        fs::create_dir(&self.folder).map_err(io("make the folder"))?;
+        progress(&format!("preparing the source of {}", target.release));
+        let own = self.folder.join(".config");
+        fs::write(&own, config).map_err(cache::Error::io("write", &own))?;
+        let symvers = self.folder.join("Module.symvers");
+        fs::copy(&target.symvers, &symvers).map_err(cache::Error::io("copy to", &symvers))?;
+        self.make(&["olddefconfig"])?;
+        let taken = fs::read_to_string(&own).map_err(cache::Error::io("read", &own))?;
+        if let Some(changes) = changes(config, &taken) {
+            return Err(Error::Config {
+                source_folder: self.source.clone(),
+                changes,
+            });
+        }
+        self.make(&["modules_prepare"])?;
+        let vermagic = self.read_vermagic()?;
+        let ready = self.folder.join(READY);
+        fs::write(&ready, vermagic).map_err(cache::Error::io("write", &ready))?;
+        Ok(())
+    }
+
+    /// Lets the kernel's own headers say what `vermagic=` is (include/linux/vermagic.h).
+    fn read_vermagic(&self) -> Result<String, Error> {
+        const BEFORE: &str = "vermagic=";
+        let text = "#define INCLUDE_VERMAGIC\n#include <linux/vermagic.h>\n\
+                    const char vmpatch_vermagic[] = \"vermagic=\" VERMAGIC_STRING;\n";
+        let object = self.compile_extra("vmpatch_vermagic", text)?;
+        let string = find(&object, BEFORE.as_bytes()).and_then(|rest| rest.split(|byte| *byte == 0).next());
+        string
+            .and_then(|string| String::from_utf8(string.to_vec()).ok())
+            .ok_or_else(|| Error::NoVermagic {
+                tree: self.folder.clone(),
+            })
+    }
+
+    /// Compiles a C text as the one file of an external module of that name, without linking it. The object has no debug
+    /// information.
+    pub fn compile_extra(&self, module: &str, text: &str) -> Result<Vec<u8>, Error> {
+        let work = self.folder.join("vmpatch-extra");
+        let io = |action| cache::Error::io(action, &work);
+        if work.exists() {
+            fs::remove_dir_all(&work).map_err(io("remove what an interrupted run left in"))?;
+        }
+        fs::create_dir(&work).map_err(io("make the folder"))?;
+        let kbuild = format!("obj-m := {module}.o\n{module}-y := glue.o\nccflags-y := -g0\n");
+        fs::write(work.join("Kbuild"), kbuild).map_err(io("write to"))?;
+        fs::write(work.join("glue.c"), text).map_err(io("write to"))?;
+        self.make(&[&format!("M={}", work.display()), "glue.o"])?;
+        let object = fs::read(work.join("glue.o")).map_err(io("read from"))?;
+        fs::remove_dir_all(&work).map_err(io("remove"))?;
+        Ok(object)
+    }
+}
+
+/// What follows `needle`.
+fn find<'a>(bytes: &'a [u8], needle: &[u8]) -> Option<&'a [u8]> {
+    let at = bytes.windows(needle.len()).position(|window| window == needle)?;
+    bytes.get(at + needle.len()..)
+}
+
+/// The first settings that differ between two configurations; `None` where they say the same of the kernel.
+fn changes(before: &str, after: &str) -> Option<String> {
+    const SHOWN_MAX: usize = 5;
+    let settings = |text: &str| -> Vec<String> {
+        text.lines()
+            .filter(|line| line.starts_with("CONFIG_"))
+            .filter(|line| !OF_THE_MACHINE.iter().any(|name| line.starts_with(name)))
+            .map(str::to_owned)
+            .collect()
+    };
+    let (before, after) = (settings(before), settings(after));
+    let only = |these: &[String], those: &[String], sign| -> Vec<String> {
+        let those: std::collections::HashSet<&String> = those.iter().collect();
+        these
+            .iter()
+            .filter(|line| !those.contains(line))
+            .map(|line| format!("{sign}{line}"))
+            .collect()
+    };
+    let mut all = only(&before, &after, "-");
+    all.extend(only(&after, &before, "+"));
+    all.truncate(SHOWN_MAX);
+    (!all.is_empty()).then(|| all.join(", "))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_configuration_that_the_source_would_change_is_named_setting_by_setting() {
+        let before = "# Linux/x86 6.1\nCONFIG_A=y\nCONFIG_PAHOLE_VERSION=124\nCONFIG_B=2\n";
+        let same = "# Linux/x86 6.1.1\nCONFIG_B=2\nCONFIG_A=y\nCONFIG_PAHOLE_VERSION=0\n";
+        assert_eq!(changes(before, same), None);
+        let other = "CONFIG_A=y\nCONFIG_B=3\n";
+        assert_eq!(changes(before, other).as_deref(), Some("-CONFIG_B=2, +CONFIG_B=3"));
+    }
+}
