@@ -3,7 +3,8 @@
 //! In the order in which a patch passes through:
 //!
 //! - [`packages`] fetches a Debian package by name, checks it and unpacks it;
-//! - [`target`] is the kernel that a patch is made for: its image, configuration, exports and [`source`];
+//! - [`target`] is the kernel that a patch is made for: its image, configuration, exports and [`source`],
+//!   with the change to it: a diff, or functions of a newer version;
 //! - [`tree`] is that source made ready to compile single files of it, with the kernel's own [`compiler`];
 //! - [`facts`] is what is known of the kernel: its image, symbols, exports, configuration;
 //! - [`compile`] makes a [`pair`] of a source file: its object file before and after the change.

@@ -1,7 +1,8 @@
 //! A livepatch module out of a fixed source file: the fixed functions with what they need of their file, renamed, and
 //! the patch that names the old ones.
 
-use super::c_text::{self, Function};
+use patch_build::source::c_text::{self, Function};
+
 use super::{Error, Module};
 
 /// Turns `WARN_ON` and its kind into their bare condition: a warning is a trap that the kernel looks up in the module's

@@ -7,7 +7,6 @@
 //! - [`hand_written`]: modules of our own, each for one thing that patching must do or refuse;
 //! - [`programs`]: programs that run in the guest and see a flaw, a fix or a counter.
 
-mod c_text;
 mod cve;
 mod fix;
 pub mod hand_written;

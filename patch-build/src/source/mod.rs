@@ -1,6 +1,10 @@
 //! The kernel's source, and a change to it.
 
+pub mod c_text;
+pub mod change;
+pub mod functions;
 pub mod package;
+pub mod patch;
 
 use std::path::PathBuf;
 

@@ -1,7 +1,8 @@
-//! Reads C text as far as taking a function out of a file needs: tokens, and where each function begins and ends.
+//! Reads C text as far as taking a function out of a file needs: tokens, and where each definition begins and ends.
 //!
 //! It knows no grammar; it relies on what the kernel's coding style (Documentation/process/coding-style.rst) promises:
-//! a function's last brace stands in the first column, and no blank line parts a function's head.
+//! a function's last brace stands in the first column, and no blank line parts a function's head. Grammars of C trip over
+//! the kernel's macros: one that is well kept takes 10,000 lines of net/core/dev.c for one error.
 
 use std::ops::Range;
 
@@ -36,20 +37,77 @@ struct Token {
     range: Range<usize>,
 }
 
-/// A function that a file defines.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Function<'a> {
-    /// Its name.
-    pub(super) name: &'a str,
-    /// Whether only its own file sees it.
-    pub(super) is_static: bool,
+/// What a file defines at its top level.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Definition<'a> {
+    /// A function.
+    Function(Function<'a>),
+    /// A macro.
+    Macro {
+        /// Its name.
+        name: &'a str,
+        /// The whole definition, with its continued lines.
+        text: &'a str,
+    },
+    /// Data, a type, or a declaration, up to its semicolon.
+    Other {
+        /// The whole declaration.
+        text: &'a str,
+    },
+}
+
+impl<'a> Definition<'a> {
     /// The whole definition.
-    pub(super) text: &'a str,
+    pub fn text(&self) -> &'a str {
+        match self {
+            Self::Function(function) => function.text,
+            Self::Macro { text, .. } | Self::Other { text } => text,
+        }
+    }
+}
+
+/// A function that a file defines.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Function<'a> {
+    /// Its name; where a macro makes the function (`SYSCALL_DEFINE3(read, …)`), the macro's first argument.
+    pub name: &'a str,
+    /// The macro that makes it.
+    pub made_by: Option<&'a str>,
+    /// Whether only its own file sees it.
+    pub is_static: bool,
+    /// The whole definition.
+    pub text: &'a str,
+}
+
+impl Function<'_> {
+    /// Whether the function is meant by that name: its own, or one that a symbol table has for a system call (include/linux/syscalls.h,
+    /// arch/x86/include/asm/syscall_wrapper.h of 6.1).
+    pub fn is_called(&self, name: &str) -> bool {
+        let compat = self.made_by.is_some_and(|by| by.starts_with("COMPAT_"));
+        let prefixes: &[&str] = match self.made_by {
+            Some(by) if !by.contains("SYSCALL_DEFINE") => &[""],
+            Some(_) if compat => &["compat_sys_", "__do_compat_sys_", "__se_compat_sys_"],
+            Some(_) => &["", "sys_", "__do_sys_", "__se_sys_", "__x64_sys_", "__ia32_sys_"],
+            None => &[""],
+        };
+        prefixes
+            .iter()
+            .any(|prefix| name.strip_prefix(prefix) == Some(self.name))
+    }
 }
 
 /// All functions that a file defines, in its order.
-pub(super) fn functions(text: &str) -> Vec<Function<'_>> {
-    let mut functions = Vec::new();
+pub fn functions(text: &str) -> Vec<Function<'_>> {
+    let function = |definition| match definition {
+        Definition::Function(function) => Some(function),
+        _ => None,
+    };
+    definitions(text).into_iter().filter_map(function).collect()
+}
+
+/// All that a file defines at its top level, in its order.
+pub fn definitions(text: &str) -> Vec<Definition<'_>> {
+    let mut all = Vec::new();
     let mut head = Head::default();
     let mut body: Option<Head> = None;
     let mut braces = 0_usize;
@@ -61,7 +119,7 @@ pub(super) fn functions(text: &str) -> Vec<Function<'_>> {
                 if braces == 0
                     && let Some(finished) = body.take()
                 {
-                    functions.extend(finished.function(text, token.range.end));
+                    all.extend(finished.function(text, token.range.end).map(Definition::Function));
                     head = Head::default();
                 }
             }
@@ -71,28 +129,99 @@ pub(super) fn functions(text: &str) -> Vec<Function<'_>> {
                 }
                 braces += 1;
             }
-            Kind::Directive | Kind::Blank | Kind::Punctuation(b';') if braces == 0 => head = Head::default(),
+            Kind::Punctuation(b';') if braces == 0 => {
+                let range = std::mem::take(&mut head).start.map(|start| start..token.range.end);
+                let text = range.and_then(|range| text.get(range));
+                all.extend(text.map(|text| Definition::Other { text }));
+            }
+            Kind::Directive | Kind::Blank if braces == 0 => {
+                // A declaration may have blank lines within its braces only.
+                head = Head::default();
+                all.extend(text.get(token.range).and_then(definition_of_macro));
+            }
+            Kind::Directive => all.extend(text.get(token.range).and_then(definition_of_macro)),
             _ if braces == 0 => head.push(text, &token),
             _ => {}
         }
     }
-    functions
+    all
+}
+
+/// Reads a preprocessor line.
+fn definition_of_macro(line: &str) -> Option<Definition<'_>> {
+    let rest = line
+        .strip_prefix('#')?
+        .trim_start()
+        .strip_prefix("define")?
+        .trim_start();
+    let name = rest.get(..run_of(rest.as_bytes(), is_word))?;
+    (!name.is_empty()).then_some(Definition::Macro { name, text: line })
 }
 
 /// The lines of a file that include a system-wide header (`<…>`), in its order.
-pub(super) fn includes(text: &str) -> Vec<&str> {
+pub fn includes(text: &str) -> Vec<&str> {
     let wanted = |line: &&str| line.starts_with("#include <");
     text.lines().filter(wanted).collect()
 }
 
 /// The names and keywords that a text uses.
-pub(super) fn words(text: &str) -> impl Iterator<Item = &str> {
+pub fn words(text: &str) -> impl Iterator<Item = &str> {
     let word = |token: Token| (token.kind == Kind::Word).then(|| text.get(token.range)).flatten();
     tokens(text).into_iter().filter_map(word)
 }
 
+/// The names that a declaration (see [`Definition::Other`]) introduces: variables, prototypes, the tag and the enumerators
+/// of a type, the first argument of a macro that defines something.
+pub fn declared(text: &str) -> impl Iterator<Item = &str> {
+    let mut names = Vec::new();
+    let mut depth = 0_usize;
+    let mut is_enum = false;
+    let mut is_tag = false;
+    let mut in_value = false;
+    let mut last: Option<&str> = None;
+    let mut wants_argument = false;
+    let mut has_enumerator = false;
+    for token in tokens(text) {
+        let word = text.get(token.range.clone()).unwrap_or_default();
+        match token.kind {
+            Kind::Word if depth == 0 && !in_value => {
+                is_enum |= word == "enum";
+                last = Some(word);
+                if is_tag {
+                    names.push(word);
+                }
+                is_tag = ["struct", "union", "enum"].contains(&word);
+            }
+            Kind::Word if wants_argument => {
+                names.push(word);
+                wants_argument = false;
+            }
+            Kind::Word if is_enum && depth == 1 && !has_enumerator => {
+                names.push(word);
+                has_enumerator = true;
+            }
+            Kind::Punctuation(b'{' | b'(' | b'[') => {
+                if depth == 0 && !in_value {
+                    let is_macro = last.is_some_and(|last| last.chars().all(|c| !c.is_ascii_lowercase()));
+                    wants_argument = token.kind == Kind::Punctuation(b'(') && is_macro;
+                    names.extend(last.take().filter(|_| token.kind != Kind::Punctuation(b'{')));
+                }
+                depth += 1;
+            }
+            Kind::Punctuation(b'}' | b')' | b']') => depth = depth.saturating_sub(1),
+            Kind::Punctuation(b'=' | b',' | b';') if depth == 0 => {
+                names.extend(last.take());
+                in_value = token.kind == Kind::Punctuation(b'=');
+            }
+            Kind::Punctuation(b',') if depth == 1 => has_enumerator = false,
+            _ => {}
+        }
+    }
+    names.into_iter()
+}
+
 /// The text with one name replaced by another wherever it stands as a whole word, outside comments and constants.
-pub(super) fn renamed(text: &str, from: &str, to: &str) -> String {
+pub fn renamed(text: &str, from: &str, to: &str) -> String {
     let mut out = String::with_capacity(text.len());
     let mut done = 0;
     for token in tokens(text) {
@@ -113,6 +242,8 @@ struct Head {
     is_static: bool,
     /// The word before the first parenthesis that is no annotation's.
     name: Option<Range<usize>>,
+    /// The first word within that parenthesis.
+    argument: Option<Range<usize>>,
     parentheses: usize,
     last_word: Option<Range<usize>>,
     has_value: bool,
@@ -134,7 +265,11 @@ impl Head {
             }
             Kind::Punctuation(b')') => self.parentheses = self.parentheses.saturating_sub(1),
             Kind::Punctuation(b'=') => self.has_value = true,
-            Kind::Word if self.parentheses == 0 => {
+            Kind::Word if self.parentheses > 0 && self.name.is_some() => {
+                self.argument.get_or_insert(token.range.clone());
+            }
+            Kind::Word if self.parentheses > 0 => {}
+            Kind::Word => {
                 self.is_static |= word == "static";
                 self.last_word = Some(token.range.clone());
             }
@@ -147,8 +282,14 @@ impl Head {
     }
 
     fn function<'a>(&self, text: &'a str, end: usize) -> Option<Function<'a>> {
+        let name = text.get(self.name.clone()?)?;
+        let made_by = name.chars().all(|c| !c.is_ascii_lowercase()).then_some(name);
         Some(Function {
-            name: text.get(self.name.clone()?)?,
+            name: match (made_by, self.argument.clone()) {
+                (Some(_), Some(argument)) => text.get(argument)?,
+                _ => name,
+            },
+            made_by,
             is_static: self.is_static,
             text: text.get(self.start?..end)?,
         })
@@ -247,6 +388,45 @@ mod tests {
     fn declarations_types_and_initialised_data_are_no_functions() {
         let text = "int f(int);\nstruct s {\n\tint (*f)(int);\n};\nstatic const struct s s = {\n\t.f = g(h),\n};\nint g(void)\n{\n}\n";
         assert_eq!(names(text), [("g", false)]);
+    }
+
+    #[test]
+    fn a_system_call_is_known_by_its_own_name_and_its_symbols() {
+        let text = "SYSCALL_DEFINE2(link, const char __user *, a,\n\t\tint, b)\n{\n}\nCOMPAT_SYSCALL_DEFINE1(link, int, a)\n{\n}\n";
+        let found = functions(text);
+        let called = |name: &str| found.iter().filter(|f| f.is_called(name)).count();
+        assert_eq!(names(text), [("link", false), ("link", false)]);
+        assert_eq!(
+            ["link", "__do_sys_link", "__x64_sys_link", "compat_sys_link"].map(called),
+            [1; 4]
+        );
+        assert_eq!(called("sys"), 0);
+    }
+
+    #[test]
+    fn macros_data_and_types_are_definitions_too() {
+        let text = "#include <a.h>\n# define A(x) \\\n\t(x)\nstatic int a = {\n\n\t1,\n};\n\nstruct s {\n#define B 1\n\tint b;\n};\nint f(void);\n";
+        let found: Vec<&str> = definitions(text).iter().map(Definition::text).collect();
+        assert_eq!(
+            found,
+            [
+                "# define A(x) \\\n\t(x)",
+                "static int a = {\n\n\t1,\n};",
+                "#define B 1",
+                "struct s {\n#define B 1\n\tint b;\n};",
+                "int f(void);"
+            ]
+        );
+    }
+
+    #[test]
+    fn a_declaration_introduces_its_variables_its_tag_and_its_enumerators() {
+        let names = |text: &'static str| declared(text).collect::<Vec<_>>();
+        assert_eq!(names("static int a = b(c), d[E];"), ["a", "d"]);
+        assert_eq!(names("struct s {\n\tint b;\n};"), ["s"]);
+        assert_eq!(names("enum e { A, B = C(1), D };"), ["e", "A", "B", "D"]);
+        assert_eq!(names("static DEFINE_MUTEX(lock);"), ["DEFINE_MUTEX", "lock"]);
+        assert_eq!(names("static void f(struct s *s, int a);"), ["f"]);
     }
 
     #[test]
