@@ -1,8 +1,9 @@
 //! Small static programs that run in a guest (`images/programs/`). Each prints one line and ends with a status: 0 the kernel
 //! behaves as it does with the fix, 1 it shows the flaw, 2 the program could not tell.
 //!
-//! `siocatmark` and `lsrr` each show a [`Cve`](super::Cve), as any user. The others show whether the module of their name in
-//! [`hand_written`](super::hand_written) is in force; two do more:
+//! Ten show a published flaw of 6.1.170, which their first lines name: `siocatmark` and `lsrr` (each a [`Cve`](super::Cve)),
+//! `tcpfilter`, `textpoke` and `assoclen` as any user, `msgid`, `timens`, `tmpfile`, `tracefilter` and `txqueue` as root. The others
+//! show whether the module of their name in [`hand_written`](super::hand_written) is in force; two do more:
 //!
 //! - `pair load SECONDS TASKS` keeps that many tasks in the functions of the module, prints `started`, and in the end
 //!   `old N new N mixed N`; its status is 0 unless a call found a mix. With 0 seconds it ends at SIGTERM.
@@ -16,9 +17,11 @@ use crate::cache::{self, Cache};
 use crate::command;
 
 /// Names and texts of all programs.
-const PROGRAMS: [(&str, &str); 9] = [
+const PROGRAMS: [(&str, &str); 17] = [
+    ("assoclen", include_str!("../../programs/assoclen.c")),
     ("kstrtoint", include_str!("../../programs/kstrtoint.c")),
     ("lsrr", include_str!("../../programs/lsrr.c")),
+    ("msgid", include_str!("../../programs/msgid.c")),
     ("pair", include_str!("../../programs/pair.c")),
     ("pause", include_str!("../../programs/pause.c")),
     ("printk", include_str!("../../programs/printk.c")),
@@ -26,6 +29,12 @@ const PROGRAMS: [(&str, &str); 9] = [
     ("siocatmark", include_str!("../../programs/siocatmark.c")),
     ("symbols", include_str!("../../programs/symbols.c")),
     ("tasks", include_str!("../../programs/tasks.c")),
+    ("tcpfilter", include_str!("../../programs/tcpfilter.c")),
+    ("textpoke", include_str!("../../programs/textpoke.c")),
+    ("timens", include_str!("../../programs/timens.c")),
+    ("tmpfile", include_str!("../../programs/tmpfile.c")),
+    ("tracefilter", include_str!("../../programs/tracefilter.c")),
+    ("txqueue", include_str!("../../programs/txqueue.c")),
 ];
 
 /// The headers that they share.
