@@ -2,12 +2,16 @@
 # Makes a Debian 12 (bookworm) machine fit for vmpatch's demo and tests: the package sources that hold the kernels, QEMU,
 # and what building a guest and a livepatch module takes. Safe to run again; where nothing is missing it changes nothing.
 #
+# Kernels of other Debian releases are only downloaded: their sources are pinned so low that apt upgrades nothing from them.
+#
 # usage: images/setup.sh     as root, or as a user who may use sudo
 set -eu
 
 release=bookworm
 qemu_major=10
-packages='busybox-static xz-utils zstd util-linux gcc-12 libc6-dev make flex bison bc libelf-dev libssl-dev'
+packages='busybox-static xz-utils zstd util-linux gcc-12 libc6-dev make flex bison bc libelf-dev libssl-dev patchelf'
+# Other releases, whose kernels and compilers are downloaded and unpacked, never installed.
+other_releases='bullseye bullseye-security sid'
 
 say() { echo "setup: $*"; }
 die() { echo "setup: $*" >&2; exit 1; }
@@ -23,18 +27,18 @@ else
     as_root() { sudo env DEBIAN_FRONTEND=noninteractive "$@"; }
 fi
 
-# Prints "URI suite" for each package list that the machine's apt is set up for.
-configured() { apt-get indextargets --format '$(REPO_URI) $(RELEASE)' 'Identifier: Packages' | sort -u; }
+# "URI suite" for each package list that the machine's apt is set up for.
+configured=$(apt-get indextargets --format '$(REPO_URI) $(RELEASE)' 'Identifier: Packages' | sort -u)
 
 # uri_of SUITE DEFAULT: where the machine gets SUITE from already, so that a mirror it was given is kept to.
 uri_of() {
-    uri=$(configured | awk -v suite="$1" '$2 == suite { print $1; exit }')
+    uri=$(echo "$configured" | awk -v suite="$1" '$2 == suite { print $1; exit }')
     echo "${uri:-$2}"
 }
 
 missing_suites() {
-    for suite in "$release" "$release-updates" "$release-security" "$release-backports"; do
-        configured | awk -v suite="$suite" '$2 == suite { found = 1 } END { exit !found }' || echo "$suite"
+    for suite in "$release" "$release-updates" "$release-security" "$release-backports" $other_releases; do
+        echo "$configured" | awk -v suite="$suite" '$2 == suite { found = 1 } END { exit !found }' || echo "$suite"
     done
 }
 
@@ -50,6 +54,15 @@ source_paragraph() {
 
 is_installed() { dpkg-query -W -f '${db:Status-Status}\n' "$1" 2>/dev/null | grep -qx installed; }
 
+# The pin of one other release: 1 is below every package of the machine's own release, and below all that is installed
+# (apt_preferences(5)).
+pin_paragraph() { printf 'Package: *\nPin: release n=%s\nPin-Priority: 1\n\n' "$1"; }
+
+is_other() {
+    for suite in $other_releases; do [ "$suite" != "$1" ] || return 0; done
+    return 1
+}
+
 missing_packages() {
     for package in $packages; do is_installed "$package" || echo "$package"; done
 }
@@ -60,7 +73,10 @@ qemu_is_recent() {
 }
 
 # Kernels are downloaded by name later on, so apt must have read the lists that name them.
-lists_are_read() { apt-cache show "linux-source-6.1" >/dev/null 2>&1; }
+lists_are_read() {
+    sources='linux-source-5.10 linux-source-6.1 linux-source-6.12 linux-source-7.2'
+    [ "$(apt-cache show --no-all-versions $sources 2>/dev/null | grep -c '^Package: ')" -eq 4 ]
+}
 
 suites=$(missing_suites)
 wanted=$(missing_packages)
@@ -71,6 +87,10 @@ fi
 
 if [ -n "$suites" ]; then
     say "adding package sources:" $suites
+    # Pinned before they are there: no apt run may ever see them without.
+    for suite in $suites; do
+        if is_other "$suite"; then pin_paragraph "$suite"; fi
+    done | as_root tee -a /etc/apt/preferences.d/vmpatch.pref >/dev/null
     for suite in $suites; do source_paragraph "$suite"; done |
         as_root tee -a /etc/apt/sources.list.d/vmpatch.sources >/dev/null
 fi

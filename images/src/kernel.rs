@@ -9,6 +9,10 @@ use patch_build::headers::{self, Headers};
 use crate::cache;
 use crate::packages;
 
+/// What the names of the packages begin with that a kernel comes in since 7.2: the image, its modules, and what is known of
+/// both.
+const PARTS: [&str; 3] = ["linux-binary-", "linux-modules-", "linux-base-"];
+
 /// Why a kernel could not be had.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -16,12 +20,20 @@ pub enum Error {
     #[error(transparent)]
     Package(#[from] packages::Error),
     /// The package has no kernel, or more than one.
-    #[error("package {package} has {found} files boot/vmlinuz-*, not one: it is no kernel image")]
+    #[error("package {package} has {found} kernels, not one: it is no kernel image")]
     NotOneImage {
         /// The package's name.
         package: String,
         /// How many kernels there are.
         found: usize,
+    },
+    /// The package has neither a kernel nor depends on one.
+    #[error("package {package} has no folder boot, and depends on no {prefix}… package: it is no kernel image")]
+    NoPart {
+        /// The package's name.
+        package: String,
+        /// What the wanted package's name begins with.
+        prefix: &'static str,
     },
     /// The unpacked package could not be read.
     #[error(transparent)]
@@ -49,8 +61,28 @@ impl Kernel {
     );
     /// 6.1 with PREEMPT_RT, of the same source as [`Kernel::CLOUD_6_1`].
     pub const RT_6_1: Self = Self::pinned("6.1-rt", "linux-image-6.1.0-47-rt-amd64", "6.1.170-3");
-    /// All kernels with a label of their own.
-    pub const TABLE: [Self; 4] = [Self::CLOUD_6_1, Self::GENERIC_6_1, Self::RT_6_1, Self::CLOUD_6_12];
+    /// 6.12 for any hardware, as built for bookworm.
+    pub const GENERIC_6_12: Self = Self::pinned("6.12", "linux-image-6.12.117+deb12-amd64", "6.12.117-1~deb12u1");
+    /// 5.10 for clouds, of bullseye.
+    pub const CLOUD_5_10: Self = Self::pinned("5.10-cloud", "linux-image-5.10.0-46-cloud-amd64", "5.10.262-1");
+    /// 5.10 for any hardware, of bullseye.
+    pub const GENERIC_5_10: Self = Self::pinned("5.10", "linux-image-5.10.0-46-amd64", "5.10.262-1");
+    /// 7.2 for clouds, of sid.
+    pub const CLOUD_7_2: Self = Self::pinned("7.2-cloud", "linux-image-7.2.13+deb14-cloud-amd64", "7.2.13-1");
+    /// 7.2 for any hardware, of sid.
+    pub const GENERIC_7_2: Self = Self::pinned("7.2", "linux-image-7.2.13+deb14-amd64", "7.2.13-1");
+    /// All kernels with a label of their own, the oldest first.
+    pub const TABLE: [Self; 9] = [
+        Self::CLOUD_5_10,
+        Self::GENERIC_5_10,
+        Self::CLOUD_6_1,
+        Self::GENERIC_6_1,
+        Self::RT_6_1,
+        Self::CLOUD_6_12,
+        Self::GENERIC_6_12,
+        Self::CLOUD_7_2,
+        Self::GENERIC_7_2,
+    ];
 
     const fn pinned(label: &'static str, package: &'static str, version: &'static str) -> Self {
         Self {
@@ -100,10 +132,26 @@ impl Kernel {
 
     /// Fetches the kernel into the user's cache.
     pub fn fetch(&self) -> Result<KernelFiles, Error> {
-        KernelFiles::in_tree(
-            &self.package,
-            &packages::fetch(&self.package, self.version())?.unpacked()?,
-        )
+        let image = packages::fetch(&self.package, self.version())?;
+        let tree = image.unpacked()?;
+        if tree.join("boot").is_dir() {
+            return KernelFiles::in_tree(&self.package, &tree);
+        }
+        // Since 7.2 the image package is empty, and depends on those that the kernel is in.
+        let cache = cache::Cache::from_env()?;
+        let key = format!("kernels/{}_{}", image.name(), image.version());
+        let tree = cache.folder(&key, |root| {
+            for prefix in PARTS {
+                let depends = image.depends()?;
+                let (name, version) = packages::dependency(&depends, prefix).ok_or_else(|| Error::NoPart {
+                    package: self.package.clone().into_owned(),
+                    prefix,
+                })?;
+                packages::fetch_into(&cache, name, version)?.unpack_into(root)?;
+            }
+            Ok::<(), Error>(())
+        })?;
+        KernelFiles::in_tree(&self.package, &tree)
     }
 }
 
@@ -122,23 +170,42 @@ pub struct KernelFiles {
 
 impl KernelFiles {
     fn in_tree(package: &str, tree: &Path) -> Result<Self, Error> {
-        let boot = tree.join("boot");
-        let entries = fs::read_dir(&boot).map_err(cache::Error::io("list", &boot))?;
+        let old = tree.join("boot");
+        let is_old = old.is_dir();
+        let folder = if is_old { old } else { tree.join("usr/lib/modules") };
+        let entries = fs::read_dir(&folder).map_err(cache::Error::io("list", &folder))?;
         let names = entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
-        let releases: Vec<String> = names
-            .filter_map(|name| Some(name.strip_prefix("vmlinuz-")?.to_owned()))
-            .collect();
+        let releases: Vec<String> = if is_old {
+            names
+                .filter_map(|name| Some(name.strip_prefix("vmlinuz-")?.to_owned()))
+                .collect()
+        } else {
+            names
+                .filter(|name| folder.join(name).join("vmlinuz").is_file())
+                .collect()
+        };
         let [release] = releases.as_slice() else {
             return Err(Error::NotOneImage {
                 package: package.to_owned(),
                 found: releases.len(),
             });
         };
+        let (file, modules) = if is_old {
+            let file = |name| folder.join(format!("{name}-{release}"));
+            (
+                [file("vmlinuz"), file("config")],
+                tree.join("lib/modules").join(release),
+            )
+        } else {
+            let modules = folder.join(release);
+            ([modules.join("vmlinuz"), modules.join("config")], modules)
+        };
+        let [vmlinuz, config] = file;
         Ok(Self {
             release: release.clone(),
-            vmlinuz: boot.join(format!("vmlinuz-{release}")),
-            config: boot.join(format!("config-{release}")),
-            modules: tree.join("lib/modules").join(release),
+            vmlinuz,
+            config,
+            modules,
         })
     }
 }

@@ -4,8 +4,10 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use crate::cache::{self, Cache};
+use crate::digest;
 use crate::packages::{self, Package};
-use crate::{command, compiler, digest};
+use crate::runtime::{self, Runtime};
+use crate::toolchain::{self, Toolchain};
 
 /// Why a kernel's build files could not be had.
 #[derive(Debug, thiserror::Error)]
@@ -16,9 +18,9 @@ pub enum Error {
     /// The cache could not be used.
     #[error(transparent)]
     Cache(#[from] cache::Error),
-    /// A program of the host failed.
+    /// The libraries of the kernel's tools could not be had.
     #[error(transparent)]
-    Command(#[from] command::Error),
+    Runtime(#[from] runtime::Error),
     /// A headers package does not say where the rest of the kernel's build files is.
     #[error("{package} depends on no {prefix}… package, but on: {found}")]
     NoDependency {
@@ -29,9 +31,9 @@ pub enum Error {
         /// All that the package depends on.
         found: String,
     },
-    /// The machine's compiler is not the one that made the kernel.
+    /// There is no compiler like the one that made the kernel.
     #[error(transparent)]
-    Compiler(#[from] compiler::Error),
+    Toolchain(#[from] toolchain::Error),
 }
 
 /// The build files of one kernel: its configuration and generated headers, the headers that all flavours share, and the
@@ -39,7 +41,7 @@ pub enum Error {
 #[derive(Clone, Debug)]
 pub struct Headers {
     release: String,
-    compiler: String,
+    toolchain: Toolchain,
     id: String,
     folder: PathBuf,
     cache: Cache,
@@ -47,7 +49,7 @@ pub struct Headers {
 
 impl Headers {
     /// The build files for the kernel `release` (as `uname -r` says it), of that package version if one is given, else of
-    /// the one that apt would install. Refused where the machine's compiler is not the one that made the kernel.
+    /// the one that apt would install. Refused where the compiler that made the kernel is not to be had.
     pub fn fetch(cache: &Cache, release: &str, version: Option<&str>) -> Result<Self, Error> {
         let name = format!("linux-headers-{release}");
         let headers = packages::fetch_into(cache, &name, version)?;
@@ -55,18 +57,18 @@ impl Headers {
         let versions: Vec<&str> = parts.iter().map(Package::version).collect();
         let id = digest(&versions);
         let root = cache.folder(&format!("kernel-trees/{release}_{id}"), |root| {
-            for part in &parts {
-                let deb = part.deb();
-                let args = ["-x", &deb.to_string_lossy(), &root.to_string_lossy()];
-                command::output("dpkg-deb", &args, Path::new("/"))?;
+            parts.iter().try_for_each(|part| part.unpack_into(root))?;
+            make_movable(&root.join("usr/src").join(&name))?;
+            if runtime::is_needed(&parts)? {
+                Runtime::fetch(cache, &parts)?.give_to(root)?;
             }
-            make_movable(&root.join("usr/src").join(&name))
+            Ok::<(), Error>(())
         })?;
         let folder = root.join("usr/src").join(&name);
-        let compiler = compiler::check(release, &folder.join(".config"))?.text;
+        let toolchain = Toolchain::fetch(cache, release, &folder.join(".config"))?;
         Ok(Self {
             release: release.to_owned(),
-            compiler,
+            toolchain,
             id,
             folder,
             cache: cache.clone(),
@@ -83,9 +85,14 @@ impl Headers {
         &self.folder
     }
 
-    /// The kernel's compiler and this machine's, which are the same: the first line of its `--version`.
+    /// The kernel's compiler: the first line of its `--version`.
     pub fn compiler(&self) -> &str {
-        &self.compiler
+        self.toolchain.version()
+    }
+
+    /// The value of `PATH` with which that compiler is found: the machine's own, or one out of a package.
+    pub fn search_path(&self) -> String {
+        self.toolchain.search_path()
     }
 
     /// Where what is built for this kernel is kept.

@@ -9,7 +9,8 @@
 //! - [`facts`] is what is known of the kernel: its image, symbols, exports, configuration;
 //! - [`compile`] makes a [`pair`] of a source file: its object file before and after the change.
 //!
-//! [`headers`] is what a kernel's modules are built with, for those who have a module's source already.
+//! [`headers`] is what a kernel's modules are built with, for those who have a module's source already; its [`toolchain`] is the
+//! kernel's compiler out of a package where the machine has it not, and [`runtime`] the libraries of a newer release.
 //!
 //! Below them, [`cache`] keeps what was fetched and made, so that a second build needs no network, and [`command`] runs the
 //! host's programs and says what went wrong.
@@ -22,8 +23,10 @@ pub mod facts;
 pub mod headers;
 pub mod packages;
 pub mod pair;
+pub mod runtime;
 pub mod source;
 pub mod target;
+pub mod toolchain;
 pub mod tree;
 
 use sha2::{Digest, Sha256};

@@ -123,7 +123,17 @@ impl Module {
     fn make(&self, tree: &KernelTree, work: &Path) -> Result<(), Error> {
         let module_folder = format!("M={}", work.to_string_lossy());
         // Where cargo runs under another make, that one's flags are none of ours.
-        let mut args = vec!["-u", "MAKEFLAGS", "-u", "MFLAGS", "make", "-s", &module_folder];
+        let search_path = format!("PATH={}", tree.search_path());
+        let mut args = vec![
+            "-u",
+            "MAKEFLAGS",
+            "-u",
+            "MFLAGS",
+            &search_path,
+            "make",
+            "-s",
+            &module_folder,
+        ];
         if self.undefined_allowed {
             args.push("KBUILD_MODPOST_WARN=1");
         }

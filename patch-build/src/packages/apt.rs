@@ -61,11 +61,22 @@ fn parse(text: &str, wanted: &str) -> Result<Listed, Error> {
     })
 }
 
+/// All versions of a package that apt knows, the newest first.
+pub(super) fn versions(name: &str) -> Vec<String> {
+    // "NAME | VERSION | WHERE" for each.
+    let text = command::output("apt-cache", &["madison", name], Path::new("/")).unwrap_or_default();
+    let text = String::from_utf8_lossy(&text);
+    let mut versions: Vec<String> = text
+        .lines()
+        .filter_map(|line| Some(line.split('|').nth(1)?.trim().to_owned()))
+        .collect();
+    versions.dedup();
+    versions
+}
+
 /// For the error message: all versions of a package that apt knows.
 fn known_versions(name: &str) -> String {
-    let text = command::output("apt-cache", &["show", name], Path::new("/")).unwrap_or_default();
-    let text = String::from_utf8_lossy(&text);
-    let versions: Vec<&str> = text.lines().filter_map(|line| line.strip_prefix("Version: ")).collect();
+    let versions = versions(name);
     if versions.is_empty() {
         "none of that name".to_owned()
     } else {

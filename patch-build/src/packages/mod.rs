@@ -103,6 +103,16 @@ pub fn fetch_into(cache: &Cache, name: &str, version: Option<&str>) -> Result<Pa
     Ok(package)
 }
 
+/// Like [`fetch_into`], in the newest version of all releases whose lists apt has.
+pub fn fetch_newest(cache: &Cache, name: &str) -> Result<Package, Error> {
+    check_characters("name", name)?;
+    let newest = apt::versions(name).into_iter().next().ok_or_else(|| Error::Unknown {
+        wanted: name.to_owned(),
+        known: "none of that name".to_owned(),
+    })?;
+    fetch_into(cache, name, Some(&newest))
+}
+
 impl Package {
     /// The package's name.
     pub fn name(&self) -> &str {
@@ -122,12 +132,15 @@ impl Package {
     /// The folder with the package's files, unpacked at the first call: `unpacked()?.join("boot")` is what the package
     /// would install as `/boot`. It is shared: nobody may write to it.
     pub fn unpacked(&self) -> Result<PathBuf, Error> {
-        self.cache.folder(&self.key("tree"), |folder| {
-            let deb = self.deb();
-            let args = ["-x", &deb.to_string_lossy(), &folder.to_string_lossy()];
-            command::output("dpkg-deb", &args, Path::new("/"))?;
-            Ok(())
-        })
+        self.cache.folder(&self.key("tree"), |folder| self.unpack_into(folder))
+    }
+
+    /// Unpacks the package's files into a folder, beside what is there.
+    pub fn unpack_into(&self, folder: &Path) -> Result<(), Error> {
+        let deb = self.deb();
+        let args = ["-x", &deb.to_string_lossy(), &folder.to_string_lossy()];
+        command::output("dpkg-deb", &args, Path::new("/"))?;
+        Ok(())
     }
 
     /// The package's `Depends` field.
