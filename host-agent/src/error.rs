@@ -58,6 +58,16 @@ pub enum Failure {
         /// Why.
         source: std::io::Error,
     },
+    /// A compressed module can't be decompressed.
+    #[error("decompressing {path} ({compression})")]
+    Packed {
+        /// The file.
+        path: PathBuf,
+        /// What it is compressed with.
+        compression: &'static str,
+        /// Why.
+        source: std::io::Error,
+    },
     /// A module does not fit.
     #[error("{path} does not fit the guest")]
     Refused {
@@ -119,7 +129,12 @@ impl Failure {
         match self {
             Self::NoTarget => 2,
             Self::Domain(_) | Self::Lock(_) | Self::OtherProcess { .. } | Self::Attach(_) => 5,
-            Self::Busy(_) | Self::Kernel(_) | Self::Registry(_) | Self::Refused { .. } | Self::Revert(_) => 3,
+            Self::Busy(_)
+            | Self::Kernel(_)
+            | Self::Registry(_)
+            | Self::Packed { .. }
+            | Self::Refused { .. }
+            | Self::Revert(_) => 3,
             Self::Commit { source, .. } if matches!(**source, CommitError::NotSafe { .. }) => 4,
             Self::Incomplete { code, .. } => *code,
             Self::File { .. } | Self::Commit { .. } | Self::Supervisor(_) | Self::Output(_) => 1,

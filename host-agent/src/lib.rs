@@ -9,6 +9,7 @@ pub mod commands;
 pub mod domains;
 pub mod error;
 pub mod lock;
+mod module_file;
 pub mod progress;
 pub mod report;
 pub mod session;

@@ -3,6 +3,7 @@
 
 use guest_core::commit::Committed;
 use guest_core::machine::PauseTimes;
+use guest_core::module::PatchModule;
 use guest_core::place::{PatchedFunction, Redirect};
 use serde::Serialize;
 
@@ -103,6 +104,48 @@ impl Function {
     }
 }
 
+/// What a module says of itself (`check`).
+#[derive(Debug, Clone, Serialize)]
+pub struct Identity {
+    /// How it says what it patches: `klp_patch`, `kpatch-build`, `klp-build`.
+    pub format: &'static str,
+    /// The kernel that it was made for, with its configuration.
+    pub vermagic: String,
+    /// `MODULE_VERSION`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub version: Option<String>,
+    /// Checksum of its sources.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub srcversion: Option<String>,
+    /// The linker's build ID, in hex.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub build_id: Option<String>,
+    /// `MODULE_DESCRIPTION`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub description: Option<String>,
+}
+
+impl Identity {
+    /// Of a module. Text that could move a terminal's cursor is left out.
+    pub fn of(module: &PatchModule<'_>) -> Self {
+        let says = |key| {
+            let value = module.info().get(key).map(str::trim_end);
+            value
+                .filter(|value| value.chars().all(|c| !c.is_control()))
+                .map(str::to_owned)
+        };
+        let hex = |id: &[u8]| id.iter().map(|byte| format!("{byte:02x}")).collect();
+        Self {
+            format: module.format().name(),
+            vermagic: says("vermagic").unwrap_or_default(),
+            version: says("version"),
+            srcversion: says("srcversion"),
+            build_id: module.build_id().map(hex),
+            description: says("description"),
+        }
+    }
+}
+
 /// One patch.
 #[derive(Debug, Clone, Serialize)]
 pub struct Patch {
@@ -116,7 +159,10 @@ pub struct Patch {
     /// Why it was not done, where it was not.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub reason: Option<String>,
-    /// SHA-256 of the module.
+    /// What the module says of itself.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub module: Option<Identity>,
+    /// SHA-256 of the module, decompressed.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub digest: Option<String>,
     /// Consistency model that it was applied with.

@@ -47,6 +47,18 @@ fn one_patch(text: &mut String, patch: &Patch) {
         .as_ref()
         .map_or(String::new(), |reason| format!(": {reason}"));
     let _ = writeln!(text, "{}: {}{reason}", patch.id, patch.state);
+    if let Some(module) = &patch.module {
+        let mut row = |name: &str, value: Option<&str>| {
+            let _ = value.map(|value| writeln!(text, "  {name:<11} {value}"));
+        };
+        row("description", module.description.as_deref());
+        row("format", Some(module.format));
+        row("vermagic", Some(&module.vermagic));
+        row("version", module.version.as_deref());
+        row("srcversion", module.srcversion.as_deref());
+        row("build ID", module.build_id.as_deref());
+        row("SHA-256", patch.digest.as_deref());
+    }
     for function in &patch.functions {
         let position = if function.sympos == 0 {
             String::new()

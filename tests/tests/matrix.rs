@@ -46,7 +46,13 @@ fn is_patched(kernel: Kernel, vcpus: u32, pti: Pti, levels: Levels, ram: Ram) {
     let guest = bed::lend(config);
     is_the_guest_that_was_asked_for(&guest, pti, levels);
 
-    for module in [Applied::Sections, Applied::StaticCall, Applied::Kstrtoint] {
+    for module in [
+        Applied::Sections,
+        Applied::StaticCall,
+        Applied::Kstrtoint,
+        Applied::Kpatch,
+        Applied::KlpBuild,
+    ] {
         changes_and_changes_back(&guest, module.program(), &modules.applied(module));
     }
     resolves_symbols(&guest, &modules.applied(Applied::Symbols));

@@ -112,8 +112,12 @@ const TABLE: &[(&str, Duty)] = &[
     ("alloc_tags",              Refuse("allocation counters, which the guest would have to know")),
     (".kunit*",                 Refuse("tests to be run at load")),
 
-    // Livepatch descriptors that are not a struct klp_patch.
-    (".kpatch.*",               Refuse("kpatch-build's own tables")),
+    // Livepatch descriptors that are not a struct klp_patch; .init.klp_* are among .init.* (klp_build.rs).
+    (".kpatch.funcs",           Work),            // kpatch.rs
+    (".kpatch.strings",         Work),            // kpatch.rs
+    (".kpatch.callbacks.*",     Work),            // kpatch.rs
+    (".kpatch.force",           Drop("functions to be changed though in use, for kpatch's own kernel module; a livepatch module does not read it")),
+    ("__klp_relocs.*",          Drop("what klp-build made the livepatch relocations of")),
 ];
 
 /// The duty of `section`, a loaded one.

@@ -22,6 +22,8 @@ const RELOCATIONS_MAX: usize = 400_000;
 const NAME_BYTES_MAX: usize = 1024;
 /// Section index of a symbol that the livepatch core resolves (include/uapi/linux/elf.h).
 const SHN_LIVEPATCH: u16 = 0xff20;
+/// What the names of livepatch symbols begin with.
+const KLP_SYMBOL: &str = ".klp.sym.";
 
 const LE: LittleEndian = LittleEndian;
 type Header = FileHeader64<LittleEndian>;
@@ -202,7 +204,12 @@ fn symbol<'d>(
         None if shndx == elf::SHN_ABS => SymbolPlace::Absolute(value),
         None if shndx == elf::SHN_COMMON => SymbolPlace::Common,
         None if shndx.0 == SHN_LIVEPATCH => {
-            klp_symbol(name).ok_or_else(|| ModuleError::KlpSymbolName { symbol: name.into() })?
+            match name.strip_prefix(KLP_SYMBOL) {
+                Some(_) => klp_symbol(name).ok_or_else(|| ModuleError::KlpSymbolName { symbol: name.into() })?,
+                // What klp-build leaves of a symbol whose relocations it has made livepatch ones: a name without use
+                // (`.klp.tombstone.…`, tools/objtool/klp-post-link.c of 7.2).
+                None => SymbolPlace::Unknown(SHN_LIVEPATCH),
+            }
         }
         None => SymbolPlace::Unknown(shndx.0),
     };
@@ -228,7 +235,7 @@ fn functions(symbols: &[Symbol<'_>]) -> Vec<(SectionOffset, SymbolId)> {
 
 /// Splits `.klp.sym.OBJECT.NAME,SYMPOS`. The object has no dot, the name may (`foo.isra.0`).
 fn klp_symbol(name: &str) -> Option<SymbolPlace<'_>> {
-    let (object, rest) = name.strip_prefix(".klp.sym.")?.split_once('.')?;
+    let (object, rest) = name.strip_prefix(KLP_SYMBOL)?.split_once('.')?;
     let (name, sympos) = rest.split_once(',')?;
     let sympos = sympos.parse().ok()?;
     (!object.is_empty() && !name.is_empty()).then_some(SymbolPlace::Livepatch { object, name, sympos })

@@ -224,7 +224,7 @@ impl<'m, 'd> Selection<'m, 'd> {
         let (object, weak) = match symbol.place {
             SymbolPlace::Absolute(_) => return Ok(()),
             // `klp_patch.mod`: the guest does not know the module, and the descriptor is not read any more.
-            SymbolPlace::Defined(_) if at == self.patch.this_module => return Ok(()),
+            SymbolPlace::Defined(_) if Some(at) == self.patch.this_module => return Ok(()),
             SymbolPlace::Defined(target) => return self.need(target.section, symbol.name, || module.place(at)),
             SymbolPlace::Undefined { weak } => (None, weak),
             SymbolPlace::Livepatch { object, sympos, .. } => (Some((object.to_owned(), sympos)), false),

@@ -2,7 +2,8 @@
 //!
 //! In the order in which a module passes through:
 //! - [`PatchModule`]: the file, checked ([`ModuleError`]);
-//! - [`Patch`]: the functions that it replaces ([`PatchError`]), read with the guest's [`KlpLayout`];
+//! - [`Patch`]: the functions that it replaces ([`PatchError`]), read with the guest's [`KlpLayout`]; one file for each
+//!   [`PatchFormat`]: `klp.rs`, `kpatch.rs`, `klp_build.rs`;
 //! - [`Image`]: the sections that those functions need, and their [`Layout`] in memory ([`ImageError`]). What each
 //!   kind of section obliges a loader to is one table in `duty.rs`; what is not handled is refused here;
 //! - [`Linked`]: the finished bytes for given addresses ([`LinkError`]), after the work of the kernel's own loader.
@@ -14,12 +15,15 @@
 
 mod alternatives;
 mod branches;
+mod descriptor;
 mod duty;
 mod elf;
 mod error;
 mod fentry;
 mod image;
 mod klp;
+mod klp_build;
+mod kpatch;
 mod layout;
 mod link;
 mod link_error;
@@ -49,7 +53,7 @@ pub use link::{Bases, GuestContext, Linked, LinkedFunction};
 pub use link_error::LinkError;
 pub use modinfo::ModInfo;
 pub use orc::OrcTables;
-pub use patch::{KlpLayout, Patch, PatchError, PatchFunction, PatchObject};
+pub use patch::{KlpLayout, Patch, PatchError, PatchFormat, PatchFunction, PatchObject};
 pub use resolve::{ResolveError, ResolveSymbol};
 pub use sections::{SectionId, SectionOffset};
 pub use sites::TableError;
@@ -105,6 +109,16 @@ impl<'d> PatchModule<'d> {
     /// guest's own `.orc_header` (arch/x86/include/asm/orc_header.h).
     pub fn orc_header(&self) -> Option<&'d [u8]> {
         self.section_named(".orc_header").map(|(_, section)| section.data)
+    }
+
+    /// The linker's build ID, where the module has one: an ELF note of type 3 (`NT_GNU_BUILD_ID`) of the owner "GNU".
+    pub fn build_id(&self) -> Option<&'d [u8]> {
+        let (_, section) = self.section_named(".note.gnu.build-id")?;
+        // Lengths of owner and contents, the type, the owner with its NUL: 4 bytes each, little-endian.
+        let contents = section.data.strip_prefix(&[4, 0, 0, 0])?;
+        let (len, contents) = contents.split_first_chunk::<4>()?;
+        let contents = contents.strip_prefix(b"\x03\0\0\0GNU\0")?;
+        contents.get(..usize::try_from(u32::from_le_bytes(*len)).ok()?)
     }
 
     /// What the module was compiled against: names of exported symbols and the checksums of their types (`__versions`,

@@ -1,6 +1,12 @@
 //! What a module patches, and the kernel's structures that say so.
 
 use super::sections::SectionOffset;
+use super::{PatchModule, klp_build, kpatch};
+
+/// Most functions that one module may patch, over all its objects.
+pub(super) const FUNCTIONS_MAX: usize = 10_000;
+/// Most objects.
+pub(super) const OBJECTS_MAX: usize = 1_000;
 
 /// Layouts of the livepatch structures in the guest's kernel, in bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -40,12 +46,35 @@ pub struct KlpLayout {
 pub struct Patch {
     /// The kernel image, modules, and their functions; at least one object with at least one function.
     pub objects: Vec<PatchObject>,
-    /// `klp_patch.replace`: all other patches are to go.
-    pub replace: bool,
-    /// Where the `struct klp_patch` is.
-    pub descriptor: SectionOffset,
-    /// Its `mod` member: the only place that may hold the address of the module's own `struct module`.
-    pub(crate) this_module: SectionOffset,
+    /// `klp_patch.replace`: all other patches are to go. None where the module's init decides that at run time.
+    pub replace: Option<bool>,
+    /// How the module says all this.
+    pub format: PatchFormat,
+    /// `klp_patch.mod`, where there is a static `klp_patch`: the only place in data that may hold the address of the
+    /// module's own `struct module`.
+    pub(crate) this_module: Option<SectionOffset>,
+}
+
+/// How a module says what it patches.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum PatchFormat {
+    /// Static `klp_patch` structures, as a kernel developer writes them.
+    KlpPatch,
+    /// kpatch-build's `.kpatch.funcs`.
+    Kpatch,
+    /// klp-build's `.init.klp_objects`.
+    KlpBuild,
+}
+
+impl PatchFormat {
+    /// For people and reports.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::KlpPatch => "klp_patch",
+            Self::Kpatch => "kpatch-build",
+            Self::KlpBuild => "klp-build",
+        }
+    }
 }
 
 /// An object of a patch: the kernel image or a module.
@@ -75,9 +104,9 @@ pub struct PatchFunction {
 /// Why [`PatchModule::patch`](super::PatchModule::patch) found nothing that it could act on.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum PatchError {
-    /// Another tool's way to describe a patch.
-    #[error("the patch is described in section {section}, which is not handled")]
-    Format {
+    /// A module that kpatch-build left off with, or made for kpatch's own kernel module.
+    #[error("section {section}: kpatch-build has not finished the module as a livepatch module (create-klp-module)")]
+    Unfinished {
         /// The section that shows it.
         section: &'static str,
     },
@@ -110,11 +139,8 @@ pub enum PatchError {
         expected: &'static str,
     },
     /// A patch of nothing.
-    #[error("the patch at {at} names no function")]
-    Empty {
-        /// Section and offset of the `klp_patch`.
-        at: String,
-    },
+    #[error("the patch names no function")]
+    Empty,
     /// More than a patch can sensibly hold.
     #[error("the patch has more than {max} {what}")]
     TooMany {
@@ -137,4 +163,47 @@ pub enum PatchError {
         /// Section and offset of the pointer.
         at: String,
     },
+}
+
+impl PatchModule<'_> {
+    /// How the module says what it patches.
+    pub fn format(&self) -> PatchFormat {
+        if self.section_named(kpatch::FUNCS).is_some() {
+            PatchFormat::Kpatch
+        } else if self.section_named(klp_build::OBJECTS).is_some() {
+            PatchFormat::KlpBuild
+        } else {
+            PatchFormat::KlpPatch
+        }
+    }
+
+    /// Reads what the module patches, in whatever format it says so.
+    ///
+    /// Errors: see [`PatchError`].
+    pub fn patch(&self, layout: &KlpLayout) -> Result<Patch, PatchError> {
+        let patch = match self.format() {
+            PatchFormat::Kpatch => self.kpatch()?,
+            PatchFormat::KlpBuild => self.klp_build()?,
+            PatchFormat::KlpPatch => self.klp_patch(layout)?,
+        };
+        if patch.objects.iter().all(|object| object.functions.is_empty()) {
+            return Err(PatchError::Empty);
+        }
+        Ok(patch)
+    }
+}
+
+/// Functions by their objects, both in the order in which they first come.
+pub(super) fn group(functions: Vec<(Option<String>, PatchFunction)>) -> Vec<PatchObject> {
+    let mut objects: Vec<PatchObject> = Vec::new();
+    for (name, function) in functions {
+        match objects.iter_mut().find(|object| object.name == name) {
+            Some(object) => object.functions.push(function),
+            None => objects.push(PatchObject {
+                name,
+                functions: vec![function],
+            }),
+        }
+    }
+    objects
 }

@@ -98,7 +98,7 @@ impl Linker<'_, '_, '_> {
     }
 
     fn apply(&mut self, at: SectionOffset, relocation: &Relocation) -> Result<(), LinkError> {
-        if relocation.kind == R_X86_64_NONE.0 || at == self.image.patch.this_module {
+        if relocation.kind == R_X86_64_NONE.0 || Some(at) == self.image.patch.this_module {
             return Ok(());
         }
         let module = self.image.module;

@@ -186,6 +186,19 @@ impl TestElf {
         self.sections[usize::from(section)].data[offset..offset + bytes.len()].copy_from_slice(bytes);
     }
 
+    /// Takes away the relocation at `offset`.
+    pub fn drop_relocation(&mut self, section: u16, offset: u64) {
+        self.sections[usize::from(section)]
+            .relocations
+            .retain(|(at, ..)| *at != offset);
+    }
+
+    /// Replaces all that a section has.
+    pub fn set_bytes(&mut self, section: u16, data: &[u8]) {
+        let section = &mut self.sections[usize::from(section)];
+        (section.data, section.size) = (data.to_vec(), data.len() as u64);
+    }
+
     pub fn set_align(&mut self, section: u16, align: u64) {
         self.sections[usize::from(section)].align = align;
     }

@@ -122,7 +122,7 @@ fn the_patch_is_read_from_the_descriptors() {
             functions: vec![function]
         }]
     );
-    assert!(!patch.replace);
+    assert_eq!((patch.replace, patch.format), (Some(false), PatchFormat::KlpPatch));
 }
 
 #[test]
@@ -346,4 +346,33 @@ fn areas_at_addresses_that_do_not_fit_are_refused() {
         image.link(&bases, &TestGuest::default().context()),
         Err(LinkError::Base { .. })
     ));
+}
+
+#[test]
+fn the_build_id_is_read_from_its_note() {
+    let mut elf = TestElf::livepatch(RET);
+    let note = b"\x04\0\0\0\x03\0\0\0\x03\0\0\0GNU\0\xab\xcd\xef\0";
+    let section = elf.section(".note.gnu.build-id", SHF_ALLOC.0, note);
+    let file = elf.build();
+    assert_eq!(
+        PatchModule::parse(&file).unwrap().build_id(),
+        Some(&[0xab, 0xcd, 0xef][..])
+    );
+    elf.patch_bytes(section, 4, &[9]);
+    let file = elf.build();
+    assert_eq!(PatchModule::parse(&file).unwrap().build_id(), None);
+}
+
+#[test]
+fn what_klp_build_leaves_of_a_livepatch_symbol_is_let_pass() {
+    let mut elf = TestElf::livepatch(&[0xe8, 0, 0, 0, 0]);
+    let tombstone = elf.symbol(".klp.tombstone.c_start", 0x20, 0xff20, 0, 0);
+    let symbol = elf.symbol(".klp.sym.vmlinux.c_start,2", 0x10, 0xff20, 0, 0);
+    elf.relocation(1, 1, object::elf::R_X86_64_NONE, tombstone, 0);
+    elf.relocation(1, 1, R_X86_64_PLT32, symbol, -4);
+    let guest = TestGuest {
+        internal: [("c_start", 0xffff_ffff_8100_0100)].into(),
+        ..Default::default()
+    };
+    assert_eq!(link(&elf.build(), &guest).unwrap().text, [0xe8, 0xfb, 0, 0, 0]);
 }

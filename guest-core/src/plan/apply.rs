@@ -56,9 +56,12 @@ pub enum Refusal {
         /// That of the guest's kernel.
         guest: u32,
     },
-    /// `klp_patch.replace`.
-    #[error("the module wants to replace all other livepatches (klp_patch.replace), which is not supported")]
-    Replace,
+    /// `klp_patch.replace`, in a guest that has other patches.
+    #[error("the module is to replace all other livepatches (klp_patch.replace); revert these first: {others}")]
+    Replace {
+        /// The others, by name.
+        others: String,
+    },
     /// It patches a module of the guest.
     #[error("the module patches {function} of the module {object}: functions of modules are not supported")]
     Object {
@@ -118,12 +121,12 @@ pub fn apply(live: &Live<'_>, registry: &Registry, file: &[u8], options: &ApplyO
     check_vermagic(live, module.info().get("vermagic").unwrap_or_default())?;
     check_versions(live, &module)?;
     let patch = module.patch(&livepatch::layout(live)?)?;
-    if patch.replace {
-        return Err(Refusal::Replace);
-    }
     let id = module.name().to_owned();
     if registry.records().any(|record| record.id == id) {
         return Err(Refusal::AlreadyApplied { id });
+    }
+    if patch.replace == Some(true) {
+        refuse_beside_others(live, registry)?;
     }
     let image = module.image(&patch, &alternatives(live)?)?;
     let layout = image.layout();
@@ -223,6 +226,19 @@ pub fn apply(live: &Live<'_>, registry: &Registry, file: &[u8], options: &ApplyO
         laid: registry.laid_code(),
         record,
     })
+}
+
+/// What replaces all other patches can only be applied where there are none.
+fn refuse_beside_others(live: &Live<'_>, registry: &Registry) -> Result<(), Refusal> {
+    let mut others: Vec<_> = registry.records().map(|record| record.id.clone()).collect();
+    if !livepatch::held_functions(live)?.is_empty() {
+        others.push("a livepatch of the guest's own".to_owned());
+    }
+    if others.is_empty() {
+        return Ok(());
+    }
+    let others = others.join(", ");
+    Err(Refusal::Replace { others })
 }
 
 /// Bytes into pages of the pool that are still filler.

@@ -1,11 +1,12 @@
 //! `apply` and `check`.
 
-use super::read_module;
 use crate::cli::{ModelName, Options};
 use crate::error::Failure;
+use crate::module_file;
 use crate::progress::Progress;
-use crate::report::{Function, Patch, Patches, Pause};
+use crate::report::{Function, Identity, Patch, Patches, Pause};
 use crate::session::{Session, Target};
+use guest_core::module::PatchModule;
 use guest_core::place::Record;
 use guest_core::plan::Refusal;
 use std::path::{Path, PathBuf};
@@ -14,7 +15,7 @@ use std::path::{Path, PathBuf};
 pub fn apply(options: &Options, files: &[PathBuf], progress: &Progress) -> Result<Patches, Failure> {
     let modules = files
         .iter()
-        .map(|path| Ok((path, read_module(path)?)))
+        .map(|path| Ok((path, module_file::read(path)?)))
         .collect::<Result<Vec<_>, Failure>>()?;
     let mut session = Session::open(&Target::from_options(options)?, progress)?;
     session.tidy()?;
@@ -34,14 +35,19 @@ pub fn check(options: &Options, files: &[PathBuf], progress: &Progress) -> Resul
     let mut patches = Vec::new();
     let mut planned: Vec<Record> = Vec::new();
     for path in files {
-        let record = session.plan(path, &read_module(path)?, options)?.record;
+        let bytes = module_file::read(path)?;
+        let record = session.plan(path, &bytes, options)?.record;
         if let Some(refusal) = clash(&planned, &record) {
             return Err(Failure::Refused {
                 path: path.clone(),
                 source: Box::new(refusal),
             });
         }
-        patches.push(describe(&record, Some(path), "would apply", "original"));
+        let mut patch = describe(&record, Some(path), "would apply", "original");
+        // What was planned for has been read before.
+        let module = PatchModule::parse(&bytes).ok();
+        patch.module = module.as_ref().map(Identity::of);
+        patches.push(patch);
         planned.push(record);
     }
     Ok(Patches {
@@ -91,6 +97,7 @@ pub(super) fn describe(record: &Record, path: Option<&Path>, state: &str, functi
         file: path.map(|path| path.display().to_string()),
         state: state.to_owned(),
         reason: None,
+        module: None,
         digest: Some(record.digest.clone()),
         model: Some(record.model.clone()),
         applied_at: None,

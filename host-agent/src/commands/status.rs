@@ -69,6 +69,7 @@ fn nameless(entry: &Entry) -> Patch {
         file: None,
         state: state_name(entry.state).to_owned(),
         reason: None,
+        module: None,
         digest: None,
         model: None,
         applied_at: None,

@@ -1,9 +1,9 @@
 //! The bare command: brings a guest up to date from the patch directory.
 
 use super::apply::apply_one;
-use super::read_module;
 use crate::cli::Options;
 use crate::error::Failure;
+use crate::module_file;
 use crate::progress::Progress;
 use crate::report::{Patch, Patches};
 use crate::session::{Session, Target};
@@ -59,7 +59,7 @@ fn consider(
     path: &Path,
     progress: &Progress,
 ) -> Result<Option<Patch>, Failure> {
-    let bytes = read_module(path)?;
+    let bytes = module_file::read(path)?;
     let module = PatchModule::parse(&bytes).map_err(|source| Failure::Refused {
         path: path.to_owned(),
         source: Box::new(source.into()),
@@ -85,10 +85,11 @@ fn consider(
 
 fn not_done(path: &Path, state: &str, reason: &str) -> Patch {
     Patch {
-        id: path.file_stem().unwrap_or_default().to_string_lossy().into_owned(),
+        id: module_file::stem(path),
         file: Some(path.display().to_string()),
         state: state.to_owned(),
         reason: Some(reason.to_owned()),
+        module: None,
         digest: None,
         model: None,
         applied_at: None,
@@ -108,7 +109,7 @@ fn modules(directory: &Path) -> Result<Vec<PathBuf>, Failure> {
     for entry in fs::read_dir(directory).map_err(failed)? {
         let entry = entry.map_err(failed)?;
         let path = entry.path();
-        if path.extension().is_some_and(|extension| extension == "ko") {
+        if module_file::is_module(&path) {
             let modified = entry
                 .metadata()
                 .and_then(|metadata| metadata.modified())

@@ -26,6 +26,10 @@ pub enum Applied {
     Sections,
     /// `__x64_sys_pause`, with a static call of the kernel, which goes through its trampoline.
     StaticCall,
+    /// `__x64_sys_pause`, described as kpatch-build does it.
+    Kpatch,
+    /// `__x64_sys_pause`, described as klp-build does it.
+    KlpBuild,
     /// `__x64_sys_sysinfo`, with a line for the kernel's log, in which `vmpatch test: sysinfo of ` and the task's command
     /// stand.
     Printk,
@@ -33,20 +37,22 @@ pub enum Applied {
 
 impl Applied {
     /// All of them.
-    pub const ALL: [Self; 7] = [
+    pub const ALL: [Self; 9] = [
         Self::Pair,
         Self::Pause,
         Self::Kstrtoint,
         Self::Symbols,
         Self::Sections,
         Self::StaticCall,
+        Self::Kpatch,
+        Self::KlpBuild,
         Self::Printk,
     ];
 
     /// The program that sees its effect.
     pub fn program(self) -> &'static str {
         match self {
-            Self::StaticCall => Self::Pause.name(),
+            Self::StaticCall | Self::Kpatch | Self::KlpBuild => Self::Pause.name(),
             _ => self.name(),
         }
     }
@@ -60,7 +66,7 @@ impl Applied {
     pub fn functions(self) -> &'static [&'static str] {
         match self {
             Self::Pair => &["__x64_sys_sysinfo", "si_meminfo"],
-            Self::Pause | Self::StaticCall => &["__x64_sys_pause"],
+            Self::Pause | Self::StaticCall | Self::Kpatch | Self::KlpBuild => &["__x64_sys_pause"],
             Self::Kstrtoint => &["kstrtoint"],
             Self::Symbols | Self::Sections | Self::Printk => &["__x64_sys_sysinfo"],
         }
@@ -70,7 +76,7 @@ impl Applied {
     pub fn build(self, tree: &KernelTree) -> Result<PathBuf, Error> {
         let (name, text) = self.name_and_text();
         let module = Module::new(&format!("test-{}", name.replace('_', "-"))).source(name, text);
-        let module = if self == Self::Symbols {
+        let module = if matches!(self, Self::Symbols | Self::Kpatch | Self::KlpBuild) {
             module.allow_undefined()
         } else {
             module
@@ -86,6 +92,8 @@ impl Applied {
             Self::Symbols => ("symbols", text!("symbols")),
             Self::Sections => ("sections", text!("sections")),
             Self::StaticCall => ("static_call", text!("static_call")),
+            Self::Kpatch => ("kpatch", text!("kpatch")),
+            Self::KlpBuild => ("klp_build", text!("klp_build")),
             Self::Printk => ("printk", text!("printk")),
         }
     }

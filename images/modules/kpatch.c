@@ -1,0 +1,55 @@
+/*
+ * The sections that kpatch-build 0.9.11 leaves in a livepatch module, in place of
+ * static klp_patch structures: its init makes those at run time from the table of
+ * functions. Ours registers nothing, as the guest is not to load it.
+ */
+#include <linux/sched/signal.h>
+#include <asm/ptrace.h>
+#include "livepatch.h"
+
+#define SECTION(name) __used __section(name)
+
+extern int nr_threads KLP_SYMBOL("nr_threads", "0");
+
+static long livepatch_pause(const struct pt_regs *regs)
+{
+	while (!signal_pending(current)) {
+		__set_current_state(TASK_INTERRUPTIBLE);
+		schedule();
+	}
+	return READ_ONCE(nr_threads) > 0 ? -EOPNOTSUPP : -EIO;
+}
+
+static const char old_name[] SECTION(".kpatch.strings") = "__x64_sys_pause";
+static const char object_name[] SECTION(".kpatch.strings") = "vmlinux";
+
+static const struct {
+	long (*new_addr)(const struct pt_regs *regs);
+	unsigned long new_size, old_addr, old_size, sympos;
+	const char *name, *objname;
+} functions[] SECTION(".kpatch.funcs") = {
+	{
+		.new_addr = livepatch_pause,
+		.new_size = 64,
+		.old_addr = 0xffffffff81000000,
+		.old_size = 64,
+		.name = old_name,
+		.objname = object_name,
+	},
+};
+
+/* Empty lists, each with eight zero bytes that keep its section. */
+static unsigned long pre_patch SECTION(".kpatch.callbacks.pre_patch");
+static unsigned long post_patch SECTION(".kpatch.callbacks.post_patch");
+static unsigned long pre_unpatch SECTION(".kpatch.callbacks.pre_unpatch");
+static unsigned long post_unpatch SECTION(".kpatch.callbacks.post_unpatch");
+static unsigned long force SECTION(".kpatch.force");
+
+static int __init kpatch_init(void)
+{
+	return -ENOSYS;
+}
+
+module_init(kpatch_init);
+MODULE_INFO(livepatch, "Y");
+MODULE_LICENSE("GPL");
