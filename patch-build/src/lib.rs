@@ -7,6 +7,7 @@
 //!   with the change to it: a diff, or functions of a newer version;
 //! - [`tree`] is that source made ready to compile single files of it, with the kernel's own [`compiler`];
 //! - [`facts`] is what is known of the kernel: its image, symbols, exports, configuration;
+//! - [`touched`] says which of the kernel's files the change gets into;
 //! - [`compile`] makes a [`pair`] of a source file: its object file before and after the change.
 //!
 //! [`headers`] is what a kernel's modules are built with, for those who have a module's source already; its [`toolchain`] is the
@@ -27,6 +28,7 @@ pub mod runtime;
 pub mod source;
 pub mod target;
 pub mod toolchain;
+pub mod touched;
 pub mod tree;
 
 use sha2::{Digest, Sha256};

@@ -59,64 +59,124 @@ pub enum Error {
     },
 }
 
-/// Compiles `files` (C files, relative to the source) as they are, and with `changed` in place of the files of those names.
+/// A C file of the kernel as it is, compiled.
+#[derive(Clone, Debug)]
+pub struct Unit {
+    /// The file, relative to the source.
+    pub source: String,
+    /// The module that it is linked into; `None` for the kernel itself.
+    pub module: Option<String>,
+    /// The object file.
+    pub object: Vec<u8>,
+    command: SavedCommand,
+    note: String,
+}
+
+impl Unit {
+    /// Whether the compiler read that file of the source for it.
+    pub fn includes(&self, tree: &Tree, header: &str) -> bool {
+        let path = tree.source().join(header).display().to_string();
+        self.note.split_whitespace().any(|word| word == path)
+    }
+}
+
+/// Compiles C files (relative to the source) as they are. Those of a source that can't change are compiled once.
 ///
 /// `progress` is told what takes time.
-pub fn pairs(
+pub fn before(tree: &Tree, files: &[&str], progress: &dyn Fn(&str)) -> Result<Vec<Unit>, Error> {
+    let missing = missing(tree, files)?;
+    if !missing.is_empty() {
+        progress(&format!("compiling {}", named(&missing)));
+        let goals: Vec<&str> = missing.iter().map(String::as_str).collect();
+        tree.make(&goals).map_err(|source| Error::Before {
+            files: files.iter().map(|file| (*file).to_owned()).collect(),
+            source,
+        })?;
+    }
+    files.iter().map(|file| unit(tree, file)).collect()
+}
+
+/// Like [`before`], for files that need not be part of the kernel: those that do not compile are left out.
+pub fn before_where_possible(tree: &Tree, files: &[&str], progress: &dyn Fn(&str)) -> Result<Vec<Unit>, Error> {
+    let missing = missing(tree, files)?;
+    if !missing.is_empty() {
+        progress(&format!("compiling {}", named(&missing)));
+        let mut goals = vec!["-k"];
+        goals.extend(missing.iter().map(String::as_str));
+        // What did not compile has no object.
+        drop(tree.make(&goals));
+    }
+    let is_there = |file: &&&str| {
+        object_name(file).is_ok_and(|name| tree.folder().join(&name).exists() && note(tree, &name).exists())
+    };
+    files.iter().filter(is_there).map(|file| unit(tree, file)).collect()
+}
+
+/// Compiles the same files again, with `changed` files in place of the source's.
+pub fn after(
     tree: &Tree,
-    files: &[&str],
+    units: Vec<Unit>,
     changed: &BTreeMap<String, String>,
     progress: &dyn Fn(&str),
 ) -> Result<Vec<ObjectPair>, Error> {
-    let before = objects(tree, files, progress)?;
     let root = tree.folder().join("vmpatch-after");
     if root.exists() {
         fs::remove_dir_all(&root).map_err(cache::Error::io("remove what an interrupted run left in", &root))?;
     }
-    overlay::make(tree.source(), &root, changed, files)?;
+    let files: Vec<&str> = units.iter().map(|unit| unit.source.as_str()).collect();
+    overlay::make(tree.source(), &root, changed, &files)?;
     let mut pairs = Vec::new();
-    for (file, (before, command)) in files.iter().zip(before) {
-        progress(&format!("compiling the changed {file}"));
+    for unit in units {
+        progress(&format!("compiling the changed {}", unit.source));
+        let after = recompile(tree, &root, &unit, changed)?;
         pairs.push(ObjectPair {
-            source: (*file).to_owned(),
-            module: command.module().map(str::to_owned),
-            has_ftrace: command.has_ftrace(),
-            before,
-            after: after(tree, &root, file, &command, changed)?,
+            source: unit.source,
+            module: unit.module,
+            has_ftrace: unit.command.has_ftrace(),
+            before: unit.object,
+            after,
         });
     }
     fs::remove_dir_all(&root).map_err(cache::Error::io("remove", &root))?;
     Ok(pairs)
 }
 
-/// The objects of `files` as they are, and how they were made. Those of a source that can't change are made once.
-fn objects(tree: &Tree, files: &[&str], progress: &dyn Fn(&str)) -> Result<Vec<(Vec<u8>, SavedCommand)>, Error> {
+/// The objects that have to be made.
+fn missing(tree: &Tree, files: &[&str]) -> Result<Vec<String>, Error> {
     let names = files.iter().map(|file| object_name(file));
     let names = names.collect::<Result<Vec<String>, Error>>()?;
-    let missing: Vec<&str> = names
-        .iter()
-        .map(String::as_str)
-        .filter(|name| !tree.is_fixed() || !tree.folder().join(name).exists() || !note(tree, name).exists())
-        .collect();
-    if !missing.is_empty() {
-        progress(&format!("compiling {}", missing.join(", ").replace(".o", ".c")));
-        tree.make(&missing).map_err(|source| Error::Before {
-            files: files.iter().map(|file| (*file).to_owned()).collect(),
-            source,
-        })?;
-    }
-    names.iter().map(|name| object(tree, name)).collect()
+    let is_missing =
+        |name: &String| !tree.is_fixed() || !tree.folder().join(name).exists() || !note(tree, name).exists();
+    Ok(names.into_iter().filter(is_missing).collect())
 }
 
-fn object(tree: &Tree, name: &str) -> Result<(Vec<u8>, SavedCommand), Error> {
-    let (path, note) = (tree.folder().join(name), note(tree, name));
+/// The C files of some objects, for people.
+fn named(objects: &[String]) -> String {
+    const SHOWN_MAX: usize = 3;
+    let mut names: Vec<String> = objects.iter().map(|object| object.replace(".o", ".c")).collect();
+    if names.len() > SHOWN_MAX {
+        let more = names.len() - SHOWN_MAX;
+        names.truncate(SHOWN_MAX);
+        return format!("{} and {more} more", names.join(", "));
+    }
+    names.join(", ")
+}
+
+fn unit(tree: &Tree, file: &str) -> Result<Unit, Error> {
+    let name = object_name(file)?;
+    let (path, note) = (tree.folder().join(&name), note(tree, &name));
     let text = fs::read_to_string(&note).map_err(cache::Error::io("read", &note))?;
-    let command = SavedCommand::parse(name, &text).ok_or_else(|| Error::NoCommand {
+    let command = SavedCommand::parse(&name, &text).ok_or_else(|| Error::NoCommand {
         note,
-        object: name.to_owned(),
+        object: name.clone(),
     })?;
-    let bytes = fs::read(&path).map_err(cache::Error::io("read", &path))?;
-    Ok((bytes, command))
+    Ok(Unit {
+        source: file.to_owned(),
+        module: command.module().map(str::to_owned),
+        object: fs::read(&path).map_err(cache::Error::io("read", &path))?,
+        command,
+        note: text,
+    })
 }
 
 /// Where the build notes how it made an object.
@@ -132,24 +192,18 @@ fn object_name(file: &str) -> Result<String, Error> {
     Ok(format!("{stem}.o"))
 }
 
-fn after(
-    tree: &Tree,
-    root: &Path,
-    file: &str,
-    command: &SavedCommand,
-    changed: &BTreeMap<String, String>,
-) -> Result<Vec<u8>, Error> {
+fn recompile(tree: &Tree, root: &Path, unit: &Unit, changed: &BTreeMap<String, String>) -> Result<Vec<u8>, Error> {
     let object = root.join("vmpatch-object.o");
-    let shell = command.redirected(tree.source(), root, &object);
+    let shell = unit.command.redirected(tree.source(), root, &object);
     host::output("sh", &["-c", &format!("set -e; {shell}")], tree.folder()).map_err(|source| Error::After {
-        file: file.to_owned(),
+        file: unit.source.clone(),
         source,
     })?;
     let list = root.join("vmpatch-object.o.d");
     let rule = fs::read_to_string(&list).map_err(cache::Error::io("read", &list))?;
     if let Some(header) = old_header(tree.source(), &rule, changed) {
         return Err(Error::OldHeader {
-            file: file.to_owned(),
+            file: unit.source.clone(),
             header: header.to_owned(),
         });
     }

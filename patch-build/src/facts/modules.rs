@@ -41,23 +41,42 @@ impl Modules {
         Self(folder)
     }
 
+    /// Whether the kernel has that module; what is not known counts as yes.
+    pub fn has(&self, name: &str) -> Result<bool, Error> {
+        if self.0.is_none() {
+            return Ok(true);
+        }
+        Ok(self.list()?.iter().any(|file| module_name(file) == name))
+    }
+
+    /// The modules' files, relative to the folder: `kernel/crypto/af_alg.ko`. None where there is no folder.
+    pub fn list(&self) -> Result<Vec<String>, Error> {
+        let Some(folder) = &self.0 else {
+            return Ok(Vec::new());
+        };
+        // A package's list; depmod's own list, modules.dep, appears only where the package is installed.
+        let list = folder.join("modules.order");
+        let text = fs::read_to_string(&list).map_err(cache::Error::io("read", &list))?;
+        // The build's own lists name objects.
+        let name = |file: &str| format!("{}.ko", file.trim_end_matches(".ko").trim_end_matches(".o"));
+        Ok(text.lines().map(name).collect())
+    }
+
     /// The file of a module, decompressed: the module as it was shipped, with its symbols.
     pub fn read(&self, name: &str) -> Result<Vec<u8>, Error> {
         let folder = self
             .0
             .as_deref()
             .ok_or_else(|| Error::NoFolder { name: name.to_owned() })?;
-        // A package's list; depmod's own list, modules.dep, appears only where the package is installed.
-        let list = folder.join("modules.order");
-        let text = fs::read_to_string(&list).map_err(cache::Error::io("read", &list))?;
-        let file = text
-            .lines()
-            .find(|file| module_name(&file.replace(".o", ".ko")) == name)
+        let list = self.list()?;
+        let file = list
+            .iter()
+            .find(|file| module_name(file) == name)
             .ok_or_else(|| Error::Unknown {
                 name: name.to_owned(),
-                list: list.clone(),
+                list: folder.join("modules.order"),
             })?;
-        read(&folder.join(Path::new(file).with_extension("ko")))
+        read(&folder.join(file))
     }
 }
 
