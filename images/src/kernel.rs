@@ -1,44 +1,11 @@
 //! The Debian kernels that guests run: a table of those that the tests refer to, and any other by its package's name.
 
 use std::borrow::Cow;
-use std::fs;
-use std::path::{Path, PathBuf};
 
 use patch_build::headers::{self, Headers};
+pub use patch_build::kernel_files::{Error, KernelFiles};
 
 use crate::cache;
-use crate::packages;
-
-/// What the names of the packages begin with that a kernel comes in since 7.2: the image, its modules, and what is known of
-/// both.
-const PARTS: [&str; 3] = ["linux-binary-", "linux-modules-", "linux-base-"];
-
-/// Why a kernel could not be had.
-#[derive(Debug, thiserror::Error)]
-pub enum Error {
-    /// Its package could not be had.
-    #[error(transparent)]
-    Package(#[from] packages::Error),
-    /// The package has no kernel, or more than one.
-    #[error("package {package} has {found} kernels, not one: it is no kernel image")]
-    NotOneImage {
-        /// The package's name.
-        package: String,
-        /// How many kernels there are.
-        found: usize,
-    },
-    /// The package has neither a kernel nor depends on one.
-    #[error("package {package} has no folder boot, and depends on no {prefix}… package: it is no kernel image")]
-    NoPart {
-        /// The package's name.
-        package: String,
-        /// What the wanted package's name begins with.
-        prefix: &'static str,
-    },
-    /// The unpacked package could not be read.
-    #[error(transparent)]
-    Files(#[from] cache::Error),
-}
 
 /// A kernel, by the Debian package that it comes in.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -132,81 +99,7 @@ impl Kernel {
 
     /// Fetches the kernel into the user's cache.
     pub fn fetch(&self) -> Result<KernelFiles, Error> {
-        let image = packages::fetch(&self.package, self.version())?;
-        let tree = image.unpacked()?;
-        if tree.join("boot").is_dir() {
-            return KernelFiles::in_tree(&self.package, &tree);
-        }
-        // Since 7.2 the image package is empty, and depends on those that the kernel is in.
-        let cache = cache::Cache::from_env()?;
-        let key = format!("kernels/{}_{}", image.name(), image.version());
-        let tree = cache.folder(&key, |root| {
-            for prefix in PARTS {
-                let depends = image.depends()?;
-                let (name, version) = packages::dependency(&depends, prefix).ok_or_else(|| Error::NoPart {
-                    package: self.package.clone().into_owned(),
-                    prefix,
-                })?;
-                packages::fetch_into(&cache, name, version)?.unpack_into(root)?;
-            }
-            Ok::<(), Error>(())
-        })?;
-        KernelFiles::in_tree(&self.package, &tree)
-    }
-}
-
-/// What a kernel package installs, in the cache.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct KernelFiles {
-    /// What `uname -r` says in the guest.
-    pub release: String,
-    /// The compressed kernel, as a boot loader takes it.
-    pub vmlinuz: PathBuf,
-    /// The configuration that the kernel was built with.
-    pub config: PathBuf,
-    /// The folder with the kernel's modules, `lib/modules/RELEASE`.
-    pub modules: PathBuf,
-}
-
-impl KernelFiles {
-    fn in_tree(package: &str, tree: &Path) -> Result<Self, Error> {
-        let old = tree.join("boot");
-        let is_old = old.is_dir();
-        let folder = if is_old { old } else { tree.join("usr/lib/modules") };
-        let entries = fs::read_dir(&folder).map_err(cache::Error::io("list", &folder))?;
-        let names = entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
-        let releases: Vec<String> = if is_old {
-            names
-                .filter_map(|name| Some(name.strip_prefix("vmlinuz-")?.to_owned()))
-                .collect()
-        } else {
-            names
-                .filter(|name| folder.join(name).join("vmlinuz").is_file())
-                .collect()
-        };
-        let [release] = releases.as_slice() else {
-            return Err(Error::NotOneImage {
-                package: package.to_owned(),
-                found: releases.len(),
-            });
-        };
-        let (file, modules) = if is_old {
-            let file = |name| folder.join(format!("{name}-{release}"));
-            (
-                [file("vmlinuz"), file("config")],
-                tree.join("lib/modules").join(release),
-            )
-        } else {
-            let modules = folder.join(release);
-            ([modules.join("vmlinuz"), modules.join("config")], modules)
-        };
-        let [vmlinuz, config] = file;
-        Ok(Self {
-            release: release.clone(),
-            vmlinuz,
-            config,
-            modules,
-        })
+        KernelFiles::fetch(&cache::Cache::from_env()?, &self.package, self.version())
     }
 }
 

@@ -190,6 +190,8 @@ mod tests {
             vmlinuz: PathBuf::new(),
             config: PathBuf::new(),
             modules: folder.clone(),
+            version: String::new(),
+            packages: Vec::new(),
         };
         let names = |wanted: &str| {
             let modules = with_dependencies(&kernel, &[wanted])?;

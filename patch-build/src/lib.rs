@@ -3,9 +3,11 @@
 //! In the order in which a patch passes through:
 //!
 //! - [`packages`] fetches a Debian package by name, checks it and unpacks it;
-//! - [`target`] is the kernel that a patch is made for: its image, configuration, exports and [`source`],
+//! - [`kernel_files`] are what a kernel's packages have: image, configuration, modules;
+//! - [`target`] is the kernel that a patch is made for: those files, its exports and its [`source`],
 //!   with the change to it: a diff, or functions of a newer version;
-//! - [`tree`] is that source made ready to compile single files of it, with the kernel's own [`compiler`];
+//! - [`tree`] is that source made ready to compile single files of it, with the kernel's own [`compiler`], which [`toolchain`]
+//!   takes out of a package where the machine has it not;
 //! - [`facts`] is what is known of the kernel: its image, symbols, exports, configuration;
 //! - [`touched`] says which of the kernel's files the change gets into;
 //! - [`compile`] makes a [`pair`] of a source file: its object file before and after the change.
@@ -22,6 +24,7 @@ pub mod compile;
 pub mod compiler;
 pub mod facts;
 pub mod headers;
+pub mod kernel_files;
 pub mod packages;
 pub mod pair;
 pub mod runtime;

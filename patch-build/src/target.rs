@@ -1,15 +1,11 @@
 //! The kernel that a patch is made for, by the Debian package that it comes in.
 
-use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use crate::cache::{self, Cache};
-use crate::packages::{self, Package};
+use crate::kernel_files::{self, KernelFiles};
+use crate::packages;
 use crate::source::{Source, package};
-
-/// How many packages may lead to the one that has the kernel: `linux-image-amd64`, `linux-image-RELEASE-amd64`,
-/// `linux-binary-RELEASE-amd64`.
-const HOPS_MAX: usize = 3;
 
 /// Why a kernel is not known well enough to be built for.
 #[derive(Debug, thiserror::Error)]
@@ -20,14 +16,9 @@ pub enum Error {
     /// The cache could not be used.
     #[error(transparent)]
     Cache(#[from] cache::Error),
-    /// A package has no kernel, or more than one.
-    #[error("package {package} has {found} files boot/vmlinuz-*, not one, and depends on no other kernel package")]
-    NotOneImage {
-        /// The package's name.
-        package: String,
-        /// How many kernels there are.
-        found: usize,
-    },
+    /// The kernel's package could not be had, or has none.
+    #[error(transparent)]
+    Kernel(#[from] kernel_files::Error),
     /// The package's version does not say which source it was made of.
     #[error("package {package}: no kernel series (as 6.1) in its version {version}")]
     NoSeries {
@@ -67,80 +58,32 @@ impl Target {
             .split_once('=')
             .map_or((name, None), |(name, version)| (name, Some(version)));
         progress(&format!("fetching {name}"));
-        let (package, tree, release) = image(cache, name, version)?;
-        let version = package.version();
-        let headers = format!("linux-headers-{release}");
+        let kernel = KernelFiles::fetch(cache, name, version)?;
+        let version = kernel.version.as_str();
+        let headers = format!("linux-headers-{}", kernel.release);
         let headers = packages::fetch_into(cache, &headers, Some(version))?;
         let headers_tree = headers.unpacked()?.join("usr/src").join(headers.name());
         let series = series(version).ok_or_else(|| Error::NoSeries {
-            package: package.name().to_owned(),
+            package: name.to_owned(),
             version: version.to_owned(),
         })?;
         let source_name = format!("linux-source-{series}");
         progress(&format!("fetching {source_name}={version}"));
         let source = package::whole(cache, &source_name, version)?;
-        let spelled = |package: &Package| format!("{}={}", package.name(), package.version());
+        let mut packages = kernel.packages;
+        packages.extend([
+            format!("{}={}", headers.name(), headers.version()),
+            format!("{source_name}={version}"),
+        ]);
         Ok(Self {
             config: headers_tree.join(".config"),
             symvers: headers_tree.join("Module.symvers"),
-            image: tree.join("boot").join(format!("vmlinuz-{release}")),
-            modules: Some(modules(&tree, &release)),
-            packages: vec![spelled(&package), spelled(&headers), format!("{source_name}={version}")],
-            release,
+            image: kernel.vmlinuz,
+            modules: Some(kernel.modules),
+            packages,
+            release: kernel.release,
             source,
         })
-    }
-}
-
-/// The package that has the kernel, unpacked, and the kernel's release; metapackages lead to it.
-fn image(cache: &Cache, name: &str, version: Option<&str>) -> Result<(Package, PathBuf, String), Error> {
-    let mut package = packages::fetch_into(cache, name, version)?;
-    for _ in 0..HOPS_MAX {
-        let tree = package.unpacked()?;
-        let releases = releases(&tree)?;
-        if let [release] = releases.as_slice() {
-            return Ok((package, tree, release.clone()));
-        }
-        let depends = package.depends()?;
-        let next = ["linux-binary-", "linux-image-"]
-            .iter()
-            .find_map(|prefix| packages::dependency(&depends, prefix));
-        match next {
-            Some((name, version)) if releases.is_empty() => package = packages::fetch_into(cache, name, version)?,
-            _ => {
-                return Err(Error::NotOneImage {
-                    package: package.name().to_owned(),
-                    found: releases.len(),
-                });
-            }
-        }
-    }
-    Err(Error::NotOneImage {
-        package: package.name().to_owned(),
-        found: 0,
-    })
-}
-
-/// The releases of the kernels in an unpacked package.
-fn releases(tree: &Path) -> Result<Vec<String>, cache::Error> {
-    let boot = tree.join("boot");
-    if !boot.exists() {
-        return Ok(Vec::new());
-    }
-    let entries = fs::read_dir(&boot).map_err(cache::Error::io("list", &boot))?;
-    let names = entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
-    Ok(names
-        .filter_map(|name| Some(name.strip_prefix("vmlinuz-")?.to_owned()))
-        .collect())
-}
-
-/// Where a package keeps the modules: since Debian 13 below `usr`.
-fn modules(tree: &Path, release: &str) -> PathBuf {
-    let merged = tree.join("usr/lib/modules").join(release);
-    if merged.exists() {
-        merged
-    } else {
-        tree.join("lib/modules").join(release)
     }
 }
 

@@ -111,6 +111,11 @@ impl Toolchain {
         &self.version
     }
 
+    /// The program's name, as `PATH` finds it.
+    pub(crate) fn program(&self) -> &str {
+        self.version.split(' ').next().unwrap_or_default()
+    }
+
     /// The value of `PATH` with which the kernel's build finds it.
     pub(crate) fn search_path(&self) -> String {
         let own = std::env::var("PATH").unwrap_or_default();

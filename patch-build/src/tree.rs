@@ -7,7 +7,8 @@ use std::path::{Path, PathBuf};
 use crate::cache::{self, Cache, Lock};
 use crate::facts::Config;
 use crate::target::Target;
-use crate::{command, compiler, digest};
+use crate::toolchain::{self, Toolchain};
+use crate::{command, digest};
 
 /// What the kernel's own flags are extended with: a section for every function and object, so that they can be compared
 /// and taken one by one.
@@ -26,9 +27,9 @@ pub enum Error {
     /// A program of the host failed.
     #[error(transparent)]
     Command(#[from] command::Error),
-    /// The machine's compiler is not the one that made the kernel.
+    /// There is no compiler like the one that made the kernel.
     #[error(transparent)]
-    Compiler(#[from] compiler::Error),
+    Toolchain(#[from] toolchain::Error),
     /// The source does not take the configuration as it is.
     #[error(
         "{}: the source would change the kernel's configuration: {changes} (is it the kernel's own source, and are \
@@ -55,6 +56,7 @@ pub struct Tree {
     folder: PathBuf,
     source: PathBuf,
     make: Vec<String>,
+    search_path: String,
     vermagic: String,
     fixed: bool,
     _lock: Lock,
@@ -65,17 +67,18 @@ impl Tree {
     ///
     /// `progress` is told what takes time.
     pub fn prepare(cache: &Cache, target: &Target, progress: &dyn Fn(&str)) -> Result<Self, Error> {
-        let compiler = compiler::check(&target.release, &target.config)?;
+        let toolchain = Toolchain::fetch(cache, &target.release, &target.config)?;
+        let compiler = toolchain.program();
         let io = |action| cache::Error::io(action, &target.config);
         let config = fs::read_to_string(&target.config).map_err(io("read"))?;
-        let id = digest(&[&target.source.id, &config, &compiler.text]);
+        let id = digest(&[&target.source.id, &config, toolchain.version()]);
         let lock = cache.lock(&format!("builds/{}_{id}", target.release))?;
         let folder = lock.entry().to_owned();
         let mut make = vec![
             format!("O={}", folder.display()),
             format!("KERNELRELEASE={}", target.release),
-            format!("CC={}", compiler.program),
-            format!("HOSTCC={}", compiler.program),
+            format!("CC={}", compiler),
+            format!("HOSTCC={}", compiler),
             SECTIONS.to_owned(),
         ];
         // With IBT, objtool would wait for the whole kernel to be linked (scripts/Makefile.lib, delay-objtool).
@@ -86,6 +89,7 @@ impl Tree {
             folder,
             source: target.source.folder.clone(),
             make,
+            search_path: toolchain.search_path(),
             vermagic: String::new(),
             fixed: target.source.fixed,
             _lock: lock,
@@ -123,10 +127,17 @@ impl Tree {
         let jobs = std::thread::available_parallelism().map_or(1, usize::from);
         let jobs = format!("-j{jobs}");
         // Where this runs under another make, that one's flags are none of ours.
-        let mut args = vec!["-u", "MAKEFLAGS", "-u", "MFLAGS", "make", "-s", &jobs];
+        let path = format!("PATH={}", self.search_path);
+        let mut args = vec!["-u", "MAKEFLAGS", "-u", "MFLAGS", &path, "make", "-s", &jobs];
         args.extend(self.make.iter().map(String::as_str));
         args.extend(goals);
         command::output("env", &args, &self.source).map(drop)
+    }
+
+    /// Runs a shell command in the tree's folder, as the build would.
+    pub(crate) fn shell(&self, text: &str) -> Result<(), command::Error> {
+        let path = format!("PATH={}", self.search_path);
+        command::output("env", &[&path, "sh", "-ec", text], &self.folder).map(drop)
     }
 
     fn make_ready(&self, target: &Target, config: &str, progress: &dyn Fn(&str)) -> Result<(), Error> {

@@ -195,7 +195,7 @@ fn object_name(file: &str) -> Result<String, Error> {
 fn recompile(tree: &Tree, root: &Path, unit: &Unit, changed: &BTreeMap<String, String>) -> Result<Vec<u8>, Error> {
     let object = root.join("vmpatch-object.o");
     let shell = unit.command.redirected(tree.source(), root, &object);
-    host::output("sh", &["-c", &format!("set -e; {shell}")], tree.folder()).map_err(|source| Error::After {
+    tree.shell(&shell).map_err(|source| Error::After {
         file: unit.source.clone(),
         source,
     })?;

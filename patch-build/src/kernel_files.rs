@@ -1,0 +1,137 @@
+//! A kernel out of its Debian packages: image, configuration, modules.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use crate::cache::{self, Cache};
+use crate::packages::{self, Package};
+
+/// What the names of the packages begin with that a kernel comes in since 7.2: the image, its modules, and what is known of
+/// both.
+const PARTS: [&str; 3] = ["linux-binary-", "linux-modules-", "linux-base-"];
+
+/// How many packages may lead to the one that has the kernel: `linux-image-amd64` to `linux-image-RELEASE-amd64`.
+const HOPS_MAX: usize = 3;
+
+/// Why a kernel could not be had.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// Its package could not be had.
+    #[error(transparent)]
+    Package(#[from] packages::Error),
+    /// The package has no kernel, or more than one.
+    #[error("package {package} has {found} kernels, not one: it is no kernel image")]
+    NotOneImage {
+        /// The package's name.
+        package: String,
+        /// How many kernels there are.
+        found: usize,
+    },
+    /// The package has neither a kernel nor depends on one.
+    #[error("package {package} has no folder boot, and depends on no package of a kernel: it is no kernel image")]
+    NoKernel {
+        /// The package's name.
+        package: String,
+    },
+    /// The unpacked package could not be read.
+    #[error(transparent)]
+    Files(#[from] cache::Error),
+}
+
+/// What a kernel package installs, in the cache.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct KernelFiles {
+    /// What `uname -r` says in the guest.
+    pub release: String,
+    /// The compressed kernel, as a boot loader takes it.
+    pub vmlinuz: PathBuf,
+    /// The configuration that the kernel was built with.
+    pub config: PathBuf,
+    /// The folder with the kernel's modules, `lib/modules/RELEASE`.
+    pub modules: PathBuf,
+    /// The version of the package that has the kernel.
+    pub version: String,
+    /// The packages that all this came from, as `NAME=VERSION`.
+    pub packages: Vec<String>,
+}
+
+impl KernelFiles {
+    /// Fetches the kernel package `name`, in that version if one is given, else in the one that apt would install.
+    pub fn fetch(cache: &Cache, name: &str, version: Option<&str>) -> Result<Self, Error> {
+        let mut image = packages::fetch_into(cache, name, version)?;
+        for _ in 0..HOPS_MAX {
+            let tree = image.unpacked()?;
+            if tree.join("boot").is_dir() {
+                return Self::in_tree(&[image], &tree);
+            }
+            let depends = image.depends()?;
+            let parts = PARTS.map(|prefix| packages::dependency(&depends, prefix));
+            if let [Some(binary), Some(modules), Some(base)] = parts {
+                let parts = [binary, modules, base].map(|(name, version)| packages::fetch_into(cache, name, version));
+                let [binary, modules, base] = parts;
+                let parts = [binary?, modules?, base?];
+                let key = format!("kernels/{}_{}", image.name(), image.version());
+                let tree = cache.folder(&key, |root| parts.iter().try_for_each(|part| part.unpack_into(root)))?;
+                return Self::in_tree(&parts, &tree);
+            }
+            // What is always the newest kernel of its kind is empty, too.
+            let (name, version) = packages::dependency(&depends, "linux-image-").ok_or_else(|| Error::NoKernel {
+                package: image.name().to_owned(),
+            })?;
+            image = packages::fetch_into(cache, name, version)?;
+        }
+        Err(Error::NoKernel {
+            package: image.name().to_owned(),
+        })
+    }
+
+    fn in_tree(packages: &[Package], tree: &Path) -> Result<Self, Error> {
+        let old = tree.join("boot");
+        let is_old = old.is_dir();
+        let folder = if is_old { old } else { tree.join("usr/lib/modules") };
+        let entries = fs::read_dir(&folder).map_err(cache::Error::io("list", &folder))?;
+        let names = entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
+        let releases: Vec<String> = if is_old {
+            names
+                .filter_map(|name| Some(name.strip_prefix("vmlinuz-")?.to_owned()))
+                .collect()
+        } else {
+            names
+                .filter(|name| folder.join(name).join("vmlinuz").is_file())
+                .collect()
+        };
+        let [release] = releases.as_slice() else {
+            return Err(Error::NotOneImage {
+                package: spelled(packages).join(", "),
+                found: releases.len(),
+            });
+        };
+        let (file, modules) = if is_old {
+            let file = |name| folder.join(format!("{name}-{release}"));
+            (
+                [file("vmlinuz"), file("config")],
+                tree.join("lib/modules").join(release),
+            )
+        } else {
+            let modules = folder.join(release);
+            ([modules.join("vmlinuz"), modules.join("config")], modules)
+        };
+        let [vmlinuz, config] = file;
+        Ok(Self {
+            release: release.clone(),
+            vmlinuz,
+            config,
+            modules,
+            version: packages
+                .first()
+                .map(|package| package.version().to_owned())
+                .unwrap_or_default(),
+            packages: spelled(packages),
+        })
+    }
+}
+
+fn spelled(packages: &[Package]) -> Vec<String> {
+    let spelled = |package: &Package| format!("{}={}", package.name(), package.version());
+    packages.iter().map(spelled).collect()
+}
