@@ -3,14 +3,12 @@
 use crate::addr::{Gpa, Gva};
 use crate::change::Change;
 use crate::kernel::ftrace::{self, ENDBR_BYTES};
-use crate::kernel::{KernelError, Live, sites};
+use crate::kernel::{KernelError, Live, nops, sites};
 use crate::memory::VirtMemory;
 use crate::place::Redirect;
 
 /// Bytes of `jmp rel32`, of a call and of a site's NOP.
 const JUMP_BYTES: u64 = 5;
-/// The 5-byte NOP that ftrace leaves in a site: `nopl 0(%rax,%rax,1)`, x86_nops[5] of arch/x86/kernel/alternative.c.
-const SITE_NOP: [u8; 5] = [0x0f, 0x1f, 0x44, 0x00, 0x00];
 /// `endbr64`, and the `nopl -42(%rax)` that a sealed one becomes (arch/x86/include/asm/ibt.h, since 5.18).
 const ENDBRS: [[u8; 4]; 2] = [[0xf3, 0x0f, 0x1e, 0xfa], [0x0f, 0x1f, 0x40, 0xd6]];
 
@@ -56,7 +54,7 @@ pub enum RedirectError {
         what: String,
     },
     /// The site holds something that nobody accounts for.
-    #[error("{name}: its ftrace site {at} holds {found}, expected the NOP 0f1f440000")]
+    #[error("{name}: its ftrace site {at} holds {found}, expected the NOP {expected}")]
     Foreign {
         /// The function.
         name: String,
@@ -64,6 +62,8 @@ pub enum RedirectError {
         at: Gva,
         /// Its bytes in hex.
         found: String,
+        /// The guest's NOP in hex.
+        expected: String,
     },
     /// Further away than a jump reaches.
     #[error("{name}: from {from} to {to} is further than a 32-bit jump reaches")]
@@ -100,12 +100,13 @@ pub fn redirect(
     let record = ftrace::record(live, at).map_err(kernel)?;
     if let Some(record) = record.filter(|record| !record.is_held()) {
         let bytes = read5(live, record.site).map_err(kernel)?;
-        if bytes != SITE_NOP {
-            let found = crate::change::hex::encode(&bytes);
+        let nop = nops::in_sites(live, live.kernel.symbols.unique(nops::IDEAL_NOPS)).map_err(kernel)?;
+        if bytes != nop {
             return Err(RedirectError::Foreign {
                 name: name.to_owned(),
                 at: record.site,
-                found,
+                found: crate::change::hex::encode(&bytes),
+                expected: crate::change::hex::encode(&nop),
             });
         }
         let mut changes = vec![jump(live, name, record.site, new, &bytes)?];

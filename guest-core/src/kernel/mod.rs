@@ -11,6 +11,7 @@ pub mod list;
 pub mod livepatch;
 pub mod locks;
 pub mod modules;
+pub mod nops;
 pub mod resolve;
 pub mod sites;
 pub mod tracers;

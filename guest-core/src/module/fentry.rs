@@ -6,6 +6,7 @@ use super::LinkError;
 use super::link::Linker;
 use super::nops::nops;
 use super::sites::Pointer;
+use crate::kernel::nops::{IDEAL_NOPS, in_sites};
 
 /// The table of calls (include/linux/ftrace.h, `FTRACE_CALLSITE_SECTION`).
 const TABLE: &str = "__mcount_loc";
@@ -15,14 +16,17 @@ const SITE_LEN: usize = 5;
 impl Linker<'_, '_, '_> {
     /// Puts NOPs in the place of the calls at function entries.
     pub(super) fn silence_fentry(&mut self) -> Result<(), LinkError> {
+        let ideal_nops = self.guest.symbols.any(None, IDEAL_NOPS, 0).ok();
+        let nop = in_sites(self.guest.memory, ideal_nops).map_err(|error| LinkError::SiteNop {
+            cause: error.to_string(),
+        })?;
         for at in self.image.module.sites(TABLE, Pointer::Absolute)? {
             if !self.is_placed(at) {
                 continue;
             }
             let found = self.bytes(at, SITE_LEN)?;
-            let nop = nops(SITE_LEN);
             // Since 5.18 objtool may have put the NOP there already (CONFIG_HAVE_OBJTOOL_NOP_MCOUNT).
-            if found.first() != Some(&0xe8) && found != nop {
+            if found.first() != Some(&0xe8) && found != nops(SITE_LEN) {
                 let expected = "a call to __fentry__, or the NOP in its place".into();
                 return Err(self.site_error(TABLE, at, SITE_LEN, expected));
             }

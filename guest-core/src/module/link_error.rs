@@ -103,6 +103,12 @@ pub enum LinkError {
     /// The guest's kernel counts calls (`retbleed=stuff`), so ours would have to be counted too.
     #[error("the guest's kernel tracks call depth (its return thunk is call_depth_return_thunk), which is not handled")]
     CallDepth,
+    /// The NOP that the kernel leaves in ftrace sites is not known.
+    #[error("can't tell which NOP the guest's kernel leaves in ftrace sites: {cause}")]
+    SiteNop {
+        /// Why.
+        cause: String,
+    },
     /// An alternative for a CPU feature that the guest's kernel does not know.
     #[error("the alternative at {at} asks for CPU feature {feature}, the guest has {known}")]
     Feature {
