@@ -1,5 +1,6 @@
 //! The kernel that a patch is made for, by the Debian package that it comes in.
 
+use std::fs;
 use std::path::PathBuf;
 
 use crate::cache::{self, Cache};
@@ -19,6 +20,12 @@ pub enum Error {
     /// The kernel's package could not be had, or has none.
     #[error(transparent)]
     Kernel(#[from] kernel_files::Error),
+    /// The build files of a kernel do not say which it is.
+    #[error("{} has no line #define UTS_RELEASE \"…\"", path.display())]
+    NoRelease {
+        /// The file that should.
+        path: PathBuf,
+    },
     /// The package's version does not say which source it was made of.
     #[error("package {package}: no kernel series (as 6.1) in its version {version}")]
     NoSeries {
@@ -27,6 +34,22 @@ pub enum Error {
         /// Its version.
         version: String,
     },
+}
+
+/// Where a kernel is that is no Debian package.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Own {
+    /// Its source, as it was compiled, and clean (`make mrproper`).
+    pub source: PathBuf,
+    /// The folder that it was built in, or the headers that were made of it, as `/lib/modules/RELEASE/build`: with
+    /// `Module.symvers` and `include/generated/utsrelease.h`.
+    pub headers: PathBuf,
+    /// Its configuration; else `.config` of those headers.
+    pub config: Option<PathBuf>,
+    /// The kernel: a bzImage or a `vmlinux`.
+    pub image: PathBuf,
+    /// The folder with its modules, `lib/modules/RELEASE`; only for patches of modules.
+    pub modules: Option<PathBuf>,
 }
 
 /// A kernel with all that building for it takes.
@@ -85,6 +108,35 @@ impl Target {
             source,
         })
     }
+
+    /// A kernel that is no Debian package.
+    pub fn own(own: &Own) -> Result<Self, Error> {
+        let path = own.headers.join("include/generated/utsrelease.h");
+        let text = fs::read_to_string(&path).map_err(cache::Error::io("read", &path))?;
+        let release = release(&text).ok_or(Error::NoRelease { path })?.to_owned();
+        let folder = fs::canonicalize(&own.source).map_err(cache::Error::io("find", &own.source))?;
+        Ok(Self {
+            release,
+            source: Source {
+                id: folder.display().to_string(),
+                folder,
+                fixed: false,
+            },
+            config: own.config.clone().unwrap_or_else(|| own.headers.join(".config")),
+            symvers: own.headers.join("Module.symvers"),
+            image: own.image.clone(),
+            modules: own.modules.clone(),
+            packages: Vec::new(),
+        })
+    }
+}
+
+/// The release in a `utsrelease.h`.
+fn release(text: &str) -> Option<&str> {
+    let line = text
+        .lines()
+        .find_map(|line| line.strip_prefix("#define UTS_RELEASE "))?;
+    line.trim().strip_prefix('"')?.strip_suffix('"')
 }
 
 /// `6.1` of `6.1.170-3`: a source package's name has it.
@@ -98,6 +150,15 @@ fn series(version: &str) -> Option<&str> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_release_of_a_kernel_of_ones_own_is_in_its_headers() {
+        assert_eq!(
+            release("/* x */\n#define UTS_RELEASE \"6.1.0-own\"\n"),
+            Some("6.1.0-own")
+        );
+        assert_eq!(release("#define UTS_RELEASE 6"), None);
+    }
 
     #[test]
     fn the_series_is_what_a_source_package_is_named_after() {

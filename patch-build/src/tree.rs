@@ -81,6 +81,13 @@ impl Tree {
             format!("HOSTCC={}", compiler),
             SECTIONS.to_owned(),
         ];
+        // A Rust compiler that the kernel's makers had not would change the configuration.
+        if Config::parse(&config)
+            .value("RUSTC_VERSION")
+            .is_none_or(|version| version == "0")
+        {
+            make.push("RUSTC=false".to_owned());
+        }
         // With IBT, objtool would wait for the whole kernel to be linked (scripts/Makefile.lib, delay-objtool).
         if Config::parse(&config).enabled("X86_KERNEL_IBT") {
             make.push("objtool-enabled=y".to_owned());

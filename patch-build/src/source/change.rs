@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use super::c_text;
 use super::functions::{self, Versions};
@@ -74,7 +74,16 @@ impl Change {
     }
 
     /// The change of single functions (`FILE:NAME`) between two versions of the distribution's source (`PACKAGE=VERSION`).
-    pub fn functions(cache: &Cache, source: &Source, from: &str, to: &str, names: &[String]) -> Result<Self, Error> {
+    ///
+    /// `progress` is told what takes time.
+    pub fn functions(
+        cache: &Cache,
+        source: &Source,
+        from: &str,
+        to: &str,
+        names: &[String],
+        progress: &dyn Fn(&str),
+    ) -> Result<Self, Error> {
         let mut by_file: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
         for name in names {
             let (file, function) = name
@@ -83,14 +92,13 @@ impl Change {
                 .ok_or_else(|| form(name, "FILE:FUNCTION with a file of the kernel's source"))?;
             by_file.entry(file).or_default().push(function);
         }
-        let files: Vec<&str> = by_file.keys().copied().collect();
-        let newer = fetched(cache, to, &files)?;
-        let is_own = source.id == from.replace('=', "_");
-        let older = if is_own {
-            None
-        } else {
-            Some(fetched(cache, from, &files)?)
+        let fetched = |package| {
+            progress(&format!("fetching {package}"));
+            fetched(cache, package)
         };
+        let newer = fetched(to)?;
+        let is_own = source.id == from.replace('=', "_");
+        let older = if is_own { None } else { Some(fetched(from)?) };
         let mut change = Self {
             sources: vec![from.to_owned(), to.to_owned()],
             ..Self::default()
@@ -122,15 +130,15 @@ impl Change {
     }
 }
 
-/// The folder with those files of a package `NAME=VERSION`.
-fn fetched(cache: &Cache, package: &str, files: &[&str]) -> Result<std::path::PathBuf, Error> {
+/// The folder of the source in a package `NAME=VERSION`.
+fn fetched(cache: &Cache, package: &str) -> Result<PathBuf, Error> {
     let (name, version) = package.split_once('=').ok_or_else(|| {
         form(
             package,
             "PACKAGE=VERSION of a source package, as linux-source-6.1=6.1.170-3",
         )
     })?;
-    Ok(package::files(cache, name, version, files)?)
+    Ok(package::whole(cache, name, version)?.folder)
 }
 
 fn form(found: &str, wanted: &'static str) -> Error {
@@ -186,10 +194,18 @@ mod tests {
         };
         let from = "linux-source-6.1=1";
         for name in ["f", "../a.c:f", "/a.c:f", "a.S:f"] {
-            let error = Change::functions(&cache, &source, from, from, &[name.to_owned()]).unwrap_err();
+            let error = Change::functions(&cache, &source, from, from, &[name.to_owned()], &|_| ()).unwrap_err();
             assert!(error.to_string().contains("is not FILE:FUNCTION"), "{error}");
         }
-        let error = Change::functions(&cache, &source, from, "linux-source-6.1", &["a.c:f".to_owned()]).unwrap_err();
+        let error = Change::functions(
+            &cache,
+            &source,
+            from,
+            "linux-source-6.1",
+            &["a.c:f".to_owned()],
+            &|_| (),
+        )
+        .unwrap_err();
         assert!(error.to_string().contains("is not PACKAGE=VERSION"), "{error}");
     }
 }
