@@ -7,6 +7,7 @@
 //! - [`bed`] lends guests to tests: booted once for many, checked and cleaned after each;
 //! - [`probe`] runs a program in a guest that sees which kernel function is in force;
 //! - [`ftrace`] turns the guest's own tracing on and off;
+//! - [`matrix`] is what is shown on a guest of every kind;
 //! - [`health`] finds the guest kernel's own complaints;
 //! - [`monitor`] talks to QEMU behind vmpatch's back;
 //! - [`processes`] finds processes of the host and signals them;
@@ -16,6 +17,7 @@ pub mod bed;
 pub mod ftrace;
 pub mod health;
 pub mod kit;
+pub mod matrix;
 pub mod monitor;
 pub mod probe;
 pub mod processes;
