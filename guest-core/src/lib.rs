@@ -11,6 +11,7 @@ pub mod machine;
 pub mod memory;
 pub mod module;
 pub mod paging;
+pub mod pattern;
 pub mod place;
 pub mod plan;
 pub mod redirect;

@@ -10,7 +10,11 @@
 //!   takes out of a package where the machine has it not;
 //! - [`facts`] is what is known of the kernel: its image, symbols, exports, configuration;
 //! - [`touched`] says which of the kernel's files the change gets into;
-//! - [`compile`] makes a [`pair`] of a source file: its object file before and after the change.
+//! - [`compile`] makes a [`pair`] of a source file: its object file before and after the change;
+//! - [`mod@compare`] finds what differs between the two, function by function, with what debug information tells ([`types`]);
+//! - [`running`] finds where that is in the kernel, and the very code there;
+//! - [`mod@select`] decides what goes into the module, and what speaks against it;
+//! - [`mod@write`] lays it out, [`sheet`] says what is in it, and [`mod@build`] does all this in turn.
 //!
 //! [`headers`] is what a kernel's modules are built with, for those who have a module's source already; its [`toolchain`] is the
 //! kernel's compiler out of a package where the machine has it not, and [`runtime`] the libraries of a newer release.
@@ -18,21 +22,31 @@
 //! Below them, [`cache`] keeps what was fetched and made, so that a second build needs no network, and [`command`] runs the
 //! host's programs and says what went wrong.
 
+pub mod build;
 pub mod cache;
 pub mod command;
+pub mod compare;
 pub mod compile;
 pub mod compiler;
+pub mod elf;
 pub mod facts;
 pub mod headers;
 pub mod kernel_files;
 pub mod packages;
 pub mod pair;
+pub mod running;
 pub mod runtime;
+pub mod select;
+pub mod sheet;
 pub mod source;
 pub mod target;
+#[cfg(test)]
+mod testing;
 pub mod toolchain;
 pub mod touched;
 pub mod tree;
+pub mod types;
+pub mod write;
 
 use sha2::{Digest, Sha256};
 

@@ -31,6 +31,7 @@ mod modinfo;
 #[cfg(test)]
 mod native;
 mod nops;
+pub mod note;
 mod orc;
 mod paravirt;
 mod patch;
@@ -52,6 +53,7 @@ pub use layout::{Area, AreaKind, Layout, LayoutError, PlacedSection};
 pub use link::{Bases, GuestContext, Linked, LinkedFunction};
 pub use link_error::LinkError;
 pub use modinfo::ModInfo;
+pub use note::{Note, NoteError};
 pub use orc::OrcTables;
 pub use patch::{KlpLayout, Patch, PatchError, PatchFormat, PatchFunction, PatchObject};
 pub use resolve::{ResolveError, ResolveSymbol};
@@ -119,6 +121,15 @@ impl<'d> PatchModule<'d> {
         let (len, contents) = contents.split_first_chunk::<4>()?;
         let contents = contents.strip_prefix(b"\x03\0\0\0GNU\0")?;
         contents.get(..usize::try_from(u32::from_le_bytes(*len)).ok()?)
+    }
+
+    /// Where the patch comes from and the code that it was made for, where the module says so: only what `vmpatch build` made
+    /// does.
+    ///
+    /// Errors: see [`NoteError`].
+    pub fn note(&self) -> Result<Option<Note>, NoteError> {
+        let section = self.section_named(note::NOTE_SECTION);
+        section.map(|(_, section)| Note::parse(section.data)).transpose()
     }
 
     /// What the module was compiled against: names of exported symbols and the checksums of their types (`__versions`,

@@ -1,0 +1,137 @@
+//! Two versions of an object file, function by function and variable by variable.
+//!
+//! Compared is what code does, not how the compiler numbered it: line numbers, counted names, the order in the file and where a
+//! text constant stands make no difference.
+
+mod differ;
+mod lines;
+pub(crate) mod names;
+mod pairs;
+pub(crate) mod tables;
+#[cfg(test)]
+mod tests;
+mod unit;
+
+pub use differ::Difference;
+pub(crate) use differ::{is_by_contents, replacement, unnamed_piece, width};
+pub use pairs::Pairs;
+pub use tables::TableError;
+pub use unit::{Item, ItemId, Target, Unit};
+
+use crate::elf::{ElfError, Object};
+use crate::types::{DebugError, DebugInfo, Layouts, Statics};
+use differ::Differ;
+use lines::Lines;
+
+/// Why two versions could not be compared.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum CompareError {
+    /// An object file is damaged.
+    #[error(transparent)]
+    Elf(#[from] ElfError),
+    /// A table is not understood.
+    #[error(transparent)]
+    Table(#[from] TableError),
+    /// Debug information is damaged.
+    #[error(transparent)]
+    Debug(#[from] DebugError),
+}
+
+/// What became of an item.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Verdict {
+    /// It is as it was.
+    Equal,
+    /// It differs, in this first of all.
+    Changed(Difference),
+    /// It was not there before.
+    New,
+}
+
+/// What two versions of an object file have in common, and what not.
+#[derive(Debug)]
+pub struct Comparison {
+    /// The first version.
+    pub before: Unit,
+    /// The second.
+    pub after: Unit,
+    /// Which item of one is which of the other.
+    pub pairs: Pairs,
+    /// By item of `after`.
+    pub verdicts: Vec<Verdict>,
+    /// Types whose layout differs: name, before, after.
+    pub types: Vec<(String, String, String)>,
+}
+
+impl Comparison {
+    /// Compares two object files of one source file.
+    ///
+    /// Errors: see [`CompareError`].
+    pub fn of(before: &[u8], after: &[u8]) -> Result<Self, CompareError> {
+        let (before, old_lines, old_types) = read(before)?;
+        let (after, new_lines, new_types) = read(after)?;
+        let lines = Lines::new(old_lines.lines(), new_lines.lines());
+        let mut pairs = Pairs::by_key(&before, &after);
+        pairs.pair_renamed(&before, &after, |pairs, b, a| {
+            let differ = Differ {
+                before: &before,
+                after: &after,
+                pairs,
+                lines: &lines,
+            };
+            differ.items(b, a).is_none()
+        });
+        let differ = Differ {
+            before: &before,
+            after: &after,
+            pairs: &pairs,
+            lines: &lines,
+        };
+        let verdict = |a: ItemId| match pairs.to_before(a) {
+            Some(b) => differ.items(b, a).map_or(Verdict::Equal, Verdict::Changed),
+            None => Verdict::New,
+        };
+        let verdicts = (0..after.items.len()).map(verdict).collect();
+        let types = old_types
+            .changed(&new_types)
+            .map(|(name, x, y)| (name.to_owned(), x.to_owned(), y.to_owned()))
+            .collect();
+        Ok(Self {
+            before,
+            after,
+            pairs,
+            verdicts,
+            types,
+        })
+    }
+
+    /// What became of an item of `after`.
+    pub fn verdict(&self, after: ItemId) -> &Verdict {
+        self.verdicts.get(after).unwrap_or(&Verdict::New)
+    }
+
+    /// Items of `before` that are not there any more.
+    pub fn gone(&self) -> impl Iterator<Item = &Item> {
+        let gone = |id: &ItemId| self.pairs.to_after(*id).is_none();
+        (0..self.before.items.len()).filter(gone).map(|id| self.before.item(id))
+    }
+
+    /// True where neither code nor data differ.
+    pub fn is_null(&self) -> bool {
+        let counts = |(id, verdict): (ItemId, &Verdict)| match verdict {
+            Verdict::Equal => false,
+            // What a constant without a name holds, the code that uses it says.
+            Verdict::Changed(_) => !is_by_contents(&self.after, id),
+            Verdict::New => self.after.item(id).is_function,
+        };
+        !self.verdicts.iter().enumerate().any(counts)
+    }
+}
+
+fn read(bytes: &[u8]) -> Result<(Unit, Statics, Layouts), CompareError> {
+    let object = Object::parse(bytes)?;
+    let info = DebugInfo::of(&object);
+    let statics = Statics::read(&info)?;
+    let layouts = Layouts::read(&info)?;
+    Ok((Unit::new(object, &statics)?, statics, layouts))
+}

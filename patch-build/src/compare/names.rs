@@ -1,0 +1,107 @@
+//! What the compiler adds to names, and what of it tells things apart.
+//!
+//! GCC numbers static locals (`warned.3`) and the copies that it makes of functions (`f.isra.0`, `f.constprop.1`, `f.part.0`)
+//! through a file; an unrelated change renumbers them.
+
+/// Words that GCC puts behind a dot into the names of functions that it made out of others.
+const MADE: [&str; 5] = ["isra", "constprop", "part", "cold", "localalias"];
+
+/// Constants that only hold what is written in the code beside them; their contents tell them apart, and a copy will do.
+const CONTENTS: [&str; 6] = [
+    "CSWTCH.",
+    "__func__.",
+    "__FUNCTION__.",
+    "__PRETTY_FUNCTION__.",
+    "__msg.",
+    "___fmt.",
+];
+
+/// Static variables of macros that note whether, or how often, something was said: a new one starts afresh, without harm.
+const FORGETFUL: [&str; 8] = [
+    "__already_done",
+    "__already_done_nodef",
+    "__warned",
+    "__print_once",
+    "_rs",
+    "__key",
+    "__ratelimit",
+    "__once_key",
+];
+
+/// A function's name without the numbers that the compiler put into it: `f.isra.0.cold` becomes `f.isra.cold`.
+pub(crate) fn function(name: &str) -> String {
+    let mut parts = name.split('.');
+    let mut plain = parts.next().unwrap_or_default().to_owned();
+    for part in parts {
+        if MADE.contains(&part) || !is_number(part) {
+            plain.push('.');
+            plain.push_str(part);
+        }
+    }
+    plain
+}
+
+/// A variable's name without the number that the compiler put behind it: `warned.3` becomes `warned`.
+pub(crate) fn variable(name: &str) -> &str {
+    match name.rsplit_once('.') {
+        Some((plain, number)) if is_number(number) && !plain.is_empty() => plain,
+        _ => name,
+    }
+}
+
+/// A file-wide static's name without the compiler's number, nor that of `__UNIQUE_ID()`.
+pub(crate) fn unnumbered(name: &str) -> String {
+    let plain = variable(name);
+    if plain.starts_with("__UNIQUE_ID_") {
+        return plain.trim_end_matches(|c: char| c.is_ascii_digit()).to_owned();
+    }
+    plain.to_owned()
+}
+
+/// The function that a part was split off from for being rarely run: `f` for `f.cold`.
+pub(crate) fn warm_part(name: &str) -> Option<&str> {
+    name.strip_suffix(".cold")
+}
+
+/// The name as written in the source: `f` for `f.isra.0.cold`.
+pub(crate) fn written(name: &str) -> &str {
+    match name.split_once('.') {
+        Some((plain, rest)) if !plain.is_empty() && MADE.iter().any(|made| rest.starts_with(made)) => plain,
+        _ => name,
+    }
+}
+
+/// True for a constant that is known by its contents.
+pub(crate) fn is_known_by_contents(name: &str) -> bool {
+    CONTENTS.iter().any(|prefix| name.starts_with(prefix))
+}
+
+/// True for a static variable that may start afresh.
+pub(crate) fn is_forgetful(name: &str) -> bool {
+    FORGETFUL.contains(&variable(name))
+}
+
+fn is_number(text: &str) -> bool {
+    !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_go_and_words_stay() {
+        assert_eq!(function("f.isra.0.cold"), "f.isra.cold");
+        assert_eq!(function("f.constprop.12"), "f.constprop");
+        assert_eq!(function("f"), "f");
+        assert_eq!(variable("warned.3"), "warned");
+        assert_eq!(variable("cpu_info"), "cpu_info");
+        assert_eq!(variable("a.b"), "a.b");
+    }
+
+    #[test]
+    fn the_written_name_has_no_word_of_the_compilers() {
+        assert_eq!(written("f.part.0.isra.0"), "f");
+        assert_eq!(written("f.x"), "f.x");
+    }
+}

@@ -1,0 +1,106 @@
+//! Which item of one version is which of the other.
+
+use std::collections::BTreeMap;
+
+use super::names;
+use super::unit::{ItemId, Unit};
+
+/// More rounds of finding renamed functions than a chain of calls between such functions is long.
+const ROUNDS_MAX: usize = 16;
+
+/// Pairs of items of two files.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Pairs {
+    to_after: Vec<Option<ItemId>>,
+    to_before: Vec<Option<ItemId>>,
+}
+
+impl Pairs {
+    /// Pairs items of one name, as the source has it. Where there are several (static locals of one name in one function),
+    /// they pair in their order if both files have as many, else none of them does.
+    pub(super) fn by_key(before: &Unit, after: &Unit) -> Self {
+        let mut pairs = Self {
+            to_after: vec![None; before.items.len()],
+            to_before: vec![None; after.items.len()],
+        };
+        let (old, new) = (by_key(before), by_key(after));
+        for (key, old) in old {
+            if let Some(new) = new.get(&key).filter(|new| new.len() == old.len()) {
+                old.into_iter().zip(new).for_each(|(b, a)| pairs.pair(b, *a));
+            }
+        }
+        pairs
+    }
+
+    /// Pairs functions that only got another name, in the source or by the compiler.
+    pub(super) fn pair_renamed(
+        &mut self,
+        before: &Unit,
+        after: &Unit,
+        is_equal: impl Fn(&Pairs, ItemId, ItemId) -> bool,
+    ) {
+        let free = |unit: &Unit, paired: &[Option<ItemId>]| -> Vec<ItemId> {
+            let free = unit.items.iter().enumerate().zip(paired);
+            free.filter(|((_, item), paired)| item.is_function && item.size > 0 && paired.is_none())
+                .map(|((id, _), _)| id)
+                .collect()
+        };
+        for _ in 0..ROUNDS_MAX {
+            let (old, new) = (free(before, &self.to_after), free(after, &self.to_before));
+            let mut found = None;
+            for b in &old {
+                // A function may call itself: equality is asked for as if the two were a pair.
+                let equal = |a: &&ItemId| {
+                    let mut with = self.clone();
+                    with.pair(*b, **a);
+                    before.item(*b).size == after.item(**a).size && is_equal(&with, *b, **a)
+                };
+                let same: Vec<&ItemId> = new.iter().filter(equal).collect();
+                let written = |id: &ItemId| names::written(&after.item(*id).name);
+                let mut of_name = same
+                    .iter()
+                    .filter(|a| written(a) == names::written(&before.item(*b).name));
+                let a = match (same.as_slice(), of_name.next(), of_name.next()) {
+                    ([only], _, _) => Some(**only),
+                    (_, Some(only), None) => Some(**only),
+                    _ => None,
+                };
+                if let Some(a) = a {
+                    found = Some((*b, a));
+                    break;
+                }
+            }
+            match found {
+                Some((b, a)) => self.pair(b, a),
+                None => return,
+            }
+        }
+    }
+
+    fn pair(&mut self, b: ItemId, a: ItemId) {
+        if let Some(slot) = self.to_after.get_mut(b) {
+            *slot = Some(a);
+        }
+        if let Some(slot) = self.to_before.get_mut(a) {
+            *slot = Some(b);
+        }
+    }
+
+    /// The item of the second file that an item of the first became.
+    pub fn to_after(&self, before: ItemId) -> Option<ItemId> {
+        self.to_after.get(before).copied().flatten()
+    }
+
+    /// The item of the first file that an item of the second was.
+    pub fn to_before(&self, after: ItemId) -> Option<ItemId> {
+        self.to_before.get(after).copied().flatten()
+    }
+}
+
+fn by_key(unit: &Unit) -> BTreeMap<&str, Vec<ItemId>> {
+    let mut keys: BTreeMap<&str, Vec<ItemId>> = BTreeMap::new();
+    for (id, item) in unit.items.iter().enumerate() {
+        keys.entry(&item.key).or_default().push(id);
+    }
+    keys
+}

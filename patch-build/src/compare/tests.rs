@@ -1,0 +1,121 @@
+//! Changes of literal C, one for each rule of comparing.
+
+use super::Verdict;
+use crate::testing::compared;
+
+/// Names of the functions and variables that are not as they were, with the words for it.
+fn changes(test: &str, before: &str, after: &str) -> Vec<String> {
+    let comparison = compared(test, before, after);
+    let items = comparison.after.items.iter().zip(&comparison.verdicts);
+    let mut changes: Vec<String> = items
+        .filter_map(|(item, verdict)| match verdict {
+            Verdict::Equal => None,
+            Verdict::Changed(_) => Some(format!("{} changed", item.name)),
+            Verdict::New => Some(format!("{} new", item.name)),
+        })
+        .collect();
+    changes.extend(comparison.gone().map(|item| format!("{} gone", item.name)));
+    changes.sort();
+    changes
+}
+
+const F: &str = "int f(int a) { return printk(\"a %d\", a) + 1; }\nint g(int a) { return a * 7; }\n";
+
+#[test]
+fn a_file_is_equal_to_itself() {
+    assert_eq!(changes("null", F, F), [""; 0]);
+}
+
+#[test]
+fn a_changed_function_is_the_only_one() {
+    let after = F.replace("* 7", "* 11");
+    assert_eq!(changes("one", F, &after), ["g changed"]);
+}
+
+#[test]
+fn another_text_is_a_change_and_another_place_of_it_is_not() {
+    let longer = format!("int e(void) {{ return printk(\"in front\"); }}\n{F}");
+    assert_eq!(changes("string-place", F, &longer), ["e new"]);
+    assert_eq!(changes("string", F, &F.replace("a %d", "b %d")), ["f changed"]);
+}
+
+#[test]
+fn the_line_of_a_warning_does_not_matter() {
+    let warns = "void f(int a) { if (a) WARN(); }\nvoid g(void) { sleepy(__FILE__, __LINE__); }\n";
+    let lower = format!("\n\n\n{warns}");
+    assert_eq!(changes("lines", warns, &lower), [""; 0]);
+}
+
+#[test]
+fn a_number_that_is_no_line_matters() {
+    let before = "void g(void) { sleepy(0, 5); }\n";
+    assert_eq!(
+        changes("number", before, "void g(void) { sleepy(0, 8); }\n"),
+        ["g changed"]
+    );
+}
+
+#[test]
+fn a_warning_that_becomes_fatal_is_a_change_though_the_code_is_the_same() {
+    let warn = "void f(void) { WARN(); }\n";
+    let fatal = "#undef WARN\n#define WARN() asm volatile(\"1: ud2\\n.pushsection __bug_table,\\\"aw\\\"\\n2: .long 1b - .\\n\
+                 .long %c0 - .\\n.word %c1\\n.word 1\\n.org 2b+12\\n.popsection\" : : \"i\" (__FILE__), \"i\" (__LINE__))\n";
+    assert_eq!(changes("bug", warn, &format!("{fatal}{warn}")), ["f changed"]);
+}
+
+#[test]
+fn static_locals_are_known_by_their_function_not_by_their_number() {
+    let two = "int f(void) { static int n; return printk(\"f\") + n++; }\nint g(void) { static int n; return printk(\"g\") - n++; }\n";
+    let three = format!("int e(void) {{ static int n; return printk(\"e\") * n++; }}\n{two}");
+    let found = changes("statics", two, &three);
+    assert_eq!(found.len(), 2, "{found:?}");
+    assert!(found.iter().all(|change| change.ends_with(" new")), "{found:?}");
+}
+
+#[test]
+fn a_function_that_only_got_another_name_is_no_change_for_those_who_call_it() {
+    let before =
+        "static noinline int low(int a) { return printk(\"low %d\", a); }\nint high(int a) { return low(a) + 1; }\n";
+    assert_eq!(changes("renamed", before, &before.replace("low(", "lower(")), [""; 0]);
+}
+
+#[test]
+fn a_clone_that_the_compiler_numbered_otherwise_is_the_same() {
+    let f = |name: &str| {
+        format!(
+            "struct {name} {{ int x, y; }};\nstatic noinline int {name}_low(struct {name} *p, int unused) {{ return printk(\"%d\", p->x); }}\n\
+             int {name}(struct {name} *p) {{ return {name}_low(p, 3) + 1; }}\n"
+        )
+    };
+    assert_eq!(
+        changes("isra", &f("a"), &format!("{}{}", f("b"), f("a")))
+            .iter()
+            .filter(|change| change.contains("a "))
+            .count(),
+        0
+    );
+}
+
+#[test]
+fn changed_data_and_changed_layouts_are_seen() {
+    let before = "int size = 3;\nstruct s { int a; };\nint f(struct s *s) { return s->a; }\n";
+    assert_eq!(changes("data", before, &before.replace("= 3", "= 4")), ["size changed"]);
+    let comparison = compared("layout", before, &before.replace("{ int a; }", "{ int a; int b; }"));
+    let names: Vec<&str> = comparison.types.iter().map(|(name, _, _)| name.as_str()).collect();
+    assert_eq!(names, ["struct s"]);
+}
+
+#[test]
+fn a_constant_without_a_name_is_known_by_its_contents() {
+    let before = "int f(unsigned a) { switch (a) { case 0: return 9; case 1: return 4; case 2: return 7; case 3: return 1; case 4: return 8; } return 0; }\n";
+    assert_eq!(
+        changes(
+            "switch-same",
+            before,
+            &format!("int h(int a) {{ return a + 2; }}\n{before}")
+        ),
+        ["h new"]
+    );
+    let found = changes("switch", before, &before.replace("return 7", "return 6"));
+    assert!(found.contains(&"f changed".to_owned()), "{found:?}");
+}

@@ -1,0 +1,235 @@
+//! One object file as a programmer sees it: functions and variables, and what each refers to.
+
+use std::collections::BTreeMap;
+
+use object::elf::{R_X86_64_NONE, R_X86_64_PC32, R_X86_64_PLT32};
+
+use super::names;
+use super::tables::{self, Entry, TableError};
+use crate::elf::code::Code;
+use crate::elf::{At, Object, Place, Relocation, Section};
+use crate::types::Statics;
+
+/// Index of an [`Item`] in its [`Unit`].
+pub type ItemId = usize;
+
+/// A function or a variable: a named piece of a section.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Item {
+    /// Its symbol's name: `warned.3`.
+    pub name: String,
+    /// What it is, whatever the compiler counted: `f:warned`. Several items may have one key.
+    pub key: String,
+    /// Code.
+    pub is_function: bool,
+    /// Seen by this file only.
+    pub is_local: bool,
+    /// Where it starts.
+    pub at: At,
+    /// Its bytes.
+    pub size: u64,
+    /// Index of its symbol.
+    pub symbol: usize,
+}
+
+/// What a relocation refers to.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Target {
+    /// A symbol of another file, and how far behind it.
+    Extern(String, i64),
+    /// A place in an item, counted from its start.
+    Item(ItemId, i64),
+    /// A text constant.
+    Text(Vec<u8>),
+    /// A place in a section, in no item.
+    Unnamed(At),
+    /// A number.
+    Number(i64),
+}
+
+/// An object file, taken apart.
+#[derive(Debug)]
+pub struct Unit {
+    /// The file.
+    pub object: Object,
+    /// Its functions and variables, in the order of their places.
+    pub items: Vec<Item>,
+    /// By section: items, ascending.
+    by_section: BTreeMap<usize, Vec<ItemId>>,
+    /// By section of code.
+    code: BTreeMap<usize, Code>,
+    /// What its tables say, by item; entries about no item are left out.
+    entries: BTreeMap<ItemId, Vec<Entry>>,
+}
+
+impl Unit {
+    /// Takes a file apart.
+    ///
+    /// Errors: a table that is not understood.
+    pub fn new(object: Object, statics: &Statics) -> Result<Self, TableError> {
+        let mut items = items(&object, statics);
+        items.sort_by(|a, b| (a.at, b.size, &a.name).cmp(&(b.at, a.size, &b.name)));
+        let mut by_section: BTreeMap<usize, Vec<ItemId>> = BTreeMap::new();
+        for (id, item) in items.iter().enumerate() {
+            by_section.entry(item.at.section).or_default().push(id);
+        }
+        let code = object
+            .sections
+            .iter()
+            .enumerate()
+            .filter(|(_, section)| section.is_code())
+            .map(|(index, section)| (index, Code::of(section)))
+            .collect();
+        let mut unit = Self {
+            object,
+            items,
+            by_section,
+            code,
+            entries: BTreeMap::new(),
+        };
+        for entry in tables::entries(&unit.object)? {
+            if let Some((id, _)) = unit.item_at(entry.place, true) {
+                unit.entries.entry(id).or_default().push(entry);
+            }
+        }
+        Ok(unit)
+    }
+
+    /// The item of an index. Indexes come from this unit.
+    pub fn item(&self, id: ItemId) -> &Item {
+        &self.items[id]
+    }
+
+    /// The item of that symbol name, where there is one.
+    pub fn named(&self, name: &str) -> Option<ItemId> {
+        self.items.iter().position(|item| item.name == name)
+    }
+
+    /// The section that an item is in.
+    pub fn section_of(&self, item: &Item) -> &Section {
+        &self.object.sections[item.at.section]
+    }
+
+    /// Bytes of an item: zeros for one that has none in the file.
+    pub fn bytes(&self, item: &Item) -> Vec<u8> {
+        self.section_of(item)
+            .bytes(item.at.offset, item.size)
+            .unwrap_or_default()
+    }
+
+    /// The relocations in an item.
+    pub fn relocations(&self, item: &Item) -> &[Relocation] {
+        let start = item.at.offset;
+        self.section_of(item).relocations_in(start, start + item.size)
+    }
+
+    /// What tables say of an item.
+    pub(crate) fn entries(&self, id: ItemId) -> &[Entry] {
+        self.entries.get(&id).map(Vec::as_slice).unwrap_or_default()
+    }
+
+    /// The item that a place is in, and the bytes from its start. With `end`, the place may also be just behind an item.
+    pub fn item_at(&self, at: At, end: bool) -> Option<(ItemId, i64)> {
+        let ids = self.by_section.get(&at.section)?;
+        let behind = ids.partition_point(|id| self.items[*id].at.offset <= at.offset);
+        let candidates = ids.get(..behind)?.iter().rev();
+        let holds = |id: &&ItemId| {
+            let item = &self.items[**id];
+            let past = at.offset - item.at.offset;
+            past < item.size || past == 0 || (end && past == item.size)
+        };
+        // Nested symbols are rare (aliases, entry points of assembly): a few steps back find the holder.
+        let id = *candidates.take(8).find(holds)?;
+        let offset = i64::try_from(at.offset - self.items[id].at.offset).ok()?;
+        Some((id, offset))
+    }
+
+    /// What a relocation of section `section` refers to.
+    pub fn target(&self, section: usize, relocation: &Relocation) -> Target {
+        if relocation.kind == R_X86_64_NONE.0 {
+            return Target::Number(0);
+        }
+        let Some(symbol) = self.object.symbol(relocation) else {
+            return Target::Number(relocation.addend);
+        };
+        let addend = relocation.addend.saturating_add(self.bias(section, relocation));
+        match symbol.place {
+            Place::In(base) => self.place_target(base, addend, symbol.is_section()),
+            Place::Absolute(value) => Target::Number(addend.saturating_add_unsigned(value)),
+            _ => Target::Extern(symbol.name.clone(), addend),
+        }
+    }
+
+    /// What the addend of a relocation lacks to what is meant: a place-relative value counts from where it is stored, the
+    /// processor from the end of the instruction.
+    pub(crate) fn bias(&self, section: usize, relocation: &Relocation) -> i64 {
+        let relative = [R_X86_64_PC32.0, R_X86_64_PLT32.0].contains(&relocation.kind);
+        let code = self.code.get(&section).filter(|_| relative);
+        match code.map(|code| code.place(relocation)) {
+            Some(Some(place)) => i64::try_from(place.end - relocation.offset).unwrap_or(4),
+            Some(None) => 4,
+            None => 0,
+        }
+    }
+
+    fn place_target(&self, base: At, addend: i64, of_section: bool) -> Target {
+        let offset = base.offset.saturating_add_signed(addend);
+        let at = At { offset, ..base };
+        // A named symbol is what is meant, even where the value lies outside it: `&table[-1]`.
+        let named = if of_section { None } else { self.item_at(base, false) };
+        if let Some((id, start)) = named {
+            return Target::Item(id, start.saturating_add(addend));
+        }
+        if let Some((id, inside)) = self.item_at(at, true) {
+            return Target::Item(id, inside);
+        }
+        let strings = self.object.section(at.section).filter(|section| section.is_strings());
+        match strings.and_then(|section| text_at(section, offset)) {
+            Some(text) => Target::Text(text),
+            None => Target::Unnamed(at),
+        }
+    }
+
+    /// True where a relocation of code is the target of a call or jump: the value is run, not kept.
+    pub fn is_branch(&self, section: usize, relocation: &Relocation) -> bool {
+        let place = self.code.get(&section).and_then(|code| code.place(relocation));
+        place.is_some_and(|place| place.is_branch)
+    }
+}
+
+/// The text constant at an offset of its section, with the zero byte that ends it.
+fn text_at(section: &Section, offset: u64) -> Option<Vec<u8>> {
+    let rest = section.data.get(usize::try_from(offset).ok()?..)?;
+    let end = rest.iter().position(|byte| *byte == 0)?;
+    rest.get(..=end).map(<[u8]>::to_vec)
+}
+
+fn items(object: &Object, statics: &Statics) -> Vec<Item> {
+    let mut items = Vec::new();
+    for (index, symbol) in object.symbols.iter().enumerate() {
+        let Place::In(at) = symbol.place else { continue };
+        let loaded = object.section(at.section).is_some_and(Section::is_loaded);
+        if !loaded || !(symbol.is_function() || symbol.is_data()) {
+            continue;
+        }
+        let key = if symbol.is_function() {
+            names::function(&symbol.name)
+        } else {
+            match statics.owner(at) {
+                Some(owner) => format!("{owner}:{}", names::variable(&symbol.name)),
+                None if symbol.is_local() => names::unnumbered(&symbol.name),
+                None => symbol.name.clone(),
+            }
+        };
+        items.push(Item {
+            name: symbol.name.clone(),
+            key,
+            is_function: symbol.is_function(),
+            is_local: symbol.is_local(),
+            at,
+            size: symbol.size,
+            symbol: index,
+        });
+    }
+    items
+}

@@ -1,0 +1,151 @@
+//! Which symbol of the kernel each item of a compiled file is, where several have one name.
+//!
+//! Names do not tell: hundreds of statics share one. Code does: a function is where the kernel has its very code, and a variable
+//! where the code that uses it says.
+
+use object::elf::{R_X86_64_32, R_X86_64_32S, R_X86_64_64, R_X86_64_PC32, R_X86_64_PLT32};
+
+use super::{Shipped, pattern};
+use crate::compare::{ItemId, Target, Unit};
+use crate::elf::{Place, Relocation};
+
+/// More rounds than a chain of items is long of which each is only found through the one before it.
+const ROUNDS_MAX: usize = 32;
+
+/// Where an item is in the shipped kernel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Found {
+    /// Its address.
+    pub address: u64,
+    /// Its position among the symbols of its name, from 1 on; 0 where it is the only one.
+    pub sympos: u64,
+    /// For a function: its code is the one that was compiled.
+    pub is_same: bool,
+}
+
+/// Where the items of a unit are.
+#[derive(Debug)]
+pub struct Places {
+    found: Vec<Option<Found>>,
+    counts: Vec<usize>,
+}
+
+impl Places {
+    /// Finds the items of `unit` in what was shipped.
+    pub fn find(unit: &Unit, shipped: &Shipped<'_>) -> Self {
+        let candidates: Vec<Vec<u64>> = unit.items.iter().map(|item| shipped.named(&item.name)).collect();
+        let mut addresses: Vec<Option<u64>> = vec![None; unit.items.len()];
+        for (id, (item, candidates)) in unit.items.iter().zip(&candidates).enumerate() {
+            let same: Vec<u64> = match (item.is_function && item.size > 0, candidates.len()) {
+                (_, 1) => candidates.clone(),
+                (true, _) => candidates
+                    .iter()
+                    .copied()
+                    .filter(|at| has_code(unit, id, shipped, *at))
+                    .collect(),
+                (false, _) => Vec::new(),
+            };
+            if let ([only], Some(slot)) = (same.as_slice(), addresses.get_mut(id)) {
+                *slot = Some(*only);
+            }
+        }
+        if shipped.is_linked() {
+            for _ in 0..ROUNDS_MAX {
+                if !follow(unit, shipped, &candidates, &mut addresses) {
+                    break;
+                }
+            }
+        }
+        let found = addresses
+            .iter()
+            .zip(&candidates)
+            .enumerate()
+            .map(|(id, (address, candidates))| {
+                let address = (*address)?;
+                let position = candidates.iter().position(|candidate| *candidate == address)? + 1;
+                let sympos = if candidates.len() == 1 { 0 } else { position };
+                Some(Found {
+                    address,
+                    sympos: u64::try_from(sympos).ok()?,
+                    is_same: has_code(unit, id, shipped, address),
+                })
+            });
+        Self {
+            found: found.collect(),
+            counts: candidates.iter().map(Vec::len).collect(),
+        }
+    }
+
+    /// Where an item is; none where it is not in the kernel, or not known which of several it is.
+    pub fn get(&self, id: ItemId) -> Option<Found> {
+        self.found.get(id).copied().flatten()
+    }
+
+    /// How many symbols of an item's name there are.
+    pub fn count(&self, id: ItemId) -> usize {
+        self.counts.get(id).copied().unwrap_or(0)
+    }
+}
+
+/// True where the code at an address is the one that was compiled.
+fn has_code(unit: &Unit, id: ItemId, shipped: &Shipped<'_>, at: u64) -> bool {
+    let item = unit.item(id);
+    if !item.is_function {
+        return false;
+    }
+    let code = shipped.bytes(at, item.size);
+    code.is_some_and(|code| pattern(unit, id, &unit.bytes(item)).mismatch(&code).is_none())
+}
+
+/// Reads, from the code of functions that are known, where what they refer to is. True where something new was found.
+fn follow(unit: &Unit, shipped: &Shipped<'_>, candidates: &[Vec<u64>], addresses: &mut [Option<u64>]) -> bool {
+    let mut news = false;
+    for (id, item) in unit.items.iter().enumerate() {
+        let Some(Some(start)) = addresses.get(id).copied() else {
+            continue;
+        };
+        if item.is_function && !has_code(unit, id, shipped, start) {
+            continue;
+        }
+        for relocation in unit.relocations(item) {
+            let Target::Item(target, _) = unit.target(item.at.section, relocation) else {
+                continue;
+            };
+            let known = addresses.get(target).copied().flatten().is_some();
+            let at = start.wrapping_add(relocation.offset - item.at.offset);
+            let address = (!known).then(|| value(unit, shipped, relocation, at, target)).flatten();
+            let address = address.filter(|address| candidates.get(target).is_some_and(|all| all.contains(address)));
+            if let (Some(address), Some(slot)) = (address, addresses.get_mut(target)) {
+                *slot = Some(address);
+                news = true;
+            }
+        }
+    }
+    news
+}
+
+/// The address of item `target` by what the linker stored at `at` for a relocation that refers to it.
+fn value(unit: &Unit, shipped: &Shipped<'_>, relocation: &Relocation, at: u64, target: ItemId) -> Option<u64> {
+    let wide = relocation.kind == R_X86_64_64.0;
+    let bytes = shipped.bytes(at, if wide { 8 } else { 4 })?;
+    let stored = match (relocation.kind, wide) {
+        (_, true) => u64::from_le_bytes(bytes.try_into().ok()?),
+        (kind, _) => {
+            let short = i32::from_le_bytes(bytes.try_into().ok()?);
+            if kind == R_X86_64_32.0 || kind == R_X86_64_32S.0 {
+                i64::from(short).cast_unsigned()
+            } else if kind == R_X86_64_PC32.0 || kind == R_X86_64_PLT32.0 {
+                at.wrapping_add_signed(i64::from(short))
+            } else {
+                return None;
+            }
+        }
+    };
+    // Stored is symbol plus addend; the item lies in the symbol's section, as far from it as here.
+    let symbol = stored.wrapping_sub(relocation.addend.cast_unsigned());
+    let Place::In(base) = unit.object.symbol(relocation)?.place else {
+        return None;
+    };
+    let item = unit.item(target).at;
+    (base.section == item.section).then(|| symbol.wrapping_add(item.offset.wrapping_sub(base.offset)))
+}

@@ -1,0 +1,160 @@
+//! The kernel image, or one of its modules, as the distribution shipped it.
+
+use guest_core::addr::Gva;
+use object::{Object as _, ObjectSection as _};
+
+use crate::elf::{At, ElfError, Object, Place};
+use crate::facts::{KernelFacts, ModuleError};
+
+/// Bits of a place in a module that hold the offset in its section.
+const OFFSET_BITS: u32 = 32;
+
+/// What was shipped could not be read.
+#[derive(Debug, thiserror::Error)]
+pub enum ShippedError {
+    /// There is no such module.
+    #[error(transparent)]
+    Module(#[from] ModuleError),
+    /// The module is no object file.
+    #[error("module {name}: {source}")]
+    Elf {
+        /// The module.
+        name: String,
+        /// What is wrong with it.
+        source: ElfError,
+    },
+    /// The kernel image is no ELF file.
+    #[error("the kernel image: {0}")]
+    Image(#[from] object::Error),
+}
+
+/// The kernel image, or a module: its symbols in the order that livepatch counts, and its bytes.
+#[derive(Debug)]
+pub enum Shipped<'k> {
+    /// The image.
+    Kernel {
+        /// What is known of it.
+        facts: &'k KernelFacts,
+        /// Addresses and bytes of its sections.
+        sections: Vec<(u64, &'k [u8])>,
+    },
+    /// A module.
+    Module {
+        /// Its name, as `/proc/modules` has it.
+        name: String,
+        /// Its file.
+        object: Object,
+    },
+}
+
+impl<'k> Shipped<'k> {
+    /// The kernel image.
+    ///
+    /// Errors: [`ShippedError::Image`].
+    pub fn kernel(facts: &'k KernelFacts) -> Result<Self, ShippedError> {
+        let image = object::File::parse(facts.vmlinux.as_slice())?;
+        let sections = image
+            .sections()
+            .filter(|section| section.address() != 0)
+            .filter_map(|section| Some((section.address(), section.data().ok()?)));
+        Ok(Self::Kernel {
+            facts,
+            sections: sections.collect(),
+        })
+    }
+
+    /// The module of that name.
+    ///
+    /// Errors: [`ShippedError::Module`], [`ShippedError::Elf`].
+    pub fn module(facts: &'k KernelFacts, name: &str) -> Result<Self, ShippedError> {
+        let bytes = facts.modules.read(name)?;
+        let object = Object::parse(&bytes).map_err(|source| ShippedError::Elf {
+            name: name.to_owned(),
+            source,
+        })?;
+        Ok(Self::Module {
+            name: name.to_owned(),
+            object,
+        })
+    }
+
+    /// The module's name; none for the kernel image.
+    pub fn name(&self) -> Option<&str> {
+        match self {
+            Self::Kernel { .. } => None,
+            Self::Module { name, .. } => Some(name),
+        }
+    }
+
+    /// The addresses of all symbols of that name: the n-th has sympos n. In a module, which has no address yet, section
+    /// and offset stand for it.
+    pub fn named(&self, name: &str) -> Vec<u64> {
+        match self {
+            Self::Kernel { facts, .. } => facts.symbols.named(name).map(|symbol| symbol.address.0).collect(),
+            Self::Module { object, .. } => {
+                let named = object.symbols.iter().filter(|symbol| symbol.name == name);
+                named.filter_map(|symbol| address(symbol.place)).collect()
+            }
+        }
+    }
+
+    /// As [`Shipped::named`], for the one that other files see too; none where there is none, or more than one.
+    pub fn global(&self, name: &str) -> Option<u64> {
+        let found: Vec<u64> = match self {
+            Self::Kernel { facts, .. } => facts
+                .symbols
+                .named(name)
+                .filter(|symbol| !symbol.kind.is_ascii_lowercase())
+                .map(|symbol| symbol.address.0)
+                .collect(),
+            Self::Module { object, .. } => object
+                .symbols
+                .iter()
+                .filter(|symbol| symbol.name == name && !symbol.is_local())
+                .filter_map(|symbol| address(symbol.place))
+                .collect(),
+        };
+        match found.as_slice() {
+            [only] => Some(*only),
+            _ => None,
+        }
+    }
+
+    /// `len` bytes at an address.
+    pub fn bytes(&self, at: u64, len: u64) -> Option<Vec<u8>> {
+        match self {
+            Self::Kernel { sections, .. } => sections.iter().find_map(|(start, bytes)| {
+                let from = usize::try_from(at.checked_sub(*start)?).ok()?;
+                let to = from.checked_add(usize::try_from(len).ok()?)?;
+                bytes.get(from..to).map(<[u8]>::to_vec)
+            }),
+            Self::Module { object, .. } => {
+                let section = object.section(usize::try_from(at >> OFFSET_BITS).ok()?)?;
+                section.bytes(at & ((1 << OFFSET_BITS) - 1), len)
+            }
+        }
+    }
+
+    /// Bytes from an address to the next symbol, where that is known.
+    pub fn room(&self, at: u64) -> Option<u64> {
+        match self {
+            Self::Kernel { facts, .. } => facts
+                .symbols
+                .containing(Gva(at))
+                .map(|(_, next)| next.0.saturating_sub(at)),
+            Self::Module { .. } => None,
+        }
+    }
+
+    /// True where the values in the bytes are final.
+    pub fn is_linked(&self) -> bool {
+        matches!(self, Self::Kernel { .. })
+    }
+}
+
+fn address(place: Place) -> Option<u64> {
+    match place {
+        Place::In(At { section, offset }) => Some((u64::try_from(section).ok()? << OFFSET_BITS) | offset),
+        _ => None,
+    }
+}

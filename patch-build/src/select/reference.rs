@@ -1,0 +1,266 @@
+//! What a reference of carried code becomes in the module.
+
+use std::collections::BTreeSet;
+
+use super::{Chosen, Piece, SelectError, Side};
+use crate::compare::tables::Entry;
+use crate::compare::{ItemId, Target, Verdict, is_by_contents, names, replacement, unnamed_piece};
+use crate::elf::Relocation;
+use crate::facts::Exports;
+use crate::running::Shipped;
+
+/// A symbol that the module leaves to the guest.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum OutSymbol {
+    /// Exported to modules, by the kernel or by the module of that name.
+    Exported {
+        /// Its name.
+        name: String,
+        /// The module that exports it.
+        module: Option<String>,
+    },
+    /// Any symbol of an object (`vmlinux` or a module).
+    Livepatch {
+        /// The object.
+        object: String,
+        /// The symbol's name.
+        name: String,
+        /// Its position among those of its name, from 1 on; 0: the only one.
+        sympos: u64,
+    },
+    /// One that need not be there.
+    Weak(String),
+}
+
+/// What a reference becomes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Reference {
+    /// A place in something that is carried.
+    Carried {
+        /// What.
+        item: Chosen,
+        /// Bytes from its start.
+        offset: i64,
+    },
+    /// A place in the running kernel.
+    Running {
+        /// The symbol.
+        symbol: OutSymbol,
+        /// Bytes from it.
+        offset: i64,
+    },
+    /// A text constant.
+    Text(Vec<u8>),
+    /// A place in a piece that has no name.
+    Piece {
+        /// The piece, which is carried.
+        piece: Piece,
+        /// Bytes from its start.
+        offset: i64,
+    },
+    /// A number.
+    Number(i64),
+}
+
+/// Decides what references become.
+pub(crate) struct Resolver<'s, 'k> {
+    pub sides: &'s [Side<'k>],
+    pub exports: &'s Exports,
+    /// The functions that changed.
+    pub patched: &'s BTreeSet<Chosen>,
+}
+
+impl Resolver<'_, '_> {
+    /// The replacement that an entry names, where it is of alternatives.
+    pub fn replacement(&self, side: usize, entry: &Entry) -> Option<(crate::elf::At, u64)> {
+        let of = self.sides.get(side)?;
+        (entry.table().name == ".altinstructions")
+            .then(|| replacement(&of.comparison.after, entry))
+            .flatten()
+    }
+
+    /// What a reference in section `section` of the second version of file `side` becomes; `by` is whose it is.
+    pub fn resolve(
+        &self,
+        side: usize,
+        section: usize,
+        relocation: &Relocation,
+        by: &str,
+    ) -> Result<Reference, SelectError> {
+        let branches = |of: &Side<'_>| of.comparison.after.is_branch(section, relocation);
+        let is_branch = self.sides.get(side).is_some_and(branches);
+        self.reference(side, section, relocation, is_branch, by)
+    }
+
+    /// As [`Resolver::resolve`], for an entry of a table about carried code: what it says is about that code.
+    pub fn resolve_entry(
+        &self,
+        side: usize,
+        section: usize,
+        relocation: &Relocation,
+        by: &str,
+    ) -> Result<Reference, SelectError> {
+        self.reference(side, section, relocation, true, by)
+    }
+
+    fn reference(
+        &self,
+        side: usize,
+        section: usize,
+        relocation: &Relocation,
+        is_branch: bool,
+        by: &str,
+    ) -> Result<Reference, SelectError> {
+        let Some(of) = self.sides.get(side) else {
+            return Ok(Reference::Number(0));
+        };
+        let unit = &of.comparison.after;
+        match unit.target(section, relocation) {
+            Target::Number(number) => Ok(Reference::Number(number)),
+            Target::Text(text) => Ok(Reference::Text(text)),
+            Target::Unnamed(at) => match unnamed_piece(unit, at) {
+                Some((at, len, inside)) => Ok(Reference::Piece {
+                    piece: Piece { side, at, len },
+                    offset: i64::try_from(inside).unwrap_or(0),
+                }),
+                None => Err(self.unknown(of, "a constant without a name", by)),
+            },
+            Target::Item(id, offset) => self.item((side, id), offset, is_branch, by),
+            Target::Extern(name, offset) => {
+                let weak = unit
+                    .object
+                    .symbol(relocation)
+                    .is_some_and(|symbol| symbol.binding == object::elf::STB_WEAK.0);
+                self.external(side, &name, offset, weak, is_branch, by)
+            }
+        }
+    }
+
+    fn item(&self, chosen: Chosen, offset: i64, is_branch: bool, by: &str) -> Result<Reference, SelectError> {
+        let carried = Ok(Reference::Carried { item: chosen, offset });
+        let Some(of) = self.sides.get(chosen.0) else {
+            return carried;
+        };
+        let unit = &of.comparison.after;
+        let item = unit.item(chosen.1);
+        let is_part = item.is_function && names::warm_part(&item.name).is_some();
+        if is_part || is_by_contents(unit, chosen.1) {
+            return carried;
+        }
+        let patched = self.patched.contains(&chosen);
+        // A pointer that is kept must stay good when the patch goes, and be equal to those of old code: it leads to the
+        // old function, which leads to the new one.
+        if patched && (is_branch || offset != 0) {
+            return carried;
+        }
+        let Some(before) = of.before(chosen.1) else {
+            return carried;
+        };
+        match self.running(of, before)? {
+            Some(symbol) => Ok(Reference::Running { symbol, offset }),
+            // A constant, or a copy that only this file's code has.
+            None if patched || item.is_function || !unit.section_of(item).is_writable() => carried,
+            None => Err(self.unknown(of, &item.name, by)),
+        }
+    }
+
+    /// The symbol of an item of the first version; none where the kernel has none.
+    fn running(&self, of: &Side<'_>, before: ItemId) -> Result<Option<OutSymbol>, SelectError> {
+        let item = of.comparison.before.item(before);
+        if !item.is_local
+            && let Some(symbol) = self.exported(of, &item.name)
+        {
+            return Ok(Some(symbol));
+        }
+        let object = of.shipped.name().unwrap_or("vmlinux").to_owned();
+        let name = item.name.clone();
+        match (of.places.get(before), of.places.count(before)) {
+            (Some(found), _) => Ok(Some(OutSymbol::Livepatch {
+                object,
+                name,
+                sympos: found.sympos,
+            })),
+            (None, 0) => Ok(None),
+            (None, _) if !item.is_function && !of.comparison.before.section_of(item).is_writable() => Ok(None),
+            (None, count) => Err(SelectError::Ambiguous {
+                file: of.source.clone(),
+                name,
+                count,
+            }),
+        }
+    }
+
+    fn external(
+        &self,
+        side: usize,
+        name: &str,
+        offset: i64,
+        weak: bool,
+        is_branch: bool,
+        by: &str,
+    ) -> Result<Reference, SelectError> {
+        let Some(of) = self.sides.get(side) else {
+            return Ok(Reference::Number(0));
+        };
+        for (index, other) in self.sides.iter().enumerate().filter(|(index, _)| *index != side) {
+            let unit = &other.comparison.after;
+            let defines = |item: &crate::compare::Item| !item.is_local && item.name == name;
+            let Some(id) = unit.items.iter().position(defines) else {
+                continue;
+            };
+            let chosen = (index, id);
+            if *other.comparison.verdict(id) == Verdict::New || (is_branch && self.patched.contains(&chosen)) {
+                return Ok(Reference::Carried { item: chosen, offset });
+            }
+        }
+        let symbol = self
+            .exported(of, name)
+            .or_else(|| global(&of.shipped, name))
+            .or_else(|| weak.then(|| OutSymbol::Weak(name.to_owned())));
+        match symbol {
+            Some(symbol) => Ok(Reference::Running { symbol, offset }),
+            None => Err(self.unknown(of, name, by)),
+        }
+    }
+
+    /// A symbol that modules may use. One that the patched module itself exports is a livepatch symbol, else the patch could
+    /// not be loaded before that module.
+    fn exported(&self, of: &Side<'_>, name: &str) -> Option<OutSymbol> {
+        let export = self.exports.get(name)?;
+        if export.module.is_some() && export.module.as_deref() == of.shipped.name() {
+            return None;
+        }
+        Some(OutSymbol::Exported {
+            name: name.to_owned(),
+            module: export.module.clone(),
+        })
+    }
+
+    fn unknown(&self, of: &Side<'_>, name: &str, by: &str) -> SelectError {
+        SelectError::Unknown {
+            file: of.source.clone(),
+            name: name.to_owned(),
+            needed_by: by.to_owned(),
+        }
+    }
+}
+
+/// A symbol that all files of the kernel image, or of a module, see.
+fn global(shipped: &Shipped<'_>, name: &str) -> Option<OutSymbol> {
+    let all = shipped.named(name);
+    let address = match all.as_slice() {
+        [only] => *only,
+        _ => shipped.global(name)?,
+    };
+    let position = all.iter().position(|other| *other == address)? + 1;
+    let sympos = if all.len() == 1 {
+        0
+    } else {
+        u64::try_from(position).ok()?
+    };
+    Some(OutSymbol::Livepatch {
+        object: shipped.name().unwrap_or("vmlinux").to_owned(),
+        name: name.to_owned(),
+        sympos,
+    })
+}

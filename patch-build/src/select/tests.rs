@@ -1,0 +1,131 @@
+//! Changes of literal C, one for each rule of selecting.
+
+use super::{Risk, SelectError, Why};
+use crate::testing::selected;
+
+#[test]
+fn a_static_local_stays_the_running_one_and_a_new_one_is_carried() {
+    let before = "int f(void) { static int count; return ++count; }\n";
+    let after = "int f(void) { static int count; static int other = 5; return ++count + other++; }\n";
+    let chosen = selected("static-local", before, after);
+    assert_eq!(chosen.replaced(), ["f"]);
+    let brought = chosen.brought();
+    assert_eq!(brought.len(), 1, "{brought:?}");
+    assert!(brought[0].0.starts_with("other"), "{brought:?}");
+    assert_eq!(brought[0].1, Why::New("f".to_owned()));
+    assert_eq!(chosen.findings(), []);
+}
+
+#[test]
+fn a_changed_inline_helper_brings_all_who_have_it_inside() {
+    let before = "static inline int help(int a) { return a + 1; }\n\
+                  int f(int a) { return help(a) * 3; }\nint g(int a) { return help(a) * 5; }\nint h(int a) { return a; }\n";
+    let chosen = selected("inlined", before, &before.replace("a + 1", "a + 2"));
+    assert_eq!(chosen.replaced(), ["f", "g"]);
+}
+
+#[test]
+fn a_new_function_is_carried_and_an_old_one_is_called() {
+    let before = "static noinline int old(int a) { return printk(\"%d\", a); }\nint f(int a) { return old(a); }\n";
+    let after = "static noinline int old(int a) { return printk(\"%d\", a); }\n\
+                 static noinline int new(int a) { return printk(\"new %d\", a); }\nint f(int a) { return old(a) + new(a); }\n";
+    let chosen = selected("new-function", before, after);
+    assert_eq!(chosen.replaced(), ["f"]);
+    assert_eq!(chosen.brought(), [("new", Why::New("f".to_owned()))]);
+}
+
+/// A function with a part that is hardly ever run.
+const RARE: &str = "extern int printk(const char *, ...) __attribute__((cold));\n\
+                    extern void panic(const char *, ...) __attribute__((cold, noreturn));\n\
+                    int f(int a) { if (__builtin_expect(a > 9, 0)) { printk(\"bad %d\", a); panic(\"worse\"); } return a * 3; }\n";
+
+#[test]
+fn the_rare_part_goes_with_the_whole() {
+    let chosen = selected("cold", RARE, &RARE.replace("a * 3", "a * 5"));
+    assert_eq!(chosen.replaced(), ["f"]);
+    assert_eq!(chosen.brought(), [("f.cold", Why::Part("f".to_owned()))]);
+}
+
+#[test]
+fn a_change_in_the_rare_part_alone_replaces_the_whole() {
+    let chosen = selected("cold-alone", RARE, &RARE.replace("\"worse\"", "\"worst\""));
+    assert_eq!(chosen.replaced(), ["f"]);
+    assert_eq!(chosen.brought(), [("f.cold", Why::Part("f".to_owned()))]);
+}
+
+#[test]
+fn what_the_kernel_does_not_have_is_refused_with_who_needs_it() {
+    let before = "extern int nowhere(int);\nint f(int a) { return nowhere(a); }\n";
+    let chosen = selected("unknown", before, &before.replace("nowhere(a)", "nowhere(a + 1)"));
+    let Err(error) = &chosen.selection else {
+        panic!("{:?}", chosen.selection)
+    };
+    assert_eq!(
+        error.to_string(),
+        "x.c: f needs nowhere, which the kernel does not have"
+    );
+}
+
+#[test]
+fn changed_data_a_removed_global_and_a_changed_layout_are_findings() {
+    let before =
+        "int limit = 3;\nint gone = 1;\nstruct s { int a; };\nint f(struct s *s) { return s->a + limit + gone; }\n";
+    let after = "int limit = 4;\nstruct s { int a; long b; };\nint f(struct s *s) { return s->a + limit; }\n";
+    let chosen = selected("findings", before, after);
+    let risks: Vec<Risk> = chosen.findings().iter().map(|finding| finding.risk).collect();
+    assert_eq!(risks, [Risk::ChangedData, Risk::Layout, Risk::RemovedGlobal]);
+    assert!(
+        chosen.findings()[1].reason.contains("4 bytes became 16 bytes"),
+        "{:?}",
+        chosen.findings()
+    );
+}
+
+#[test]
+fn changed_code_of_boot_is_a_finding_and_is_not_carried() {
+    let before = "__attribute__((section(\".init.text\"))) int setup(int a) { return a + 1; }\n";
+    let chosen = selected("init", before, &before.replace("a + 1", "a + 2"));
+    assert_eq!(chosen.replaced(), [""; 0]);
+    assert_eq!(chosen.findings()[0].risk, Risk::Init);
+}
+
+#[test]
+fn a_new_per_cpu_variable_is_a_finding() {
+    let before = "int f(int a) { return a; }\n";
+    let after =
+        "static __attribute__((section(\".data..percpu\"))) int mine = 1;\nint f(int a) { return a + mine++; }\n";
+    let chosen = selected("per-cpu", before, after);
+    assert_eq!(chosen.findings()[0].risk, Risk::PerCpu);
+}
+
+#[test]
+fn a_new_static_key_is_a_finding() {
+    let jump = "asm goto(\"1: .byte 0x0f,0x1f,0x44,0,0\\n.pushsection __jump_table,\\\"aw\\\"\\n.long 1b - ., %l[on] - .\\n\
+                .quad %c0 - .\\n.popsection\" : : \"i\" (&key) : : on);";
+    let before = "static struct { int n; long p; } key;\nint f(int a) { return a; }\n";
+    let after = format!("static struct {{ int n; long p; }} key;\nint f(int a) {{ {jump} return a; on: return 1; }}\n");
+    let chosen = selected("static-key", before, &after);
+    assert_eq!(chosen.findings()[0].risk, Risk::StaticKey);
+}
+
+#[test]
+fn a_pointer_to_a_changed_function_stays_the_old_one() {
+    let before = "extern void *kept;\nint f(int a) { return a + 1; }\nvoid *g(void) { return f; }\n";
+    let after = "extern void *kept;\nint f(int a) { return a + 2; }\nvoid *g(void) { printk(\"g\"); return f; }\n";
+    let chosen = selected("pointer", before, after);
+    let object = crate::testing::laid(&chosen);
+    let names: Vec<&str> = object.symbols.iter().map(|symbol| symbol.name.as_str()).collect();
+    assert!(names.contains(&".klp.sym.m.f,0"), "{names:?}");
+}
+
+#[test]
+fn a_section_that_no_loader_reads_is_refused_by_name() {
+    let before =
+        "int f(int a) { asm(\"1:\\n.pushsection runtime_ptr_x,\\\"a\\\"\\n.long 1b - .\\n.popsection\"); return a; }\n";
+    let chosen = selected("runtime-const", before, &before.replace("return a;", "return a + 1;"));
+    assert!(
+        matches!(&chosen.selection, Err(SelectError::Section { section, .. }) if section == "runtime_ptr_x"),
+        "{:?}",
+        chosen.selection
+    );
+}

@@ -1,0 +1,129 @@
+//! Object files for tests, made of literal C by the compiler that made the kernel.
+
+use std::fs;
+use std::path::Path;
+
+use crate::command;
+use crate::compare::Comparison;
+use crate::elf::Object;
+use crate::facts::Exports;
+use crate::running::{Places, Shipped};
+use crate::select::{Finding, SelectError, Selection, Side, Why};
+
+/// Flags that decide what the kernel's code looks like.
+const FLAGS: [&str; 11] = [
+    "-O2",
+    "-g",
+    "-c",
+    "-mcmodel=kernel",
+    "-fno-pic",
+    "-fno-pie",
+    "-fcf-protection=none",
+    "-fno-asynchronous-unwind-tables",
+    "-fno-jump-tables",
+    "-fno-stack-protector",
+    "-w",
+];
+
+/// What every text begins with: the kernel's words, and a table of bugs as its WARN() makes it.
+pub(crate) const PROLOGUE: &str = r#"
+#define noinline __attribute__((noinline))
+#define WARN() asm volatile("1: ud2\n.pushsection __bug_table,\"aw\"\n2: .long 1b - .\n.long %c0 - .\n.word %c1\n.word 0\n.org 2b+12\n.popsection" \
+	: : "i" (__FILE__), "i" (__LINE__))
+extern int printk(const char *, ...);
+extern void sleepy(const char *file, int line);
+"#;
+
+/// Compiles a text; with a section for each function and object, or plainly, as a kernel is.
+pub(crate) fn compiled(test: &str, text: &str, sections: bool) -> Vec<u8> {
+    let folder = std::env::temp_dir().join(format!("vmpatch-build-{}-{test}", std::process::id()));
+    fs::create_dir_all(&folder).unwrap();
+    fs::write(folder.join("x.c"), format!("{PROLOGUE}{text}")).unwrap();
+    let mut args = FLAGS.to_vec();
+    if sections {
+        args.extend(["-ffunction-sections", "-fdata-sections"]);
+    }
+    args.extend(["-o", "x.o", "x.c"]);
+    command::output("gcc-12", &args, Path::new(&folder)).unwrap();
+    let bytes = fs::read(folder.join("x.o")).unwrap();
+    fs::remove_dir_all(&folder).unwrap();
+    bytes
+}
+
+/// Compares two texts.
+pub(crate) fn compared(test: &str, before: &str, after: &str) -> Comparison {
+    Comparison::of(&compiled(test, before, true), &compiled(test, after, true)).unwrap()
+}
+
+/// What would be in a module for a change of one file, which is all of a module named `m`.
+pub(crate) struct Chosen {
+    pub side: [Side<'static>; 1],
+    pub selection: Result<Selection, SelectError>,
+}
+
+/// Selects for a change of one file.
+pub(crate) fn selected(test: &str, before: &str, after: &str) -> Chosen {
+    let comparison = compared(test, before, after);
+    let shipped = Shipped::Module {
+        name: "m".to_owned(),
+        object: Object::parse(&compiled(test, before, false)).unwrap(),
+    };
+    let side = [Side {
+        source: "x.c".to_owned(),
+        has_ftrace: true,
+        places: Places::find(&comparison.before, &shipped),
+        comparison,
+        shipped,
+    }];
+    let selection = Selection::of(&side, &exports());
+    Chosen { side, selection }
+}
+
+/// What the kernel exports.
+pub(crate) fn exports() -> Exports {
+    Exports::parse(
+        "0x1\tprintk\tvmlinux\tEXPORT_SYMBOL\t\n0x3\tpanic\tvmlinux\tEXPORT_SYMBOL\t\n0x2\tsleepy\tvmlinux\tEXPORT_SYMBOL\t\n",
+    )
+}
+
+impl Chosen {
+    /// Names of what is replaced.
+    pub fn replaced(&self) -> Vec<&str> {
+        let selection = self.selection.as_ref().unwrap();
+        let name = |replaced: &crate::select::Replaced| {
+            let before = &self.side[0].comparison.before;
+            before.item(replaced.old).name.as_str()
+        };
+        selection.replaced.iter().map(name).collect()
+    }
+
+    /// Names of what is carried and not replaced, with the reason.
+    pub fn brought(&self) -> Vec<(&str, Why)> {
+        let selection = self.selection.as_ref().unwrap();
+        let carried = selection
+            .carried
+            .iter()
+            .filter(|(_, why)| !matches!(why, Why::Changed(_)));
+        carried
+            .map(|(chosen, why)| (self.side[0].comparison.after.item(chosen.1).name.as_str(), why.clone()))
+            .collect()
+    }
+
+    /// What speaks against it.
+    pub fn findings(&self) -> &[Finding] {
+        &self.selection.as_ref().unwrap().findings
+    }
+}
+
+/// The object file that a selection is laid into.
+pub(crate) fn laid(chosen: &Chosen) -> Object {
+    let selection = chosen.selection.as_ref().unwrap();
+    let (patched, exports) = (selection.patched(), exports());
+    let mut layer = crate::write::Layer::new(crate::select::Resolver {
+        sides: &chosen.side,
+        exports: &exports,
+        patched: &patched,
+    });
+    layer.lay(selection).unwrap();
+    layer.output.object
+}

@@ -1,0 +1,101 @@
+//! The debug sections of an object file, with their relocations done.
+
+use std::collections::BTreeMap;
+
+use gimli::{Dwarf, EndianSlice, LittleEndian, SectionId};
+use object::elf::{R_X86_64_32, R_X86_64_64, R_X86_64_PC32};
+
+use super::DebugError;
+use crate::elf::{At, Object, Place};
+
+/// How far apart sections lie in the addresses that debug information is given: more than any section's bytes.
+const SECTION_SPAN_BITS: u32 = 32;
+
+pub(super) type Slice<'d> = EndianSlice<'d, LittleEndian>;
+
+/// The debug sections of an object file.
+#[derive(Debug)]
+pub struct DebugInfo {
+    sections: BTreeMap<&'static str, Vec<u8>>,
+}
+
+impl DebugInfo {
+    /// Takes the debug sections out of an object file. A file without has no units.
+    ///
+    /// An address in them is made of the section's index and the offset in it, as nothing has an address yet.
+    pub fn of(object: &Object) -> Self {
+        let ids = [
+            SectionId::DebugAbbrev,
+            SectionId::DebugAddr,
+            SectionId::DebugInfo,
+            SectionId::DebugLine,
+            SectionId::DebugLineStr,
+            SectionId::DebugLocLists,
+            SectionId::DebugRngLists,
+            SectionId::DebugRanges,
+            SectionId::DebugStr,
+            SectionId::DebugStrOffsets,
+            SectionId::DebugTypes,
+        ];
+        let sections = ids.into_iter().filter_map(|id| {
+            let (_, section) = object.section_named(id.name())?;
+            let mut data = section.data.clone();
+            for relocation in &section.relocations {
+                let Some(Place::In(base)) = object.symbol(relocation).map(|symbol| symbol.place) else {
+                    continue;
+                };
+                let loaded = object.section(base.section).is_some_and(|section| section.is_loaded());
+                let start = if loaded { address(base) } else { base.offset };
+                let value = start.wrapping_add_signed(relocation.addend);
+                let Ok(offset) = usize::try_from(relocation.offset) else {
+                    continue;
+                };
+                let bytes = value.to_le_bytes();
+                let width = match relocation.kind {
+                    kind if kind == R_X86_64_64.0 => 8,
+                    kind if kind == R_X86_64_32.0 || kind == R_X86_64_PC32.0 => 4,
+                    _ => continue,
+                };
+                if let (Some(slot), Some(bytes)) = (data.get_mut(offset..offset + width), bytes.get(..width)) {
+                    slot.copy_from_slice(bytes);
+                }
+            }
+            Some((id.name(), data))
+        });
+        Self {
+            sections: sections.collect(),
+        }
+    }
+
+    pub(super) fn dwarf(&self) -> Result<Dwarf<Slice<'_>>, DebugError> {
+        let load = |id: SectionId| -> Result<Slice<'_>, DebugError> {
+            let data = self.sections.get(id.name()).map(Vec::as_slice).unwrap_or_default();
+            Ok(EndianSlice::new(data, LittleEndian))
+        };
+        Dwarf::load(load)
+    }
+}
+
+fn address(at: At) -> u64 {
+    (u64::try_from(at.section).unwrap_or_default() << SECTION_SPAN_BITS).wrapping_add(at.offset)
+}
+
+/// The place that such an address means.
+pub(super) fn place(address: u64) -> Option<At> {
+    Some(At {
+        section: usize::try_from(address >> SECTION_SPAN_BITS).ok()?,
+        offset: address & ((1 << SECTION_SPAN_BITS) - 1),
+    })
+}
+
+/// A name or other text of an entry.
+pub(super) fn text(
+    dwarf: &Dwarf<Slice<'_>>,
+    unit: &gimli::Unit<Slice<'_>>,
+    entry: &gimli::DebuggingInformationEntry<Slice<'_>>,
+    what: gimli::DwAt,
+) -> Option<String> {
+    let value = entry.attr_value(what)?;
+    let text = dwarf.attr_string(unit, value).ok()?;
+    Some(text.to_string_lossy().into_owned())
+}

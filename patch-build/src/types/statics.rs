@@ -1,0 +1,113 @@
+//! Whose a static variable is: the compiler's number in `warned.3` does not say, debug information does.
+
+use std::collections::BTreeMap;
+
+use gimli::{AttributeValue, Operation};
+
+use super::DebugError;
+use super::load::{self, DebugInfo, Slice};
+use crate::elf::At;
+
+/// The file that is compiled, among those that debug information numbers (DWARF 4 and 5, as GCC counts them).
+const MAIN_FILE: u64 = 1;
+
+/// The functions that static local variables belong to, by the variables' places, and where functions start.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Statics {
+    owners: BTreeMap<At, String>,
+    /// By name, for functions of the file itself.
+    lines: BTreeMap<String, u64>,
+}
+
+impl Statics {
+    /// Reads them.
+    ///
+    /// Errors: damaged debug information. A file without any has no static locals.
+    pub fn read(info: &DebugInfo) -> Result<Self, DebugError> {
+        let dwarf = info.dwarf()?;
+        let mut statics = Self::default();
+        let mut units = dwarf.units();
+        while let Some(header) = units.next()? {
+            let unit = dwarf.unit(header)?;
+            statics.read_unit(&dwarf, &unit)?;
+        }
+        Ok(statics)
+    }
+
+    fn read_unit(&mut self, dwarf: &gimli::Dwarf<Slice<'_>>, unit: &gimli::Unit<Slice<'_>>) -> Result<(), DebugError> {
+        let mut functions: Vec<(isize, String)> = Vec::new();
+        let mut entries = unit.entries();
+        while let Some(entry) = entries.next_dfs()? {
+            let depth = entry.depth();
+            while functions.last().is_some_and(|(of, _)| *of >= depth) {
+                functions.pop();
+            }
+            match entry.tag() {
+                gimli::DW_TAG_subprogram => {
+                    let name = load::text(dwarf, unit, entry, gimli::DW_AT_name);
+                    // A function's body may stand apart from its declaration, which has the name.
+                    let name = name.or_else(|| origin_name(dwarf, unit, entry));
+                    let name = name.unwrap_or_default();
+                    let number = |what| entry.attr_value(what).and_then(|value| value.udata_value());
+                    if let (Some(MAIN_FILE), Some(line)) = (file(entry), number(gimli::DW_AT_decl_line)) {
+                        self.lines.entry(name.clone()).or_insert(line);
+                    }
+                    functions.push((depth, name));
+                }
+                gimli::DW_TAG_variable => {
+                    let owner = functions.last().map(|(_, name)| name.clone());
+                    if let (Some(owner), Some(at)) = (owner.filter(|name| !name.is_empty()), location(unit, entry)) {
+                        self.owners.entry(at).or_insert(owner);
+                    }
+                }
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
+    /// The function that the variable at a place is local to; none for a variable of the whole file.
+    pub fn owner(&self, at: At) -> Option<&str> {
+        self.owners.get(&at).map(String::as_str)
+    }
+}
+
+impl Statics {
+    /// Lines at which the file's functions start, by name.
+    pub fn lines(&self) -> &BTreeMap<String, u64> {
+        &self.lines
+    }
+}
+
+fn file(entry: &gimli::DebuggingInformationEntry<Slice<'_>>) -> Option<u64> {
+    match entry.attr_value(gimli::DW_AT_decl_file)? {
+        AttributeValue::FileIndex(index) => Some(index),
+        other => other.udata_value(),
+    }
+}
+
+fn origin_name(
+    dwarf: &gimli::Dwarf<Slice<'_>>,
+    unit: &gimli::Unit<Slice<'_>>,
+    entry: &gimli::DebuggingInformationEntry<Slice<'_>>,
+) -> Option<String> {
+    let origin = entry
+        .attr_value(gimli::DW_AT_abstract_origin)
+        .or_else(|| entry.attr_value(gimli::DW_AT_specification))?;
+    let AttributeValue::UnitRef(offset) = origin else {
+        return None;
+    };
+    load::text(dwarf, unit, &unit.entry(offset).ok()?, gimli::DW_AT_name)
+}
+
+/// Where a variable is, where that is one place for the whole program.
+fn location(unit: &gimli::Unit<Slice<'_>>, entry: &gimli::DebuggingInformationEntry<Slice<'_>>) -> Option<At> {
+    let AttributeValue::Exprloc(expression) = entry.attr_value(gimli::DW_AT_location)? else {
+        return None;
+    };
+    let mut operations = expression.operations(unit.encoding());
+    match operations.next().ok()?? {
+        Operation::Address { address } => load::place(address),
+        _ => None,
+    }
+}
