@@ -279,6 +279,7 @@ fn every_form_of_a_kernel_is_patched_and_given_back() {
                 release,
                 five_levels,
                 isolated: true,
+                ..Default::default()
             });
             let kernel = guest.kernel();
             let model = CommitOptions {

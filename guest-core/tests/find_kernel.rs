@@ -64,6 +64,7 @@ fn the_kernel_is_found_in_every_form_with_either_depth_isolated_or_not() {
                     release,
                     five_levels,
                     isolated,
+                    ..Default::default()
                 };
                 let kernel = find(&Guest::with(choice)).unwrap();
                 assert_eq!(kernel.release, RELEASE, "{choice:?}");

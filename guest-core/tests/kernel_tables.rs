@@ -3,7 +3,7 @@
 
 mod common;
 
-use common::guest::{END, FUNCTIONS, Guest, IMAGE, heap};
+use common::guest::{Choice, END, FUNCTIONS, Guest, IMAGE, heap};
 use guest_core::kernel::list::Walker;
 use guest_core::kernel::locks::Locks;
 use guest_core::kernel::{KernelError, exports, ftrace, livepatch, modules, sites};
@@ -281,6 +281,49 @@ fn each_lock_that_is_held_is_named() {
     assert_eq!(locks.held(&live).unwrap(), None);
     guest.put_u64(guest.symbol("cpu_hotplug_lock") + 64, 1);
     assert_eq!(locks.held(&live).unwrap().unwrap().name, "cpu_hotplug_lock");
+}
+
+#[test]
+fn a_mutex_of_a_realtime_kernel_has_its_owner_in_an_rt_mutex() {
+    let guest = Guest::with(Choice {
+        realtime: true,
+        ..Default::default()
+    });
+    let kernel = guest.kernel();
+    let live = kernel.live(&guest.ram);
+    let locks = Locks::find(&live).unwrap();
+    let owner = guest.symbol("text_mutex") + 24;
+    guest.put_u64(guest.symbol("text_mutex"), u64::MAX);
+    assert_eq!(
+        locks.held(&live).unwrap(),
+        None,
+        "the lock of the lock's waiters is no owner"
+    );
+    guest.put_u64(owner, 1);
+    assert_eq!(
+        locks.held(&live).unwrap(),
+        None,
+        "waiters, and nobody who holds it any more"
+    );
+    guest.put_u64(owner, heap(0x40) | 1);
+    assert_eq!(locks.held(&live).unwrap().unwrap().name, "text_mutex");
+}
+
+#[test]
+fn a_kernel_that_is_not_up_and_running_is_told() {
+    let (guest, kernel) = guest();
+    let live = kernel.live(&guest.ram);
+    let locks = Locks::find(&live).unwrap();
+    assert_eq!(locks.held(&live).unwrap(), None);
+    // SYSTEM_FREEING_INITMEM and SYSTEM_HALT, on either side of SYSTEM_RUNNING.
+    for state in [2, 4] {
+        guest.put(guest.symbol("system_state"), &[state, 0, 0, 0]);
+        let told = locks.held(&live).unwrap().unwrap().to_string();
+        assert_eq!(
+            told,
+            "the guest is starting up, going down or going to sleep (system_state is not SYSTEM_RUNNING)"
+        );
+    }
 }
 
 #[test]

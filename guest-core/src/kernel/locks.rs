@@ -1,4 +1,5 @@
-//! Locks of the kernel under which it changes its own text or its lists of modules: while one is held, vmpatch waits.
+//! Locks of the kernel under which it changes its own text or its lists of modules: while one is held, vmpatch waits; and
+//! `system_state` (include/linux/kernel.h), which says whether the kernel has started up and is not going down.
 
 use super::{KernelError, Live};
 use crate::addr::Gva;
@@ -16,25 +17,47 @@ const MUTEXES: [(&str, &str); 6] = [
 /// Flag bits in the low part of `mutex.owner` (kernel/locking/mutex.c: waiters, handoff, pickup) and of an rt_mutex's
 /// owner (`RT_MUTEX_HAS_WAITERS`); a task's address has them clear.
 const OWNER_FLAGS: u64 = 7;
+/// The bits of an int in a word.
+const INT: u64 = 0xffff_ffff;
+
+/// A word that says whether a lock is held.
+#[derive(Debug, Clone)]
+struct Word {
+    at: Gva,
+    /// The bits that count.
+    mask: u64,
+    /// Their value where nobody holds it.
+    free: u64,
+    held: Held,
+}
 
 /// Where the lock words are. Looked up once, read in each pause.
 #[derive(Debug, Clone)]
 pub struct Locks {
-    words: Vec<(Gva, u64, &'static str, &'static str)>,
+    words: Vec<Word>,
 }
 
-/// A lock that is held.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("the guest is {doing} ({name} is held)")]
+/// A lock that is held, or what else speaks against patching at this moment.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("the guest is {doing} ({name} {how})")]
 pub struct Held {
-    /// The lock's symbol.
+    /// The symbol.
     pub name: &'static str,
     /// What its owner may be doing.
     pub doing: &'static str,
+    /// How the symbol shows it.
+    pub how: &'static str,
+}
+
+impl Held {
+    const fn lock(name: &'static str, doing: &'static str) -> Self {
+        let how = "is held";
+        Self { name, doing, how }
+    }
 }
 
 impl Locks {
-    /// Finds the locks. `text_mutex` must be there; of the others, those that the kernel has.
+    /// Finds the locks. `text_mutex` and `system_state` must be there; of the others, those that the kernel has.
     pub fn find(live: &Live<'_>) -> Result<Self, KernelError> {
         let btf = &live.kernel.btf;
         let mutex = btf.structure("mutex")?;
@@ -49,31 +72,46 @@ impl Locks {
             .iter()
             .filter_map(|(name, doing)| {
                 let at = live.kernel.symbols.unique(name)?.wrapping_add(owner.offset());
-                Some((at, !OWNER_FLAGS, *name, *doing))
+                Some(Word {
+                    at,
+                    mask: !OWNER_FLAGS,
+                    free: 0,
+                    held: Held::lock(name, doing),
+                })
             })
             .collect();
         let hotplug = live.kernel.symbols.unique("cpu_hotplug_lock");
         if let (Some(at), Some(block)) = (hotplug, btf.structure("percpu_rw_semaphore")?.try_member("block")) {
-            words.push((
-                at.wrapping_add(block.offset()),
-                0xffff_ffff,
-                "cpu_hotplug_lock",
-                "bringing a CPU up or down",
-            ));
+            words.push(Word {
+                at: at.wrapping_add(block.offset()),
+                mask: INT,
+                free: 0,
+                held: Held::lock("cpu_hotplug_lock", "bringing a CPU up or down"),
+            });
         }
+        words.push(Word {
+            at: live.kernel.symbol("system_state")?,
+            mask: INT,
+            free: btf.enumerator("SYSTEM_RUNNING")?.cast_unsigned(),
+            held: Held {
+                name: "system_state",
+                doing: "starting up, going down or going to sleep",
+                how: "is not SYSTEM_RUNNING",
+            },
+        });
         Ok(Self { words })
     }
 
     /// The first lock that is held. Only meaningful while all vCPUs are stopped.
     pub fn held(&self, live: &Live<'_>) -> Result<Option<Held>, KernelError> {
-        for (at, mask, name, doing) in &self.words {
+        for Word { at, mask, free, held } in &self.words {
             let word = live.read_u64(*at).map_err(|source| KernelError::Unreadable {
-                what: name,
+                what: held.name,
                 at: *at,
                 source,
             })?;
-            if word & mask != 0 {
-                return Ok(Some(Held { name, doing }));
+            if word & mask != *free {
+                return Ok(Some(*held));
             }
         }
         Ok(None)

@@ -70,6 +70,8 @@ pub struct Choice {
     pub five_levels: bool,
     /// Page-table isolation, and vCPUs in user mode.
     pub isolated: bool,
+    /// Mutexes as PREEMPT_RT makes them: of an rt_mutex.
+    pub realtime: bool,
 }
 
 impl Default for Choice {
@@ -78,6 +80,7 @@ impl Default for Choice {
             release: Release::V6_1,
             five_levels: false,
             isolated: false,
+            realtime: false,
         }
     }
 }
@@ -268,7 +271,7 @@ impl Build {
         self.put(RODATA, BANNER.as_bytes());
         self.name('r', "vermagic", RODATA + 0x400);
         self.put(RODATA + 0x400, VERMAGIC.as_bytes());
-        let blob = types::blob();
+        let blob = types::blob(self.choice.realtime);
         self.put(BTF, &blob);
         self.name('R', "__start_BTF", BTF);
         self.name('R', "__stop_BTF", BTF + blob.len() as u64);
@@ -316,6 +319,8 @@ impl Build {
             ("__cpu_online_mask", 3),
             ("ftrace_pages_start", FTRACE),
             ("ftrace_ops_list", LISTS + 0x800),
+            // an int: what is behind it is no part of it
+            ("system_state", 0xdead_0000_0000_0003),
         ];
         for (index, (name, word)) in words.into_iter().enumerate() {
             let at = WORDS + 16 * index as u64;

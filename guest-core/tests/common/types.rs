@@ -27,7 +27,7 @@ enum Type {
 use Type::{Bits, Bytes, I32, Pointer, Struct, Structs, U8, U16, U32, U64};
 
 /// Every struct: name, size in bytes, members.
-const STRUCTS: [(&str, u32, &[Member]); 34] = [
+const STRUCTS: [(&str, u32, &[Member]); 38] = [
     ("list_head", 16, &[("next", 0, U64), ("prev", 8, U64)]),
     ("kernel_symbol", 12, &[("value_offset", 0, I32)]),
     (
@@ -71,6 +71,7 @@ const STRUCTS: [(&str, u32, &[Member]); 34] = [
             ("obj_list", 48, Struct("list_head")),
         ],
     ),
+    ("rt_mutex_base", 32, &[("owner", 24, U64)]),
     ("mutex", 32, &[("owner", 0, U64)]),
     ("percpu_rw_semaphore", 96, &[("block", 64, U32)]),
     ("kprobe", 120, &[("hlist", 0, U64), ("addr", 40, U64)]),
@@ -197,8 +198,20 @@ const STRUCTS: [(&str, u32, &[Member]); 34] = [
             ("next", 16, U64),
             ("trampoline", 64, U64),
             ("trampoline_size", 72, U64),
+            ("func_hash", 96, U64),
         ],
     ),
+    (
+        "ftrace_ops_hash",
+        64,
+        &[("notrace_hash", 0, U64), ("filter_hash", 8, U64)],
+    ),
+    (
+        "ftrace_hash",
+        32,
+        &[("size_bits", 0, U64), ("buckets", 8, U64), ("count", 16, U64)],
+    ),
+    ("ftrace_func_entry", 32, &[("hlist", 0, U64), ("ip", 16, U64)]),
 ];
 
 /// `struct orc_entry` as since 6.4.
@@ -212,17 +225,21 @@ const ORC: [Member; 6] = [
 ];
 
 /// Values of enumerators.
-const ENUMERATORS: [(&str, u32); 6] = [
+const ENUMERATORS: [(&str, u32); 7] = [
     ("FTRACE_FL_ENABLED", 1 << 31),
     ("FTRACE_FL_DISABLED", 1 << 25),
     ("FTRACE_FL_IPMODIFY", 1 << 28),
     ("FTRACE_OPS_FL_SAVE_REGS", 1 << 2),
     ("MOD_TEXT", 0),
     ("MOD_INIT_TEXT", 4),
+    ("SYSTEM_RUNNING", 3),
 ];
 
-/// The whole blob.
-pub fn blob() -> Vec<u8> {
+/// `struct mutex` with PREEMPT_RT.
+const RT_MUTEX: (&str, u32, &[Member]) = ("mutex", 32, &[("rtmutex", 0, Struct("rt_mutex_base"))]);
+
+/// The whole blob; with mutexes as PREEMPT_RT has them, or without.
+pub fn blob(realtime: bool) -> Vec<u8> {
     let mut b = Builder::new();
     let basic = [
         b.int("u8", 1),
@@ -232,7 +249,12 @@ pub fn blob() -> Vec<u8> {
         b.int("u64", 8),
     ];
     let mut structs: Vec<(&str, u32)> = Vec::new();
-    for (name, size, members) in STRUCTS {
+    for plain in STRUCTS {
+        let (name, size, members) = if realtime && plain.0 == RT_MUTEX.0 {
+            RT_MUTEX
+        } else {
+            plain
+        };
         let members: Vec<_> = members
             .iter()
             .map(|&(member, offset, kind)| (member, number(&mut b, &basic, &structs, kind), offset * 8))
