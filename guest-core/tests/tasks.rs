@@ -164,7 +164,7 @@ fn two_vcpus_on_one_cpu_are_unsure() {
 /// Sizes that the guest's type information makes up must not become buffers.
 #[test]
 fn wild_sizes_in_the_type_information_are_refused_or_cut() {
-    let blob = types::blob();
+    let blob = types::blob(false);
     let sizes = [
         "module",
         "irq_stack",
