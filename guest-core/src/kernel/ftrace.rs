@@ -88,8 +88,8 @@ pub fn record(live: &Live<'_>, function: Gva) -> Result<Option<FtraceRecord>, Ke
         }
         let first = Gva(read(at.wrapping_add(records))?);
         let index_at = at.wrapping_add(index);
-        let count = live.read_u32(index_at);
-        let count = count
+        let count = live
+            .read_u32(index_at)
             .map_err(|source| KernelError::Unreadable {
                 what,
                 at: index_at,
@@ -97,16 +97,19 @@ pub fn record(live: &Live<'_>, function: Gva) -> Result<Option<FtraceRecord>, Ke
             })?
             .min(RECORDS_MAX);
         let entry = |n: u32| first.wrapping_add(u64::from(n) * size);
-        let (mut low, mut high) = (0, count);
+        // Most groups are of other functions altogether: the kernel fills them in the order of addresses.
+        let site = |n: u32| read(entry(n).wrapping_add(ip));
+        let is_here = count > 0 && site(count - 1)? >= function.0 && site(0)? <= function.0.saturating_add(ENDBR_BYTES);
+        let (mut low, mut high) = (0, if is_here { count } else { 0 });
         while low < high {
             let middle = low + (high - low) / 2;
-            match read(entry(middle).wrapping_add(ip))? < function.0 {
+            match site(middle)? < function.0 {
                 true => low = middle + 1,
                 false => high = middle,
             }
         }
-        if low < count {
-            let site = Gva(read(entry(low).wrapping_add(ip))?);
+        if is_here && low < count {
+            let site = Gva(site(low)?);
             if site == function || site == function.wrapping_add(ENDBR_BYTES) {
                 let flags_at = entry(low).wrapping_add(flags);
                 return Ok(Some(FtraceRecord {
