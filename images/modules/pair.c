@@ -2,6 +2,10 @@
  * Two functions that change together: the system call sysinfo() and, two calls
  * below it, si_meminfo(). Each sees whether the other one is of its own age.
  *
+ * The system call's entry, __x64_sys_sysinfo, would not do: it jumps to
+ * __do_sys_sysinfo and is on no stack while that one runs, so nobody could see
+ * that an old call is under way.
+ *
  * The new caller hands over a struct sysinfo with a token behind it; the new
  * callee answers in the field behind the token. An old caller has no token, an
  * old callee does not answer; both are counted, and every new call reports the
@@ -57,7 +61,7 @@ static void livepatch_si_meminfo(struct sysinfo *val)
 		count(&old_callers);
 }
 
-static long livepatch_sysinfo(const struct pt_regs *regs)
+static long livepatch_sysinfo(struct sysinfo __user *reply)
 {
 	struct tagged tagged = {};
 
@@ -69,8 +73,8 @@ static long livepatch_sysinfo(const struct pt_regs *regs)
 	tagged.info.pad = NEW_CALLER;
 	tagged.info.totalhigh = READ_ONCE(old_callees);
 	tagged.info.freehigh = READ_ONCE(old_callers);
-	return sysinfo_reply(regs, &tagged.info);
+	return sysinfo_copy(reply, &tagged.info);
 }
 
-LIVEPATCH(PATCH(__x64_sys_sysinfo, livepatch_sysinfo),
+LIVEPATCH(PATCH(__do_sys_sysinfo, livepatch_sysinfo),
 	  PATCH(si_meminfo, livepatch_si_meminfo));

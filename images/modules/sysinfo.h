@@ -11,9 +11,9 @@
 #include <asm/ptrace.h>
 
 /* Word by word: put_user() is a call, larger copies need an exception table. */
-static long sysinfo_reply(const struct pt_regs *regs, const struct sysinfo *info)
+static inline long sysinfo_copy(struct sysinfo __user *reply, const struct sysinfo *info)
 {
-	unsigned long __user *to = (unsigned long __user *)regs->di;
+	unsigned long __user *to = (unsigned long __user *)reply;
 	const unsigned long *from = (const unsigned long *)info;
 	unsigned int i;
 
@@ -21,6 +21,11 @@ static long sysinfo_reply(const struct pt_regs *regs, const struct sysinfo *info
 		if (put_user(from[i], to + i))
 			return -EFAULT;
 	return 0;
+}
+
+static inline long sysinfo_reply(const struct pt_regs *regs, const struct sysinfo *info)
+{
+	return sysinfo_copy((struct sysinfo __user *)regs->di, info);
 }
 
 #endif

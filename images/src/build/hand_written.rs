@@ -14,7 +14,7 @@ macro_rules! text {
 /// A module that is to be applied. Its effect is seen by the program [`Applied::program`] (see [`super::programs`]).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Applied {
-    /// `__x64_sys_sysinfo` and `si_meminfo`, which see whether the other one is of their own age.
+    /// `__do_sys_sysinfo` and `si_meminfo`, which see whether the other one is of their own age.
     Pair,
     /// `__x64_sys_pause`, in which tasks sleep, in the old one as in the new.
     Pause,
@@ -65,7 +65,7 @@ impl Applied {
     /// The functions that it replaces.
     pub fn functions(self) -> &'static [&'static str] {
         match self {
-            Self::Pair => &["__x64_sys_sysinfo", "si_meminfo"],
+            Self::Pair => &["__do_sys_sysinfo", "si_meminfo"],
             Self::Pause | Self::StaticCall | Self::Kpatch | Self::KlpBuild => &["__x64_sys_pause"],
             Self::Kstrtoint => &["kstrtoint"],
             Self::Symbols | Self::Sections | Self::Printk => &["__x64_sys_sysinfo"],
