@@ -1,5 +1,9 @@
 //! The command line. `docs/cli.md` describes what it promises.
 
+mod build;
+
+pub use build::BuildOptions;
+
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use guest_core::commit::Model;
 use std::path::PathBuf;
@@ -107,6 +111,8 @@ pub enum Command {
         #[arg(required = true, value_name = "FILE.ko")]
         files: Vec<PathBuf>,
     },
+    /// Build a livepatch module from a source change; needs no guest
+    Build(Box<BuildOptions>),
     /// Show the guest's kernel, its patches and the state of each function
     Status,
     /// Take patches out again

@@ -102,6 +102,28 @@ pub enum Failure {
         /// The exit code of the first.
         code: u8,
     },
+    /// No place for what `build` fetches and makes.
+    #[error("looking for the cache")]
+    Cache(#[source] patch_build::cache::Error),
+    /// No module could be built.
+    #[error("building {name}")]
+    Build {
+        /// The module.
+        name: String,
+        /// Why.
+        source: Box<patch_build::request::Error>,
+    },
+    /// The change is one of comments, or of what is not compiled.
+    #[error("the change changes no code and no data of this kernel: there is nothing to build")]
+    NothingToBuild,
+    /// Risks that nobody has taken.
+    #[error("{name} is not built: {}", findings.join("; "))]
+    NotAllowed {
+        /// The module.
+        name: String,
+        /// What speaks against it.
+        findings: Vec<String>,
+    },
     /// The output can't be written.
     #[error("writing the report")]
     Output(#[source] std::io::Error),
@@ -137,6 +159,9 @@ impl Failure {
             | Self::Revert(_) => 3,
             Self::Commit { source, .. } if matches!(**source, CommitError::NotSafe { .. }) => 4,
             Self::Incomplete { code, .. } => *code,
+            Self::Build { source, .. } if source.is_refusal() => 3,
+            Self::NothingToBuild | Self::NotAllowed { .. } => 3,
+            Self::Build { .. } | Self::Cache(_) => 1,
             Self::File { .. } | Self::Commit { .. } | Self::Supervisor(_) | Self::Output(_) => 1,
         }
     }
@@ -154,6 +179,9 @@ impl Failure {
                 }
                 _ => None,
             },
+            Self::NotAllowed { .. } => {
+                Some("if that has been thought about: --allow RISK, with the name in brackets; --explain shows more")
+            }
             Self::Busy(_) => Some("try again when that is over"),
             Self::Attach(error) if lacks_permission(error) => {
                 Some("run vmpatch as root, or as the user that QEMU runs as")

@@ -34,6 +34,15 @@ fn run(cli: &Cli, progress: &Progress) -> Result<(), Failure> {
             failure.map_or(Ok(()), Err)
         }
         Some(Command::Apply { files }) => show(commands::apply(options, files, progress)?),
+        Some(Command::Build(build)) => {
+            let (report, failure) = commands::build(build, progress)?;
+            let as_text = |report: &_| text::building(report, build.explain);
+            // Without --explain, a refusal's own words are all that a person needs.
+            if options.json || build.explain || failure.is_none() {
+                print(options.json, progress, &report, as_text)?;
+            }
+            failure.map_or(Ok(()), Err)
+        }
         Some(Command::Check { files }) => show(commands::check(options, files, progress)?),
         Some(Command::Revert { ids, .. }) => show(commands::revert(options, ids, progress)?),
         Some(Command::Status) => show(commands::status(options, progress)?),
@@ -68,7 +77,7 @@ fn print<R: Serialize>(
 /// The chain of causes once, in one line, and a hint where there is one.
 fn report_failure(failure: &Failure, json: bool) {
     let chain = failure.chain();
-    if json && !matches!(failure, Failure::Incomplete { .. }) {
+    if json && !matches!(failure, Failure::Incomplete { .. } | Failure::NotAllowed { .. }) {
         let document =
             serde_json::json!({ "error": chain.join(": "), "causes": chain, "exit_code": failure.exit_code() });
         println!("{document:#}");

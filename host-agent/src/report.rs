@@ -5,6 +5,7 @@ use guest_core::commit::Committed;
 use guest_core::machine::PauseTimes;
 use guest_core::module::PatchModule;
 use guest_core::place::{PatchedFunction, Redirect};
+use patch_build::sheet::ReviewSheet;
 use serde::Serialize;
 
 /// A guest-virtual address, as hex text: JSON numbers end at 2^53.
@@ -26,6 +27,17 @@ pub struct Guest {
     pub pid: i32,
     /// `uname -r` of its kernel.
     pub release: String,
+}
+
+/// What `build` made.
+#[derive(Debug, Clone, Serialize)]
+pub struct Building {
+    /// The module's file; none where nothing was written.
+    pub file: Option<String>,
+    /// Its length.
+    pub bytes: usize,
+    /// What is in it.
+    pub sheet: ReviewSheet,
 }
 
 /// Times of one pause, in microseconds, as the host saw them.

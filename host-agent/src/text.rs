@@ -1,6 +1,6 @@
 //! Reports as text, for people.
 
-use crate::report::{DomainLine, Inspection, Patch, Patches};
+use crate::report::{Building, DomainLine, Inspection, Patch, Patches};
 use std::fmt::Write;
 
 /// `apply`, `check`, `revert`, `status` and the bare command: a line for each patch and function, and a closing one.
@@ -75,6 +75,28 @@ fn one_patch(text: &mut String, patch: &Patch) {
     for warning in &patch.warnings {
         let _ = writeln!(text, "  warning: {warning}");
     }
+}
+
+/// What was built, and the review sheet if it is wanted.
+pub fn building(report: &Building, explain: bool) -> String {
+    let mut text = String::new();
+    if explain {
+        let _ = writeln!(text, "{}", report.sheet);
+    }
+    if let Some(file) = &report.file {
+        let replaced = report.sheet.items.iter().filter(|item| item.old_size.is_some()).count();
+        let _ = writeln!(
+            text,
+            "{file}: {} bytes, {replaced} functions of {} replaced",
+            report.bytes, report.sheet.kernel
+        );
+        if !explain {
+            for warning in &report.sheet.warnings {
+                let _ = writeln!(text, "warning: {warning}");
+            }
+        }
+    }
+    text
 }
 
 /// `inspect`.

@@ -34,6 +34,7 @@ pub mod headers;
 pub mod kernel_files;
 pub mod packages;
 pub mod pair;
+pub mod request;
 pub mod running;
 pub mod runtime;
 pub mod select;

@@ -111,6 +111,11 @@ impl Toolchain {
         &self.version
     }
 
+    /// Whether it is the machine's own.
+    pub(crate) fn is_own(&self) -> bool {
+        self.folders.is_empty()
+    }
+
     /// The program's name, as `PATH` finds it.
     pub(crate) fn program(&self) -> &str {
         self.version.split(' ').next().unwrap_or_default()

@@ -56,6 +56,7 @@ pub struct Tree {
     folder: PathBuf,
     source: PathBuf,
     make: Vec<String>,
+    compiler: String,
     search_path: String,
     vermagic: String,
     fixed: bool,
@@ -78,7 +79,7 @@ impl Tree {
             format!("O={}", folder.display()),
             format!("KERNELRELEASE={}", target.release),
             format!("CC={}", compiler),
-            format!("HOSTCC={}", compiler),
+            format!("HOSTCC={}", host_compiler(&toolchain)),
             SECTIONS.to_owned(),
         ];
         // A Rust compiler that the kernel's makers had not would change the configuration.
@@ -96,6 +97,7 @@ impl Tree {
             folder,
             source: target.source.folder.clone(),
             make,
+            compiler: toolchain.version().to_owned(),
             search_path: toolchain.search_path(),
             vermagic: String::new(),
             fixed: target.source.fixed,
@@ -117,6 +119,11 @@ impl Tree {
     /// Where the generated headers and the objects are.
     pub fn folder(&self) -> &Path {
         &self.folder
+    }
+
+    /// The kernel's compiler: the first line of its `--version`.
+    pub fn compiler(&self) -> &str {
+        &self.compiler
     }
 
     /// What a module's `vermagic=` must be.
@@ -204,6 +211,16 @@ impl Tree {
         fs::remove_dir_all(&work).map_err(io("remove"))?;
         Ok(object)
     }
+}
+
+/// The compiler for the build's own tools, which run on this machine: any that is made for it.
+fn host_compiler(toolchain: &Toolchain) -> &str {
+    const CANDIDATES: [&str; 3] = ["gcc", "cc", "gcc-12"];
+    if toolchain.is_own() {
+        return toolchain.program();
+    }
+    let works = |program: &&str| command::output(program, &["--version"], Path::new("/")).is_ok();
+    CANDIDATES.into_iter().find(works).unwrap_or("gcc")
 }
 
 /// What follows `needle`.

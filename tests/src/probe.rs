@@ -18,8 +18,13 @@ pub enum Seen {
 /// If it can't be run, or could not tell: then the guest is broken.
 #[track_caller]
 pub fn ask(guest: &Guest, program: &str) -> (Seen, String) {
+    ask_as(guest, 1000, program)
+}
+
+#[track_caller]
+fn ask_as(guest: &Guest, uid: u32, program: &str) -> (Seen, String) {
     let output = guest
-        .run_as(1000, &[&format!("/opt/{program}")])
+        .run_as(uid, &[&format!("/opt/{program}")])
         .expect("the guest runs a program");
     let line = String::from_utf8_lossy(&output.stdout).trim_end().to_owned();
     let seen = match output.status.code() {
@@ -32,6 +37,16 @@ pub fn ask(guest: &Guest, program: &str) -> (Seen, String) {
         ),
     };
     (seen, line)
+}
+
+/// Runs `/opt/PROGRAM` as that user and gives what it found.
+///
+/// # Panics
+///
+/// As [`ask`] does.
+#[track_caller]
+pub fn see_as(guest: &Guest, uid: u32, program: &str) -> Seen {
+    ask_as(guest, uid, program).0
 }
 
 /// What [`ask`] sees.

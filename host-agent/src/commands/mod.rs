@@ -1,6 +1,7 @@
 //! What each command does; each gives a report, or fails with [`Failure`].
 
 mod apply;
+mod build;
 mod domains;
 mod inspect;
 mod revert;
@@ -8,6 +9,7 @@ mod status;
 mod update;
 
 pub use apply::{apply, check};
+pub use build::build;
 pub use domains::domains;
 pub use inspect::inspect;
 pub use revert::revert;
