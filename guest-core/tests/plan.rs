@@ -2,8 +2,8 @@
 
 mod common;
 
-use common::guest::{FUNCTIONS, Guest, heap};
-use common::module::{Function, livepatch, livepatch_for};
+use common::guest::{FUNCTIONS, Guest, RODATA, heap};
+use common::module::{Function, livepatch, livepatch_for, livepatch_of_format};
 use common::patch::{carry_out, mend, patched, plan, plan_for, refusal, registry, target, two};
 use guest_core::module::ResolveError;
 use guest_core::place::{Redirect, RegistryError, State};
@@ -88,6 +88,39 @@ fn the_n_th_of_several_functions_of_one_name_is_patched() {
     };
     let plan = plan(&guest, &kernel, &livepatch("fix", &[second])).unwrap();
     assert_eq!(plan.record.functions[0].old, FUNCTIONS + 64 * 5);
+}
+
+#[test]
+fn a_module_of_another_orc_format_is_refused() {
+    const AT: u64 = RODATA + 0x3_f000;
+    let with_header = Guest::with_symbols(Default::default(), |symbols| {
+        symbols.push(('R', "__start_orc_header".to_owned(), AT));
+        symbols.sort_by_key(|symbol| symbol.2);
+    });
+    with_header.put(AT, &[0xaa; 20]);
+    let kernel = with_header.kernel();
+    let module = |digest: &[u8]| livepatch_of_format("fix", digest, &[Function::returning_one("victim")]);
+    let refused = |digest: &[u8]| plan(&with_header, &kernel, &module(digest)).unwrap_err().to_string();
+    assert!(plan(&with_header, &kernel, &module(&[0xaa; 20])).is_ok());
+    assert!(
+        plan_for(&with_header, &kernel, "victim").is_ok(),
+        "a module that does not say"
+    );
+    let other = [[0xaa; 19].as_slice(), &[0xbb]].concat();
+    let hex = |last| format!("{}{last}", "aa".repeat(19));
+    assert_eq!(
+        refused(&other),
+        format!(
+            "the module was built for another ORC format ({}) than the guest's kernel has ({})",
+            hex("bb"),
+            hex("aa")
+        )
+    );
+    assert!(refused(&[0xaa; 19]).contains("another ORC format"));
+    assert!(refused(&[0xaa; 21]).contains("another ORC format"));
+    // A kernel from before 6.4 has none.
+    let without = Guest::new();
+    assert!(plan(&without, &without.kernel(), &module(&other)).is_ok());
 }
 
 #[test]

@@ -18,7 +18,7 @@ fn main() {
             keep("kallsyms", &format!("{release:?}-{form}"), &data);
         }
     }
-    keep("btf", "whole", &types::blob());
+    keep("btf", "whole", &types::blob(false));
     let returning = |old| Function::returning_one(old);
     let calling = Function {
         calls: Some((5, "schedule")),

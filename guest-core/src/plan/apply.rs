@@ -1,6 +1,6 @@
 //! From a module and a kernel to the plan of applying it.
 
-use super::Plan;
+use super::{Plan, orc_header};
 use crate::addr::Gva;
 use crate::change::Change;
 use crate::kernel::resolve::VMLINUX;
@@ -55,6 +55,14 @@ pub enum Refusal {
         module: u32,
         /// That of the guest's kernel.
         guest: u32,
+    },
+    /// Its tables for unwinding have another format than the guest's kernel reads.
+    #[error("the module was built for another ORC format ({module}) than the guest's kernel has ({guest})")]
+    OrcHeader {
+        /// The digest of the module's format.
+        module: String,
+        /// That of the kernel's.
+        guest: String,
     },
     /// `klp_patch.replace`, in a guest that has other patches.
     #[error("the module is to replace all other livepatches (klp_patch.replace); revert these first: {others}")]
@@ -120,6 +128,7 @@ pub fn apply(live: &Live<'_>, registry: &Registry, file: &[u8], options: &ApplyO
     let module = PatchModule::parse(file)?;
     check_vermagic(live, module.info().get("vermagic").unwrap_or_default())?;
     check_versions(live, &module)?;
+    orc_header::check(live, &module)?;
     let patch = module.patch(&livepatch::layout(live)?)?;
     let id = module.name().to_owned();
     if registry.records().any(|record| record.id == id) {

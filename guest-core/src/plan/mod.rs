@@ -3,6 +3,7 @@
 
 mod apply;
 mod cleanup;
+mod orc_header;
 mod revert;
 
 pub use apply::{ApplyOptions, Refusal, apply};

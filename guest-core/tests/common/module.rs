@@ -45,6 +45,15 @@ pub fn livepatch(name: &str, functions: &[Function]) -> Vec<u8> {
 
 /// The same for any kernel.
 pub fn livepatch_for(name: &str, vermagic: &str, functions: &[Function]) -> Vec<u8> {
+    make(name, vermagic, functions, &[])
+}
+
+/// A module called `name` with an ORC format of that digest.
+pub fn livepatch_of_format(name: &str, digest: &[u8], functions: &[Function]) -> Vec<u8> {
+    make(name, VERMAGIC, functions, &[(".orc_header", digest)])
+}
+
+fn make(name: &str, vermagic: &str, functions: &[Function], more: &[(&str, &[u8])]) -> Vec<u8> {
     let mut elf = Elf::default();
     let (mut text, mut names, mut starts) = (Vec::new(), Vec::new(), Vec::new());
     for function in functions {
@@ -68,6 +77,9 @@ pub fn livepatch_for(name: &str, vermagic: &str, functions: &[Function]) -> Vec<
     );
     elf.section(".gnu.linkonce.this_module", ALLOC | WRITE, &[0; 64]);
     elf.section(".modinfo", ALLOC, info.as_bytes());
+    for (name, data) in more {
+        elf.section(name, ALLOC, data);
+    }
     for section in 1..=5 {
         elf.symbol("", 3, section, 0, 0);
     }
