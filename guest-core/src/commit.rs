@@ -121,7 +121,10 @@ pub fn commit(
         Model::None => None,
     };
     let mut stacks = match &finder {
-        Some(finder) => Some(finder.survey(live, OldCode::new(plan.occupied.clone()), plan.laid.clone())?),
+        Some(finder) => {
+            let old = OldCode::new(plan.occupied.clone()).with_data(&plan.unread);
+            Some(finder.survey(live, old, plan.laid.clone())?)
+        }
         None => None,
     };
     let journal = Journal {

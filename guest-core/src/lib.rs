@@ -6,6 +6,7 @@ pub mod addr;
 pub mod btf;
 pub mod change;
 pub mod commit;
+pub mod guest_module;
 pub mod kernel;
 pub mod machine;
 pub mod memory;

@@ -410,7 +410,7 @@ fn loaded_module(guest: &Guest) {
     let (module, tables, symtab, strtab) = (heap(0x1000), heap(0x2000), heap(0x3000), heap(0x4000));
     guest.link(guest.symbol("modules"), &[module + 8]);
     guest.put(module + 24, b"ext4\0");
-    guest.put_u64(module + 288, tables);
+    guest.put_u64(module + 664, tables);
     for (offset, word) in [(0, symtab), (8, 3), (16, strtab)] {
         guest.put_u64(tables + offset, word);
     }

@@ -45,6 +45,7 @@ fn record(id: &str) -> Record {
         data: Span::default(),
         orc: Orc::default(),
         changes: vec![Change::word("a word", guest_core::Gpa(0x1000), 0, 1)],
+        known: None,
     }
 }
 
@@ -237,10 +238,10 @@ fn a_record_survives_the_registry() {
 #[test]
 fn another_version_or_a_damaged_header_is_told() {
     let (guest, kernel) = with_registry();
-    guest.put(CAVE + 8, &[2]);
+    guest.put(CAVE + 8, &[3]);
     assert!(matches!(
         find(&guest, &kernel),
-        Err(RegistryError::Version { found: 2, .. })
+        Err(RegistryError::Version { found: 3, .. })
     ));
     for at in [12, 16, 24, 32, 40, 48, 63] {
         let (guest, kernel) = with_registry();
@@ -248,6 +249,18 @@ fn another_version_or_a_damaged_header_is_told() {
         guest.put(CAVE + at, &[byte ^ 0x40]);
         assert!(damage(&guest, &kernel).contains("checksum"), "{at}");
     }
+}
+
+/// An older vmpatch would not know that the guest knows what is kept from here on.
+#[test]
+fn an_older_registry_is_read_and_brought_to_this_version() {
+    let (guest, kernel) = with_registry();
+    guest.put(CAVE + 8, &[1]);
+    let older = find(&guest, &kernel).unwrap();
+    older.renewal().unwrap().make(&guest.ram).unwrap();
+    let newer = find(&guest, &kernel).unwrap();
+    assert_eq!((older.version, newer.version), (1, 2));
+    assert_eq!(newer.renewal(), None);
 }
 
 /// A header that the guest wrote, checksum and all.

@@ -7,7 +7,7 @@ use crate::error::{self, Failure};
 use crate::lock::DomainLock;
 use crate::progress::Progress;
 use crate::report;
-use guest_core::commit::{self, CommitOptions, Committed, Model};
+use guest_core::commit::{self, CommitError, CommitOptions, Committed, Model};
 use guest_core::kernel::Live;
 use guest_core::machine::Machine;
 use guest_core::place::{Cave, Record, Registry, cave};
@@ -21,6 +21,9 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 const PAUSE_MAX: Duration = Duration::from_millis(250);
 /// How long another vmpatch at work on the domain is waited for: its supervisor may just be taking something back.
 const LOCK_TIME_MAX: Duration = Duration::from_secs(5);
+/// How often a change is planned anew where the guest has changed what was to be replaced: its list of modules changes whenever it
+/// loads one.
+const PLANS_MAX: usize = 8;
 /// How often the kernel is looked for: what is read while the guest runs may belong to a process that just ends.
 const FIND_TRIES: usize = 5;
 
@@ -161,22 +164,38 @@ impl Session {
 
     /// Applies the module `file`, whose bytes are given.
     pub fn apply(&mut self, file: &Path, bytes: &[u8], options: &Options) -> Result<(Record, Committed), Failure> {
-        let plan = self.plan(file, bytes, options)?;
-        let committed = self.commit(
-            &plan,
-            error::APPLYING,
-            commit_options(options.model.model(), options.timeout()),
-        )?;
-        Ok((plan.record, committed))
+        let chosen = commit_options(options.model.model(), options.timeout());
+        self.carry_out(error::APPLYING, chosen, |session| session.plan(file, bytes, options))
     }
 
     /// Takes out the patch `id`, and wipes what is left of it. Whatever model was chosen: no task may be in the new code then,
     /// as that code is gone afterwards.
     pub fn revert(&mut self, id: &str, options: &Options) -> Result<(Record, Committed), Failure> {
-        let plan = plan::revert(&self.live(), &self.registry, id)?;
-        let committed = self.commit(&plan, "reverting", commit_options(Model::CleanCut, options.timeout()))?;
+        let chosen = commit_options(Model::CleanCut, options.timeout());
+        let reverted = self.carry_out("reverting", chosen, |session| {
+            Ok(plan::revert(&session.live(), &session.registry, id)?)
+        })?;
         self.tidy()?;
-        Ok((plan.record, committed))
+        Ok(reverted)
+    }
+
+    /// Plans and commits; where the guest is not any more as it was planned for, again.
+    fn carry_out(
+        &mut self,
+        doing: &'static str,
+        options: CommitOptions,
+        plan: impl Fn(&Self) -> Result<Plan, Failure>,
+    ) -> Result<(Record, Committed), Failure> {
+        let mut plans = 0;
+        loop {
+            plans += 1;
+            let plan = plan(self)?;
+            match self.commit(&plan, doing, options) {
+                Err(Failure::Commit { source, .. })
+                    if matches!(*source, CommitError::Changed(_)) && plans < PLANS_MAX => {}
+                committed => return Ok((plan.record, committed?)),
+            }
+        }
     }
 
     /// Carries out a plan, with a supervisor beside it, and reads the registry anew.

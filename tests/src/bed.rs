@@ -93,6 +93,22 @@ pub fn lend(config: GuestConfig) -> Lent {
 }
 
 impl Lent {
+    /// Ends the loan with the guest's end, for a test that has made its kernel complain: each complaint must have `words` in it.
+    ///
+    /// # Panics
+    ///
+    /// If there is another one, or none.
+    #[track_caller]
+    pub fn discard_after_complaints(mut self, words: &str) {
+        let guest = self.guest.take().expect("the guest is here until the loan ends");
+        let console = guest.console().expect("the console can be read");
+        let complaints = health::complaints(&console);
+        assert!(
+            !complaints.is_empty() && complaints.iter().all(|line| line.contains(words)),
+            "{console}"
+        );
+    }
+
     /// Ends the loan with the guest's end, for a test that leaves nothing to share.
     pub fn discard(mut self) {
         if let Some(guest) = self.guest.take() {

@@ -1,7 +1,7 @@
 //! When it is safe to patch: tasks that sleep or work inside what is to be changed, and guests at rest or at work.
 
 use std::sync::LazyLock;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use e2e::bed::{self, Lent};
 use e2e::kit::{self, Modules};
@@ -9,19 +9,12 @@ use e2e::monitor::Monitor;
 use e2e::probe::{Seen, see};
 use e2e::ram::{KernelPlace, Ram};
 use e2e::report::states;
+use e2e::sleeper::Sleeper;
 use e2e::vmpatch::{Answer, Vmpatch};
 use images::build::hand_written::Applied;
-
-use images::channel::Running;
-use images::guest::Guest;
 use images::kernel::Kernel;
 
 static MODULES: LazyLock<Modules> = LazyLock::new(|| Modules::of(&Kernel::CLOUD_6_1));
-/// How long a program in the guest may take to get somewhere; the host may be busy with other guests.
-const PROGRAM_LIMIT: Duration = Duration::from_secs(30);
-
-/// Number and space: the system call pause().
-const PAUSE: &str = "34 ";
 /// What a test waits for a safe moment that does not come, and what vmpatch may take then, on a busy host.
 const TIMEOUT: [&str; 2] = ["--timeout", "2"];
 const TOOK_MAX: Duration = Duration::from_secs(10);
@@ -30,44 +23,13 @@ fn guest() -> Lent {
     bed::lend(kit::guest(Kernel::CLOUD_6_1))
 }
 
-/// A task that sleeps in the system call pause().
-struct Sleeper {
-    running: Running,
-}
-
-impl Sleeper {
-    fn start(guest: &Guest) -> Self {
-        let running = guest.spawn(&["/opt/pause", "sleep"]).expect("the guest runs a program");
-        running.wait_for_stdout("sleeping", PROGRAM_LIMIT).unwrap();
-        let sleeper = Self { running };
-        // It says so just before it does. A line of this file begins with the system call that a task sleeps in.
-        let call = format!("/proc/{}/syscall", sleeper.running.pid());
-        let asleep = || guest.text(&["cat", &call]).is_ok_and(|line| line.starts_with(PAUSE));
-        let start = Instant::now();
-        while !asleep() {
-            assert!(start.elapsed() < PROGRAM_LIMIT, "it never sleeps");
-        }
-        sleeper
-    }
-
-    /// Wakes it and gives what it saw: which function it has slept in.
-    fn wake(self, guest: &Guest) -> Seen {
-        guest.text(&["kill", "-USR1", &self.running.pid().to_string()]).unwrap();
-        match self.running.wait(PROGRAM_LIMIT).unwrap().status.code() {
-            Some(0) => Seen::Fixed,
-            Some(1) => Seen::Flawed,
-            other => panic!("pause ended with {other:?}"),
-        }
-    }
-}
-
 /// The message names who is in the way and where, and came within the deadline.
 #[track_caller]
 fn assert_blocked(answer: Answer, sleepers: &[&Sleeper], place: &str) {
     let answer = answer.expect(4);
     let complaint = answer.complaint();
     for sleeper in sleepers {
-        let who = format!("pause (pid {}) is inside {place}", sleeper.running.pid());
+        let who = format!("pause (pid {}) is inside {place}", sleeper.pid());
         assert!(complaint.contains(&who), "no {who:?}: {answer}");
     }
     assert!(

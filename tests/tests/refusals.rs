@@ -137,8 +137,6 @@ fn a_module_that_does_not_fit_is_refused_by_name() {
         refused(Refused::NoSuchPosition, "function c_start: symbol position 99"),
         refused(Refused::TooShort, "too short to redirect"),
         refused(Refused::JumpTable, "unsupported section __jump_table"),
-        refused(Refused::ExceptionTable, "unsupported section __ex_table"),
-        refused(Refused::BugTable, "unsupported section __bug_table"),
         refused(Refused::PercpuData, ".data..percpu"),
         refused(Refused::Callbacks, "callbacks are not handled"),
         refused(Refused::OtherObject, "functions of modules are not supported"),

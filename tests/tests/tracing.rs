@@ -1,17 +1,16 @@
 //! vmpatch beside the guest's own use of ftrace: tracers, kprobes, livepatches. Neither may harm the other.
 
 use std::sync::LazyLock;
-use std::time::{Duration, Instant};
 
 use e2e::bed::{self, Lent};
 use e2e::ftrace::Ftrace;
 use e2e::kit::{self, Modules};
+use e2e::own_livepatch::{self, OwnLivepatch};
 use e2e::probe::{Seen, see};
 use e2e::report::{redirects, states};
 use e2e::vmpatch::Vmpatch;
 use images::build::Cve;
 use images::build::hand_written::Applied;
-use images::guest::Guest;
 use images::kernel::Kernel;
 
 static MODULES: LazyLock<Modules> = LazyLock::new(|| Modules::of(&Kernel::CLOUD_6_1));
@@ -19,8 +18,6 @@ static MODULES: LazyLock<Modules> = LazyLock::new(|| Modules::of(&Kernel::CLOUD_
 static PATCH: LazyLock<String> = LazyLock::new(|| MODULES.cve(Cve::Y2026N52928));
 const FUNCTION: &str = "unix_ioctl";
 const PROGRAM: &str = "siocatmark";
-/// How long the guest's own livepatch may take to come into force: seconds, on a guest at rest.
-const TRANSITION_LIMIT: Duration = Duration::from_secs(60);
 
 fn guest() -> Lent {
     bed::lend(kit::guest(Kernel::CLOUD_6_1))
@@ -203,60 +200,11 @@ fn a_function_without_an_ftrace_site_is_patched_at_its_entry() {
     assert_eq!(see(&guest, "kstrtoint"), Seen::Flawed);
 }
 
-/// The guest's own livepatch, from the same module.
-struct OwnLivepatch<'a> {
-    guest: &'a Guest,
-    folder: String,
-}
-
-impl<'a> OwnLivepatch<'a> {
-    fn load(guest: &'a Guest, module: &str) -> Self {
-        let bytes = std::fs::read(module).expect("the module can be read");
-        guest.push("/tmp/own.ko", &bytes, 0o644).unwrap();
-        guest.text(&["insmod", "/tmp/own.ko"]).unwrap();
-        let own = Self {
-            guest,
-            folder: format!(
-                "/sys/kernel/livepatch/{}",
-                Cve::Y2026N52928.module_name().replace('-', "_")
-            ),
-        };
-        own.wait_for("[ \"$(cat $0/transition)\" = 0 ]");
-        own
-    }
-
-    fn unload(self) {
-        let off = format!("echo 0 >{}/enabled", self.folder);
-        self.guest.text(&["sh", "-c", &off]).unwrap();
-        // The folder goes when the transition is over.
-        self.wait_for("[ ! -e $0 ]");
-        let name = self.folder.rsplit('/').next().unwrap_or_default();
-        self.guest.text(&["rmmod", name]).unwrap();
-    }
-
-    fn wait_for(&self, condition: &str) {
-        let start = Instant::now();
-        while !self
-            .guest
-            .run(&["sh", "-c", condition, &self.folder])
-            .unwrap()
-            .status
-            .success()
-        {
-            assert!(
-                start.elapsed() < TRANSITION_LIMIT,
-                "never {condition} of {}",
-                self.folder
-            );
-        }
-    }
-}
-
 #[test]
 fn a_function_that_the_guests_own_livepatch_holds_is_refused_by_name_until_that_is_gone() {
     let guest = guest();
     let vmpatch = Vmpatch::on(&guest);
-    let own = OwnLivepatch::load(&guest, &PATCH);
+    let own = OwnLivepatch::load(&guest, &PATCH, &Cve::Y2026N52928.module_name());
     assert_eq!(see(&guest, PROGRAM), Seen::Fixed);
 
     for command in ["apply", "check"] {
@@ -283,12 +231,27 @@ fn a_function_that_the_guests_own_livepatch_holds_is_refused_by_name_until_that_
 fn a_livepatch_that_the_guest_loads_onto_a_patched_function_does_no_harm() {
     let guest = guest();
     let vmpatch = Vmpatch::on(&guest);
-    vmpatch.apply(&PATCH);
-    let own = OwnLivepatch::load(&guest, &PATCH);
-    assert_eq!(see(&guest, PROGRAM), Seen::Fixed);
+    vmpatch.apply(&MODULES.applied(Applied::Printk));
+    let own = OwnLivepatch::load(&guest, &MODULES.applied(Applied::Faults), "test_faults");
+    assert_eq!(see(&guest, "printk"), Seen::Fixed);
     own.unload();
-    assert_eq!(see(&guest, PROGRAM), Seen::Fixed);
+    assert_eq!(see(&guest, "printk"), Seen::Fixed);
     vmpatch.revert_all();
-    assert_eq!(see(&guest, PROGRAM), Seen::Flawed);
+    assert_eq!(see(&guest, "printk"), Seen::Flawed);
     Ftrace::of(&guest).assert_alive();
+}
+
+#[test]
+fn a_guest_does_not_load_the_livepatch_that_it_has_already() {
+    let guest = guest();
+    let vmpatch = Vmpatch::on(&guest);
+    vmpatch.apply(&PATCH);
+    let refused = own_livepatch::insert(&guest, &PATCH).unwrap_err();
+    assert!(refused.contains("File exists"), "{refused}");
+    vmpatch.revert_all();
+
+    let own = OwnLivepatch::load(&guest, &PATCH, &Cve::Y2026N52928.module_name());
+    let refused = vmpatch.run(&["apply", &PATCH]).expect(3);
+    assert!(refused.complaint().contains("of its own"), "{refused}");
+    own.unload();
 }

@@ -40,6 +40,7 @@ const TABLE: &[(&str, Duty)] = &[
     (".cpuidle.text",           Place(Text)),
     (".spinlock.text",          Place(Text)),
     (".kprobes.text",           Place(Text)),
+    (".fixup",                  Place(Text)),     // where faulting instructions go on, up to 5.15
     (".altinstr_aux",           Place(Text)),     // slow path of static_cpu_has()
     (".static_call.text",       Refuse("a static call of the module's own, which the guest would have to know")),
 
@@ -66,6 +67,8 @@ const TABLE: &[(&str, Duty)] = &[
     (".orc_unwind_ip",          Work),            // orc.rs
     (".orc_unwind",             Work),            // orc.rs
     (".orc_header",             Work),            // a digest of the ORC format, for the caller to compare
+    ("__ex_table",              Work),            // rows.rs
+    ("__bug_table",             Work),            // rows.rs
 
     // Work that may be left undone.
     (".smp_locks",              Drop("where lock prefixes may be dropped on one CPU: keeping them is right on any number")),
@@ -93,8 +96,6 @@ const TABLE: &[(&str, Duty)] = &[
     (".init_array*",            Refuse("functions to be run at load")),
 
     // What the guest has to know about the code before it can run.
-    ("__ex_table",              Refuse("fault fixups, which the guest would have to search")),
-    ("__bug_table",             Refuse("WARN and BUG sites, which the guest would have to search")),
     ("__jump_table",            Refuse("static keys, whose sites the guest would have to switch")),
     ("__dyndbg*",               Refuse("pr_debug() sites, which the guest would have to list")),
     ("__tracepoints*",          Refuse("a tracepoint of the module's own, which the guest would have to know")),

@@ -5,6 +5,7 @@ use super::alternatives::{AltLayout, Alternative};
 use super::duty::{Duty, duty};
 use super::layout::{AreaKind, Layout, LayoutError};
 use super::orc::OrcRows;
+use super::rows::{BUGS, FIXUPS, Rows};
 use super::sections::{Relocation, SectionId, SectionOffset, SymbolId, SymbolPlace};
 use super::sites::TableError;
 use super::{Patch, PatchModule};
@@ -22,6 +23,10 @@ pub struct Image<'m, 'd> {
     pub(crate) alternatives: Vec<Alternative>,
     /// How to unwind through placed code.
     pub(crate) orc: OrcRows<'d>,
+    /// Fault fixups in placed code.
+    pub(crate) fixups: Rows,
+    /// WARN and BUG in placed code.
+    pub(crate) bugs: Rows,
     layout: Layout,
     undefined: Vec<Undefined>,
 }
@@ -89,7 +94,8 @@ impl<'d> PatchModule<'d> {
     /// Errors: see [`ImageError`].
     pub fn image<'m>(&'m self, patch: &'m Patch, alt_layout: &AltLayout) -> Result<Image<'m, 'd>, ImageError> {
         let alternatives = self.alternatives(alt_layout)?;
-        let mut selection = Selection::new(self, patch, &alternatives);
+        let (fixups, bugs) = (self.rows(FIXUPS)?, self.rows(BUGS)?);
+        let mut selection = Selection::new(self, patch, &alternatives, [&fixups, &bugs]);
         for function in patch.objects.iter().flat_map(|object| &object.functions) {
             selection.need(function.new.section, "", || {
                 format!("the patch of {}", function.old_name)
@@ -105,6 +111,8 @@ impl<'d> PatchModule<'d> {
         }
         let mut orc = self.orc_rows(|section| selection.needed.get(&section) == Some(&AreaKind::Text))?;
         orc.place(&mut layout)?;
+        let is_text = |section| selection.needed.get(&section) == Some(&AreaKind::Text);
+        let (fixups, bugs) = (fixups.place(&mut layout, is_text)?, bugs.place(&mut layout, is_text)?);
         let mut places = vec![None; self.elf.sections.len()];
         for placed in &layout.sections {
             if let Some(place) = places.get_mut(placed.section.0) {
@@ -123,6 +131,8 @@ impl<'d> PatchModule<'d> {
             places,
             alternatives,
             orc,
+            fixups,
+            bugs,
             layout,
             undefined,
         })
@@ -139,6 +149,40 @@ impl Image<'_, '_> {
     pub fn undefined(&self) -> &[Undefined] {
         &self.undefined
     }
+
+    /// The symbols with a name in what goes into the guest, in the file's order.
+    pub fn symbols(&self) -> impl Iterator<Item = PlacedSymbol<'_>> {
+        let symbols = self.module.elf.symbols.iter().filter(|symbol| !symbol.name.is_empty());
+        symbols.filter_map(|symbol| {
+            let SymbolPlace::Defined(at) = symbol.place else {
+                return None;
+            };
+            let section = self.module.section(at.section)?;
+            let (area, start) = (*self.places.get(at.section.0)?)?;
+            (area != AreaKind::Scratch && at.offset < section.size).then_some(PlacedSymbol {
+                name: symbol.name,
+                area,
+                offset: start.checked_add(at.offset)?,
+                size: symbol.size,
+                is_function: symbol.is_function,
+            })
+        })
+    }
+}
+
+/// A symbol of the module that goes into the guest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PlacedSymbol<'d> {
+    /// Its name.
+    pub name: &'d str,
+    /// The area that it is in.
+    pub area: AreaKind,
+    /// Bytes from the area's start.
+    pub offset: u64,
+    /// Bytes; 0 where the file does not say.
+    pub size: u64,
+    /// True for a function.
+    pub is_function: bool,
 }
 
 /// The sections found to be needed so far, and those whose references are still to be followed.
@@ -147,13 +191,15 @@ struct Selection<'m, 'd> {
     patch: &'m Patch,
     /// The alternatives, by the section that their site is in.
     alternatives: BTreeMap<SectionId, Vec<Alternative>>,
+    /// What the guest will search for the address of an instruction.
+    tables: [&'m Rows; 2],
     needed: BTreeMap<SectionId, AreaKind>,
     queue: VecDeque<SectionId>,
     undefined: BTreeMap<SymbolId, Undefined>,
 }
 
 impl<'m, 'd> Selection<'m, 'd> {
-    fn new(module: &'m PatchModule<'d>, patch: &'m Patch, alternatives: &[Alternative]) -> Self {
+    fn new(module: &'m PatchModule<'d>, patch: &'m Patch, alternatives: &[Alternative], tables: [&'m Rows; 2]) -> Self {
         let mut by_section: BTreeMap<SectionId, Vec<Alternative>> = BTreeMap::new();
         for alternative in alternatives {
             by_section
@@ -165,6 +211,7 @@ impl<'m, 'd> Selection<'m, 'd> {
             module,
             patch,
             alternatives: by_section,
+            tables,
             needed: BTreeMap::new(),
             queue: VecDeque::new(),
             undefined: BTreeMap::new(),
@@ -179,6 +226,11 @@ impl<'m, 'd> Selection<'m, 'd> {
             };
             for relocation in &section.relocations {
                 self.follow(id, relocation)?;
+            }
+            for table in self.tables {
+                for (from, relocation) in table.references(self.module, id) {
+                    self.follow(from, relocation)?;
+                }
             }
             // A replacement takes part only where it may be copied into needed code.
             for alternative in self.alternatives.remove(&id).unwrap_or_default() {

@@ -3,6 +3,7 @@
 use super::LinkError;
 use super::layout::AreaKind;
 use super::orc::OrcTables;
+use super::rows::Table;
 use super::sections::{Relocation, SectionOffset, SymbolPlace};
 use super::{Image, ResolveError, ResolveSymbol};
 use crate::addr::Gva;
@@ -43,6 +44,10 @@ pub struct Linked {
     pub functions: Vec<LinkedFunction>,
     /// How to unwind through the text; the tables are in the read-only data area.
     pub orc: OrcTables,
+    /// Its fault fixups, in the read-only data area.
+    pub fixups: Table,
+    /// Its places of WARN and BUG, in the data area.
+    pub bugs: Table,
 }
 
 /// A function to be replaced, and where its replacement will be.
@@ -75,7 +80,8 @@ impl Image<'_, '_> {
         linker.apply_alternatives()?;
         linker.silence_fentry()?;
         let orc = linker.write_orc()?;
-        linker.finish(orc)
+        let (fixups, bugs) = (linker.write_rows(&self.fixups)?, linker.write_rows(&self.bugs)?);
+        linker.finish(orc, fixups, bugs)
     }
 }
 
@@ -153,7 +159,7 @@ impl<'i, 'd, 'g> Linker<'i, 'd, 'g> {
         })
     }
 
-    fn finish(self, orc: OrcTables) -> Result<Linked, LinkError> {
+    fn finish(self, orc: OrcTables, fixups: Table, bugs: Table) -> Result<Linked, LinkError> {
         let mut functions = Vec::new();
         for object in &self.image.patch.objects {
             for function in &object.functions {
@@ -173,6 +179,8 @@ impl<'i, 'd, 'g> Linker<'i, 'd, 'g> {
             data,
             functions,
             orc,
+            fixups,
+            bugs,
         })
     }
 

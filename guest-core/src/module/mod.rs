@@ -9,7 +9,8 @@
 //! - [`Linked`]: the finished bytes for given addresses ([`LinkError`]), after the work of the kernel's own loader.
 //!
 //! The work of the kernel's own loader is one file for each kind: `alternatives.rs` and `replace.rs`, `branches.rs` (return
-//! and indirect branch sites; `thunks.rs` finds out what this guest does with them), `paravirt.rs`, `fentry.rs`, `orc.rs`.
+//! and indirect branch sites; `thunks.rs` finds out what this guest does with them), `paravirt.rs`, `fentry.rs`, `orc.rs`,
+//! `rows.rs` (what the guest searches for an instruction: fault fixups, WARN and BUG).
 //!
 //! Nothing here writes to a guest. The file is treated as hostile: every length and offset in it is checked.
 
@@ -38,6 +39,7 @@ mod patch;
 mod relocate;
 mod replace;
 mod resolve;
+mod rows;
 mod sections;
 mod sites;
 #[cfg(test)]
@@ -48,7 +50,7 @@ mod thunks;
 
 pub use alternatives::AltLayout;
 pub use error::ModuleError;
-pub use image::{Image, ImageError, Undefined};
+pub use image::{Image, ImageError, PlacedSymbol, Undefined};
 pub use layout::{Area, AreaKind, Layout, LayoutError, PlacedSection};
 pub use link::{Bases, GuestContext, Linked, LinkedFunction};
 pub use link_error::LinkError;
@@ -57,6 +59,7 @@ pub use note::{Note, NoteError};
 pub use orc::OrcTables;
 pub use patch::{KlpLayout, Patch, PatchError, PatchFormat, PatchFunction, PatchObject};
 pub use resolve::{ResolveError, ResolveSymbol};
+pub use rows::Table;
 pub use sections::{SectionId, SectionOffset};
 pub use sites::TableError;
 

@@ -101,6 +101,26 @@ impl Linker<'_, '_, '_> {
         if relocation.kind == R_X86_64_NONE.0 || Some(at) == self.image.patch.this_module {
             return Ok(());
         }
+        let bytes = self.relocated(at, relocation, self.address(at)?)?;
+        // Bytes that aren't zero would be overwritten in silence: two relocations in one place, or a damaged file.
+        let found = self.bytes(at, bytes.len())?;
+        if found.iter().any(|byte| *byte != 0) {
+            return Err(LinkError::NotZero {
+                at: self.image.module.place(at),
+                symbol: self.image.module.symbol_name(relocation).into(),
+                found: found.to_vec(),
+            });
+        }
+        self.write(at, &bytes)
+    }
+
+    /// The bytes that a relocation at `at` in the file puts at the address `place`.
+    pub(super) fn relocated(
+        &mut self,
+        at: SectionOffset,
+        relocation: &Relocation,
+        place: u64,
+    ) -> Result<Vec<u8>, LinkError> {
         let module = self.image.module;
         let symbol = module.symbol_name(relocation);
         let form = form(relocation.kind).ok_or_else(|| LinkError::RelocationKind {
@@ -108,32 +128,21 @@ impl Linker<'_, '_, '_> {
             kind: relocation.kind,
             symbol: symbol.into(),
         })?;
-        // Bytes that aren't zero would be overwritten in silence: two relocations in one place, or a damaged file.
-        let found = self.bytes(at, form.width)?;
-        if found.iter().any(|byte| *byte != 0) {
-            return Err(LinkError::NotZero {
-                at: module.place(at),
-                symbol: symbol.into(),
-                found: found.to_vec(),
-            });
-        }
         let target = self
             .symbol_address(at, relocation)?
             .wrapping_add_signed(relocation.addend);
-        let place = self.address(at)?;
         let value = if form.relative {
             target.wrapping_sub(place)
         } else {
             target
         };
-        let bytes = form.encode(value).ok_or_else(|| LinkError::Overflow {
+        form.encode(value).ok_or_else(|| LinkError::Overflow {
             at: module.place(at),
             place,
             kind: form.name,
             symbol: symbol.into(),
             target,
-        })?;
-        self.write(at, &bytes)
+        })
     }
 }
 

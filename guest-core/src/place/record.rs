@@ -1,8 +1,11 @@
 //! What the registry keeps of one patch: enough to show it, to unwind through it, and to take it out.
 
+use crate::addr::Gva;
 use crate::change::Change;
+use crate::guest_module::Known;
 use crate::text::is_plain;
 use serde::{Deserialize, Serialize};
+use std::ops::Range;
 
 /// How a function is redirected.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -81,6 +84,9 @@ pub struct Record {
     pub orc: Orc,
     /// The sites and flags that the commit changed: undone in reverse to take the patch out.
     pub changes: Vec<Change>,
+    /// How the guest knows the patch as a module; none where it does not, as with a vmpatch of before that.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub known: Option<Known>,
 }
 
 impl Record {
@@ -97,12 +103,18 @@ impl Record {
         if let Some(text) = record.texts().find(|text| !text.chars().all(is_plain)) {
             return Err(serde_json::Error::custom(format!("{text:?} is not plain text")));
         }
-        match record.changes.iter().find(|change| !change.is_sound()) {
-            Some(change) => Err(serde_json::Error::custom(format!(
-                "the change of {} is malformed",
-                change.what()
-            ))),
+        let malformed = record.all_changes().find(|change| !change.is_sound());
+        match malformed.map(|change| change.what().to_owned()) {
+            Some(what) => Err(serde_json::Error::custom(format!("the change of {what} is malformed"))),
             None => Ok(record),
+        }
+    }
+
+    /// The memory beside its code that the guest knows of: none where it does not know the patch.
+    pub(crate) fn known_memory(&self) -> Range<Gva> {
+        match self.known {
+            Some(_) => Gva(self.rodata.start)..Gva(self.data.start.saturating_add(self.data.len)),
+            None => Gva(0)..Gva(0),
         }
     }
 
@@ -110,6 +122,11 @@ impl Record {
     fn texts(&self) -> impl Iterator<Item = &str> {
         let names = self.functions.iter().map(|function| function.name.as_str());
         let own = [&self.id, &self.digest, &self.model].into_iter().map(String::as_str);
-        own.chain(names).chain(self.changes.iter().map(Change::what))
+        own.chain(names).chain(self.all_changes().map(Change::what))
+    }
+
+    fn all_changes(&self) -> impl Iterator<Item = &Change> {
+        let tree = self.known.iter().flat_map(|known| &known.tree);
+        self.changes.iter().chain(tree)
     }
 }

@@ -5,7 +5,7 @@
 //! | offset | size | what |
 //! |---|---|---|
 //! | 0 | 8 | `VMPATCH\0` |
-//! | 8 | 4 | version of this layout: 1 |
+//! | 8 | 4 | version of this layout: 2; 1 where no patch is known to the guest as a module |
 //! | 12 | 4 | CRC-32 of bytes 16 to 64 |
 //! | 16 | 8 | guest-virtual address of this page, in the kernel's text |
 //! | 24 | 8 | guest-virtual address of the 2 MiB that the pool is mapped at |
@@ -30,7 +30,10 @@ use crate::unwind::{OrcTable, PatchCode};
 use std::ops::Range;
 
 const MAGIC: [u8; 8] = *b"VMPATCH\0";
-const VERSION: u32 = 1;
+/// Since 2, a record may say how the guest knows the patch: whoever does not read that must not take the patch out.
+const VERSION: u32 = 2;
+/// The oldest that is understood.
+const VERSION_MIN: u32 = 1;
 const HEADER_BYTES: usize = 64;
 const SLOT_BYTES: usize = 32;
 /// Patches that a guest can hold at one time: what fits the page.
@@ -171,6 +174,8 @@ pub struct Registry {
     pub entries: Vec<Entry>,
     /// False where the guest has none yet, and this is where it would be.
     pub exists: bool,
+    /// The version of its layout.
+    pub version: u32,
 }
 
 impl Registry {
@@ -243,7 +248,7 @@ impl Registry {
         let slots = self.base.wrapping_add(HEADER_BYTES as u64);
         vec![
             Change::replace("registry slots", slots, filler(page), vec![0; page - HEADER_BYTES]),
-            Change::replace("registry header", self.base, filler(page), self.header()),
+            Change::replace("registry header", self.base, filler(page), self.header(VERSION)),
             Change::replace("page table of the window", self.page(1), filler(page), vec![0; page]),
             Change::word("page-directory entry of the window", self.directory_entry, 0, entry),
         ]
@@ -330,10 +335,17 @@ impl Registry {
         self.base.wrapping_add((HEADER_BYTES + SLOT_BYTES * slot) as u64)
     }
 
-    fn header(&self) -> Vec<u8> {
+    /// The change that brings the header of an older registry to the version of what is going to be kept in it.
+    pub fn renewal(&self) -> Option<Change> {
+        let headers = (self.header(self.version), self.header(VERSION));
+        (self.exists && self.version != VERSION)
+            .then(|| Change::replace("registry header", self.base, headers.0, headers.1))
+    }
+
+    fn header(&self, version: u32) -> Vec<u8> {
         let mut page = vec![0; HEADER_BYTES];
         page[..8].copy_from_slice(&MAGIC);
-        page[8..12].copy_from_slice(&VERSION.to_le_bytes());
+        page[8..12].copy_from_slice(&version.to_le_bytes());
         let words = [self.cave.0, self.window.0, self.directory_entry.0, self.pool_pages];
         for (field, word) in page[16..48].chunks_exact_mut(8).zip(words) {
             field.copy_from_slice(&word.to_le_bytes());
@@ -375,7 +387,7 @@ impl Registry {
         let damaged = |what: String| RegistryError::Damaged { at, what };
         let word = |offset| u64_at(page, offset).unwrap_or(0);
         let version = u32_at(page, 8).unwrap_or(0);
-        if version != VERSION {
+        if !(VERSION_MIN..=VERSION).contains(&version) {
             return Err(RegistryError::Version { at, found: version });
         }
         let crc = page.get(16..HEADER_BYTES).map(crc32fast::hash);
@@ -413,6 +425,7 @@ impl Registry {
             pool_pages,
             entries: Vec::new(),
             exists: true,
+            version,
         };
         for slot in 0..SLOTS {
             let Some(entry) = registry.entry(live, page, slot)? else {
@@ -515,6 +528,7 @@ impl Registry {
             pool_pages,
             entries: Vec::new(),
             exists: false,
+            version: VERSION,
         })
     }
 }

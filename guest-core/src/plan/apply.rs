@@ -1,8 +1,9 @@
 //! From a module and a kernel to the plan of applying it.
 
-use super::{Plan, orc_header};
+use super::{Plan, known, orc_header};
 use crate::addr::Gva;
 use crate::change::Change;
+use crate::guest_module::{Description, Registration};
 use crate::kernel::resolve::VMLINUX;
 use crate::kernel::{KernelError, Live, exports, livepatch};
 use crate::memory::VirtMemory;
@@ -84,6 +85,15 @@ pub enum Refusal {
         /// Its name.
         id: String,
     },
+    /// The guest has a module of that name.
+    #[error("the guest has loaded a module {id} of its own, and can't know a second one by that name")]
+    Loaded {
+        /// The name.
+        id: String,
+    },
+    /// A kernel that was built without modules does not load a livepatch either.
+    #[error("the guest's kernel was built without modules, and can't know the patch's code as one")]
+    NoModules,
     /// Another patch holds the function.
     #[error("{function} is already patched by {id}; revert that one first")]
     Held {
@@ -140,7 +150,10 @@ pub fn apply(live: &Live<'_>, registry: &Registry, file: &[u8], options: &ApplyO
     let image = module.image(&patch, &alternatives(live)?)?;
     let layout = image.layout();
     let pages = |bytes: u64| bytes.div_ceil(PAGE_SIZE);
-    let sizes = [layout.text.size, layout.rodata.size, layout.data.size];
+    let guest = known::layout(live, &id)?;
+    let symbols: Vec<_> = image.symbols().collect();
+    let room = guest.room(&symbols, layout.rodata.size, layout.data.size);
+    let sizes = [layout.text.size, room.rodata, room.data];
     // The record's size is known last; linking needs the addresses first. So: areas in front, the record behind them.
     let (_, area) = registry.allocate(sizes.into_iter().map(pages).sum::<u64>() + 1)?;
     let rodata = area.first + pages(sizes[0]);
@@ -152,7 +165,7 @@ pub fn apply(live: &Live<'_>, registry: &Registry, file: &[u8], options: &ApplyO
         data: registry.mapped(data),
     };
     let capabilities = capabilities(live)?;
-    let linked = image.link(
+    let mut linked = image.link(
         &bases,
         &GuestContext {
             symbols: live,
@@ -160,6 +173,26 @@ pub fn apply(live: &Live<'_>, registry: &Registry, file: &[u8], options: &ApplyO
             capabilities: &capabilities,
         },
     )?;
+
+    let description = Description {
+        name: &id,
+        in_tree: module.info().get("intree").is_some(),
+        bases,
+        sizes,
+        orc: (linked.orc.ips, linked.orc.entries, linked.orc.rows.len() as u64),
+        fixups: linked.fixups,
+        bugs: linked.bugs,
+        symbols,
+    };
+    let others = registry.records().filter_map(|record| record.known.as_ref());
+    let registration = guest.register(live, &description, &room, others)?;
+    known::append(&mut linked.rodata, room.symbols, &registration.symbols);
+    known::append(&mut linked.data, room.module, &registration.module);
+    let Registration {
+        changes: mut paused,
+        known,
+        ..
+    } = registration;
 
     let held = livepatch::held_functions(live)?;
     let mut occupied = Vec::new();
@@ -200,6 +233,7 @@ pub fn apply(live: &Live<'_>, registry: &Registry, file: &[u8], options: &ApplyO
             count: linked.orc.rows.len() as u64,
         },
         changes,
+        known: Some(known),
     };
     let bytes = record.to_bytes()?;
     let (slot, area) = registry.allocate(record_page - area.first + pages(bytes.len() as u64))?;
@@ -211,7 +245,7 @@ pub fn apply(live: &Live<'_>, registry: &Registry, file: &[u8], options: &ApplyO
     ];
 
     let mut before = if registry.exists {
-        Vec::new()
+        registry.renewal().into_iter().collect()
     } else {
         registry.creation()
     };
@@ -226,12 +260,13 @@ pub fn apply(live: &Live<'_>, registry: &Registry, file: &[u8], options: &ApplyO
     );
     before.extend(map_areas(registry, &linked, area, rodata, data));
     before.push(registry.state_change(slot, State::Placing, State::Applying));
-    let mut paused = record.changes.clone();
+    paused.extend(record.changes.iter().cloned());
     paused.push(registry.state_change(slot, State::Applying, State::Applied));
     Ok(Plan {
         before,
         paused,
         occupied,
+        unread: Gva(0)..Gva(0),
         laid: registry.laid_code(),
         record,
     })

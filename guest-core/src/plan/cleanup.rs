@@ -1,6 +1,6 @@
 //! Giving pages back: after a revert, and after a vmpatch that was killed.
 
-use super::Plan;
+use super::{Plan, known};
 use crate::addr::{Gpa, Gva};
 use crate::change::{Change, ChangeError};
 use crate::kernel::{KernelError, Live};
@@ -65,6 +65,9 @@ pub fn recovery(live: &Live<'_>, registry: &Registry) -> Result<Option<Plan>, Ke
             paused.push(Change::replace(change.what(), change.gpa(), now, old));
         }
     }
+    if let Some(module) = &record.known {
+        paused.extend(known::forget(live, module)?);
+    }
     paused.push(registry.state_change(entry.slot, State::Applying, State::Reverted));
     let text = Gva(record.text.start)..Gva(record.text.start.saturating_add(record.text.len));
     let occupied = vec![OldFunction {
@@ -75,6 +78,7 @@ pub fn recovery(live: &Live<'_>, registry: &Registry) -> Result<Option<Plan>, Ke
         before: Vec::new(),
         paused,
         occupied,
+        unread: record.known_memory(),
         laid: registry.laid_code(),
         record,
     }))

@@ -3,6 +3,7 @@
 
 mod apply;
 mod cleanup;
+mod known;
 mod orc_header;
 mod revert;
 
@@ -10,9 +11,11 @@ pub use apply::{ApplyOptions, Refusal, apply};
 pub use cleanup::{cleanup, recovery};
 pub use revert::{RevertError, revert};
 
+use crate::addr::Gva;
 use crate::change::Change;
 use crate::place::Record;
 use crate::unwind::{OldFunction, PatchCode};
+use std::ops::Range;
 
 /// What is going to be done.
 #[derive(Debug, Clone)]
@@ -23,6 +26,8 @@ pub struct Plan {
     pub paused: Vec<Change>,
     /// What must be on no stack when `paused` is made.
     pub occupied: Vec<OldFunction>,
+    /// What nobody may be reading then: memory that the guest knows, and that is going to be wiped.
+    pub unread: Range<Gva>,
     /// Code of all patches that the guest holds: what stacks may lead through.
     pub laid: Vec<PatchCode>,
     /// The patch it is about.

@@ -1,6 +1,6 @@
 //! The plan of taking a patch out.
 
-use super::Plan;
+use super::{Plan, known};
 use crate::addr::Gva;
 use crate::change::Change;
 use crate::kernel::{KernelError, Live, ftrace, tracers};
@@ -27,6 +27,16 @@ pub enum RevertError {
         /// The function.
         function: String,
     },
+    /// Somebody in the guest uses the patch's module.
+    #[error(
+        "{id} is in use: the guest holds {references} references to its module; end what traces or probes it first"
+    )]
+    InUse {
+        /// The patch.
+        id: String,
+        /// How many.
+        references: u32,
+    },
     /// The guest could not be read.
     #[error("reading the guest's kernel")]
     Kernel(#[from] KernelError),
@@ -49,6 +59,10 @@ pub fn revert(live: &Live<'_>, registry: &Registry, id: &str) -> Result<Plan, Re
     // What is original already was put back by a vmpatch that was killed in this pause, and its supervisor with it.
     let undone = record.changes.iter().rev().map(Change::undone);
     paused.extend(undone.filter(|change| change.verify(live.memory).is_err()));
+    if let Some(module) = &record.known {
+        paused.extend(known::unused(live, id, module)?);
+        paused.extend(known::forget(live, module)?);
+    }
     paused.extend(wipe_text(live, registry, entry, record)?);
     paused.push(registry.state_change(entry.slot, State::Applied, State::Reverted));
     let text = Gva(record.text.start)..Gva(record.text.start.saturating_add(record.text.len));
@@ -60,6 +74,7 @@ pub fn revert(live: &Live<'_>, registry: &Registry, id: &str) -> Result<Plan, Re
         before: Vec::new(),
         paused,
         occupied,
+        unread: record.known_memory(),
         laid: registry.laid_code(),
         record: record.clone(),
     })

@@ -32,6 +32,8 @@ pub(super) struct TaskLayout {
     pub frame_bytes: u64,
     /// `THREAD_SIZE`.
     pub stack_bytes: u64,
+    /// `rcu_read_lock_nesting`, an int, where a task may lose its CPU within a section (`CONFIG_PREEMPT_RCU`).
+    pub rcu_nesting: Option<u64>,
 }
 
 impl TaskLayout {
@@ -67,6 +69,7 @@ impl TaskLayout {
             frame_ret: frame.offset("ret_addr")?,
             frame_bytes: frame.size(),
             stack_bytes: stack_bytes(view)?,
+            rcu_nesting: task.try_member("rcu_read_lock_nesting").map(|member| member.offset()),
         })
     }
 }

@@ -43,6 +43,7 @@ impl Look<'_> {
             return Err(Why::StackPointer { sp });
         }
         let finding = self.scan_from(&stack, sp, buffer)?;
+        self.require_unread(task, finding.data, false)?;
         let Some(hidden) = self.needs_walk(task, finding)? else {
             return Ok(State::Clear);
         };
@@ -92,6 +93,7 @@ impl Look<'_> {
                 finding = merge(finding, self.scan_if_mapped(stack, buffer)?);
             }
         }
+        self.require_unread(task, finding.data, true)?;
         let Some(hidden) = self.needs_walk(task, finding)? else {
             return Ok(State::Clear);
         };
@@ -135,6 +137,19 @@ impl Look<'_> {
             Err(_) if stack.kind == StackKind::Exception => Ok(Finding::default()),
             finding => finding,
         }
+    }
+
+    /// Demands that a task does not read what is going to be wiped, where it has an address of that. Whoever reads a list of
+    /// modules or the tree does so with preemption off, or in a section of RCU that the task counts: a task that is off its CPU
+    /// outside of such a section has only forgotten the word on its stack.
+    fn require_unread(&self, task: Gva, word: Option<u64>, runs: bool) -> Result<(), Why> {
+        let Some(word) = word else { return Ok(()) };
+        let may_read = match self.layout.rcu_nesting {
+            _ if runs => true,
+            Some(nesting) => self.word(task.wrapping_add(nesting))? & 0xffff_ffff != 0,
+            None => false,
+        };
+        if may_read { Err(Why::Reads { word }) } else { Ok(()) }
     }
 
     /// What a walk needs, the task's return addresses in flight, where the scan alone does not say that all is clear.
@@ -189,5 +204,6 @@ fn merge(one: Finding, other: Finding) -> Finding {
         old: one.old.or(other.old),
         hidden: one.hidden || other.hidden,
         unknown: one.unknown.or(other.unknown),
+        data: one.data.or(other.data),
     }
 }

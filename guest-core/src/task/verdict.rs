@@ -45,6 +45,12 @@ pub enum Why {
     /// It ran, and was not looked at since.
     #[error("it was not looked at since it ran")]
     NotLookedAt,
+    /// It may be reading what is going to be wiped.
+    #[error("it has the address {word:#x}, in the patch's module, and may be reading there")]
+    Reads {
+        /// The address.
+        word: u64,
+    },
     /// The stacks of the tasks before it took all that a look may take.
     #[error("the guest has more stacks to unwind than are looked at")]
     TooManyFrames,

@@ -30,6 +30,7 @@ pub struct OldCode {
     /// Sorted by start.
     functions: Vec<OldFunction>,
     span: Range<u64>,
+    data: Range<u64>,
 }
 
 impl OldCode {
@@ -41,7 +42,15 @@ impl OldCode {
         Self {
             functions,
             span: start..end,
+            data: 0..0,
         }
+    }
+
+    /// The same, with memory that nobody may be reading: it is going to be wiped.
+    #[must_use]
+    pub fn with_data(mut self, data: &Range<Gva>) -> Self {
+        self.data = data.start.0..data.end.0;
+        self
     }
 
     /// The function in which the instruction at `at` lies.
@@ -83,12 +92,14 @@ pub struct Finding {
     pub hidden: bool,
     /// A word that may point into unknown code.
     pub unknown: Option<u64>,
+    /// A word that points into memory that nobody may be reading.
+    pub data: Option<u64>,
 }
 
 impl Finding {
     /// True where nothing was found that could mean an old function.
     pub fn is_clear(&self) -> bool {
-        *self == Self::default()
+        self.old.is_none() && !self.hidden && self.unknown.is_none()
     }
 }
 
@@ -116,6 +127,8 @@ fn look_at(word: u64, old: &OldCode, code: &CodeMap, returns: &Returns, finding:
     }
     if old.at_word(word).is_some() {
         finding.old = finding.old.or(Some(word));
+    } else if old.data.contains(&word) {
+        finding.data = finding.data.or(Some(word));
     } else if returns.concerns(word) {
         finding.hidden = true;
     } else if code.may_be_unknown_code(word) {

@@ -329,7 +329,9 @@ impl Build {
         }
         self.put(WORDS + 0x1000, text.as_bytes());
         self.name('D', "ftrace_list_end", LISTS + 0x800);
-        for (index, name) in ["klp_patches", "modules"].into_iter().enumerate() {
+        self.name('d', "mod_tree", LISTS + 0x900);
+        self.put_u64(LISTS + 0x900 + 24, u64::MAX);
+        for (index, name) in ["klp_patches", "modules", "module_bug_list"].into_iter().enumerate() {
             let at = LISTS + 16 * index as u64;
             self.name('d', name, at);
             self.put_u64(at, at);

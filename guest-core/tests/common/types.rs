@@ -27,7 +27,7 @@ enum Type {
 use Type::{Bits, Bytes, I32, Pointer, Struct, Structs, U8, U16, U32, U64};
 
 /// Every struct: name, size in bytes, members.
-const STRUCTS: [(&str, u32, &[Member]); 38] = [
+const STRUCTS: &[(&str, u32, &[Member])] = &[
     ("list_head", 16, &[("next", 0, U64), ("prev", 8, U64)]),
     ("kernel_symbol", 12, &[("value_offset", 0, I32)]),
     (
@@ -94,7 +94,56 @@ const STRUCTS: [(&str, u32, &[Member]); 38] = [
         32,
         &[("symtab", 0, U64), ("num_symtab", 8, U32), ("strtab", 16, U64)],
     ),
-    ("module_memory", 16, &[("base", 0, U64), ("size", 8, U32)]),
+    (
+        "rb_node",
+        24,
+        &[
+            ("__rb_parent_color", 0, U64),
+            ("rb_right", 8, U64),
+            ("rb_left", 16, U64),
+        ],
+    ),
+    ("rb_root", 8, &[("rb_node", 0, U64)]),
+    ("latch_tree_node", 48, &[("node", 0, Structs("rb_node", 2))]),
+    ("seqcount", 4, &[("sequence", 0, U32)]),
+    ("seqcount_latch", 4, &[("seqcount", 0, Struct("seqcount"))]),
+    (
+        "latch_tree_root",
+        24,
+        &[("seq", 0, Struct("seqcount_latch")), ("tree", 8, Structs("rb_root", 2))],
+    ),
+    (
+        "mod_tree_root",
+        40,
+        &[
+            ("root", 0, Struct("latch_tree_root")),
+            ("addr_min", 24, U64),
+            ("addr_max", 32, U64),
+        ],
+    ),
+    (
+        "mod_tree_node",
+        56,
+        &[("mod", 0, U64), ("node", 8, Struct("latch_tree_node"))],
+    ),
+    (
+        "module_memory",
+        72,
+        &[("base", 0, U64), ("size", 8, U32), ("mtn", 16, Struct("mod_tree_node"))],
+    ),
+    ("exception_table_entry", 12, &[("insn", 0, I32)]),
+    ("bug_entry", 12, &[("bug_addr_disp", 0, I32)]),
+    (
+        "module_use",
+        48,
+        &[
+            ("source_list", 0, Struct("list_head")),
+            ("target_list", 16, Struct("list_head")),
+            ("source", 32, U64),
+            ("target", 40, U64),
+        ],
+    ),
+    ("atomic_t", 4, &[("counter", 0, U32)]),
     (
         "mod_arch_specific",
         24,
@@ -102,13 +151,24 @@ const STRUCTS: [(&str, u32, &[Member]); 38] = [
     ),
     (
         "module",
-        512,
+        1024,
         &[
+            ("state", 0, U32),
             ("list", 8, Struct("list_head")),
             ("name", 24, Bytes(56)),
+            ("num_exentries", 80, U32),
+            ("extable", 88, U64),
             ("mem", 96, Structs("module_memory", 7)),
-            ("arch", 256, Struct("mod_arch_specific")),
-            ("kallsyms", 288, U64),
+            ("arch", 600, Struct("mod_arch_specific")),
+            ("taints", 624, U64),
+            ("num_bugs", 632, U32),
+            ("bug_list", 640, Struct("list_head")),
+            ("bug_table", 656, U64),
+            ("kallsyms", 664, U64),
+            ("core_kallsyms", 672, Struct("mod_kallsyms")),
+            ("source_list", 704, Struct("list_head")),
+            ("target_list", 720, Struct("list_head")),
+            ("refcnt", 736, Struct("atomic_t")),
         ],
     ),
     ("thread_struct", 64, &[("sp", 24, U64)]),
@@ -225,14 +285,17 @@ const ORC: [Member; 6] = [
 ];
 
 /// Values of enumerators.
-const ENUMERATORS: [(&str, u32); 7] = [
+const ENUMERATORS: &[(&str, u32)] = &[
     ("FTRACE_FL_ENABLED", 1 << 31),
     ("FTRACE_FL_DISABLED", 1 << 25),
     ("FTRACE_FL_IPMODIFY", 1 << 28),
     ("FTRACE_OPS_FL_SAVE_REGS", 1 << 2),
     ("MOD_TEXT", 0),
+    ("MOD_DATA", 1),
+    ("MOD_RODATA", 2),
     ("MOD_INIT_TEXT", 4),
     ("SYSTEM_RUNNING", 3),
+    ("MODULE_STATE_LIVE", 0),
 ];
 
 /// `struct mutex` with PREEMPT_RT.
@@ -249,7 +312,7 @@ pub fn blob(realtime: bool) -> Vec<u8> {
         b.int("u64", 8),
     ];
     let mut structs: Vec<(&str, u32)> = Vec::new();
-    for plain in STRUCTS {
+    for &plain in STRUCTS {
         let (name, size, members) = if realtime && plain.0 == RT_MUTEX.0 {
             RT_MUTEX
         } else {
@@ -270,7 +333,7 @@ pub fn blob(realtime: bool) -> Vec<u8> {
         })
         .collect();
     b.composite("orc_entry", STRUCT | super::btf::KIND_FLAG, 6, &members);
-    b.enumeration("", false, &ENUMERATORS);
+    b.enumeration("", false, ENUMERATORS);
     b.bytes()
 }
 

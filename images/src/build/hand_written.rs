@@ -33,11 +33,15 @@ pub enum Applied {
     /// `__x64_sys_sysinfo`, with a line for the kernel's log, in which `vmpatch test: sysinfo of ` and the task's command
     /// stand.
     Printk,
+    /// `__x64_sys_sysinfo`, with instructions that may fault on a user's address.
+    Faults,
+    /// `__x64_sys_sysinfo`, which warns at its first call.
+    Warns,
 }
 
 impl Applied {
     /// All of them.
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 11] = [
         Self::Pair,
         Self::Pause,
         Self::Kstrtoint,
@@ -47,6 +51,8 @@ impl Applied {
         Self::Kpatch,
         Self::KlpBuild,
         Self::Printk,
+        Self::Faults,
+        Self::Warns,
     ];
 
     /// The program that sees its effect.
@@ -68,7 +74,7 @@ impl Applied {
             Self::Pair => &["__do_sys_sysinfo", "si_meminfo"],
             Self::Pause | Self::StaticCall | Self::Kpatch | Self::KlpBuild => &["__x64_sys_pause"],
             Self::Kstrtoint => &["kstrtoint"],
-            Self::Symbols | Self::Sections | Self::Printk => &["__x64_sys_sysinfo"],
+            Self::Symbols | Self::Sections | Self::Printk | Self::Faults | Self::Warns => &["__x64_sys_sysinfo"],
         }
     }
 
@@ -95,6 +101,8 @@ impl Applied {
             Self::Kpatch => ("kpatch", text!("kpatch")),
             Self::KlpBuild => ("klp_build", text!("klp_build")),
             Self::Printk => ("printk", text!("printk")),
+            Self::Faults => ("faults", text!("faults")),
+            Self::Warns => ("warns", text!("warns")),
         }
     }
 }
@@ -115,10 +123,6 @@ pub enum Refused {
     TooShort,
     /// Has a `__jump_table`.
     JumpTable,
-    /// Has an `__ex_table`.
-    ExceptionTable,
-    /// Has a `__bug_table`.
-    BugTable,
     /// Has `.data..percpu`.
     PercpuData,
     /// Wants a callback to run before it is applied.
@@ -133,15 +137,13 @@ pub enum Refused {
 
 impl Refused {
     /// All of them.
-    pub const ALL: [Self; 13] = [
+    pub const ALL: [Self; 11] = [
         Self::Unresolved,
         Self::Missing,
         Self::Ambiguous,
         Self::NoSuchPosition,
         Self::TooShort,
         Self::JumpTable,
-        Self::ExceptionTable,
-        Self::BugTable,
         Self::PercpuData,
         Self::Callbacks,
         Self::OtherObject,
@@ -169,8 +171,6 @@ impl Refused {
             Self::NoSuchPosition => ("no_such_position", text!("refused/no_such_position")),
             Self::TooShort => ("too_short", text!("refused/too_short")),
             Self::JumpTable => ("jump_table", text!("refused/jump_table")),
-            Self::ExceptionTable => ("exception_table", text!("refused/exception_table")),
-            Self::BugTable => ("bug_table", text!("refused/bug_table")),
             Self::PercpuData => ("percpu_data", text!("refused/percpu_data")),
             Self::Callbacks => ("callbacks", text!("refused/callbacks")),
             Self::OtherObject => ("other_object", text!("refused/other_object")),

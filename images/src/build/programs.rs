@@ -17,8 +17,9 @@ use crate::cache::{self, Cache};
 use crate::command;
 
 /// Names and texts of all programs.
-const PROGRAMS: [(&str, &str); 17] = [
+const PROGRAMS: [(&str, &str); 19] = [
     ("assoclen", include_str!("../../programs/assoclen.c")),
+    ("faults", include_str!("../../programs/faults.c")),
     ("kstrtoint", include_str!("../../programs/kstrtoint.c")),
     ("lsrr", include_str!("../../programs/lsrr.c")),
     ("msgid", include_str!("../../programs/msgid.c")),
@@ -35,6 +36,7 @@ const PROGRAMS: [(&str, &str); 17] = [
     ("tmpfile", include_str!("../../programs/tmpfile.c")),
     ("tracefilter", include_str!("../../programs/tracefilter.c")),
     ("txqueue", include_str!("../../programs/txqueue.c")),
+    ("warns", include_str!("../../programs/warns.c")),
 ];
 
 /// The headers that they share.

@@ -1,0 +1,288 @@
+//! What the guest knows of a patch: a module like any other, so that faults in its code are fixed up, WARN warns, and stacks
+//! lead through it by name.
+//!
+//! In the order of use:
+//! - [`Layout`]: how this kernel keeps its modules, from its BTF and symbols;
+//! - [`Description`]: what there is to know of a patch that has been linked;
+//! - [`Registration`]: the bytes of its `struct module` and tables, and the changes that let the guest find them;
+//! - [`Known`]: what the registry keeps of that; [`Known::unregister`] gives the changes that make the guest forget it.
+//!
+//! The module is on the list of modules and in the tree that addresses are looked up in (kernel/module/main.c,
+//! `add_unformed_module`; kernel/module/tree_lookup.c), and on the list that WARN and BUG are looked up in (lib/bug.c,
+//! `module_bug_finalize`). In sysfs it is not: that takes memory from the guest's allocators. Nothing in the kernel asks a
+//! module for its kobject that has no parameters, no user in another module, and is never unloaded; the last two are
+//! prevented by letting the module use itself.
+
+mod layout;
+mod list;
+mod object;
+mod rb_tree;
+mod words;
+
+#[cfg(test)]
+mod tests;
+
+pub use layout::Layout;
+pub use object::Description;
+
+use crate::addr::Gva;
+use crate::change::Change;
+use crate::kernel::{KernelError, Live};
+use crate::memory::VirtMemory;
+use crate::module::{PlacedSymbol, Table};
+use layout::Memory;
+use object::Symbols;
+use rb_tree::Tree;
+use serde::{Deserialize, Serialize};
+use words::{Words, damaged, unreadable};
+
+/// What the changes of the tree are called.
+const TREE: &str = "the guest's tree of modules";
+/// What the changes of the lists are called.
+const LISTS: &str = "the guest's lists of modules";
+/// Latches: each change of the tree counts twice (include/linux/rbtree_latch.h, `latch_tree_insert`).
+const COUNTS: u32 = 2;
+
+/// A patch as the registry of the guest's modules has it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Known {
+    /// Guest-virtual address of its `struct module`.
+    pub module: u64,
+    /// The tree's sequence number before and after.
+    pub sequence: [u32; 2],
+    /// Lowest and highest address of all modules before the first patch.
+    pub bounds: [u64; 2],
+    /// The words of the tree that were changed.
+    pub tree: Vec<Change>,
+}
+
+/// What makes a patch known.
+#[derive(Debug, Clone)]
+pub struct Registration {
+    /// Bytes of the `struct module`, to be laid at the end of the patch's data.
+    pub module: Vec<u8>,
+    /// Bytes of its symbol tables, to be laid at the end of its read-only data.
+    pub symbols: Vec<u8>,
+    /// The changes that link it. To be made in a pause, while nobody holds `module_mutex`.
+    pub changes: Vec<Change>,
+    /// What is to be kept of it.
+    pub known: Known,
+}
+
+/// Room that being known takes behind a patch's own read-only data and data: where it begins, and the area's whole length.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Room {
+    /// Offset of the symbol tables in the read-only data.
+    pub symbols: u64,
+    /// Bytes of the read-only data with them.
+    pub rodata: u64,
+    /// Offset of the `struct module` in the data.
+    pub module: u64,
+    /// Bytes of the data with it.
+    pub data: u64,
+}
+
+impl Layout {
+    /// The room behind `rodata` and `data` bytes of a patch's own.
+    pub fn room(&self, symbols: &[PlacedSymbol<'_>], rodata: u64, data: u64) -> Room {
+        let (tables, module) = (rodata.next_multiple_of(8), object::behind(data));
+        Room {
+            symbols: tables,
+            rodata: tables.saturating_add(Symbols::len(symbols)),
+            module,
+            data: module.saturating_add(self.object_bytes()),
+        }
+    }
+
+    /// Plans to let the guest know the module that `description` tells of, whose own parts are laid out with `room`.
+    /// `others` are the patches that it knows already.
+    pub fn register<'k>(
+        &self,
+        live: &Live<'_>,
+        description: &Description<'_>,
+        room: &Room,
+        others: impl Iterator<Item = &'k Known>,
+    ) -> Result<Registration, KernelError> {
+        require_rows("__ex_table", &description.fixups, self.fixup_bytes())?;
+        require_rows("__bug_table", &description.bugs, self.bug_bytes())?;
+        let btf = &live.kernel.btf;
+        let at = description.bases.data.wrapping_add(room.module);
+        let symbols_at = description.bases.rodata.wrapping_add(room.symbols);
+        let symbols = Symbols::of(description);
+        let bytes = object::module(btf, self, at, description, (symbols_at, &symbols))?;
+        let mut lists = Words::new(live, at, bytes);
+        let in_module = |path: &str| Ok::<_, KernelError>(at.wrapping_add(btf.structure("module")?.offset(path)?));
+        if self.use_bytes != 0 {
+            self.use_itself(live, &mut lists, at)?;
+        }
+        list::add_first(&mut lists, self.modules, in_module("list")?)?;
+        list::add_first(&mut lists, self.bugs, in_module("bug_list")?)?;
+        let (bytes, mut changes) = lists.finish(live, LISTS)?;
+
+        let mut tree = Words::new(live, at, bytes);
+        let mut inserted = 0;
+        for memory in &self.memories {
+            for (node, root_at) in self.nodes_of(live, at, memory)?.into_iter().zip(self.roots) {
+                self.tree(&mut tree, root_at, node.1).insert(node.0)?;
+            }
+            inserted += COUNTS;
+        }
+        let bounds = [tree.get(self.bounds[0])?, tree.get(self.bounds[1])?];
+        let ranges: Vec<_> = self
+            .memories
+            .iter()
+            .map(|memory| description.range(memory.covers))
+            .collect();
+        let lowest = ranges.iter().map(|range| range.start.0).fold(bounds[0], u64::min);
+        let highest = ranges.iter().map(|range| range.end.0).fold(bounds[1], u64::max);
+        tree.set(self.bounds[0], lowest)?;
+        tree.set(self.bounds[1], highest)?;
+        let (module, tree) = tree.finish(live, TREE)?;
+        changes.extend(tree.iter().cloned());
+        let before = self.sequence(live)?;
+        let sequence = [before, before.wrapping_add(inserted)];
+        changes.push(self.sequence_change(live, sequence)?);
+        let bounds = others.map(|other| other.bounds).next().unwrap_or(bounds);
+        let known = Known {
+            module: at.0,
+            sequence,
+            bounds,
+            tree,
+        };
+        let symbols = symbols.bytes;
+        Ok(Registration {
+            module,
+            symbols,
+            changes,
+            known,
+        })
+    }
+
+    /// Lets the module at `at` have itself as its only user.
+    fn use_itself(&self, live: &Live<'_>, words: &mut Words<'_>, at: Gva) -> Result<(), KernelError> {
+        let btf = &live.kernel.btf;
+        let (module, used) = (btf.structure("module")?, btf.structure("module_use")?);
+        for list in ["source_list", "target_list"] {
+            let head = at.wrapping_add(module.offset(list)?);
+            let node = at.wrapping_add(self.module_bytes).wrapping_add(used.offset(list)?);
+            list::init(words, head)?;
+            list::add_first(words, head, node)?;
+        }
+        Ok(())
+    }
+
+    /// The two nodes of a part of the memory of the module at `at`, each with the distance to its key.
+    fn nodes_of(&self, live: &Live<'_>, at: Gva, memory: &Memory) -> Result<[(Gva, i64); 2], KernelError> {
+        let part = at.wrapping_add(live.kernel.btf.structure("module")?.offset(&memory.path)?);
+        Ok(self
+            .nodes
+            .map(|node| (part.wrapping_add(node), self.base.wrapping_sub(node).cast_signed())))
+    }
+
+    fn tree<'w, 'a>(&self, words: &'w mut Words<'a>, root_at: Gva, key: i64) -> Tree<'w, 'a> {
+        Tree {
+            words,
+            layout: self.node,
+            root_at,
+            key,
+        }
+    }
+
+    fn sequence(&self, live: &Live<'_>) -> Result<u32, KernelError> {
+        live.read_u32(self.sequence)
+            .map_err(|source| unreadable(self.sequence, source))
+    }
+
+    fn sequence_change(&self, live: &Live<'_>, [old, new]: [u32; 2]) -> Result<Change, KernelError> {
+        let (gpa, _) = live
+            .physical(self.sequence)
+            .map_err(|source| unreadable(self.sequence, source))?;
+        let (old, new) = (old.to_le_bytes().into(), new.to_le_bytes().into());
+        Ok(Change::replace(TREE, gpa, old, new))
+    }
+}
+
+impl Known {
+    /// The changes that make the guest forget the module, from whatever its lists and its tree are like now. To be made in a
+    /// pause, while nobody holds `module_mutex`.
+    pub fn unregister(&self, live: &Live<'_>, layout: &Layout) -> Result<Vec<Change>, KernelError> {
+        let at = Gva(self.module);
+        let module = live.kernel.btf.structure("module")?;
+        let mut lists = Words::new(live, Gva(0), Vec::new());
+        for node in ["list", "bug_list"] {
+            list::remove(&mut lists, at.wrapping_add(module.offset(node)?))?;
+        }
+        let (_, mut changes) = lists.finish(live, LISTS)?;
+        let sequence = layout.sequence(live)?;
+        if self.sequence.contains(&sequence) {
+            // Nobody has changed the tree since: every word of it is as it was before or after.
+            for change in self.tree.iter().rev() {
+                let foreign = |error: crate::change::ChangeError| damaged(error.to_string(), "the tree of modules");
+                let (now, old) = (
+                    change.current(live.memory).map_err(foreign)?,
+                    change.restored(live.memory).map_err(foreign)?,
+                );
+                if now != old {
+                    changes.push(Change::replace(TREE, change.gpa(), now, old));
+                }
+            }
+            if sequence != self.sequence[0] {
+                changes.push(layout.sequence_change(live, [sequence, self.sequence[0]])?);
+            }
+            return Ok(changes);
+        }
+        let mut tree = Words::new(live, Gva(0), Vec::new());
+        let mut after = sequence;
+        for memory in &layout.memories {
+            for ((node, key), root_at) in layout.nodes_of(live, at, memory)?.into_iter().zip(layout.roots) {
+                layout.tree(&mut tree, root_at, key).remove(node)?;
+            }
+            after = after.wrapping_add(COUNTS);
+        }
+        self.narrow_bounds(live, layout, &mut tree)?;
+        changes.extend(tree.finish(live, TREE)?.1);
+        changes.push(layout.sequence_change(live, [sequence, after])?);
+        Ok(changes)
+    }
+
+    /// Brings the bounds back to what they were before the first patch, as far as what is in the tree allows.
+    fn narrow_bounds(&self, live: &Live<'_>, layout: &Layout, words: &mut Words<'_>) -> Result<(), KernelError> {
+        let key = layout.base.wrapping_sub(layout.nodes[0]).cast_signed();
+        let Some([first, last]) = layout.tree(words, layout.roots[0], key).ends()? else {
+            words.set(layout.bounds[0], self.bounds[0])?;
+            return words.set(layout.bounds[1], self.bounds[1]);
+        };
+        let size = layout.size.wrapping_sub(layout.nodes[0]).cast_signed();
+        let base = |words: &Words<'_>, node: Gva| words.get(node.wrapping_offset(key));
+        let lowest = base(words, first)?;
+        let bytes = live
+            .read_u32(last.wrapping_offset(size))
+            .map_err(|source| unreadable(last, source))?;
+        let highest = base(words, last)?.wrapping_add(bytes.into());
+        words.set(layout.bounds[0], self.bounds[0].min(lowest))?;
+        words.set(layout.bounds[1], self.bounds[1].max(highest))
+    }
+
+    /// The number of references to the module that nobody but vmpatch has taken, as a change that changes nothing; `None` where
+    /// modules can't be unloaded, so that nobody counts.
+    pub fn references(&self, live: &Live<'_>) -> Result<Option<(u32, Change)>, KernelError> {
+        let Some(member) = live.kernel.btf.structure("module")?.try_member("refcnt.counter") else {
+            return Ok(None);
+        };
+        let at = Gva(self.module).wrapping_add(member.offset());
+        let count = live.read_u32(at).map_err(|source| unreadable(at, source))?;
+        let (gpa, _) = live.physical(at).map_err(|source| unreadable(at, source))?;
+        let unused: Vec<u8> = object::REFERENCES.to_le_bytes().into();
+        let change = Change::replace("references to the patch's module", gpa, unused.clone(), unused);
+        Ok(Some((count.saturating_sub(object::REFERENCES), change)))
+    }
+}
+
+/// The rows of a table must be as long as this kernel takes them for.
+fn require_rows(name: &str, table: &Table, expected: u64) -> Result<(), KernelError> {
+    if table.count == 0 || table.row_bytes == expected {
+        return Ok(());
+    }
+    let found = format!("rows of {} bytes in {name}", table.row_bytes);
+    Err(damaged(found, &format!("rows of {expected}")))
+}

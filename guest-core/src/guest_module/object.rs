@@ -1,0 +1,224 @@
+//! The bytes of a `struct module`, and of the symbol tables that it points at.
+
+use super::layout::{ALIGN, Covers, Layout, SYMBOL_BYTES};
+use crate::addr::Gva;
+use crate::btf::{Btf, Struct};
+use crate::kernel::KernelError;
+use crate::module::{Bases, PlacedSymbol, Table};
+use crate::paging::PAGE_SIZE;
+use std::ops::Range;
+
+/// Bit of `module.taints` for code that does not come with the kernel, and for livepatches: `TAINT_OOT_MODULE` and
+/// `TAINT_LIVEPATCH` (include/linux/panic.h; the numbers are ABI, Documentation/admin-guide/tainted-kernels.rst).
+const TAINT_OUT_OF_TREE: u64 = 1 << 12;
+const TAINT_LIVEPATCH: u64 = 1 << 15;
+/// `module.refcnt` of a module with one user: `MODULE_REF_BASE` (kernel/module/main.c) and that.
+pub(super) const REFERENCES: u32 = 2;
+/// A section index that stands for no section of the file: `SHN_ABS`.
+const ABSOLUTE: u16 = 0xfff1;
+/// Kinds of an ELF symbol: `STT_OBJECT`, `STT_FUNC`.
+const OBJECT: u8 = 1;
+const FUNCTION: u8 = 2;
+/// Longest symbol name that the oldest kernels take, its end counted (`KSYM_NAME_LEN` up to 6.0).
+const NAME_BYTES_MAX: usize = 128;
+
+/// What the guest is to know of a patch.
+#[derive(Debug, Clone)]
+pub struct Description<'a> {
+    /// Its name.
+    pub name: &'a str,
+    /// True where it says of itself that it comes with the kernel.
+    pub in_tree: bool,
+    /// Where its areas are.
+    pub bases: Bases,
+    /// Bytes of its text, read-only data and data.
+    pub sizes: [u64; 3],
+    /// Its ORC tables: distances, entries, and how many.
+    pub orc: (Gva, Gva, u64),
+    /// Its fault fixups.
+    pub fixups: Table,
+    /// Its places of WARN and BUG.
+    pub bugs: Table,
+    /// Its symbols.
+    pub symbols: Vec<PlacedSymbol<'a>>,
+}
+
+impl Description<'_> {
+    /// The address range of what a part of the module's memory covers: whole pages.
+    pub(super) fn range(&self, covers: Covers) -> Range<Gva> {
+        let area = |base: Gva, size: u64| base..base.wrapping_add(size.next_multiple_of(PAGE_SIZE));
+        let [text, rodata, data] = self.sizes;
+        match covers {
+            Covers::Text => area(self.bases.text, text),
+            Covers::RoData => area(self.bases.rodata, rodata),
+            Covers::Data => area(self.bases.data, data),
+            Covers::All => self.bases.text..area(self.bases.data, data).end,
+        }
+    }
+}
+
+/// Symbol tables as a module has them in memory: ELF symbols, their names, and a letter for each.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(super) struct Symbols {
+    pub bytes: Vec<u8>,
+    pub count: u64,
+    /// Offsets of names and letters.
+    pub names: u64,
+    pub letters: u64,
+}
+
+impl Symbols {
+    /// Bytes of the tables for these symbols.
+    pub fn len(symbols: &[PlacedSymbol<'_>]) -> u64 {
+        // The first symbol is none, and so is the first name.
+        let count = symbols.len() as u64 + 1;
+        let names: usize = symbols.iter().map(|symbol| short(symbol.name).len() + 1).sum();
+        count * SYMBOL_BYTES + (1 + names as u64) + count
+    }
+
+    /// Writes the tables.
+    pub fn of(description: &Description<'_>) -> Self {
+        use crate::module::AreaKind;
+        let (mut table, mut names, mut letters) = (vec![0; SYMBOL_BYTES as usize], vec![0], vec![b'?']);
+        for symbol in &description.symbols {
+            let (base, letter) = match symbol.area {
+                AreaKind::Text => (description.bases.text, b't'),
+                AreaKind::RoData => (description.bases.rodata, b'r'),
+                AreaKind::Data => (description.bases.data, b'd'),
+                AreaKind::Scratch => continue,
+            };
+            let kind = if symbol.is_function { FUNCTION } else { OBJECT };
+            let at = u32::try_from(names.len()).unwrap_or(0);
+            table.extend(at.to_le_bytes());
+            table.extend([kind, 0]);
+            table.extend(ABSOLUTE.to_le_bytes());
+            table.extend(base.wrapping_add(symbol.offset).0.to_le_bytes());
+            table.extend(symbol.size.to_le_bytes());
+            names.extend(short(symbol.name));
+            names.push(0);
+            letters.push(letter);
+        }
+        let count = letters.len() as u64;
+        let (names_at, letters_at) = (table.len() as u64, (table.len() + names.len()) as u64);
+        Self {
+            bytes: [table, names, letters].concat(),
+            count,
+            names: names_at,
+            letters: letters_at,
+        }
+    }
+}
+
+/// As much of a name as every kernel's buffers hold.
+fn short(name: &str) -> &[u8] {
+    let bytes = name.as_bytes();
+    bytes.get(..NAME_BYTES_MAX - 1).unwrap_or(bytes)
+}
+
+/// A structure being filled.
+struct Object<'b> {
+    layout: Struct<'b>,
+    bytes: Vec<u8>,
+}
+
+impl<'b> Object<'b> {
+    fn new(btf: &'b Btf, name: &str) -> Result<Self, KernelError> {
+        let layout = btf.structure(name)?;
+        let bytes = vec![0; usize::try_from(layout.size()).unwrap_or(0)];
+        Ok(Self { layout, bytes })
+    }
+
+    /// Gives a member, of up to 8 bytes, its value.
+    fn put(&mut self, path: &str, value: u64) -> Result<(), KernelError> {
+        let member = self.layout.member(path)?;
+        let len = usize::try_from(member.size.min(8)).unwrap_or(0);
+        self.put_bytes(path, value.to_le_bytes().get(..len).unwrap_or_default())
+    }
+
+    /// The same for a member that not every kernel has.
+    fn put_if_there(&mut self, path: &str, value: u64) -> Result<(), KernelError> {
+        match self.layout.try_member(path) {
+            Some(_) => self.put(path, value),
+            None => Ok(()),
+        }
+    }
+
+    fn put_bytes(&mut self, path: &str, value: &[u8]) -> Result<(), KernelError> {
+        let start = usize::try_from(self.layout.offset(path)?).unwrap_or(usize::MAX);
+        let slot = self.bytes.get_mut(start..start.saturating_add(value.len()));
+        let slot =
+            slot.ok_or_else(|| super::words::damaged(format!("{path} past its end"), "a member of struct module"))?;
+        slot.copy_from_slice(value);
+        Ok(())
+    }
+}
+
+/// The `struct module` that is going to be at `at`, and the user that keeps it loaded behind it; `symbols` are at
+/// `symbols_at`. What links it with others is still zero.
+pub(super) fn module(
+    btf: &Btf,
+    layout: &Layout,
+    at: Gva,
+    description: &Description<'_>,
+    (symbols_at, symbols): (Gva, &Symbols),
+) -> Result<Vec<u8>, KernelError> {
+    let mut module = Object::new(btf, "module")?;
+    module.put("state", btf.enumerator("MODULE_STATE_LIVE")?.cast_unsigned())?;
+    let room = usize::try_from(module.layout.member("name")?.size).unwrap_or(0);
+    if description.name.len() >= room {
+        return Err(super::words::damaged(
+            format!("the name {} of {} bytes", description.name, description.name.len()),
+            &format!("less than {room}"),
+        ));
+    }
+    module.put_bytes("name", description.name.as_bytes())?;
+    for memory in &layout.memories {
+        let range = description.range(memory.covers);
+        let bytes = range.end.0.wrapping_sub(range.start.0);
+        let path = |member: &str| format!("{}.{member}", memory.path);
+        module.put(&path("base"), range.start.0)?;
+        module.put(&path("size"), bytes)?;
+        module.put(&path("mtn.mod"), at.0)?;
+        if memory.covers == Covers::All {
+            let fixed = description.bases.data.0.wrapping_sub(range.start.0);
+            let text = description.bases.rodata.0.wrapping_sub(range.start.0);
+            for (member, bytes) in [("text_size", text), ("ro_size", fixed), ("ro_after_init_size", fixed)] {
+                module.put(&path(member), bytes)?;
+            }
+        }
+    }
+    let (ips, entries, count) = description.orc;
+    if count != 0 {
+        module.put("arch.orc_unwind_ip", ips.0)?;
+        module.put("arch.orc_unwind", entries.0)?;
+        module.put("arch.num_orcs", count)?;
+    }
+    module.put("extable", description.fixups.at.0)?;
+    module.put("num_exentries", description.fixups.count)?;
+    module.put("bug_table", description.bugs.at.0)?;
+    module.put("num_bugs", description.bugs.count)?;
+    let out_of_tree = if description.in_tree { 0 } else { TAINT_OUT_OF_TREE };
+    module.put("taints", TAINT_LIVEPATCH | out_of_tree)?;
+    module.put_if_there("klp", 1)?;
+    let tables = at.wrapping_add(module.layout.offset("core_kallsyms")?);
+    module.put("kallsyms", tables.0)?;
+    module.put("core_kallsyms.symtab", symbols_at.0)?;
+    module.put("core_kallsyms.num_symtab", symbols.count)?;
+    module.put("core_kallsyms.strtab", symbols_at.wrapping_add(symbols.names).0)?;
+    module.put_if_there("core_kallsyms.typetab", symbols_at.wrapping_add(symbols.letters).0)?;
+    let mut bytes = module.bytes.clone();
+    if layout.use_bytes != 0 {
+        // Used by itself: a module that is used is not even unloaded by force.
+        module.put("refcnt.counter", REFERENCES.into())?;
+        let mut used = Object::new(btf, "module_use")?;
+        used.put("source", at.0)?;
+        used.put("target", at.0)?;
+        bytes = [module.bytes, used.bytes].concat();
+    }
+    Ok(bytes)
+}
+
+/// Offset in the data area, whose own contents are `len` bytes, of what is added to it.
+pub(super) fn behind(len: u64) -> u64 {
+    len.next_multiple_of(ALIGN)
+}

@@ -1,0 +1,205 @@
+//! Tables that the guest searches for the address of an instruction: fault fixups (`__ex_table`) and the places of WARN and
+//! BUG (`__bug_table`). Each row begins with a pointer to the instruction, relative to itself, as all its pointers are.
+//!
+//! Formats: `struct exception_table_entry` (arch/x86/include/asm/extable.h; the third word is a handler's distance up to
+//! 5.15, and a number since) and `struct bug_entry` (include/asm-generic/bug.h; longer by a format since 6.19).
+
+use super::PatchModule;
+use super::layout::{AreaKind, Layout, LayoutError};
+use super::link::Linker;
+use super::sections::{Relocation, Section, SectionId, SectionOffset};
+use super::sites::{Pointer, TableError};
+use super::{LinkError, sections::SymbolPlace};
+use crate::addr::Gva;
+
+/// Fault fixups. Sorted by the loader (`sort_extable`, lib/extable.c), as they are found by bisection.
+pub(crate) const FIXUPS: Form = Form {
+    table: "__ex_table",
+    area: AreaKind::RoData,
+    is_sorted: true,
+};
+/// WARN and BUG. The kernel writes to a row once it has warned.
+pub(crate) const BUGS: Form = Form {
+    table: "__bug_table",
+    area: AreaKind::Data,
+    is_sorted: false,
+};
+/// Bytes of the pointer that a row begins with.
+const POINTER_BYTES: u64 = 4;
+/// Bytes of a row that are plausible.
+const ROW_BYTES_MAX: u64 = 32;
+
+/// What kind of table it is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Form {
+    pub table: &'static str,
+    area: AreaKind,
+    is_sorted: bool,
+}
+
+/// One row of a table in the file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Row {
+    /// The instruction.
+    pub site: SectionOffset,
+    /// The row.
+    pub at: SectionOffset,
+}
+
+/// The rows of a table, before they have addresses.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Rows {
+    form: Form,
+    pub rows: Vec<Row>,
+    row_bytes: u64,
+    /// Offset in its area.
+    offset: u64,
+}
+
+/// A table in the guest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Table {
+    /// Where it is.
+    pub at: Gva,
+    /// Rows.
+    pub count: u64,
+    /// Bytes of a row; 0 where there is none.
+    pub row_bytes: u64,
+}
+
+impl<'d> PatchModule<'d> {
+    /// The rows of a table. Every row must begin with a pointer to an instruction of this module.
+    pub(crate) fn rows(&self, form: Form) -> Result<Rows, TableError> {
+        let mut found = Rows {
+            form,
+            rows: Vec::new(),
+            row_bytes: 0,
+            offset: 0,
+        };
+        for (id, section) in self.sections_named(form.table) {
+            // Nothing in the file says how long a row is: there is one pointer to code at the start of each.
+            let starts = section.relocations.iter().filter(|relocation| self.is_code(relocation));
+            let row_bytes = match form.is_sorted {
+                // Here a fixup, which is code, too, follows each.
+                true => section.size.checked_div(starts.count() as u64 / 2),
+                false => section.size.checked_div(starts.count() as u64),
+            };
+            let row_bytes = row_bytes.filter(|bytes| {
+                (POINTER_BYTES..=ROW_BYTES_MAX).contains(bytes)
+                    && section.size % bytes == 0
+                    && (found.row_bytes == 0 || found.row_bytes == *bytes)
+            });
+            let row_bytes = row_bytes.ok_or_else(|| {
+                let size = format!("{} bytes", section.size);
+                TableError::new(section, section.size, size, "rows that begin with a pointer to code")
+            })?;
+            found.row_bytes = row_bytes;
+            for offset in (0..section.size).step_by(usize::try_from(row_bytes).unwrap_or(1)) {
+                let at = SectionOffset { section: id, offset };
+                let site = self.instruction(section, offset)?;
+                if form.is_sorted {
+                    self.instruction(section, offset + POINTER_BYTES)?;
+                }
+                found.rows.push(Row { site, at });
+            }
+        }
+        Ok(found)
+    }
+
+    /// The instruction that the pointer at `offset` means: within a section of code, not at its end.
+    fn instruction(&self, table: &Section<'_>, offset: u64) -> Result<SectionOffset, TableError> {
+        let at = self.site(table, offset, Pointer::Relative)?;
+        let code = self.section(at.section);
+        if code.is_some_and(|code| code.is_executable() && at.offset < code.size) {
+            return Ok(at);
+        }
+        Err(TableError::new(table, offset, self.place(at), "an instruction"))
+    }
+
+    fn is_code(&self, relocation: &Relocation) -> bool {
+        let Some(SymbolPlace::Defined(at)) = self.symbol(relocation).map(|symbol| symbol.place) else {
+            return false;
+        };
+        self.section(at.section).is_some_and(Section::is_executable)
+    }
+}
+
+impl Rows {
+    /// What the rows for code in `section` refer to besides that code, with the table's own section.
+    pub(crate) fn references<'a>(
+        &'a self,
+        module: &'a PatchModule<'_>,
+        section: SectionId,
+    ) -> impl Iterator<Item = (SectionId, &'a Relocation)> {
+        let rows = self.rows.iter().filter(move |row| row.site.section == section);
+        rows.flat_map(move |row| {
+            let rest = row.at.plus(POINTER_BYTES).offset..row.at.plus(self.row_bytes).offset;
+            let table = module.section(row.at.section);
+            let references = table.map(|table| table.relocations_in(rest.start, rest.end));
+            let id = row.at.section;
+            references.unwrap_or_default().iter().map(move |one| (id, one))
+        })
+    }
+
+    /// The rows whose code `is_placed`, with room reserved for them.
+    pub(crate) fn place(
+        &self,
+        layout: &mut Layout,
+        is_placed: impl Fn(SectionId) -> bool,
+    ) -> Result<Self, LayoutError> {
+        let mut placed = self.clone();
+        placed.rows.retain(|row| is_placed(row.site.section));
+        if !placed.rows.is_empty() {
+            let size = (placed.rows.len() as u64).saturating_mul(self.row_bytes);
+            placed.offset = layout.reserve(self.form.table, self.form.area, size, POINTER_BYTES)?;
+        }
+        Ok(placed)
+    }
+}
+
+impl Linker<'_, '_, '_> {
+    /// Writes a table and says where it is.
+    pub(super) fn write_rows(&mut self, table: &Rows) -> Result<Table, LinkError> {
+        let image = self.image;
+        let mut rows = Vec::with_capacity(table.rows.len());
+        for row in &table.rows {
+            rows.push((self.address(row.site)?, row.at));
+        }
+        if table.form.is_sorted {
+            rows.sort_by_key(|(site, _)| *site);
+        }
+        let start = self.base(table.form.area).wrapping_add(table.offset);
+        for (index, (_, at)) in (0_u64..).zip(&rows) {
+            let Some(section) = image.module.section(at.section) else {
+                continue;
+            };
+            let (first, end) = (at.offset, at.plus(table.row_bytes).offset);
+            let range = usize::try_from(first).unwrap_or(usize::MAX)..usize::try_from(end).unwrap_or(usize::MAX);
+            let mut bytes = section.data.get(range).unwrap_or_default().to_vec();
+            let moved = index * table.row_bytes;
+            for relocation in section.relocations_in(first, end) {
+                let within = relocation.offset.saturating_sub(first);
+                let from = SectionOffset {
+                    offset: relocation.offset,
+                    ..*at
+                };
+                let value = self.relocated(from, relocation, start.wrapping_add(moved + within).0)?;
+                let within = usize::try_from(within).unwrap_or(usize::MAX);
+                match bytes.get_mut(within..within.saturating_add(value.len())) {
+                    Some(slot) => slot.copy_from_slice(&value),
+                    None => {
+                        let expected = "a pointer within its row";
+                        let found = format!("{} bytes", value.len());
+                        return Err(TableError::new(section, relocation.offset, found, expected).into());
+                    }
+                }
+            }
+            self.write_area(table.form.area, table.offset + moved, &bytes);
+        }
+        Ok(Table {
+            at: start,
+            count: rows.len() as u64,
+            row_bytes: table.row_bytes,
+        })
+    }
+}

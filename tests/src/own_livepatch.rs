@@ -1,0 +1,75 @@
+//! Livepatches that the guest loads itself, as an administrator in it would.
+
+use std::fs;
+use std::time::{Duration, Instant};
+
+use images::guest::Guest;
+
+/// How long a transition may take, on a guest at rest.
+const TRANSITION_LIMIT: Duration = Duration::from_secs(60);
+
+/// Loads a module into the guest's kernel. Error: what the guest said.
+///
+/// # Panics
+///
+/// If the file can't be read, or not be brought into the guest.
+pub fn insert(guest: &Guest, module: &str) -> Result<(), String> {
+    let bytes = fs::read(module).expect("the module can be read");
+    guest
+        .push("/tmp/own.ko", &bytes, 0o644)
+        .expect("the module can be brought into the guest");
+    let loaded = guest.text(&["insmod", "/tmp/own.ko"]);
+    loaded.map(drop).map_err(|error| error.to_string())
+}
+
+/// A livepatch of the guest's own that is in force.
+pub struct OwnLivepatch<'a> {
+    guest: &'a Guest,
+    name: String,
+}
+
+impl<'a> OwnLivepatch<'a> {
+    /// Loads the module of that name, and waits until every task has gone over to it.
+    ///
+    /// # Panics
+    ///
+    /// If the guest does not take it, or a task never goes over.
+    #[track_caller]
+    pub fn load(guest: &'a Guest, module: &str, name: &str) -> Self {
+        insert(guest, module).unwrap();
+        let own = Self {
+            guest,
+            name: name.replace('-', "_"),
+        };
+        own.wait_for("[ \"$(cat $0/transition)\" = 0 ]");
+        own
+    }
+
+    /// Turns it off, waits until every task has gone back, and unloads it.
+    ///
+    /// # Panics
+    ///
+    /// If the guest does not take that, or a task never goes back.
+    #[track_caller]
+    pub fn unload(self) {
+        let off = format!("echo 0 >{}/enabled", self.folder());
+        self.guest.text(&["sh", "-c", &off]).unwrap();
+        // The folder goes when the transition is over.
+        self.wait_for("[ ! -e $0 ]");
+        self.guest.text(&["rmmod", &self.name]).unwrap();
+    }
+
+    fn folder(&self) -> String {
+        format!("/sys/kernel/livepatch/{}", self.name)
+    }
+
+    #[track_caller]
+    fn wait_for(&self, condition: &str) {
+        let start = Instant::now();
+        let folder = self.folder();
+        let holds = || self.guest.run(&["sh", "-c", condition, &folder]).unwrap();
+        while !holds().status.success() {
+            assert!(start.elapsed() < TRANSITION_LIMIT, "never {condition} of {folder}");
+        }
+    }
+}
