@@ -1,0 +1,237 @@
+//! What guests made by hand know of patches: their lists and tree of modules, before, while and after.
+
+mod common;
+
+use common::guest::{CAVE, Guest};
+use common::machine::Vm;
+use common::module::{Function, livepatch};
+use common::patch::{OPTIONS, carry_out, mend, plan, registry};
+use guest_core::Kernel;
+use guest_core::commit::{CommitError, NotSafe, commit, lay};
+use guest_core::guest_module::Known;
+use guest_core::kernel::modules;
+use guest_core::place::State;
+use guest_core::plan::{Refusal, RevertError, revert};
+use std::collections::BTreeSet;
+
+// Offsets in `struct module` and `struct mod_tree_root` as in `types.rs`.
+const MEM: u64 = 96;
+const MEM_BYTES: u64 = 72;
+const NODES: [u64; 2] = [24, 48];
+const BUG_LIST: u64 = 640;
+const REFERENCES: u64 = 736;
+const ROOTS: [u64; 2] = [8, 16];
+const BOUNDS: [u64; 2] = [24, 32];
+
+fn apply(guest: &Guest, kernel: &Kernel, name: &str, function: &'static str) -> Known {
+    let file = livepatch(name, &[Function::returning_one(function)]);
+    let plan = plan(guest, kernel, &file).unwrap();
+    carry_out(guest, kernel, &plan).unwrap();
+    plan.record.known.unwrap()
+}
+
+fn take_out(guest: &Guest, kernel: &Kernel, name: &str) {
+    let plan = revert(&kernel.live(&guest.ram), &registry(guest, kernel), name).unwrap();
+    carry_out(guest, kernel, &plan).unwrap();
+    mend(guest, kernel);
+}
+
+/// Where the window of the pool leads: the fake guest's own page tables are not asked.
+fn physical(guest: &Guest, kernel: &Kernel, at: u64) -> u64 {
+    let registry = registry(guest, kernel);
+    at - registry.window.0 + registry.base.0
+}
+
+fn word(guest: &Guest, kernel: &Kernel, at: u64) -> u64 {
+    let window = registry(guest, kernel).window.0;
+    match (window..window + (2 << 20)).contains(&at) {
+        true => guest.ram.u64_at(physical(guest, kernel, at)),
+        false => guest.u64_at(at),
+    }
+}
+
+/// All nodes of a tree.
+fn nodes(guest: &Guest, kernel: &Kernel, which: usize) -> BTreeSet<u64> {
+    let mut found = BTreeSet::new();
+    let mut open = vec![guest.u64_at(guest.symbol("mod_tree") + ROOTS[which])];
+    while let Some(node) = open.pop().filter(|node| *node != 0) {
+        assert!(found.insert(node), "{node:#x} comes twice");
+        open.retain(|other| *other != 0);
+        open.extend(
+            [8, 16]
+                .map(|child| word(guest, kernel, node + child))
+                .iter()
+                .filter(|child| **child != 0),
+        );
+    }
+    found
+}
+
+fn nodes_of(known: &Known, which: usize) -> BTreeSet<u64> {
+    (0..3)
+        .map(|index| known.module + MEM + MEM_BYTES * index + NODES[which])
+        .collect()
+}
+
+/// Demands that the guest finds these modules, and no others.
+fn assert_known(guest: &Guest, kernel: &Kernel, expected: &[(&str, &Known)]) {
+    let live = kernel.live(&guest.ram);
+    let listed: Vec<_> = modules::all(&live)
+        .unwrap()
+        .into_iter()
+        .map(|m| (m.name, m.at.0))
+        .collect();
+    let named: Vec<_> = expected
+        .iter()
+        .map(|(name, known)| ((*name).to_owned(), known.module))
+        .collect();
+    assert_eq!(listed, named);
+    let mut at = guest.symbol("module_bug_list");
+    for (_, known) in expected {
+        at = word(guest, kernel, at);
+        assert_eq!(at, known.module + BUG_LIST);
+    }
+    assert_eq!(word(guest, kernel, at), guest.symbol("module_bug_list"));
+    for which in [0, 1] {
+        let all = expected.iter().flat_map(|(_, known)| nodes_of(known, which)).collect();
+        assert_eq!(nodes(guest, kernel, which), all, "tree {which}");
+    }
+}
+
+fn bounds(guest: &Guest) -> [u64; 2] {
+    BOUNDS.map(|bound| guest.u64_at(guest.symbol("mod_tree") + bound))
+}
+
+#[test]
+fn a_patch_is_in_the_guests_lists_and_in_both_trees() {
+    let guest = Guest::new();
+    let kernel = guest.kernel();
+    let known = apply(&guest, &kernel, "fix", "victim");
+    assert_known(&guest, &kernel, &[("fix", &known)]);
+    let record = registry(&guest, &kernel).entries[0].record.clone().unwrap();
+    let pages = |bytes: u64| bytes.next_multiple_of(4096);
+    assert_eq!(
+        bounds(&guest),
+        [record.text.start, record.data.start + pages(record.data.len)]
+    );
+}
+
+#[test]
+fn patches_taken_out_in_any_order_leave_no_trace() {
+    for first_out in ["older", "newer"] {
+        let guest = Guest::new();
+        let kernel = guest.kernel();
+        let older = apply(&guest, &kernel, "older", "victim");
+        let newer = apply(&guest, &kernel, "newer", "vfs_read");
+        assert_known(&guest, &kernel, &[("newer", &newer), ("older", &older)]);
+        take_out(&guest, &kernel, first_out);
+        let left = if first_out == "older" {
+            ("newer", &newer)
+        } else {
+            ("older", &older)
+        };
+        assert_known(&guest, &kernel, &[left]);
+        take_out(&guest, &kernel, left.0);
+        assert_eq!(bounds(&guest), [u64::MAX, 0]);
+        // Where the tree was changed in between, its sequence number has gone on; everything else is as it was.
+        let sequence = guest.symbol("mod_tree");
+        guest.put(sequence, &[0; 4]);
+        assert!(guest.ram.differences().is_empty(), "{first_out} first");
+        assert_eq!(guest.bytes_at(CAVE, 8), [0xcc; 8]);
+    }
+}
+
+#[test]
+fn a_module_that_the_guest_loads_between_plan_and_pause_is_seen() {
+    let guest = Guest::new();
+    let kernel = guest.kernel();
+    let plan = plan(&guest, &kernel, &livepatch("fix", &[Function::returning_one("victim")])).unwrap();
+    let before = guest.u64_at(guest.symbol("mod_tree"));
+    guest.put_u64(guest.symbol("mod_tree"), before + 2);
+    let error = carry_out(&guest, &kernel, &plan).unwrap_err();
+    assert!(matches!(error, CommitError::Changed(_)), "{error}");
+    guest.put_u64(guest.symbol("mod_tree"), before);
+    assert!(guest.ram.differences().is_empty());
+}
+
+#[test]
+fn a_module_that_is_being_loaded_is_waited_for() {
+    let guest = Guest::new();
+    let kernel = guest.kernel();
+    let plan = plan(&guest, &kernel, &livepatch("fix", &[Function::returning_one("victim")])).unwrap();
+    guest.put_u64(guest.symbol("module_mutex"), common::guest::DIRECT);
+    let error = carry_out(&guest, &kernel, &plan).unwrap_err();
+    assert!(matches!(error, CommitError::NotSafe { why: NotSafe::Held(held), .. } if held.name == "module_mutex"));
+}
+
+#[test]
+fn a_patch_of_a_name_that_the_guest_has_loaded_is_refused() {
+    let guest = Guest::new();
+    let kernel = guest.kernel();
+    let own = common::guest::heap(0x1000);
+    guest.link(guest.symbol("modules"), &[own + 8]);
+    guest.put(own + 24, b"fix\0");
+    let file = livepatch("fix", &[Function::returning_one("victim")]);
+    assert!(matches!(plan(&guest, &kernel, &file), Err(Refusal::Loaded { id }) if id == "fix"));
+}
+
+#[test]
+fn a_patch_that_the_guest_uses_is_not_taken_out() {
+    let guest = Guest::new();
+    let kernel = guest.kernel();
+    let known = apply(&guest, &kernel, "fix", "victim");
+    let at = physical(&guest, &kernel, known.module + REFERENCES);
+    let live = kernel.live(&guest.ram);
+    let planned = revert(&live, &registry(&guest, &kernel), "fix").unwrap();
+    guest.ram.put(at, &[3]);
+    let error = revert(&live, &registry(&guest, &kernel), "fix").unwrap_err();
+    assert!(matches!(error, RevertError::InUse { references: 1, .. }), "{error}");
+    let error = carry_out(&guest, &kernel, &planned).unwrap_err();
+    assert!(matches!(error, CommitError::Changed(_)), "{error}");
+}
+
+/// Whoever walks the lists and the tree does not hold a lock: only the address that a CPU has tells that it does.
+#[test]
+fn a_patch_that_a_cpu_is_looking_at_is_not_taken_out() {
+    let guest = Guest::new();
+    let kernel = guest.kernel();
+    let known = apply(&guest, &kernel, "fix", "victim");
+    let plan = revert(&kernel.live(&guest.ram), &registry(&guest, &kernel), "fix").unwrap();
+    let mut vm = Vm::new(&guest);
+    vm.vcpus[1].general[3] = known.module + 8;
+    let error = commit(&kernel.live(&guest.ram), &mut vm, &plan, &OPTIONS).unwrap_err();
+    let CommitError::NotSafe { said, .. } = error else {
+        panic!("{error}")
+    };
+    assert!(said.contains("may be reading there"), "{said}");
+    carry_out(&guest, &kernel, &plan).unwrap();
+}
+
+/// vmpatch and its supervisor died before the patch was in force, and the guest has loaded a module since.
+#[test]
+fn a_patch_that_was_cut_off_is_forgotten_also_where_the_guest_went_on() {
+    let guest = Guest::new();
+    let kernel = guest.kernel();
+    let live = kernel.live(&guest.ram);
+    let file = livepatch("fix", &[Function::returning_one("victim")]);
+    let cut_off = plan(&guest, &kernel, &file).unwrap();
+    lay(&live, &cut_off.before).unwrap();
+    let (_, almost_all) = cut_off.paused.split_last().unwrap();
+    lay(&live, almost_all).unwrap();
+    assert_eq!(registry(&guest, &kernel).entries[0].state, State::Applying);
+    // Another module, in front of it in the list, and the tree has been changed since.
+    let (head, own) = (guest.symbol("modules"), common::guest::heap(0x1000) + 8);
+    let ours = cut_off.record.known.as_ref().unwrap().module + 8;
+    guest.put_u64(head, own);
+    guest.put_u64(own, ours);
+    guest.put_u64(own + 8, head);
+    guest.ram.put_u64(physical(&guest, &kernel, ours + 8), own);
+    guest.put(guest.symbol("mod_tree"), &[0x80]);
+
+    mend(&guest, &kernel);
+    assert_eq!((guest.u64_at(head), guest.u64_at(head + 8)), (own, own));
+    assert_eq!((guest.u64_at(own), guest.u64_at(own + 8)), (head, head));
+    for which in [0, 1] {
+        assert!(nodes(&guest, &kernel, which).is_empty());
+    }
+}
