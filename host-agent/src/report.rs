@@ -3,8 +3,8 @@
 
 use guest_core::commit::Committed;
 use guest_core::machine::PauseTimes;
-use guest_core::module::PatchModule;
-use guest_core::place::{PatchedFunction, Redirect};
+use guest_core::module::{Note, PatchModule};
+use guest_core::place::{PatchedFunction, Record, Redirect};
 use patch_build::sheet::ReviewSheet;
 use serde::Serialize;
 
@@ -158,6 +158,47 @@ impl Identity {
     }
 }
 
+/// Whether the guest's code was compared with that which a patch was made for. Code that differs is a refusal.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Verified {
+    /// Every function that is replaced.
+    All,
+    /// Some: the module does not have the code of the rest.
+    Some,
+    /// None: the module does not say what it was made for.
+    None,
+}
+
+impl Verified {
+    /// Of a module that was applied or could be, so whose code fits as far as it is known.
+    pub fn of(module: &PatchModule<'_>, record: &Record) -> Self {
+        let note = module.note().ok().flatten();
+        let known = |function: &&PatchedFunction| {
+            // Functions of modules are not in the record's terms; the name is enough to find what the note has.
+            let noted = |note: &Note| {
+                let mut functions = note.functions.iter();
+                functions.any(|old| old.name == function.name && old.sympos == function.sympos)
+            };
+            note.as_ref().is_some_and(noted)
+        };
+        match record.functions.iter().filter(known).count() {
+            0 => Self::None,
+            count if count == record.functions.len() => Self::All,
+            _ => Self::Some,
+        }
+    }
+
+    /// What the operator should know.
+    pub fn line(self) -> Option<&'static str> {
+        match self {
+            Self::All => None,
+            Self::Some => Some("not verified: the module lacks the old code of some of these functions"),
+            Self::None => Some("not verified: the module does not say which old code it was made for"),
+        }
+    }
+}
+
 /// One patch.
 #[derive(Debug, Clone, Serialize)]
 pub struct Patch {
@@ -174,6 +215,9 @@ pub struct Patch {
     /// What the module says of itself.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub module: Option<Identity>,
+    /// Whether the guest's code was compared with that which the patch was made for (apply, check).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub verified: Option<Verified>,
     /// SHA-256 of the module, decompressed.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub digest: Option<String>,

@@ -1,6 +1,6 @@
 //! Reports as text, for people.
 
-use crate::report::{Building, DomainLine, Inspection, Patch, Patches};
+use crate::report::{Building, DomainLine, Inspection, Patch, Patches, Verified};
 use std::fmt::Write;
 
 /// `apply`, `check`, `revert`, `status` and the bare command: a line for each patch and function, and a closing one.
@@ -71,6 +71,9 @@ fn one_patch(text: &mut String, patch: &Patch) {
             "  {}{position}: {} ({redirect}, {:#x} → {:#x})",
             function.name, function.state, function.old.0, function.new.0
         );
+    }
+    if let Some(line) = patch.verified.and_then(Verified::line) {
+        let _ = writeln!(text, "  {line}");
     }
     for warning in &patch.warnings {
         let _ = writeln!(text, "  warning: {warning}");

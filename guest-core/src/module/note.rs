@@ -141,6 +141,13 @@ impl Note {
         }
     }
 
+    /// What it says of a function of an object: a module, or none for the kernel itself.
+    pub fn function(&self, name: &str, sympos: u64, object: Option<&str>) -> Option<&OldCode> {
+        self.functions
+            .iter()
+            .find(|old| old.name == name && old.sympos == sympos && old.object.as_deref() == object)
+    }
+
     /// The section's bytes. The same note gives the same bytes.
     pub fn to_bytes(&self) -> Result<Vec<u8>, serde_json::Error> {
         let text = serde_json::to_vec(self)?;

@@ -1,6 +1,10 @@
 //! From a module and a kernel to the plan of applying it.
 
+<<<<<<< HEAD
 use super::{Plan, known, orc_header};
+=======
+use super::{Plan, old_code, orc_header};
+>>>>>>> 48017ef (guest-core: a patch that was made for other code than the guest runs is refused)
 use crate::addr::Gva;
 use crate::change::Change;
 use crate::guest_module::{Description, Registration};
@@ -8,7 +12,7 @@ use crate::kernel::resolve::VMLINUX;
 use crate::kernel::{KernelError, Live, exports, livepatch};
 use crate::memory::VirtMemory;
 use crate::module::{
-    AltLayout, Bases, GuestContext, ImageError, LinkError, Linked, LinkedFunction, ModuleError, PatchError,
+    AltLayout, Bases, GuestContext, ImageError, LinkError, Linked, LinkedFunction, ModuleError, NoteError, PatchError,
     PatchModule, ResolveError, ResolveSymbol,
 };
 use crate::paging::{PAGE_SIZE, entry};
@@ -85,6 +89,7 @@ pub enum Refusal {
         /// Its name.
         id: String,
     },
+<<<<<<< HEAD
     /// The guest has a module of that name.
     #[error("the guest has loaded a module {id} of its own, and can't know a second one by that name")]
     Loaded {
@@ -94,6 +99,27 @@ pub enum Refusal {
     /// A kernel that was built without modules does not load a livepatch either.
     #[error("the guest's kernel was built without modules, and can't know the patch's code as one")]
     NoModules,
+=======
+    /// What it says of the code that it was made for can't be read.
+    #[error(transparent)]
+    Note(#[from] NoteError),
+    /// The guest runs other code than the patch was made for.
+    #[error(
+        "the patch was made for another {function}: byte {offset:#x} of it, at {at}, is {found:#04x} in the guest, expected {expected:#04x}"
+    )]
+    OtherCode {
+        /// The function.
+        function: String,
+        /// The first byte that differs, counted from the function's start.
+        offset: usize,
+        /// Its address in the guest.
+        at: Gva,
+        /// What is there.
+        found: u8,
+        /// What should be.
+        expected: u8,
+    },
+>>>>>>> 48017ef (guest-core: a patch that was made for other code than the guest runs is refused)
     /// Another patch holds the function.
     #[error("{function} is already patched by {id}; revert that one first")]
     Held {
@@ -195,11 +221,13 @@ pub fn apply(live: &Live<'_>, registry: &Registry, file: &[u8], options: &ApplyO
     } = registration;
 
     let held = livepatch::held_functions(live)?;
+    let note = module.note()?;
     let mut occupied = Vec::new();
     let mut functions = Vec::new();
     let mut changes = Vec::new();
     for function in &linked.functions {
         let (old, len) = old_function(live, registry, function)?;
+        old_code::check(live, note.as_ref(), function, old)?;
         let (kind, sites) = redirect(live, &function.old_name, old, len, function.new, &held)?;
         let jump = sites.first().map_or(0, |change| change.gpa().0);
         changes.extend(sites);

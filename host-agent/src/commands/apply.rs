@@ -4,7 +4,7 @@ use crate::cli::{ModelName, Options};
 use crate::error::Failure;
 use crate::module_file;
 use crate::progress::Progress;
-use crate::report::{Function, Identity, Patch, Patches, Pause};
+use crate::report::{Function, Identity, Patch, Patches, Pause, Verified};
 use crate::session::{Session, Target};
 use guest_core::module::PatchModule;
 use guest_core::place::Record;
@@ -47,6 +47,7 @@ pub fn check(options: &Options, files: &[PathBuf], progress: &Progress) -> Resul
         // What was planned for has been read before.
         let module = PatchModule::parse(&bytes).ok();
         patch.module = module.as_ref().map(Identity::of);
+        say_what_it_was_made_for(&mut patch, module.as_ref(), &record);
         patches.push(patch);
         planned.push(record);
     }
@@ -82,12 +83,31 @@ pub(super) fn apply_one(
     let (record, committed) = session.apply(path, bytes, options)?;
     let mut patch = describe(&record, Some(path), "applied", "patched");
     patch.pause = Some(Pause::from(&committed));
+    say_what_it_was_made_for(&mut patch, PatchModule::parse(bytes).ok().as_ref(), &record);
     if options.model == ModelName::None {
         patch
             .warnings
             .push("applied with --model none: tasks inside an old function finish it as it was".to_owned());
     }
     Ok(patch)
+}
+
+/// Whether the guest's code was compared with the patch's own idea of it, and what risks its maker took.
+fn say_what_it_was_made_for(patch: &mut Patch, module: Option<&PatchModule<'_>>, record: &Record) {
+    let Some(module) = module else { return };
+    patch.verified = Some(Verified::of(module, record));
+    let allowed = module
+        .note()
+        .ok()
+        .flatten()
+        .map(|note| note.allowed)
+        .unwrap_or_default();
+    patch.warnings.extend(allowed.iter().map(|allowed| {
+        format!(
+            "built with --allow {}: {}: {}",
+            allowed.risk, allowed.place, allowed.reason
+        )
+    }));
 }
 
 /// A patch, for the report.
@@ -98,6 +118,7 @@ pub(super) fn describe(record: &Record, path: Option<&Path>, state: &str, functi
         state: state.to_owned(),
         reason: None,
         module: None,
+        verified: None,
         digest: Some(record.digest.clone()),
         model: Some(record.model.clone()),
         applied_at: None,

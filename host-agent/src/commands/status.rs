@@ -70,6 +70,7 @@ fn nameless(entry: &Entry) -> Patch {
         state: state_name(entry.state).to_owned(),
         reason: None,
         module: None,
+        verified: None,
         digest: None,
         model: None,
         applied_at: None,

@@ -90,6 +90,7 @@ fn not_done(path: &Path, state: &str, reason: &str) -> Patch {
         state: state.to_owned(),
         reason: Some(reason.to_owned()),
         module: None,
+        verified: None,
         digest: None,
         model: None,
         applied_at: None,

@@ -66,6 +66,10 @@ pub(crate) fn text(named: &Named<'_>, objects: &[ObjectOf<'_>]) -> String {
          \t.name = KBUILD_MODNAME,\n\t.init = init_module,\n\t.exit = cleanup_module,\n\t.arch = MODULE_ARCH_INIT,\n};\n\n",
     );
     let info = |c: &mut String, tag: &str, value: &str| {
+        // The loader wants `depends` even where it is empty; what else is empty says nothing.
+        if value.is_empty() && tag != "depends" {
+            return;
+        }
         let _ = writeln!(c, "MODULE_INFO({tag}, {});", quoted(value));
     };
     info(&mut c, "license", "GPL");
