@@ -1,10 +1,6 @@
 //! From a module and a kernel to the plan of applying it.
 
-<<<<<<< HEAD
-use super::{Plan, known, orc_header};
-=======
-use super::{Plan, old_code, orc_header};
->>>>>>> 48017ef (guest-core: a patch that was made for other code than the guest runs is refused)
+use super::{Plan, known, old_code, orc_header};
 use crate::addr::Gva;
 use crate::change::Change;
 use crate::guest_module::{Description, Registration};
@@ -89,7 +85,6 @@ pub enum Refusal {
         /// Its name.
         id: String,
     },
-<<<<<<< HEAD
     /// The guest has a module of that name.
     #[error("the guest has loaded a module {id} of its own, and can't know a second one by that name")]
     Loaded {
@@ -99,7 +94,6 @@ pub enum Refusal {
     /// A kernel that was built without modules does not load a livepatch either.
     #[error("the guest's kernel was built without modules, and can't know the patch's code as one")]
     NoModules,
-=======
     /// What it says of the code that it was made for can't be read.
     #[error(transparent)]
     Note(#[from] NoteError),
@@ -119,7 +113,6 @@ pub enum Refusal {
         /// What should be.
         expected: u8,
     },
->>>>>>> 48017ef (guest-core: a patch that was made for other code than the guest runs is refused)
     /// Another patch holds the function.
     #[error("{function} is already patched by {id}; revert that one first")]
     Held {

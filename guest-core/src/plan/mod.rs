@@ -3,11 +3,8 @@
 
 mod apply;
 mod cleanup;
-<<<<<<< HEAD
 mod known;
-=======
 mod old_code;
->>>>>>> 48017ef (guest-core: a patch that was made for other code than the guest runs is refused)
 mod orc_header;
 mod revert;
 
