@@ -11,14 +11,15 @@ const TASKS: u64 = 0xffff_8880_2000_0000;
 const STACKS: u64 = 0xffff_c900_0000_0000;
 const SIGNALS: u64 = 0xffff_8880_3000_0000;
 /// The code between user mode and the kernel proper.
-const ENTRY: u64 = TEXT + 0x800;
+const ENTRY: u64 = TEXT + 0xa00;
 /// The functions: what sleeps, what it may be called from, where threads start.
-const FUNCTIONS: [(&str, [u8; 6]); 5] = [
+const FUNCTIONS: [(&str, [u8; 6]); 6] = [
     ("sleep", entry::CALL_8),
     ("old", entry::CALL_8),
     ("other", entry::CALL_8),
     ("ret_from_fork_asm", entry::END),
     ("arch_rethook_trampoline", entry::UNDEFINED),
+    ("on_irq_stack", entry::SWITCH),
 ];
 
 /// A guest with one CPU, which task 1 runs, and tasks that sleep.
@@ -89,7 +90,7 @@ impl Guest {
 
     /// Lets a task sleep in `sleep`, called from `caller`, called from the start of a thread.
     fn sleeps_in(&self, number: u64, caller: u64) {
-        let sp = Self::stack(number) + 0x3000;
+        let sp = Self::stack(number) + 0x3f00;
         self.sample
             .put_words(sp, &[0, 0, 0, 0, 0, 0, TEXT + 0x10, caller, TEXT + 0x310]);
         self.sample.put_words(Self::at(number) + task::SP, &[sp]);
@@ -176,7 +177,7 @@ fn a_task_that_sleeps_in_a_callee_of_an_old_function_is_named_with_its_stack() {
 fn an_address_that_is_only_left_over_on_a_stack_does_not_block() {
     let guest = Guest::new(2);
     // above the frames, where nothing returns to
-    guest.sample.put_words(Guest::stack(2) + 0x3100, &[TEXT + 0x120]);
+    guest.sample.put_words(Guest::stack(2) + 0x3f80, &[TEXT + 0x120]);
     let finder = Quiescence::find(&guest.sample).unwrap();
     assert!(
         guest
@@ -219,7 +220,7 @@ fn a_task_that_was_running_is_looked_at_where_it_sleeps_now() {
 fn a_vcpu_in_the_kernel_is_unwound_from_its_registers() {
     let guest = Guest::new(2);
     let finder = Quiescence::find(&guest.sample).unwrap();
-    let sp = Guest::stack(1) + 0x2000;
+    let sp = Guest::stack(1) + 0x3f40;
     let at = |rip: u64, caller: u64| {
         guest.sample.put_words(sp, &[caller, TEXT + 0x310]);
         guest
@@ -239,7 +240,7 @@ fn a_vcpu_in_the_kernel_is_unwound_from_its_registers() {
 fn what_is_below_a_running_tasks_stack_pointer_does_not_count() {
     let guest = Guest::new(1);
     let finder = Quiescence::find(&guest.sample).unwrap();
-    let sp = Guest::stack(1) + 0x2000;
+    let sp = Guest::stack(1) + 0x3f40;
     guest
         .sample
         .put_words(sp - 8, &[TEXT + 0x120, TEXT + 0x220, TEXT + 0x310]);
@@ -261,7 +262,7 @@ fn contexts_that_are_not_understood_are_not_safe() {
         assert!(!verdict.is_safe());
         verdict.unsure.first().unwrap().why.clone()
     };
-    let sp = Guest::stack(1) + 0x2000;
+    let sp = Guest::stack(1) + 0x3f40;
     // no vCPU for the CPU; two for it; a GS base of no CPU; a stack pointer on no stack
     assert_eq!(why(&[]), Why::NoVcpu { cpu: 0 });
     assert_eq!(why(&[vcpu(None), vcpu(None)]), Why::WhichCpu { vcpu: 1, rip: 0 });
@@ -300,7 +301,7 @@ fn a_task_switch_in_flight_has_one_task_on_the_cpu_and_one_saved() {
     let mut survey = guest.survey(&finder);
     // rq->curr is already task 2, current is still task 1, and so is the stack
     guest.sample.put_words(CPU_DATA, &[Guest::at(1), Guest::at(2)]);
-    let sp = Guest::stack(1) + 0x2000;
+    let sp = Guest::stack(1) + 0x3f40;
     guest.sample.put_words(sp, &[TEXT + 0x220, TEXT + 0x310]);
     let registers = [vcpu(Some((TEXT + 0x10, sp)))];
     assert!(survey.recheck(&guest.sample, &registers).unwrap().is_safe());
@@ -393,7 +394,7 @@ fn a_return_into_an_old_function_that_a_tracer_hides_blocks() {
     let guest = Guest::new(2);
     let finder = Quiescence::find(&guest.sample).unwrap();
     // the return address into the old function is kept by a kretprobe; its trampoline stands on the stack
-    let (slot, node) = (Guest::stack(2) + 0x3038, Guest::stack(2) + 0x100);
+    let (slot, node) = (Guest::stack(2) + 0x3f38, Guest::stack(2) + 0x100);
     guest.sleeps_in(2, TEXT + 0x400);
     guest.sample.put_words(node, &[0, TEXT + 0x120, slot]);
     assert_eq!(guest.survey(&finder).outlook(&guest.sample).unsure.len(), 1);
@@ -441,13 +442,20 @@ fn a_vcpu_in_an_interrupt_has_its_task_scanned_too() {
     let irq = STACKS + 0x90_0000;
     guest.sample.put(irq, &[0; STACK_BYTES as usize]);
     guest.sample.put_words(CPU_DATA + 32, &[irq + STACK_BYTES - 8]);
-    guest.sample.put_words(irq + 0x3000, &[TEXT + 0x320]);
-    let registers = [vcpu(Some((TEXT + 0x10, irq + 0x3000)))];
+    // the top word of the interrupt stack is the task's stack pointer
+    let (top, sp) = (irq + STACK_BYTES - 8, Guest::stack(1) + 0x3f40);
+    guest.sample.put_words(top - 8, &[TEXT + 0x510, sp]);
+    guest.sample.put_words(sp, &[TEXT + 0x320]);
+    let registers = [vcpu(Some((TEXT + 0x10, top - 8)))];
     let look = || guest.survey(&finder).recheck(&guest.sample, &registers).unwrap();
     assert!(look().is_safe());
     // left over at the far end of the task's stack: the walk, which does not get there, decides
     guest.sample.put_words(Guest::stack(1) + 0x100, &[TEXT + 0x120]);
     assert!(look().is_safe());
-    guest.sample.put_words(irq + 0x3000, &[TEXT + 0x920]);
+    // the interrupted code goes on in the old function
+    guest.sample.put_words(sp, &[TEXT + 0x120, TEXT + 0x320]);
+    assert_eq!(blocked(&look()), [1]);
+    // an end on the interrupt stack would leave out the task's
+    guest.sample.put_words(top - 8, &[TEXT + 0x320]);
     assert!(!look().is_safe());
 }

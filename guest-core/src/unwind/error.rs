@@ -88,6 +88,22 @@ pub enum UnwindError {
         /// The next one's.
         to: u64,
     },
+    /// The walk would end before the stack does: what is further out was not seen.
+    #[error("frame {ip}: its stack seems to end at {at:#x}, where it does not")]
+    NotTheEnd {
+        /// The frame's instruction or return address.
+        ip: Gva,
+        /// Where the stack would end.
+        at: u64,
+    },
+    /// Saved registers whose code segment is neither the kernel's nor user mode's: they are no registers.
+    #[error("frame {ip}: the registers saved there have the code segment {found:#x}")]
+    BadSegment {
+        /// The frame's instruction or return address.
+        ip: Gva,
+        /// The segment.
+        found: u64,
+    },
     /// More frames than any stack has.
     #[error("more than {0} frames")]
     TooMany(usize),

@@ -73,6 +73,16 @@ impl<'a> Stacks<'a> {
         self.current
     }
 
+    /// True where `at` is at most `len` bytes before the end of the stack the walk is on, and that is one on which a walk may end:
+    /// interrupts and exceptions come from somewhere, and what they interrupted in the kernel is on another stack.
+    pub fn is_near_end(&self, at: u64, len: u64) -> bool {
+        let current = self.current.and_then(|index| self.all.get(index));
+        current.is_some_and(|stack| {
+            let left = stack.range.end.0.checked_sub(at);
+            stack.kind != StackKind::Irq && left.is_some_and(|left| left <= len)
+        })
+    }
+
     /// True where the word at `at` lies on the stack the walk is on.
     pub fn is_on_current(&self, at: u64) -> bool {
         self.current

@@ -2,6 +2,11 @@
 //! `unwind_next_frame`), with its rules for a *reliable* trace (`arch_stack_walk_reliable`): a walk ends at registers
 //! saved in user mode or at an ORC entry that says "end"; anything else is an error. Here, unlike there, a frame whose
 //! code has no ORC entry is an error too, and never guessed from the frame pointer.
+//!
+//! Nor is an end believed that is not at the end of the stack. The kernel never unwinds from the few instructions of its entry
+//! code where ORC is wrong, a stopped vCPU may be at any. One such is behind `call error_entry` (arch/x86/entry/entry_64.S,
+//! 6.1): all registers lie on the stack by then, of which ORC knows only the CPU's five, so that the interrupted code's R13
+//! is taken for its code segment.
 
 use super::code::CodeMap;
 use super::error::UnwindError;
@@ -16,6 +21,12 @@ use crate::btf::{Btf, BtfError};
 const FRAMES_MAX: usize = 2048;
 /// Bytes of what the CPU pushes at an interrupt: ip, cs, flags, sp, ss.
 const IRET_BYTES: u64 = 40;
+/// `__KERNEL_CS`, `__USER_CS` and `__USER32_CS` (arch/x86/include/asm/segment.h): a saved code segment is one of these.
+const KERNEL_CS: u64 = 0x10;
+const USER_CS: [u64; 2] = [0x33, 0x23];
+/// Most bytes that a kernel leaves free between the outermost `struct pt_regs` and a stack's end: `TOP_OF_KERNEL_STACK_PADDING`
+/// with FRED (arch/x86/include/asm/thread_info.h, since 6.9); none before.
+const PADDING_BYTES_MAX: u64 = 16;
 
 /// Offsets in `struct pt_regs`.
 #[derive(Debug, Clone)]
@@ -175,7 +186,9 @@ impl Unwinder<'_> {
         let before = stacks.current();
         match rule.kind {
             Kind::Undefined => return Err(UnwindError::NoOrc { ip }),
-            Kind::End => return Ok(Step::End),
+            // the first code of a thread runs where its registers for user mode belong
+            Kind::End if stacks.is_near_end(from, self.regs.size + PADDING_BYTES_MAX) => return Ok(Step::End),
+            Kind::End => return Err(UnwindError::NotTheEnd { ip, at: from }),
             Kind::Call | Kind::Regs | Kind::RegsPartial => {}
         }
         let cfa = self.caller_sp(view, state, rule, stacks)?;
@@ -204,8 +217,16 @@ impl Unwinder<'_> {
                 // as if the other registers were there, too
                 let regs = if partial { cfa.wrapping_sub(self.regs.ip) } else { cfa };
                 on_stack(cfa, if partial { IRET_BYTES } else { self.regs.size })?;
-                if word(view, regs.wrapping_add(self.regs.cs))? & 3 == 3 {
-                    return Ok(Step::End);
+                let cs = word(view, regs.wrapping_add(self.regs.cs))?;
+                if USER_CS.contains(&cs) {
+                    let end = regs.wrapping_add(self.regs.size);
+                    return match stacks.is_near_end(end, PADDING_BYTES_MAX) {
+                        true => Ok(Step::End),
+                        false => Err(UnwindError::NotTheEnd { ip, at: end }),
+                    };
+                }
+                if cs != KERNEL_CS {
+                    return Err(UnwindError::BadSegment { ip, found: cs });
                 }
                 let next = Gva(word(view, regs.wrapping_add(self.regs.ip))?);
                 let sp = word(view, regs.wrapping_add(self.regs.sp))?;

@@ -11,6 +11,8 @@ struct Case {
     sample: Sample,
     start: Start,
     hidden: Vec<Hidden>,
+    /// The task's stack ends behind the last of the words on it.
+    end: u64,
 }
 
 fn case(functions: &[(&'static str, [u8; 6])], words: &[(u64, Vec<u64>)], start: (u64, u64)) -> Case {
@@ -25,8 +27,11 @@ fn case(functions: &[(&'static str, [u8; 6])], words: &[(u64, Vec<u64>)], start:
         sp: start.1,
         interrupted: false,
     };
+    let ends = words.iter().map(|(at, words)| at + 8 * words.len() as u64);
+    let end = ends.filter(|&end| end < IRQ).max().unwrap();
     Case {
         sample,
+        end,
         start: Start {
             frame,
             bp: 0,
@@ -44,7 +49,7 @@ fn walked(case: &Case) -> (Vec<String>, Result<(), UnwindError>) {
     let stacks = [
         Stack {
             kind: StackKind::Task,
-            range: Gva(STACK)..Gva(STACK + STACK_BYTES),
+            range: Gva(STACK)..Gva(case.end),
         },
         Stack {
             kind: StackKind::Irq,
@@ -132,6 +137,33 @@ fn interrupted_code_is_unwound_from_its_saved_registers_and_user_mode_ends_the_w
 }
 
 #[test]
+fn an_end_that_is_not_at_the_stacks_end_is_none() {
+    let functions = [
+        ("asm_interrupt", entry::IRET),
+        ("start", entry::END),
+        ("inner", entry::CALL_8),
+    ];
+    // as behind `call error_entry`: where ORC sees the code segment, the interrupted code's R13 is, here one like user mode's
+    let mut regs = [0u64; 21];
+    (regs[1], regs[16], regs[17]) = (0x33, at(2, 0), 0x10);
+    let far = [(STACK + 0x100, regs.to_vec()), (STACK + 0x400, vec![at(1, 0x10)])];
+    let interrupted = case(&functions, &far, (at(0, 0x10), STACK + 0x100));
+    let (ip, end) = (Gva(at(0, 0x10)), STACK + 0x128);
+    assert_eq!(walked(&interrupted).1, Err(UnwindError::NotTheEnd { ip, at: end }));
+    regs[1] = 7;
+    let odd = case(
+        &functions,
+        &[(STACK + 0x100, regs.to_vec())],
+        (at(0, 0x10), STACK + 0x100),
+    );
+    assert_eq!(walked(&odd).1, Err(UnwindError::BadSegment { ip, found: 7 }));
+    let thread = [(STACK + 0x100, vec![at(1, 0x10)]), (STACK + 0x400, vec![0])];
+    let thread = case(&functions, &thread, (at(2, 0x10), STACK + 0x100));
+    let (ip, end) = (Gva(at(1, 0x10)), STACK + 0x108);
+    assert_eq!(walked(&thread).1, Err(UnwindError::NotTheEnd { ip, at: end }));
+}
+
+#[test]
 fn a_walk_crosses_from_the_interrupt_stack_once_and_never_back() {
     let functions = [
         ("softirq", entry::SWITCH),
@@ -205,7 +237,10 @@ fn a_frame_below_the_one_before_is_refused() {
     let functions = [("loops", entry::FRAME_POINTER)];
     let mut case = case(
         &functions,
-        &[(STACK + 0x100, vec![STACK + 0x100, at(0, 0x10)])],
+        &[
+            (STACK + 0x100, vec![STACK + 0x100, at(0, 0x10)]),
+            (STACK + 0x200, vec![0]),
+        ],
         (at(0, 0x10), STACK + 0x200),
     );
     case.start.bp = STACK + 0x100;
