@@ -3,6 +3,7 @@
 //! - [`Client`]: a QMP connection: typed commands, events, descriptor passing. Asynchronous.
 //! - [`Machine`]: one QEMU, blocking: what it is, where its guest's RAM is ([`RamMap`]), its vCPUs ([`CpuState`]).
 //! - [`Paused`]: the guest stopped: registers, writes that reach translated code, resume on every path.
+//! - [`migrate`]: a guest moved into another QEMU of the same host.
 //! - [`recover`]: undoes and resumes for a process that was killed in its pause.
 
 pub mod addr;
@@ -11,6 +12,7 @@ pub mod cpu;
 pub mod gdb;
 pub mod machine;
 pub mod memory;
+pub mod migrate;
 pub mod text;
 
 pub use addr::{Gpa, Hva};

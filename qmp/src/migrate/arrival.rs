@@ -1,0 +1,180 @@
+//! Waiting for a guest on its way.
+
+use super::pair::{query, set_downtime};
+use super::{Limits, MigrateError, Progress, Status};
+use crate::client::{Client, Event};
+use crate::machine::RunState;
+use std::time::{Duration, Instant};
+use tokio::sync::broadcast::Receiver;
+use tokio::sync::broadcast::error::RecvError;
+use tokio::time::{MissedTickBehavior, interval};
+
+/// Between two looks at how far it is, in milliseconds. The end is told by events, without delay.
+const TICK_MS: u64 = 50;
+/// The downtime that is tried first, in milliseconds: below what anybody notices. A guest that writes faster than it can be
+/// copied does not come under it.
+pub(super) const FIRST_DOWNTIME_MS: u64 = 20;
+/// Rounds after which a longer downtime is allowed: the guest writes as fast as it is copied.
+const ROUNDS: u64 = 3;
+
+/// A guest that has arrived: all of it is in the new QEMU, and it stands in both.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Arrival {
+    /// It was running when it was stopped for the last of it.
+    pub was_running: bool,
+    /// When it was stopped, in microseconds since 1970; `None` where it stood already.
+    pub stopped_at_us: Option<u64>,
+}
+
+/// What is known on the way.
+pub(super) struct Watch<'a> {
+    pub(super) source: &'a Client,
+    pub(super) destination: &'a Client,
+    pub(super) limits: &'a Limits,
+    /// It was running when the move began.
+    pub(super) was_running: bool,
+    pub(super) downtime_ms: u64,
+    pub(super) raised_at_round: u64,
+    pub(super) sent: bool,
+    pub(super) arrived: bool,
+    pub(super) stopped_at_us: Option<u64>,
+}
+
+impl<'a> Watch<'a> {
+    pub(super) fn new(source: &'a Client, destination: &'a Client, limits: &'a Limits, was_running: bool) -> Self {
+        Self {
+            source,
+            destination,
+            limits,
+            was_running,
+            downtime_ms: FIRST_DOWNTIME_MS.min(limits.downtime_ms),
+            raised_at_round: 0,
+            sent: false,
+            arrived: false,
+            stopped_at_us: None,
+        }
+    }
+
+    /// See [`super::Pair::wait`]. The events are those since before the move began.
+    pub(super) async fn wait(
+        mut self,
+        events: [&mut Receiver<Event>; 2],
+        mut observe: impl FnMut(&Progress) -> bool,
+        mut alive: impl FnMut() -> bool,
+    ) -> Result<Arrival, MigrateError> {
+        let begun = Instant::now();
+        let [from_source, from_destination] = events;
+        let mut tick = interval(Duration::from_millis(TICK_MS));
+        tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        while !(self.sent && self.arrived) {
+            tokio::select! {
+                biased;
+                event = next(from_source, "old") => self.source_event(&event?).await?,
+                event = next(from_destination, "new") => self.destination_event(&event?)?,
+                _ = tick.tick() => {
+                    let progress = self.look().await?;
+                    if self.sent {
+                        // Nobody goes back for the last few milliseconds.
+                    } else if !observe(&progress) {
+                        return Err(MigrateError::Cancelled);
+                    } else if !alive() {
+                        return Err(MigrateError::DestinationGone);
+                    }
+                    if begun.elapsed() >= self.limits.time_max {
+                        let (within_s, state) = (self.limits.time_max.as_secs(), progress.state);
+                        return Err(MigrateError::TooLong { within_s, state });
+                    }
+                }
+            }
+        }
+        Ok(Arrival {
+            was_running: self.was_running,
+            stopped_at_us: self.stopped_at_us,
+        })
+    }
+
+    async fn source_event(&mut self, event: &Event) -> Result<(), MigrateError> {
+        match event.name.as_str() {
+            "STOP" => {
+                self.stopped_at_us = event.at_us;
+                if self.limits.standing {
+                    return Ok(());
+                }
+                // The migration's own stop has another state; this one is somebody's wish, and stays.
+                if RunState::query(self.source).await.map_err(MigrateError::old)? == RunState::Paused {
+                    self.was_running = false;
+                }
+            }
+            "RESUME" => self.was_running = true,
+            "MIGRATION" => match state_of(event) {
+                Status::Completed => self.sent = true,
+                Status::GivenUp => return Err(self.given_up().await),
+                _ => {}
+            },
+            _ => {}
+        }
+        Ok(())
+    }
+
+    fn destination_event(&mut self, event: &Event) -> Result<(), MigrateError> {
+        if event.name == "MIGRATION" {
+            match state_of(event) {
+                Status::Completed => self.arrived = true,
+                Status::GivenUp => {
+                    return Err(MigrateError::Failed {
+                        which: "new",
+                        reason: "it could not take the guest in; its own messages say why".to_owned(),
+                    });
+                }
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
+    /// Asks both, for what no event told, and lets a guest that writes too fast stand a little longer.
+    async fn look(&mut self) -> Result<Progress, MigrateError> {
+        let progress = query(self.source).await.map_err(MigrateError::old)?;
+        match progress.status {
+            Status::Completed => self.sent = true,
+            Status::GivenUp => return Err(self.given_up().await),
+            _ => {}
+        }
+        let arrived = query(self.destination).await.map_err(MigrateError::new)?;
+        self.arrived |= arrived.status == Status::Completed;
+        if progress.rounds >= self.raised_at_round + ROUNDS && self.downtime_ms < self.limits.downtime_ms {
+            self.raised_at_round = progress.rounds;
+            self.downtime_ms = self.downtime_ms.saturating_mul(2).min(self.limits.downtime_ms);
+            set_downtime(self.source, self.downtime_ms)
+                .await
+                .map_err(MigrateError::old)?;
+        }
+        Ok(progress)
+    }
+
+    async fn given_up(&self) -> MigrateError {
+        match query(self.source).await {
+            Ok(progress) => MigrateError::Failed {
+                which: "old",
+                reason: progress.reason.unwrap_or(progress.state),
+            },
+            Err(cause) => MigrateError::old(cause),
+        }
+    }
+}
+
+fn state_of(event: &Event) -> Status {
+    Progress::of(&event.data).status
+}
+
+/// The next event. Errors: the connection has ended.
+async fn next(events: &mut Receiver<Event>, which: &'static str) -> Result<Event, MigrateError> {
+    loop {
+        match events.recv().await {
+            Ok(event) => return Ok(event),
+            // The ticks find out what the lost ones told.
+            Err(RecvError::Lagged(_)) => {}
+            Err(RecvError::Closed) => return Err(MigrateError::Gone { which }),
+        }
+    }
+}
