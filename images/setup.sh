@@ -9,7 +9,7 @@ set -eu
 
 release=bookworm
 qemu_major=10
-packages='busybox-static xz-utils zstd util-linux gcc-12 libc6-dev make patch flex bison bc libelf-dev libssl-dev dwarves patchelf'
+packages='busybox-static iproute2 xz-utils zstd util-linux gcc-12 libc6-dev make patch flex bison bc libelf-dev libssl-dev dwarves patchelf'
 # Other releases, whose kernels and compilers are downloaded and unpacked, never installed.
 other_releases='bullseye bullseye-security sid'
 

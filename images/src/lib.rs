@@ -7,6 +7,7 @@
 //! - [`initramfs`] makes the guest's root file system: busybox, the guest agent, programs of the caller;
 //! - [`build`] makes programs and livepatch modules for a guest;
 //! - [`guest`] boots it all with QEMU: [`guest::GuestConfig`] says what a guest is like, [`guest::Guest`] is a running one;
+//! - [`qemu`] has other versions of QEMU than the installed one;
 //! - [`channel`] runs commands in the guest and brings back their output and exit status.
 //!
 //! Packages, the cache that spares a second start the network, and the host's programs are `patch_build`'s.
@@ -19,5 +20,6 @@ pub mod guest;
 pub mod initramfs;
 pub mod kernel;
 pub mod modules;
+pub mod qemu;
 
 pub use patch_build::{cache, command, packages};

@@ -3,10 +3,11 @@
 //!
 //! Ten show a published flaw of 6.1.170, which their first lines name: `siocatmark` and `lsrr` (each a [`Cve`](super::Cve)),
 //! `tcpfilter`, `textpoke` and `assoclen` as any user, `msgid`, `timens`, `tmpfile`, `tracefilter` and `txqueue` as root. The others
-//! show whether the module of their name in [`hand_written`](super::hand_written) is in force; two do more:
+//! show whether the module of their name in [`hand_written`](super::hand_written) is in force; these do more:
 //!
 //! - `pair load SECONDS TASKS` keeps that many tasks in the functions of the module, prints `started`, and in the end
 //!   `old N new N mixed N`; its status is 0 unless a call found a mix. With 0 seconds it ends at SIGTERM.
+//! - `load` keeps memory, a disk and a TCP port busy, and checks what it does.
 //! - `pause sleep` prints `sleeping`, sleeps in the function of the module until SIGUSR1, then prints its line.
 
 use std::fs;
@@ -17,10 +18,11 @@ use crate::cache::{self, Cache};
 use crate::command;
 
 /// Names and texts of all programs.
-const PROGRAMS: [(&str, &str); 19] = [
+const PROGRAMS: [(&str, &str); 20] = [
     ("assoclen", include_str!("../../programs/assoclen.c")),
     ("faults", include_str!("../../programs/faults.c")),
     ("kstrtoint", include_str!("../../programs/kstrtoint.c")),
+    ("load", include_str!("../../programs/load.c")),
     ("lsrr", include_str!("../../programs/lsrr.c")),
     ("msgid", include_str!("../../programs/msgid.c")),
     ("pair", include_str!("../../programs/pair.c")),

@@ -228,6 +228,15 @@ impl Guest {
         Ok(())
     }
 
+    /// The guest has moved into the QEMU process `pid`, which has taken over the old one's sockets: from here on this is that one.
+    /// Commands that were running in the guest run on, but are lost from sight.
+    pub fn follow(&mut self, pid: u32) -> Result<(), Error> {
+        self.client.close();
+        self.process.follow(pid);
+        self.client = connect(&self.process, &self.config, &self.files)?;
+        self.wait_for_boot(1)
+    }
+
     /// Powers the guest off and waits for QEMU's end.
     pub fn shutdown(self) -> Result<ExitStatus, Error> {
         let _running = self.spawn(&["poweroff", "-f"])?;

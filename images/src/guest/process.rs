@@ -15,6 +15,8 @@ const POLL: Duration = Duration::from_millis(10);
 #[derive(Debug)]
 pub(super) struct Process {
     child: Mutex<Child>,
+    /// A process that is not this program's child, and has taken the child's place.
+    follower: Option<u32>,
     pid: u32,
 }
 
@@ -30,6 +32,7 @@ impl Process {
         let child = spawn_in_lasting_thread(command)?;
         Ok(Self {
             pid: child.id(),
+            follower: None,
             child: Mutex::new(child),
         })
     }
@@ -38,8 +41,17 @@ impl Process {
         self.pid
     }
 
-    /// How it ended, or `None` while it runs.
+    /// From here on, the guest is in the process `pid`. That one is killed with the guest, but not where this program is.
+    pub(super) fn follow(&mut self, pid: u32) {
+        self.follower = Some(pid);
+        self.pid = pid;
+    }
+
+    /// How it ended, or `None` while it runs. How another one's child ended is not known.
     pub(super) fn ended(&self) -> io::Result<Option<ExitStatus>> {
+        if let Some(pid) = self.follower {
+            return Ok((!runs(pid)).then(ExitStatus::default));
+        }
         self.child.lock().unwrap_or_else(PoisonError::into_inner).try_wait()
     }
 
@@ -58,6 +70,11 @@ impl Process {
     /// Kills it and waits for its end.
     pub(super) fn kill(&self) -> io::Result<ExitStatus> {
         let mut child = self.child.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(pid) = self.follower
+            && runs(pid)
+        {
+            Command::new("kill").args(["-KILL", &pid.to_string()]).status()?;
+        }
         child.kill()?;
         child.wait()
     }
@@ -68,6 +85,12 @@ impl Drop for Process {
         // Nobody is left to tell about a failure, and the parent's death signal stays in force.
         drop(self.kill());
     }
+}
+
+/// Whether that process is a QEMU that has not ended.
+fn runs(pid: u32) -> bool {
+    let line = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+    String::from_utf8_lossy(&line).contains("qemu-system")
 }
 
 type Job = (Command, mpsc::Sender<io::Result<Child>>);
