@@ -6,6 +6,7 @@ pub use build::BuildOptions;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use guest_core::commit::Model;
+use qmp::migrate::Way;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -124,6 +125,8 @@ pub enum Command {
         #[arg(long)]
         all: bool,
     },
+    /// Move the running guest into another QEMU of this host, its patches intact
+    Upgrade(UpgradeOptions),
     /// Show what was found in the guest: kernel, addresses, caves, sources
     Inspect,
     /// List the running guests of this host
@@ -134,6 +137,76 @@ pub enum Command {
         /// The guest's QMP socket
         socket: PathBuf,
     },
+    /// What becomes a QEMU; started by vmpatch itself
+    #[command(hide = true)]
+    Launch,
+    /// What brings a move to its end should its vmpatch be killed; started by vmpatch itself
+    #[command(hide = true)]
+    WatchMove {
+        /// The old QEMU process
+        old: i32,
+        /// Whether the guest ran
+        #[arg(action = clap::ArgAction::Set)]
+        was_running: bool,
+        /// The guest's QMP socket
+        socket: PathBuf,
+    },
+}
+
+/// Options of `upgrade`.
+#[derive(Debug, Clone, Args)]
+pub struct UpgradeOptions {
+    /// The QEMU program to move the guest into
+    #[arg(long, value_name = "BIN")]
+    pub qemu: PathBuf,
+    /// Say whether and how it would be done: the new process is started, compared, and ended; the guest is not touched
+    #[arg(long)]
+    pub check: bool,
+    /// How the guest's memory gets there; without it, the best of those that fit
+    #[arg(long, value_enum)]
+    pub way: Option<WayName>,
+    /// The longest that a guest may stand that writes faster than it is copied (begins at 20)
+    #[arg(long, value_name = "MILLISECONDS", default_value_t = 300)]
+    pub downtime: u64,
+    /// The most to copy in a second; without it, as much as there is
+    #[arg(long, value_name = "MIB")]
+    pub bandwidth: Option<u64>,
+    /// How long the guest may be on its way before the move is given up
+    #[arg(long, value_name = "SECONDS", default_value_t = 300.0, value_parser = seconds)]
+    pub within: f64,
+    /// Folder with the new QEMU's firmware (its -L), in place of those on the guest's command line
+    #[arg(long, value_name = "DIR")]
+    pub data_dir: Vec<PathBuf>,
+}
+
+impl UpgradeOptions {
+    /// `--within`.
+    pub fn time_max(&self) -> Duration {
+        Duration::from_secs_f64(self.within)
+    }
+}
+
+/// Ways of guest memory by name.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum WayName {
+    /// handed over as descriptors (both QEMU 10.0 or later, shared RAM, -machine aux-ram-share=on)
+    CprTransfer,
+    /// left in the file that both map (RAM in a shared file)
+    #[value(name = "x-ignore-shared")]
+    IgnoreShared,
+    /// copied while the guest runs
+    Precopy,
+}
+
+impl WayName {
+    /// QEMU's way.
+    pub fn way(self) -> Way {
+        match self {
+            Self::CprTransfer => Way::CprTransfer,
+            Self::IgnoreShared => Way::IgnoreShared,
+            Self::Precopy => Way::Precopy,
+        }
+    }
 }
 
 /// The longest time-out: a day.

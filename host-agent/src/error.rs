@@ -4,6 +4,8 @@ use crate::attach::AttachError;
 use crate::cli::PATCHES_DEFAULT;
 use crate::domains::DomainError;
 use crate::lock::LockError;
+use crate::upgrade::UpgradeError;
+use crate::upgrade::launch::LaunchError;
 use guest_core::commit::CommitError;
 use guest_core::kernel::KernelError;
 use guest_core::place::RegistryError;
@@ -124,6 +126,12 @@ pub enum Failure {
         /// What speaks against it.
         findings: Vec<String>,
     },
+    /// The guest was not moved.
+    #[error(transparent)]
+    Upgrade(#[from] UpgradeError),
+    /// A process did not become QEMU.
+    #[error(transparent)]
+    Launch(#[from] LaunchError),
     /// The output can't be written.
     #[error("writing the report")]
     Output(#[source] std::io::Error),
@@ -162,6 +170,8 @@ impl Failure {
             Self::Build { source, .. } if source.is_refusal() => 3,
             Self::NothingToBuild | Self::NotAllowed { .. } => 3,
             Self::Build { .. } | Self::Cache(_) => 1,
+            Self::Upgrade(error) if error.is_refusal() => 3,
+            Self::Upgrade(_) | Self::Launch(_) => 1,
             Self::File { .. } | Self::Commit { .. } | Self::Supervisor(_) | Self::Output(_) => 1,
         }
     }
@@ -183,6 +193,13 @@ impl Failure {
                 Some("if that has been thought about: --allow RISK, with the name in brackets; --explain shows more")
             }
             Self::Busy(_) => Some("try again when that is over"),
+            Self::Upgrade(UpgradeError::Libvirt { .. }) => Some(
+                "`virsh managedsave` and `virsh start` bring it up in the installed QEMU, with a pause; `virsh migrate --live` moves it \
+                 to a host that has it",
+            ),
+            Self::Upgrade(UpgradeError::Ended { .. } | UpgradeError::Mute { .. }) => Some(
+                "`upgrade --check` starts the new process without touching the guest; --data-dir names its firmware's folder",
+            ),
             Self::Attach(error) if lacks_permission(error) => {
                 Some("run vmpatch as root, or as the user that QEMU runs as")
             }

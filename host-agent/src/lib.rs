@@ -1,6 +1,8 @@
 //! The vmpatch host agent: finds a running guest, reaches it through QEMU, and has the patch core change its kernel.
 //!
 //! The way of a command: [`cli`] → [`domains`] → [`session`] ([`attach`], then the kernel) → [`commands`] → [`report`].
+//! [`upgrade`] moves a guest into another QEMU.
+//!
 //! While something is changed, a [`supervisor`] in a process of its own stands ready to take it back.
 
 pub mod attach;
@@ -15,3 +17,4 @@ pub mod report;
 pub mod session;
 pub mod supervisor;
 pub mod text;
+pub mod upgrade;

@@ -207,8 +207,8 @@ fn read_holder(file: File) -> Option<i32> {
     text.strip_suffix('\n')?.parse().ok()
 }
 
-/// The folder of the locks, made where there is none.
-fn run_folder() -> Result<PathBuf, LockError> {
+/// The folder of the locks, made where there is none; only this user can enter it.
+pub(crate) fn run_folder() -> Result<PathBuf, LockError> {
     // The owner of a process's own folder in /proc is its effective user.
     let own = PathBuf::from("/proc/self");
     let uid = fs::metadata(&own)

@@ -4,7 +4,7 @@ use clap::Parser;
 use host_agent::cli::{Cli, Command};
 use host_agent::error::Failure;
 use host_agent::progress::Progress;
-use host_agent::{commands, supervisor, text};
+use host_agent::{commands, supervisor, text, upgrade};
 use serde::Serialize;
 use std::io::Write;
 use std::process::ExitCode;
@@ -55,7 +55,17 @@ fn run(cli: &Cli, progress: &Progress) -> Result<(), Failure> {
         Some(Command::Domains) => print(options.json, progress, &commands::domains(progress)?, |lines| {
             text::domains(lines)
         }),
+        Some(Command::Upgrade(wanted)) => {
+            let report = upgrade::run(options, wanted, progress)?;
+            print(options.json, progress, &report, text::upgrade)
+        }
         Some(Command::Supervise { socket }) => supervisor::supervise(socket),
+        Some(Command::Launch) => Ok(upgrade::launch::launch()?),
+        Some(Command::WatchMove {
+            old,
+            was_running,
+            socket,
+        }) => upgrade::watch::watch(*old, *was_running, socket),
     }
 }
 

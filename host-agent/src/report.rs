@@ -247,6 +247,47 @@ pub struct Patches {
     pub patches: Vec<Patch>,
 }
 
+/// A QEMU process.
+#[derive(Debug, Clone, Serialize)]
+pub struct Process {
+    /// Its number, where there is such a process.
+    pub pid: Option<i32>,
+    /// QEMU's version.
+    pub qemu: String,
+    /// Its program.
+    pub program: String,
+}
+
+/// `upgrade`.
+#[derive(Debug, Clone, Serialize)]
+pub struct Upgrade {
+    /// The guest, in the process where it is now.
+    pub guest: Guest,
+    /// `moved`, or `would move`.
+    pub state: String,
+    /// Where it was.
+    pub old: Process,
+    /// Where it is.
+    pub new: Process,
+    /// The machine type, which stays.
+    pub machine: String,
+    /// `cpr-transfer`, `x-ignore-shared` or `precopy`.
+    pub way: String,
+    /// How long it stood, by the times at which the two QEMUs stopped and resumed it, in microseconds.
+    pub downtime_us: Option<u64>,
+    /// From the new process's start until the guest ran there, in milliseconds.
+    pub total_ms: Option<u64>,
+    /// Bytes sent.
+    pub transferred: Option<u64>,
+    /// How many pieces of the kernel and its patches are compared before the guest runs.
+    pub compared: usize,
+    /// Its patches, as they are in the new process.
+    pub patches: Vec<Patch>,
+    /// What the operator should know.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub warnings: Vec<String>,
+}
+
 /// `inspect`: an address range.
 #[derive(Debug, Clone, Serialize)]
 pub struct AddressRange {

@@ -7,6 +7,7 @@ use crate::error::{self, Failure};
 use crate::lock::DomainLock;
 use crate::progress::Progress;
 use crate::report;
+use crate::upgrade::{self, UpgradeError};
 use guest_core::commit::{self, CommitError, CommitOptions, Committed, Model};
 use guest_core::kernel::Live;
 use guest_core::machine::Machine;
@@ -20,7 +21,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 /// whose processors are all busy; a guest that stands longer than this is noticed by whoever uses it.
 const PAUSE_MAX: Duration = Duration::from_millis(250);
 /// How long another vmpatch at work on the domain is waited for: its supervisor may just be taking something back.
-const LOCK_TIME_MAX: Duration = Duration::from_secs(5);
+pub(crate) const LOCK_TIME_MAX: Duration = Duration::from_secs(5);
 /// How often a change is planned anew where the guest has changed what was to be replaced: its list of modules changes whenever it
 /// loads one.
 const PLANS_MAX: usize = 8;
@@ -39,11 +40,33 @@ pub struct Target {
 }
 
 impl Target {
-    /// From `--domain` or `--qmp`.
+    /// From `--domain` or `--qmp`. Where a move into another QEMU was cut off on that domain, it is brought to an end first, so that
+    /// the guest is in one process.
     pub fn from_options(options: &Options) -> Result<Self, Failure> {
+        let target = Self::find(options)?;
+        let survey = domains::all()?;
+        let old = survey.iter().find(|domain| Some(domain.pid) == target.pid);
+        match old.and_then(|old| Some((old, survey.successor_of(old.pid)?))) {
+            None => Ok(target),
+            Some((old, successor)) => {
+                upgrade::resume_cut_off(old, successor)?;
+                Self::find(options)
+            }
+        }
+    }
+
+    fn find(options: &Options) -> Result<Self, Failure> {
         match (&options.domain, &options.qmp) {
             (_, Some(socket)) => {
-                let pid = domains::all()?.by_qmp(socket).map(|domain| domain.pid);
+                let survey = domains::all()?;
+                if let Some(successor) = survey.successor_at(socket) {
+                    return Err(UpgradeError::UnderWay {
+                        old: successor.old,
+                        new: successor.domain.pid,
+                    }
+                    .into());
+                }
+                let pid = survey.by_qmp(socket).map(|domain| domain.pid);
                 Ok(Self {
                     name: None,
                     pid,
@@ -232,7 +255,13 @@ impl Session {
         })
     }
 
-    fn refuse_if_busy(&self) -> Result<(), Failure> {
+    /// Leaves the guest, but not the right to change it.
+    pub fn into_lock(self) -> DomainLock {
+        self.lock
+    }
+
+    /// Refuses where QEMU does something that a change would not survive.
+    pub fn refuse_if_busy(&self) -> Result<(), Failure> {
         match self.attached.busy_with()? {
             Some(what) => Err(Failure::Busy(what.to_string())),
             None => Ok(()),

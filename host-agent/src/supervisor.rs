@@ -127,7 +127,7 @@ pub fn supervise(path: &Path) -> Result<(), Failure> {
 }
 
 /// Whoever ends all processes of a service, or hangs up a terminal, means the worker; the supervisor ends behind it by itself.
-fn ignore_requests_to_end() {
+pub(crate) fn ignore_requests_to_end() {
     let requests = SigSet::from_iter([Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP, Signal::SIGQUIT]);
     // Without it the supervisor works as well, as long as nobody signals it.
     let _ = requests.thread_block();

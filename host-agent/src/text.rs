@@ -1,15 +1,11 @@
 //! Reports as text, for people.
 
-use crate::report::{Building, DomainLine, Inspection, Patch, Patches, Verified};
+use crate::report::{Building, DomainLine, Guest, Inspection, Patch, Patches, Upgrade, Verified};
 use std::fmt::Write;
 
 /// `apply`, `check`, `revert`, `status` and the bare command: a line for each patch and function, and a closing one.
 pub fn patches(report: &Patches) -> String {
-    let guest = report
-        .guest
-        .domain
-        .clone()
-        .unwrap_or_else(|| format!("process {}", report.guest.pid));
+    let guest = shown(&report.guest);
     let mut text = String::new();
     for patch in &report.patches {
         one_patch(&mut text, patch);
@@ -37,6 +33,52 @@ pub fn patches(report: &Patches) -> String {
                 states.join(", ")
             )
         }
+    };
+    text
+}
+
+fn shown(guest: &Guest) -> String {
+    let process = || format!("process {}", guest.pid);
+    guest.domain.clone().unwrap_or_else(process)
+}
+
+/// `upgrade`.
+pub fn upgrade(report: &Upgrade) -> String {
+    let mut text = String::new();
+    for patch in &report.patches {
+        one_patch(&mut text, patch);
+    }
+    for warning in &report.warnings {
+        let _ = writeln!(text, "warning: {warning}");
+    }
+    let (
+        guest,
+        Upgrade {
+            old, new, way, machine, ..
+        },
+    ) = (shown(&report.guest), report);
+    let ms = |us: u64| format!("{}.{} ms", us / 1000, us % 1000 / 100);
+    let _ = match new.pid {
+        Some(pid) => writeln!(
+            text,
+            "{guest}: moved from QEMU {} to {} ({machine}, now process {pid}) by {way} in {} ms{}",
+            old.qemu,
+            new.qemu,
+            report.total_ms.unwrap_or(0),
+            report
+                .downtime_us
+                .map_or(", standing".to_owned(), |us| format!(", stood for {}", ms(us)))
+        ),
+        None => writeln!(
+            text,
+            "{guest}: would move from QEMU {} to {} ({machine}) by {way}; {}",
+            old.qemu,
+            new.qemu,
+            match way.as_str() {
+                "precopy" => "it will stand for some ten milliseconds, longer where it writes much",
+                _ => "it will stand for some ten milliseconds",
+            }
+        ),
     };
     text
 }

@@ -11,6 +11,7 @@
 //! - [`own_livepatch`] loads livepatches as the guest's own;
 //! - [`sleeper`] is a task that sleeps inside a function;
 //! - [`health`] finds the guest kernel's own complaints;
+//! - [`load`] keeps a guest busy, and talks to it over the network;
 //! - [`monitor`] talks to QEMU behind vmpatch's back;
 //! - [`processes`] finds processes of the host and signals them;
 //! - [`ram`] compares all of a guest's memory, or its kernel, before and after.
@@ -19,6 +20,7 @@ pub mod bed;
 pub mod ftrace;
 pub mod health;
 pub mod kit;
+pub mod load;
 pub mod matrix;
 pub mod monitor;
 pub mod own_livepatch;

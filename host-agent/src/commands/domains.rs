@@ -9,19 +9,22 @@ use crate::session::{Session, Target};
 
 /// Every QEMU process that can be seen, with what is in it as far as it can be reached.
 pub fn domains(progress: &Progress) -> Result<Vec<DomainLine>, Failure> {
-    Ok(domains::all()?.iter().map(|domain| line(domain, progress)).collect())
+    let survey = domains::all()?;
+    let line = |domain: &Domain| match survey.successor_of(domain.pid) {
+        None => line(domain, progress),
+        Some(successor) => DomainLine {
+            error: Some(format!(
+                "moves to process {}, or did: any command on it says more",
+                successor.domain.pid
+            )),
+            ..empty(domain)
+        },
+    };
+    Ok(survey.iter().map(line).collect())
 }
 
 fn line(domain: &Domain, progress: &Progress) -> DomainLine {
-    let mut line = DomainLine {
-        name: domain.name.clone(),
-        pid: domain.pid,
-        qmp: None,
-        accelerator: None,
-        kernel: None,
-        patches: Vec::new(),
-        error: None,
-    };
+    let mut line = empty(domain);
     let session = Target::of_domain(domain).and_then(|target| {
         line.qmp = Some(target.socket.display().to_string());
         Session::open(&target, progress)
@@ -35,4 +38,16 @@ fn line(domain: &Domain, progress: &Progress) -> DomainLine {
         Err(error) => line.error = Some(error.chain().join(": ")),
     }
     line
+}
+
+fn empty(domain: &Domain) -> DomainLine {
+    DomainLine {
+        name: domain.name.clone(),
+        pid: domain.pid,
+        qmp: None,
+        accelerator: None,
+        kernel: None,
+        patches: Vec::new(),
+        error: None,
+    }
 }

@@ -5,7 +5,7 @@ mod build;
 mod domains;
 mod inspect;
 mod revert;
-mod status;
+pub(crate) mod status;
 mod update;
 
 pub use apply::{apply, check};

@@ -18,7 +18,7 @@ pub fn status(options: &Options, progress: &Progress) -> Result<Patches, Failure
 }
 
 /// All patches of a guest, oldest first.
-pub(super) fn patches(session: &Session) -> Vec<Patch> {
+pub(crate) fn patches(session: &Session) -> Vec<Patch> {
     let mut entries: Vec<&Entry> = session.registry.entries.iter().collect();
     entries.sort_by_key(|entry| entry.record.as_ref().map(|record| record.order));
     entries.into_iter().map(|entry| patch(session, entry)).collect()

@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 
 /// Options without an argument. Any other takes the next word, whatever it looks like, so that a guest kernel's
 /// command line (`-append`) is never read as options. QEMU 10.0 first, then those of older releases (2.0 to 9.2).
-const WITHOUT_ARGUMENT: &str = "\
+pub(crate) const WITHOUT_ARGUMENT: &str = "\
     h help version mem-prealloc snapshot usb nographic full-screen win2k-hack no-fd-bootchk preconfig S s enable-kvm \
     xen-attach xen-domid-restrict no-reboot no-shutdown daemonize only-migratable nodefaults semihosting old-param \
     no-user-config enable-sync-profile perfmap jitdump \
@@ -24,7 +24,7 @@ const LIBVIRT_CHARDEV: &[u8] = b"charmonitor";
 
 /// What matters here of a command line.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub(super) struct CommandLine {
+pub(crate) struct CommandLine {
     /// The guest's name, of `-name`.
     pub(super) name: Option<String>,
     /// The guest's UUID, of `-uuid`, as spelled there.
@@ -41,7 +41,7 @@ pub(super) struct CommandLine {
 
 /// A QMP monitor.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Monitor {
+pub(crate) struct Monitor {
     pub(super) address: QmpAddress,
     /// Whether it is the one through which libvirt runs the guest.
     pub(super) libvirt: bool,

@@ -5,10 +5,11 @@
 //! to check (`qmp::Client::peer_pid`).
 
 mod address;
-mod command_line;
+pub(crate) mod command_line;
 mod config;
 mod error;
-mod params;
+pub(crate) mod names;
+pub(crate) mod params;
 pub(crate) mod process;
 mod socket;
 
@@ -45,6 +46,11 @@ pub struct Domain {
 }
 
 impl Domain {
+    /// Whether libvirt runs it.
+    pub fn is_libvirts(&self) -> bool {
+        self.qmp.iter().any(|socket| socket.libvirt)
+    }
+
     /// What to connect to for QMP, in the order of the command line, but pretty ones last; libvirt's own is left out.
     pub fn qmp_paths(&self) -> impl Iterator<Item = &Path> {
         let (pretty, plain): (Vec<_>, Vec<_>) = self.qmp.iter().partition(|socket| socket.pretty);
@@ -120,11 +126,24 @@ impl fmt::Display for Domain {
     }
 }
 
+/// A process that is to take over a guest.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Successor {
+    /// The process that has, or had, the guest.
+    pub old: i32,
+    /// Whether the guest ran when this one was started.
+    pub was_running: bool,
+    /// The process itself.
+    pub domain: Domain,
+}
+
 /// The domains of this host at one time.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Survey {
     /// Those found, by rising pid.
     pub domains: Vec<Domain>,
+    /// Processes that were started to take over the guest of one of them, which still lives.
+    pub successors: Vec<Successor>,
     /// How many processes could not be looked at, because they are other users' (/proc mounted with `hidepid=1`).
     pub unreadable: usize,
     /// Whether there may be processes of other users that do not even show (`hidepid=2` or `4`).
@@ -150,12 +169,36 @@ impl Survey {
         }
     }
 
+    /// The process that is to take over the guest of the process `pid`.
+    pub fn successor_of(&self, pid: i32) -> Option<&Successor> {
+        self.successors.iter().find(|successor| successor.old == pid)
+    }
+
+    /// The process that listens for QMP at `path` and is to take over a guest.
+    pub fn successor_at(&self, path: &Path) -> Option<&Successor> {
+        let is_at = |successor: &&Successor| successor.domain.qmp_paths().any(|own| own == path);
+        self.successors.iter().find(is_at)
+    }
+
     /// The domain that was told to listen for QMP at `path`, where one is known: without connecting, so that whoever
     /// is connected there is not disturbed. See [`Domain::of_peer`] for what is known after connecting.
     pub fn by_qmp(&self, path: &Path) -> Option<&Domain> {
         let mut domains = self.domains.iter();
         domains.find(|domain| domain.qmp.iter().any(|socket| socket.is_at(path)))
     }
+}
+
+/// The words of a process's command line, and the folder in which its relative paths begin.
+///
+/// Errors: it is gone, or may not be looked at.
+pub(crate) fn command_line_of(pid: i32) -> io::Result<(Vec<Vec<u8>>, PathBuf)> {
+    let gone = || io::Error::new(ErrorKind::NotFound, "the process has ended");
+    let process = Process::read(pid)?.ok_or_else(gone)?;
+    let line = CommandLine::parse(process.words.iter().map(Vec::as_slice), &|_| None);
+    let folder = Place::of(pid, &line)
+        .folder()
+        .ok_or_else(|| io::Error::new(ErrorKind::NotFound, "the folder in which it was started is not known"))?;
+    Ok((process.words, folder))
 }
 
 /// All domains of this host.
@@ -182,7 +225,16 @@ pub fn all() -> Result<Survey, DomainError> {
         .filter(|one| !is_helper(one, &processes))
         .cloned()
         .collect();
-    survey.domains = own.into_iter().map(Domain::of_process).collect();
+    for process in own {
+        match process.predecessor() {
+            Some((old, was_running)) => survey.successors.push(Successor {
+                old,
+                was_running,
+                domain: Domain::of_process(process),
+            }),
+            None => survey.domains.push(Domain::of_process(process)),
+        }
+    }
     Ok(survey)
 }
 

@@ -5,11 +5,11 @@
 
 /// One such string, taken apart. A key may be there several times; the last one counts.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub(super) struct Params(Vec<(Vec<u8>, Vec<u8>)>);
+pub(crate) struct Params(Vec<(Vec<u8>, Vec<u8>)>);
 
 impl Params {
     /// Takes `text` apart. `implied` is the key of a first word that has none, as `guest` is in `-name vm42`.
-    pub(super) fn parse(text: &[u8], implied: Option<&str>) -> Self {
+    pub(crate) fn parse(text: &[u8], implied: Option<&str>) -> Self {
         let mut params = Self::default();
         let mut rest = text;
         let mut implied = implied;
@@ -34,29 +34,67 @@ impl Params {
     }
 
     /// Adds a key, over an earlier one of the same name.
-    pub(super) fn set(&mut self, key: &[u8], value: &[u8]) {
+    pub(crate) fn set(&mut self, key: &[u8], value: &[u8]) {
         self.0.push((key.to_vec(), value.to_vec()));
     }
 
     /// The value of `key`.
-    pub(super) fn get(&self, key: &str) -> Option<&[u8]> {
+    pub(crate) fn get(&self, key: &str) -> Option<&[u8]> {
         let mut all = self.0.iter().rev();
         all.find(|(name, _)| name == key.as_bytes())
             .map(|(_, value)| value.as_slice())
     }
 
     /// The value of `key`, for people.
-    pub(super) fn text(&self, key: &str) -> Option<String> {
+    pub(crate) fn text(&self, key: &str) -> Option<String> {
         self.get(key).map(|value| String::from_utf8_lossy(value).into_owned())
     }
 
     /// The value of a switch. QEMU does not start with one that is neither on nor off, so that case does not matter.
-    pub(super) fn is_on(&self, key: &str, default: bool) -> bool {
+    pub(crate) fn is_on(&self, key: &str, default: bool) -> bool {
         match self.get(key) {
             Some(b"on" | b"yes" | b"true" | b"y") => true,
             Some(b"off" | b"no" | b"false" | b"n") => false,
             _ => default,
         }
+    }
+
+    /// Takes a key out, wherever it stands, and gives the value that counted.
+    pub(crate) fn remove(&mut self, key: &str) -> Option<Vec<u8>> {
+        let found = self.get(key).map(<[u8]>::to_vec);
+        self.0.retain(|(name, _)| name != key.as_bytes());
+        found
+    }
+
+    /// Gives a key this value and no other, where it stood first, or at the end.
+    pub(crate) fn replace(&mut self, key: &str, value: &[u8]) {
+        let first = self.0.iter().position(|(name, _)| name == key.as_bytes());
+        let at = first.unwrap_or(self.0.len());
+        self.remove(key);
+        self.0
+            .insert(at.min(self.0.len()), (key.as_bytes().to_vec(), value.to_vec()));
+    }
+
+    /// The keys, in the order given.
+    pub(crate) fn keys(&self) -> impl Iterator<Item = &[u8]> {
+        self.0.iter().map(|(key, _)| key.as_slice())
+    }
+
+    /// As one string again, with every key written out.
+    pub(crate) fn render(&self) -> Vec<u8> {
+        let mut text = Vec::new();
+        for (key, value) in &self.0 {
+            if !text.is_empty() {
+                text.push(b',');
+            }
+            text.extend_from_slice(key);
+            text.push(b'=');
+            for byte in value {
+                // A comma in a value is doubled.
+                text.extend(std::iter::repeat_n(*byte, if *byte == b',' { 2 } else { 1 }));
+            }
+        }
+        text
     }
 
     fn push_value<'a>(&mut self, key: &[u8], text: &'a [u8]) -> &'a [u8] {
@@ -133,5 +171,16 @@ mod tests {
         assert_eq!(guest(",").as_deref(), Some(""));
         assert_eq!(Params::parse(b",,,", None).get("guest"), None);
         assert_eq!(guest("x=a=b,guest=c=d").as_deref(), Some("c=d"));
+    }
+
+    #[test]
+    fn a_string_that_was_changed_is_written_out_again() {
+        let mut params = Params::parse(b"socket,id=m,path=/a,,b,server,nowait,path=/c", Some("backend"));
+        params.replace("path", b"/d,e");
+        params.replace("wait", b"off");
+        assert_eq!(params.remove("id").as_deref(), Some(&b"m"[..]));
+        assert_eq!(params.render(), b"backend=socket,path=/d,,e,server=on,wait=off");
+        params.replace("new", b"1");
+        assert_eq!(params.keys().last(), Some(&b"new"[..]));
     }
 }

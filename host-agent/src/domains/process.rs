@@ -12,6 +12,13 @@ const COMMAND_LINE_LEN_MAX: u64 = 6 << 20;
 /// What /proc adds to the name of a file that is gone, or was replaced by an update.
 const DELETED: &[u8] = b" (deleted)";
 
+/// The variable in the environment of a QEMU that vmpatch started to take over a guest: the process that it takes it from, and
+/// whether the guest ran, as `PID-START_TIME-running` or `…-paused`.
+pub(crate) const MARKER: &str = "VMPATCH_UPGRADE_OF";
+
+const RUNNING: &str = "running";
+const PAUSED: &str = "paused";
+
 /// The program file of a process.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Binary {
@@ -72,6 +79,13 @@ impl Process {
         }))
     }
 
+    /// The process whose guest this one was started to take over, while that one lives, and whether the guest ran.
+    pub(super) fn predecessor(&self) -> Option<(i32, bool)> {
+        let environment = fs::read(proc_path(self.pid, "environ")).ok()?;
+        let (pid, start, was_running) = parse_marker(&environment)?;
+        is_running(pid, start).then_some((pid, was_running))
+    }
+
     /// Whether this is QEMU's system emulator, by the name of its file or the one that it was called by (a
     /// distribution's wrapper may rename the file).
     pub(super) fn is_qemu(&self) -> bool {
@@ -103,6 +117,25 @@ pub(crate) fn start_time(pid: i32) -> io::Result<u64> {
     stat(pid).map(|stat| stat.start_time)
 }
 
+/// Whether that very process still runs: it has not ended, and is not just waiting for its parent to notice.
+pub(crate) fn is_running(pid: i32, start: u64) -> bool {
+    let found = Process::read(pid);
+    found.is_ok_and(|process| process.is_some_and(|process| process.start_time == start))
+}
+
+/// The value of [`MARKER`].
+pub(crate) fn marker(pid: i32, start: u64, was_running: bool) -> String {
+    format!("{pid}-{start}-{}", if was_running { RUNNING } else { PAUSED })
+}
+
+fn parse_marker(environment: &[u8]) -> Option<(i32, u64, bool)> {
+    let mut variables = environment.split(|byte| *byte == 0);
+    let value = variables.find_map(|variable| variable.strip_prefix(MARKER.as_bytes())?.strip_prefix(b"="))?;
+    let mut words = str::from_utf8(value).ok()?.split('-');
+    let (pid, start, state) = (words.next()?, words.next()?, words.next()?);
+    Some((pid.parse().ok()?, start.parse().ok()?, state == RUNNING))
+}
+
 /// The numbers of all processes.
 pub(super) fn pids() -> io::Result<Vec<i32>> {
     let mut pids = Vec::new();
@@ -114,7 +147,7 @@ pub(super) fn pids() -> io::Result<Vec<i32>> {
 }
 
 /// A file of a process in /proc.
-pub(super) fn proc_path(pid: i32, name: &str) -> PathBuf {
+pub(crate) fn proc_path(pid: i32, name: &str) -> PathBuf {
     PathBuf::from(format!("/proc/{pid}/{name}"))
 }
 
@@ -160,7 +193,7 @@ fn is_qemu_name(path: &[u8]) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use super::{Binary, Process, Stat, is_qemu_name, pids, start_time, words};
+    use super::{Binary, MARKER, Process, Stat, is_qemu_name, marker, parse_marker, pids, start_time, words};
     use std::path::{Path, PathBuf};
 
     #[test]
@@ -197,6 +230,14 @@ mod tests {
             }
         );
         assert_eq!(Binary::of_link(&path), Binary { path, deleted: false });
+    }
+
+    #[test]
+    fn a_marker_names_a_process_for_good() {
+        let environment = format!("A=1\0{MARKER}={}\0", marker(7, 123, true));
+        assert_eq!(parse_marker(environment.as_bytes()), Some((7, 123, true)));
+        assert_eq!(parse_marker(b"A=1\0"), None);
+        assert_eq!(parse_marker(b"VMPATCH_UPGRADE_OF=x\0"), None);
     }
 
     #[test]

@@ -2,6 +2,7 @@
 
 use super::address::QmpAddress;
 use super::command_line::{CommandLine, Monitor};
+use super::names;
 use super::process::proc_path;
 use std::ffi::{OsStr, OsString};
 use std::fs;
@@ -81,9 +82,14 @@ impl Place {
         }
     }
 
+    /// The folder of its relative paths, in its own namespace.
+    pub(super) fn folder(&self) -> Option<PathBuf> {
+        self.folder.clone()
+    }
+
     fn reach(&self, address: &QmpAddress) -> Option<PathBuf> {
         match address {
-            QmpAddress::Unix(path) => self.path(path),
+            QmpAddress::Unix(path) => self.path(path).map(names::current),
             QmpAddress::Abstract { name, tight } => Some(abstract_path(name, *tight)),
             _ => None,
         }

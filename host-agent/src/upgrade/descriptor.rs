@@ -1,0 +1,92 @@
+//! Descriptors of another process, taken over under their own numbers.
+
+use nix::libc;
+use std::io;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+
+/// Numbers from here on are for descriptors on their way, so that none is in the way of another.
+const PARKING: RawFd = 1 << 12;
+
+/// Gives this process the descriptors `numbers` of process `pid`, under the same numbers, to be kept when another program
+/// takes this process over. Needs the right to trace that process, and Linux 5.6.
+///
+/// Only for a process that has no descriptor of its own above 2, and is about to become another program.
+pub(super) fn inherit(pid: i32, numbers: &[i32]) -> io::Result<()> {
+    if numbers.is_empty() {
+        return Ok(());
+    }
+    let process = pidfd_open(pid)?;
+    let parked: Vec<(i32, OwnedFd)> = numbers
+        .iter()
+        .map(|number| Ok((*number, park(&pidfd_getfd(&process, *number)?)?)))
+        .collect::<io::Result<_>>()?;
+    drop(process);
+    for (number, parked) in &parked {
+        place(parked, *number)?;
+    }
+    Ok(())
+}
+
+/// The descriptor for a process.
+fn pidfd_open(pid: i32) -> io::Result<OwnedFd> {
+    // SAFETY: the system call takes two numbers and touches no memory; what it returns is a new descriptor, or -1.
+    owned(unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) })
+}
+
+/// A copy of another process's descriptor.
+fn pidfd_getfd(process: &OwnedFd, number: i32) -> io::Result<OwnedFd> {
+    // SAFETY: as above; `process` is open for as long as the call takes.
+    owned(unsafe { libc::syscall(libc::SYS_pidfd_getfd, process.as_raw_fd(), number, 0) })
+}
+
+/// A copy with a number that is in nobody's way.
+fn park(descriptor: &OwnedFd) -> io::Result<OwnedFd> {
+    // SAFETY: the call duplicates an open descriptor and touches no memory.
+    let copy = unsafe { libc::fcntl(descriptor.as_raw_fd(), libc::F_DUPFD_CLOEXEC, PARKING) };
+    owned(copy.into())
+}
+
+/// A copy under that very number, which stays open in the next program.
+fn place(descriptor: &OwnedFd, number: i32) -> io::Result<()> {
+    // SAFETY: the number belongs to nothing of this process (see `inherit`), and the call touches no memory.
+    let placed = unsafe { libc::dup2(descriptor.as_raw_fd(), number) };
+    if placed < 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(())
+    }
+}
+
+fn owned(result: libc::c_long) -> io::Result<OwnedFd> {
+    match RawFd::try_from(result) {
+        // SAFETY: the kernel has just made this descriptor for the caller, and nobody else knows it.
+        Ok(number) if number >= 0 => Ok(unsafe { OwnedFd::from_raw_fd(number) }),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::{Read, Write};
+
+    #[test]
+    fn a_descriptor_of_another_process_is_the_same_open_file() {
+        let (mut ours, theirs) = std::os::unix::net::UnixStream::pair().unwrap();
+        let mut child = std::process::Command::new("sleep")
+            .arg("100")
+            .stdin(OwnedFd::from(theirs))
+            .spawn()
+            .unwrap();
+        let process = pidfd_open(i32::try_from(child.id()).unwrap()).unwrap();
+        let parked = park(&pidfd_getfd(&process, 0).unwrap()).unwrap();
+        assert!(parked.as_raw_fd() >= PARKING);
+        std::fs::File::from(parked).write_all(b"x").unwrap();
+        let mut found = [0];
+        ours.read_exact(&mut found).unwrap();
+        assert_eq!(found, *b"x");
+        child.kill().unwrap();
+        child.wait().unwrap();
+        assert!(pidfd_getfd(&process, 0).is_err());
+    }
+}

@@ -1,0 +1,365 @@
+//! The move itself.
+
+use super::arrived;
+use super::compare;
+use super::error::UpgradeError;
+use super::folder::ChannelFolder;
+use super::identity;
+use super::launch::Spec;
+use super::prepare::{Prepared, prepare};
+use super::settle;
+use super::signals::Wish;
+use super::successor::Successor;
+use super::watch::Watcher;
+use crate::cli::{Options, UpgradeOptions};
+use crate::domains::names::Name;
+use crate::domains::process;
+use crate::error::Failure;
+use crate::progress::Progress;
+use crate::report::Upgrade;
+use guest_core::PhysMemory;
+use qmp::RunState;
+use qmp::migrate::{Arrival, Limits, MigrateError, Pair, Status, Way};
+use std::fs;
+use std::os::unix::ffi::OsStringExt;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+/// How long the new process may take to open its QMP socket: QEMU takes a tenth of a second, more where it allocates much memory
+/// beforehand.
+const START_TIME_MAX: Duration = Duration::from_secs(60);
+/// How long giving up may take.
+const CANCEL_TIME_MAX: Duration = Duration::from_secs(20);
+/// How long a process that seems to have ended may take to be seen as ended.
+const END_TIME_MAX: Duration = Duration::from_millis(300);
+/// Length of the bar that shows how far a move is.
+const BAR_LEN: usize = 20;
+/// Between two looks for a socket of the new process.
+const POLL: Duration = Duration::from_millis(2);
+
+/// A move under way.
+struct Move {
+    prepared: Prepared,
+    names: Vec<Name>,
+    folder: ChannelFolder,
+    limits: Limits,
+    was_running: bool,
+    wish: Wish,
+}
+
+/// What a move was like.
+pub(super) struct Done {
+    /// How it arrived.
+    pub(super) arrival: Arrival,
+    /// When it was let run in the new process, in microseconds since 1970.
+    pub(super) resumed_at_us: Option<u64>,
+    /// From the new process's start until then.
+    pub(super) total: Duration,
+    /// Bytes sent.
+    pub(super) transferred: u64,
+}
+
+/// Moves the guest, or with `--check` stops before that.
+pub fn run(options: &Options, wanted: &UpgradeOptions, progress: &Progress) -> Result<Upgrade, Failure> {
+    let wish = Wish::watch().map_err(UpgradeError::host("waiting for signals"))?;
+    let prepared = prepare(options, wanted, progress)?;
+    let vmpatch = std::env::current_exe().map_err(Failure::Supervisor)?;
+    let check = wanted.check;
+    let mut journey = Move::new(prepared, wanted, wish)?;
+    let Prepared {
+        old,
+        socket,
+        lock,
+        shown,
+        ..
+    } = &journey.prepared;
+    let spec = journey.spec(check);
+    progress.step(&format!("{shown}: starting {}", spec.program.display()));
+    let mut new = Successor::start(&vmpatch, &spec)?;
+    let mut watcher = match Watcher::start(&vmpatch, old.pid, socket, journey.was_running, lock) {
+        Ok(watcher) => watcher,
+        Err(error) => {
+            new.discard(&journey.names);
+            return Err(Failure::Supervisor(error));
+        }
+    };
+    let result = match journey.go(&mut new, &mut watcher, check, progress) {
+        Ok(done) => arrived::finish(journey.prepared, &new, done, progress),
+        Err(error) => Err(error.into()),
+    };
+    watcher.over();
+    result
+}
+
+impl Move {
+    fn new(prepared: Prepared, wanted: &UpgradeOptions, wish: Wish) -> Result<Self, UpgradeError> {
+        let mut names: Vec<Name> = prepared
+            .line
+            .names
+            .iter()
+            .map(|name| name.in_folder(&prepared.folder))
+            .collect();
+        // The socket at which both are reached changes hands last.
+        names.sort_by_key(|name| is_same(&name.own, &prepared.socket));
+        let was_running = prepared.pair.source_state()? == RunState::Running;
+        Ok(Self {
+            names,
+            folder: ChannelFolder::make(&prepared)?,
+            limits: Limits {
+                downtime_ms: wanted.downtime,
+                bandwidth: wanted.bandwidth.map(|mib| mib.saturating_mul(1 << 20)),
+                standing: prepared.standing && was_running,
+                time_max: wanted.time_max(),
+            },
+            was_running,
+            wish,
+            prepared,
+        })
+    }
+
+    /// Whether guest RAM is handed over before the new process opens its sockets. Not for `--check`: it begins a migration.
+    fn hands_over(&self, check: bool) -> bool {
+        self.prepared.way == Way::CprTransfer && !check
+    }
+
+    fn spec(&self, check: bool) -> Spec {
+        let Prepared { line, old, .. } = &self.prepared;
+        let mut arguments: Vec<Vec<u8>> = line.words.iter().map(|word| word.clone().into_vec()).collect();
+        let mut add = |word: &str| arguments.push(word.as_bytes().to_vec());
+        add("-S");
+        if self.hands_over(check) {
+            let address = serde_json::json!({"transport": "socket", "type": "unix", "path": self.folder.ram()});
+            add("-incoming");
+            add(&serde_json::json!({"channel-type": "cpr", "addr": address}).to_string());
+        }
+        add("-incoming");
+        add("defer");
+        Spec {
+            program: self.prepared.program.clone(),
+            arguments,
+            folder: self.prepared.folder.clone(),
+            origin: self.prepared.origin.clone(),
+            drops_rights: line.drops_rights,
+            old: old.pid,
+            marker: process::marker(old.pid, old.start_time, self.was_running),
+            descriptors: line.descriptors.clone(),
+        }
+    }
+
+    /// From a new process that has just begun to a guest that runs there; or to everything as it was before.
+    fn go(
+        &mut self,
+        new: &mut Successor,
+        watcher: &mut Watcher,
+        check: bool,
+        progress: &Progress,
+    ) -> Result<Option<Done>, UpgradeError> {
+        let begun = Instant::now();
+        let arrived = match self.arrive(new, check, progress) {
+            Ok(Some(arrived)) => arrived,
+            Ok(None) => {
+                self.abandon(new)?;
+                return Ok(None);
+            }
+            Err(error) => {
+                let error = self.explain(error, new);
+                self.abandon(new)?;
+                return Err(error);
+            }
+        };
+        match self.let_run(&arrived, watcher) {
+            Ok(resumed_at_us) => {
+                let total = begun.elapsed();
+                progress.step(&format!("{}: taking over the names", self.prepared.shown));
+                settle::take_over(new.pid, &self.names)?;
+                Ok(Some(Done {
+                    resumed_at_us,
+                    total,
+                    transferred: self.prepared.pair.sent().map_or(0, |sent| sent.transferred),
+                    arrival: arrived,
+                }))
+            }
+            Err(error) => {
+                let error = self.explain(error, new);
+                self.abandon_unless_it_ran(new, error)
+            }
+        }
+    }
+
+    /// Until the guest is in both processes, stands, and is the same; None where that is not wanted.
+    fn arrive(
+        &mut self,
+        new: &mut Successor,
+        check: bool,
+        progress: &Progress,
+    ) -> Result<Option<Arrival>, UpgradeError> {
+        let hands_over = self.hands_over(check);
+        let Self {
+            prepared,
+            names,
+            folder,
+            limits,
+            wish,
+            ..
+        } = self;
+        let shown = prepared.shown.clone();
+        let socket = names
+            .last()
+            .filter(|name| is_same(&name.own, &prepared.socket))
+            .ok_or_else(|| UpgradeError::NoSocket {
+                pid: new.pid,
+                path: prepared.socket.clone(),
+            })?;
+        let pair = &mut prepared.pair;
+        let main = folder.main();
+        if hands_over {
+            hand_over(pair, new, &folder.ram(), &main)?;
+        }
+        pair.connect(&socket.temporary, START_TIME_MAX, || new.is_alive() && !wish.is_there())?;
+        if pair.destination_pid() != Some(new.pid) {
+            return Err(UpgradeError::unfit(
+                format!("{} started another process", prepared.program.display()),
+                "it must become QEMU itself (exec)",
+            ));
+        }
+        compare::same_machine(&prepared.facts, &pair.destination_facts()?)?;
+        let memory = identity::memory_of(&pair.destination_ram(new.pid)?)?;
+        if check {
+            return Ok(None);
+        }
+        pair.start(prepared.way, limits, &main)?;
+        let observe = |sent: &qmp::migrate::Progress| {
+            progress.step(&bar(&shown, sent));
+            !wish.is_there()
+        };
+        let arrival = pair.wait(limits, observe, || new.is_alive())?;
+        prepared.identity.verify(memory.as_ref() as &dyn PhysMemory)?;
+        Ok(Some(arrival))
+    }
+
+    /// The guest's first instruction in the new process. Errors: it may have run there, see [`Pair::has_run`].
+    fn let_run(&mut self, arrival: &Arrival, watcher: &mut Watcher) -> Result<Option<u64>, UpgradeError> {
+        watcher
+            .committing()
+            .map_err(UpgradeError::host("telling the process that watches over the move"))?;
+        if arrival.was_running {
+            Ok(self.prepared.pair.resume()?)
+        } else {
+            Ok(None)
+        }
+    }
+
+    /// The guest runs on in the old process, or stands there if it stood, and the new one is gone. Only where the guest has not
+    /// run there.
+    fn abandon(&mut self, new: &mut Successor) -> Result<(), UpgradeError> {
+        let pair = &mut self.prepared.pair;
+        let sent = pair.cancel(CANCEL_TIME_MAX);
+        new.discard(&self.names);
+        let stands = sent? == Status::Completed || (self.limits.standing && pair.source_state()? == RunState::Paused);
+        if stands && self.was_running {
+            pair.take_back().map_err(|source| UpgradeError::Stranded {
+                old: self.prepared.old.pid,
+                new: new.pid,
+                source,
+            })?;
+        }
+        Ok(())
+    }
+
+    /// After `cont` failed in the new process. Disks and network may have seen a guest that ran, so the old one must not go on
+    /// then.
+    fn abandon_unless_it_ran<T>(&mut self, new: &mut Successor, error: UpgradeError) -> Result<T, UpgradeError> {
+        new.discard(&self.names);
+        if self.prepared.pair.has_run(CANCEL_TIME_MAX) {
+            return Err(UpgradeError::Lost {
+                old: self.prepared.old.pid,
+                new: new.pid,
+                source: Box::new(error),
+            });
+        }
+        self.abandon(new)?;
+        Err(error)
+    }
+
+    /// The reason behind an error, where the new process's end is one.
+    fn explain(&self, error: UpgradeError, new: &mut Successor) -> UpgradeError {
+        if matches!(error, UpgradeError::Migrate(MigrateError::Cancelled)) || self.wish.is_there() {
+            return MigrateError::Cancelled.into();
+        }
+        match (new.end_within(END_TIME_MAX), error) {
+            (Some(end), _) => end,
+            (None, UpgradeError::Migrate(source @ MigrateError::Destination(_))) => UpgradeError::Mute {
+                pid: new.pid,
+                messages: new.messages(),
+                source,
+            },
+            (None, error) => error,
+        }
+    }
+}
+
+/// Has the old QEMU hand guest RAM over, as soon as the new one listens for it.
+fn hand_over(pair: &mut Pair, new: &mut Successor, ram: &Path, main: &Path) -> Result<(), UpgradeError> {
+    let end = Instant::now() + START_TIME_MAX;
+    loop {
+        if ram.exists() {
+            match pair.hand_over_ram(ram, main) {
+                // Its name is there a moment before it listens.
+                Err(MigrateError::Command { .. }) if Instant::now() < end && new.is_alive() => {}
+                result => return Ok(result?),
+            }
+        }
+        if !new.is_alive() || Instant::now() >= end {
+            return Err(MigrateError::DestinationGone.into());
+        }
+        std::thread::sleep(POLL);
+    }
+}
+
+/// How far a migration is, in one line.
+fn bar(shown: &str, sent: &qmp::migrate::Progress) -> String {
+    let mib = |bytes: u64| bytes >> 20;
+    let done = sent.total.saturating_sub(sent.remaining);
+    let percent = (done.saturating_mul(100)).checked_div(sent.total).unwrap_or(0);
+    let filled = usize::try_from(percent / 5).unwrap_or(0).min(BAR_LEN);
+    let bar = "█".repeat(filled) + &"░".repeat(BAR_LEN - filled);
+    let seconds = sent.remaining.checked_div(sent.rate).unwrap_or(0);
+    format!(
+        "{shown}: {bar} {percent} %, {} MiB left, {} MiB/s, {seconds} s, round {}",
+        mib(sent.remaining),
+        mib(sent.rate),
+        sent.rounds
+    )
+}
+
+fn is_same(path: &Path, other: &Path) -> bool {
+    use std::os::unix::fs::MetadataExt;
+    let identity = |path: &Path| fs::metadata(path).ok().map(|found| (found.dev(), found.ino()));
+    path == other || identity(path).is_some_and(|found| identity(other) == Some(found))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_bar_tells_what_is_left_at_which_rate() {
+        let sent = qmp::migrate::Progress {
+            status: Status::UnderWay,
+            state: "active".to_owned(),
+            reason: None,
+            total: 400 << 20,
+            remaining: 100 << 20,
+            transferred: 0,
+            rate: 50 << 20,
+            rounds: 2,
+            downtime_expected_ms: None,
+            downtime_ms: None,
+            blockers: Vec::new(),
+        };
+        assert_eq!(
+            bar("vm42", &sent),
+            "vm42: ███████████████░░░░░ 75 %, 100 MiB left, 50 MiB/s, 2 s, round 2"
+        );
+    }
+}

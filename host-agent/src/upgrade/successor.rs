@@ -1,0 +1,141 @@
+//! The new process, from its start until it has the guest or is ended.
+
+use super::error::UpgradeError;
+use super::launch::Spec;
+use crate::domains::names::Name;
+use crate::domains::process::{self, proc_path};
+use crate::lock;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Read, Seek, SeekFrom, Write};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+/// Most bytes of the new process's messages that are shown.
+const MESSAGES_LEN_MAX: u64 = 2000;
+/// How long a process that was killed may take to go: a large guest's memory takes a while to be freed.
+const END_TIME_MAX: Duration = Duration::from_secs(60);
+/// Between two looks whether it has gone.
+const POLL: Duration = Duration::from_millis(2);
+
+/// A process that is to take over a guest.
+#[derive(Debug)]
+pub(super) struct Successor {
+    child: Child,
+    /// Its number.
+    pub(super) pid: i32,
+    log: PathBuf,
+    log_start: u64,
+}
+
+impl Successor {
+    /// Starts it: `vmpatch` is the program that becomes it.
+    pub(super) fn start(vmpatch: &Path, spec: &Spec) -> Result<Self, UpgradeError> {
+        let (file, log) = log_of(spec.old)?;
+        let log_start = file.metadata().map_or(0, |found| found.len());
+        let failed = || UpgradeError::host(format!("starting {}", spec.program.display()));
+        let text = serde_json::to_vec(spec).map_err(io::Error::from).map_err(failed())?;
+        let mut child = Command::new(vmpatch)
+            .arg("launch")
+            .stdin(Stdio::piped())
+            .stdout(file.try_clone().map_err(failed())?)
+            .stderr(file)
+            .spawn()
+            .map_err(failed())?;
+        let told = child.stdin.take().map_or(Ok(()), |mut stdin| stdin.write_all(&text));
+        let pid = i32::try_from(child.id()).unwrap_or(i32::MAX);
+        let successor = Self {
+            child,
+            pid,
+            log,
+            log_start,
+        };
+        told.map_err(failed())?;
+        Ok(successor)
+    }
+
+    /// Whether it runs.
+    pub(super) fn is_alive(&mut self) -> bool {
+        matches!(self.child.try_wait(), Ok(None))
+    }
+
+    /// That it ended, with what it said, where it does so within that time.
+    pub(super) fn end_within(&mut self, within: Duration) -> Option<UpgradeError> {
+        let until = Instant::now() + within;
+        loop {
+            match self.child.try_wait().ok()? {
+                Some(status) => {
+                    return Some(UpgradeError::Ended {
+                        status: status.to_string(),
+                        messages: self.messages(),
+                    });
+                }
+                None if Instant::now() >= until => return None,
+                None => std::thread::sleep(POLL),
+            }
+        }
+    }
+
+    /// What it has written since it started.
+    pub(super) fn messages(&self) -> String {
+        let read = || -> io::Result<String> {
+            let mut file = File::open(&self.log)?;
+            file.seek(SeekFrom::Start(self.log_start))?;
+            let mut bytes = Vec::new();
+            file.take(MESSAGES_LEN_MAX).read_to_end(&mut bytes)?;
+            Ok(String::from_utf8_lossy(&bytes).into_owned())
+        };
+        let text = read().unwrap_or_default();
+        let lines: Vec<&str> = text.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
+        match lines.as_slice() {
+            [] => format!("it said nothing (see {})", self.log.display()),
+            lines => lines.join("; "),
+        }
+    }
+
+    /// Ends it, with its temporary names.
+    pub(super) fn discard(&mut self, names: &[Name]) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        names.iter().for_each(Name::remove_temporary);
+    }
+}
+
+/// Where the new process writes its messages: to the old one's log, where that is a file, else to one of its own.
+fn log_of(old: i32) -> Result<(File, PathBuf), UpgradeError> {
+    let theirs = fs::read_link(proc_path(old, "fd/2")).ok();
+    let is_file = |path: &PathBuf| fs::metadata(path).is_ok_and(|found| found.is_file());
+    let opened = theirs.filter(is_file).and_then(|path| {
+        let file = OpenOptions::new().append(true).open(&path).ok()?;
+        Some((file, path))
+    });
+    if let Some(opened) = opened {
+        return Ok(opened);
+    }
+    let folder = lock::run_folder()
+        .map_err(io::Error::other)
+        .map_err(UpgradeError::host("making a log for the new process"))?;
+    let path = folder.join(format!("upgrade-{old}.log"));
+    let file = OpenOptions::new().append(true).create(true).mode(0o600).open(&path);
+    let file = file.map_err(UpgradeError::host(format!("opening {}", path.display())))?;
+    Ok((file, path))
+}
+
+/// Ends the process that `pid` was at `start_time`, and waits until it has gone. By SIGKILL: a QEMU that ends by itself
+/// removes its sockets' names, which are the other one's by now; of a guest that has moved it has nothing to save.
+pub(super) fn end(pid: i32, start_time: u64) -> io::Result<()> {
+    let until = Instant::now() + END_TIME_MAX;
+    if process::is_running(pid, start_time) {
+        kill(Pid::from_raw(pid), Signal::SIGKILL)?;
+    }
+    while process::is_running(pid, start_time) {
+        if Instant::now() >= until {
+            return Err(io::ErrorKind::TimedOut.into());
+        }
+        std::thread::sleep(POLL);
+    }
+    Ok(())
+}

@@ -1,0 +1,100 @@
+//! What makes a SIGKILL of vmpatch harmless while a guest moves: `vmpatch watch-move` stands beside it in a process group of
+//! its own, with the domain's lock, and brings the move to an end where its worker does not.
+
+use super::error::UpgradeError;
+use super::settle::{self, Settled};
+use crate::domains;
+use crate::error::Failure;
+use crate::lock::DomainLock;
+use crate::supervisor;
+use qmp::RunState;
+use qmp::migrate::{Pair, Status};
+use std::io::{self, Read, Write};
+use std::net::Shutdown;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt;
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
+
+/// Told before the guest is let run in the new process.
+const COMMITTING: u8 = b'c';
+/// Told when the move has come to an end, whichever.
+const OVER: u8 = b'o';
+/// How long the old QEMU has to greet.
+const CONNECT_TIME_MAX: Duration = Duration::from_secs(5);
+
+/// The worker's side.
+#[derive(Debug)]
+pub(super) struct Watcher {
+    child: Child,
+    socket: UnixStream,
+}
+
+impl Watcher {
+    /// Starts `vmpatch` as watcher over the move from the process `old`.
+    pub(super) fn start(
+        vmpatch: &Path,
+        old: i32,
+        socket: &Path,
+        was_running: bool,
+        lock: &DomainLock,
+    ) -> io::Result<Self> {
+        let (ours, theirs) = UnixStream::pair()?;
+        let child = Command::new(vmpatch)
+            .arg("watch-move")
+            .args([old.to_string(), was_running.to_string()])
+            .arg(socket)
+            .stdin(Stdio::from(OwnedFd::from(theirs)))
+            // The lock is held for as long as any descriptor of it is open.
+            .stdout(Stdio::from(lock.descriptor()?))
+            .stderr(Stdio::inherit())
+            .process_group(0)
+            .spawn()?;
+        Ok(Self { child, socket: ours })
+    }
+
+    /// From here on the guest may have run in the new process.
+    pub(super) fn committing(&mut self) -> io::Result<()> {
+        self.socket.write_all(&[COMMITTING])
+    }
+
+    /// Nothing is to be brought to an end any more.
+    pub(super) fn over(mut self) {
+        // One that is gone already watches over nothing.
+        let _ = self.socket.write_all(&[OVER]);
+        let _ = self.socket.shutdown(Shutdown::Both);
+        let _ = self.child.wait();
+    }
+}
+
+/// The watcher's side: `vmpatch watch-move OLD RUNNING SOCKET`, with the worker's socket as standard input.
+pub fn watch(old: i32, was_running: bool, socket: &Path) -> Result<(), Failure> {
+    supervisor::ignore_requests_to_end();
+    let mut told = Vec::new();
+    // Ends where the worker does.
+    io::stdin().read_to_end(&mut told).map_err(Failure::Supervisor)?;
+    if told.contains(&OVER) {
+        return Ok(());
+    }
+    let survey = domains::all()?;
+    let found = survey.iter().find(|domain| domain.pid == old);
+    let settled = match (found, survey.successor_of(old)) {
+        (Some(domain), Some(new)) => settle::settle(domain, &new.domain, was_running)?,
+        // The new process is gone, too: where the guest has not run there, it can go on here.
+        (Some(_), None) if !told.contains(&COMMITTING) => go_on(socket, was_running)?,
+        _ => return Ok(()),
+    };
+    eprintln!("vmpatch: its process was killed; {settled}");
+    Ok(())
+}
+
+fn go_on(socket: &Path, was_running: bool) -> Result<Settled, UpgradeError> {
+    let mut pair = Pair::new(socket, CONNECT_TIME_MAX)?;
+    let sent = pair.cancel(CONNECT_TIME_MAX)?;
+    if was_running && (sent == Status::Completed || pair.source_state()? == RunState::Paused) {
+        pair.take_back()?;
+    }
+    Ok(Settled::InOld)
+}
