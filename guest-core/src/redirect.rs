@@ -109,7 +109,7 @@ pub fn redirect(
                 expected: crate::change::hex::encode(&nop),
             });
         }
-        let mut changes = vec![jump(live, name, record.site, new, &bytes)?];
+        let mut changes = jump(live, name, record.site, new, &bytes)?;
         if !record.is_disabled() {
             changes.push(disable(live, name, &record).map_err(kernel)?);
         }
@@ -139,7 +139,7 @@ pub fn redirect(
         });
     }
     let bytes = read5(live, from).map_err(kernel)?;
-    Ok((Redirect::Body, vec![jump(live, name, from, new, &bytes)?]))
+    Ok((Redirect::Body, jump(live, name, from, new, &bytes)?))
 }
 
 /// The byte of `dyn_ftrace.flags` that holds the disabled bit: without it the guest's own tracing would find the jump
@@ -161,7 +161,8 @@ fn behind_endbr(live: &Live<'_>, at: Gva) -> Result<Gva, KernelError> {
     })
 }
 
-fn jump(live: &Live<'_>, name: &str, from: Gva, to: Gva, old: &[u8; 5]) -> Result<Change, RedirectError> {
+/// The jump, in one piece, or in two where a page ends within it: pages of a module lie anywhere in memory.
+fn jump(live: &Live<'_>, name: &str, from: Gva, to: Gva, old: &[u8; 5]) -> Result<Vec<Change>, RedirectError> {
     let distance = to.0.wrapping_sub(from.0.wrapping_add(JUMP_BYTES)).cast_signed();
     let distance = i32::try_from(distance).map_err(|_| RedirectError::Distance {
         name: name.to_owned(),
@@ -169,24 +170,21 @@ fn jump(live: &Live<'_>, name: &str, from: Gva, to: Gva, old: &[u8; 5]) -> Resul
         to,
     })?;
     let [a, b, c, d] = distance.to_le_bytes();
-    let (gpa, contiguous) = physical(live, from).map_err(|source| RedirectError::Kernel {
+    let new = [0xe9, a, b, c, d];
+    let kernel = |source| RedirectError::Kernel {
         name: name.to_owned(),
         source: Box::new(source),
-    })?;
-    if contiguous < JUMP_BYTES {
-        return Err(RedirectError::TooShort {
-            name: name.to_owned(),
-            at: from,
-            len: contiguous,
-            needed: JUMP_BYTES,
-        });
+    };
+    let (gpa, contiguous) = physical(live, from).map_err(kernel)?;
+    let first = usize::try_from(contiguous.clamp(1, JUMP_BYTES)).unwrap_or(old.len());
+    let ((old_front, old_rest), (new_front, new_rest)) = (old.split_at(first), new.split_at(first));
+    let piece = |gpa, old: &[u8], new: &[u8]| Change::replace(format!("jump of {name}"), gpa, old.into(), new.into());
+    let mut changes = vec![piece(gpa, old_front, new_front)];
+    if !old_rest.is_empty() {
+        let (gpa, _) = physical(live, from.wrapping_add(first as u64)).map_err(kernel)?;
+        changes.push(piece(gpa, old_rest, new_rest));
     }
-    Ok(Change::replace(
-        format!("jump of {name}"),
-        gpa,
-        old.to_vec(),
-        vec![0xe9, a, b, c, d],
-    ))
+    Ok(changes)
 }
 
 fn read5(live: &Live<'_>, at: Gva) -> Result<[u8; 5], KernelError> {

@@ -44,6 +44,7 @@ fn record(id: &str) -> Record {
         rodata: Span::default(),
         data: Span::default(),
         orc: Orc::default(),
+        pending: Vec::new(),
         changes: vec![Change::word("a word", guest_core::Gpa(0x1000), 0, 1)],
         known: None,
     }

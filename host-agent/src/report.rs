@@ -88,6 +88,9 @@ impl From<&Committed> for Pause {
 /// One redirected function.
 #[derive(Debug, Clone, Serialize)]
 pub struct Function {
+    /// The guest's module that it is in; none for the kernel image.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub object: Option<String>,
     /// Its name in the kernel.
     pub name: String,
     /// Which of several of that name, from 1; 0 where it is the only one.
@@ -106,6 +109,7 @@ impl Function {
     /// From a plan or a record, with the state that it has.
     pub fn new(function: &PatchedFunction, state: &str) -> Self {
         Self {
+            object: function.object.clone(),
             name: function.name.clone(),
             sympos: function.sympos,
             old: Address(function.old),
@@ -230,6 +234,9 @@ pub struct Patch {
     /// Its functions.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub functions: Vec<Function>,
+    /// Modules that it is for, too, which the guest has not loaded.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub pending: Vec<String>,
     /// The pause that it took.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub pause: Option<Pause>,

@@ -108,14 +108,21 @@ fn one_patch(text: &mut String, patch: &Patch) {
             format!(",{}", function.sympos)
         };
         let redirect = format!("{:?}", function.redirect).to_lowercase();
+        let object = function
+            .object
+            .as_ref()
+            .map_or(String::new(), |object| format!("{object}:"));
         let _ = writeln!(
             text,
-            "  {}{position}: {} ({redirect}, {:#x} → {:#x})",
+            "  {object}{}{position}: {} ({redirect}, {:#x} → {:#x})",
             function.name, function.state, function.old.0, function.new.0
         );
     }
     if let Some(line) = patch.verified.and_then(Verified::line) {
         let _ = writeln!(text, "  {line}");
+    }
+    for object in &patch.pending {
+        let _ = writeln!(text, "  {object}: pending, the guest has not loaded it");
     }
     for warning in &patch.warnings {
         let _ = writeln!(text, "  warning: {warning}");

@@ -18,8 +18,10 @@
 #include <linux/livepatch.h>
 #include <linux/module.h>
 
-#define KLP_SYMBOL(name, position) \
-	asm("\".klp.sym.vmlinux." name "," position "\"")
+#define KLP_SYMBOL(name, position) KLP_SYMBOL_OF("vmlinux", name, position)
+
+#define KLP_SYMBOL_OF(object, name, position) \
+	asm("\".klp.sym." object "." name "," position "\"")
 
 #define PATCH(old, new) PATCH_AT(old, new, 0)
 

@@ -4,7 +4,9 @@
  * program sections knows their names. Its first call counts 41 on to 42.
  */
 #include <linux/irqflags.h>
+#include <linux/kernel_stat.h>
 #include <linux/spinlock.h>
+#include <linux/static_call.h>
 #include <asm/alternative.h>
 #include <asm/cpufeature.h>
 #include "livepatch.h"
@@ -23,6 +25,10 @@ enum {
 	LOCKED,		/* .smp_locks */
 	INTERRUPTS,	/* .parainstructions, or alternatives since 6.8 */
 	SPINLOCK,
+	SWITCH,		/* a table of jumps */
+	TAIL_CALL,
+	STATIC_CALL,	/* .static_call_sites, and a trampoline of the module's own */
+	PERCPU,		/* a variable of the kernel's for each CPU */
 	CHECKS
 };
 
@@ -114,6 +120,57 @@ static bool interrupts_hold(void)
 	return !before && between && !after;
 }
 
+/* The kernel is built without tables of jumps, as they are indirect branches. */
+#define CASE(which, value) case which: asm volatile("movl %1, %0" : "=r" (result) : "i" (value)); break
+
+static noinline __attribute__((optimize("jump-tables"))) int switched(int which)
+{
+	int result = 0;
+
+	switch (which) {
+	CASE(0, 31);
+	CASE(1, 14);
+	CASE(2, 15);
+	CASE(3, 92);
+	CASE(4, 65);
+	CASE(5, 35);
+	CASE(6, 89);
+	}
+	return result;
+}
+
+static bool switch_holds(void)
+{
+	int volatile first = 0, last = 6, none = 7;
+
+	return switched(first) == 31 && switched(last) == 89 && switched(none) == 0;
+}
+
+static noinline int added_in_the_tail(int a, int b)
+{
+	int volatile sum = a + b;
+
+	return add(sum, 1);
+}
+
+DEFINE_STATIC_CALL(vmpatch_test_call, add);
+
+static bool static_call_holds(void)
+{
+	return static_call(vmpatch_test_call)(5, 3) == 8;
+}
+
+static bool percpu_holds(void)
+{
+	bool holds;
+
+	preempt_disable();
+	holds = this_cpu_read(kstat.irqs_sum) != 0 &&
+		this_cpu_ptr(&kstat) == per_cpu_ptr(&kstat, smp_processor_id());
+	preempt_enable();
+	return holds;
+}
+
 static bool spinlock_holds(void)
 {
 	bool locked;
@@ -143,7 +200,11 @@ static long livepatch_sysinfo(const struct pt_regs *regs)
 			 indirect_calls_hold() << INDIRECT_CALL |
 			 locked_holds() << LOCKED |
 			 interrupts_hold() << INTERRUPTS |
-			 spinlock_holds() << SPINLOCK;
+			 spinlock_holds() << SPINLOCK |
+			 switch_holds() << SWITCH |
+			 (added_in_the_tail(5, 3) == 9) << TAIL_CALL |
+			 static_call_holds() << STATIC_CALL |
+			 percpu_holds() << PERCPU;
 	return sysinfo_reply(regs, &info);
 }
 

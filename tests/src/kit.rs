@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::sync::LazyLock;
 
-use images::build::hand_written::{Applied, Refused};
+use images::build::hand_written::{self, Applied, Refused};
 use images::build::{Cve, KernelTree, programs};
 use images::cache::Cache;
 use images::guest::{GuestConfig, QmpSpelling, Ram};
@@ -64,6 +64,11 @@ impl Modules {
     /// One of our own that is to be applied.
     pub fn applied(&self, module: Applied) -> String {
         text(module.build(&self.tree).expect("the module builds"))
+    }
+
+    /// The ordinary module that patches of modules are for.
+    pub fn target(&self) -> PathBuf {
+        hand_written::target(&self.tree).expect("the module builds")
     }
 
     /// One of our own that is to be refused.

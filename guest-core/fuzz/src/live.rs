@@ -30,7 +30,7 @@ pub fn look(guest: &Guest, kernel: &Kernel) {
     let _ = Locks::find(&live).and_then(|locks| locks.held(&live));
     let _ = sites::rewritten_in(&live, &(Gva(FUNCTIONS)..Gva(FUNCTIONS + 5)));
     for module in modules::all(&live).unwrap_or_default().iter().take(2) {
-        let _ = modules::symbols_named(&live, module, "victim");
+        let _ = modules::symbols(&live, module).and_then(|_| modules::export(&live, module, "victim"));
     }
     if let Ok(caves) = cave::find(&live)
         && let Ok(registry) = Registry::find(&live, &caves)

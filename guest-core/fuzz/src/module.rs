@@ -2,6 +2,7 @@
 
 use super::common::guest::FUNCTIONS;
 use guest_core::Gva;
+use guest_core::kernel::resolve::GuestSymbols;
 use guest_core::module::{Bases, GuestContext, PatchModule};
 use guest_core::place::{Registry, cave};
 use guest_core::plan::{ApplyOptions, apply};
@@ -30,7 +31,9 @@ pub fn run(data: &[u8]) {
                 data: Gva(FUNCTIONS + 0x20_0000),
             };
             let context = GuestContext {
-                symbols: &live,
+                symbols: &GuestSymbols::new(&live),
+                pending: &[],
+                jump_labels: guest_core::module::JumpLayout { enabled: 0, entries: 8 },
                 memory: &live,
                 capabilities: &[0xaaaa_aaaa; 21],
             };

@@ -104,8 +104,15 @@ impl Layout {
     }
 
     /// Bytes of the objects that a patch has in its data, aligned to [`ALIGN`].
-    pub(super) fn object_bytes(&self) -> u64 {
-        self.module_bytes.saturating_add(self.use_bytes)
+    pub(super) fn object_bytes(&self, uses: usize) -> u64 {
+        let users = (uses as u64).saturating_add(1);
+        self.module_bytes.saturating_add(self.use_bytes.saturating_mul(users))
+    }
+
+    /// Where the `struct module_use` of the module at `at` is that keeps itself loaded (0), or the other modules that it uses.
+    pub(super) fn use_at(&self, at: Gva, index: usize) -> Gva {
+        at.wrapping_add(self.module_bytes)
+            .wrapping_add(self.use_bytes.saturating_mul(index as u64))
     }
 
     /// Bytes that a row of the table of BUGs has in this kernel.

@@ -17,6 +17,7 @@ mod layout;
 mod list;
 mod object;
 mod rb_tree;
+mod static_keys;
 mod words;
 
 #[cfg(test)]
@@ -24,9 +25,11 @@ mod tests;
 
 pub use layout::Layout;
 pub use object::Description;
+pub use static_keys::{ListedKey, layout as jump_layout, list as list_at_keys, unlist};
 
 use crate::addr::Gva;
 use crate::change::Change;
+use crate::kernel::modules::GuestModule;
 use crate::kernel::{KernelError, Live};
 use crate::memory::VirtMemory;
 use crate::module::{PlacedSymbol, Table};
@@ -40,6 +43,8 @@ use words::{Words, damaged, unreadable};
 const TREE: &str = "the guest's tree of modules";
 /// What the changes of the lists are called.
 const LISTS: &str = "the guest's lists of modules";
+/// More modules than a patch uses.
+const USES_MAX: usize = 4096;
 /// Latches: each change of the tree counts twice (include/linux/rbtree_latch.h, `latch_tree_insert`).
 const COUNTS: u32 = 2;
 
@@ -54,6 +59,12 @@ pub struct Known {
     pub bounds: [u64; 2],
     /// The words of the tree that were changed.
     pub tree: Vec<Change>,
+    /// How many modules of the guest it keeps loaded.
+    #[serde(default)]
+    pub uses: usize,
+    /// The static keys that its branches hang on.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub keys: Vec<ListedKey>,
 }
 
 /// What makes a patch known.
@@ -83,14 +94,14 @@ pub struct Room {
 }
 
 impl Layout {
-    /// The room behind `rodata` and `data` bytes of a patch's own.
-    pub fn room(&self, symbols: &[PlacedSymbol<'_>], rodata: u64, data: u64) -> Room {
+    /// The room behind `rodata` and `data` bytes of a patch's own, for one that uses `uses` modules of the guest.
+    pub fn room(&self, symbols: &[PlacedSymbol<'_>], uses: usize, rodata: u64, data: u64) -> Room {
         let (tables, module) = (rodata.next_multiple_of(8), object::behind(data));
         Room {
             symbols: tables,
             rodata: tables.saturating_add(Symbols::len(symbols)),
             module,
-            data: module.saturating_add(self.object_bytes()),
+            data: module.saturating_add(self.object_bytes(uses)),
         }
     }
 
@@ -113,7 +124,7 @@ impl Layout {
         let mut lists = Words::new(live, at, bytes);
         let in_module = |path: &str| Ok::<_, KernelError>(at.wrapping_add(btf.structure("module")?.offset(path)?));
         if self.use_bytes != 0 {
-            self.use_itself(live, &mut lists, at)?;
+            self.use_modules(live, &mut lists, at, description.uses)?;
         }
         list::add_first(&mut lists, self.modules, in_module("list")?)?;
         list::add_first(&mut lists, self.bugs, in_module("bug_list")?)?;
@@ -148,6 +159,8 @@ impl Layout {
             sequence,
             bounds,
             tree,
+            uses: description.uses.len(),
+            keys: Vec::new(),
         };
         let symbols = symbols.bytes;
         Ok(Registration {
@@ -158,15 +171,31 @@ impl Layout {
         })
     }
 
-    /// Lets the module at `at` have itself as its only user.
-    fn use_itself(&self, live: &Live<'_>, words: &mut Words<'_>, at: Gva) -> Result<(), KernelError> {
+    /// Lets the module at `at` have itself as its only user, and be a user of others, which can't be unloaded then
+    /// (kernel/module/main.c, `add_module_usage`, `delete_module`).
+    fn use_modules(
+        &self,
+        live: &Live<'_>,
+        words: &mut Words<'_>,
+        at: Gva,
+        others: &[GuestModule],
+    ) -> Result<(), KernelError> {
         let btf = &live.kernel.btf;
         let (module, used) = (btf.structure("module")?, btf.structure("module_use")?);
-        for list in ["source_list", "target_list"] {
-            let head = at.wrapping_add(module.offset(list)?);
-            let node = at.wrapping_add(self.module_bytes).wrapping_add(used.offset(list)?);
-            list::init(words, head)?;
-            list::add_first(words, head, node)?;
+        // Who uses it, and whom it uses.
+        let lists = ["source_list", "target_list"];
+        for list in lists {
+            list::init(words, at.wrapping_add(module.offset(list)?))?;
+        }
+        for (index, target) in std::iter::once(at)
+            .chain(others.iter().map(|other| other.at))
+            .enumerate()
+        {
+            let one = self.use_at(at, index);
+            for (list, head) in lists.into_iter().zip([target, at]) {
+                let node = one.wrapping_add(used.offset(list)?);
+                list::add_first(words, head.wrapping_add(module.offset(list)?), node)?;
+            }
         }
         Ok(())
     }
@@ -211,6 +240,10 @@ impl Known {
         let mut lists = Words::new(live, Gva(0), Vec::new());
         for node in ["list", "bug_list"] {
             list::remove(&mut lists, at.wrapping_add(module.offset(node)?))?;
+        }
+        for index in 1..=self.uses.min(USES_MAX) {
+            let node = live.kernel.btf.structure("module_use")?.offset("source_list")?;
+            list::remove(&mut lists, layout.use_at(at, index).wrapping_add(node))?;
         }
         let (_, mut changes) = lists.finish(live, LISTS)?;
         let sequence = layout.sequence(live)?;

@@ -4,6 +4,7 @@ use super::layout::{ALIGN, Covers, Layout, SYMBOL_BYTES};
 use crate::addr::Gva;
 use crate::btf::{Btf, Struct};
 use crate::kernel::KernelError;
+use crate::kernel::modules::GuestModule;
 use crate::module::{Bases, PlacedSymbol, Table};
 use crate::paging::PAGE_SIZE;
 use std::ops::Range;
@@ -39,6 +40,10 @@ pub struct Description<'a> {
     pub fixups: Table,
     /// Its places of WARN and BUG.
     pub bugs: Table,
+    /// Its branches on static keys: where the table is, and its rows.
+    pub jumps: (Gva, u64),
+    /// Modules of the guest that it uses or patches, and that must stay loaded therefore.
+    pub uses: &'a [GuestModule],
     /// Its symbols.
     pub symbols: Vec<PlacedSymbol<'a>>,
 }
@@ -197,6 +202,11 @@ pub(super) fn module(
     module.put("num_exentries", description.fixups.count)?;
     module.put("bug_table", description.bugs.at.0)?;
     module.put("num_bugs", description.bugs.count)?;
+    let (jumps, count) = description.jumps;
+    if count != 0 {
+        module.put("jump_entries", jumps.0)?;
+        module.put("num_jump_entries", count)?;
+    }
     let out_of_tree = if description.in_tree { 0 } else { TAINT_OUT_OF_TREE };
     module.put("taints", TAINT_LIVEPATCH | out_of_tree)?;
     module.put_if_there("klp", 1)?;
@@ -206,14 +216,17 @@ pub(super) fn module(
     module.put("core_kallsyms.num_symtab", symbols.count)?;
     module.put("core_kallsyms.strtab", symbols_at.wrapping_add(symbols.names).0)?;
     module.put_if_there("core_kallsyms.typetab", symbols_at.wrapping_add(symbols.letters).0)?;
-    let mut bytes = module.bytes.clone();
-    if layout.use_bytes != 0 {
-        // Used by itself: a module that is used is not even unloaded by force.
-        module.put("refcnt.counter", REFERENCES.into())?;
+    if layout.use_bytes == 0 {
+        return Ok(module.bytes);
+    }
+    // Used by itself: a module that is used is not even unloaded by force.
+    module.put("refcnt.counter", REFERENCES.into())?;
+    let mut bytes = module.bytes;
+    for target in std::iter::once(at).chain(description.uses.iter().map(|used| used.at)) {
         let mut used = Object::new(btf, "module_use")?;
         used.put("source", at.0)?;
-        used.put("target", at.0)?;
-        bytes = [module.bytes, used.bytes].concat();
+        used.put("target", target.0)?;
+        bytes.extend(used.bytes);
     }
     Ok(bytes)
 }

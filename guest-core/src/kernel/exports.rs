@@ -31,15 +31,10 @@ pub fn find(live: &Live<'_>, name: &str) -> Result<Option<Export>, KernelError> 
         let (Some(start), Some(stop)) = (at(start), at(stop)) else {
             continue;
         };
-        if let Some((index, address)) = search(live, start, stop, name)? {
-            let crc = at(crcs).map(|crcs| {
-                let at = crcs.wrapping_add(4 * index);
-                live.read_u32(at).map_err(|source| KernelError::Unreadable {
-                    what: "__kcrctab",
-                    at,
-                    source,
-                })
-            });
+        let size = live.kernel.btf.structure("kernel_symbol")?.size();
+        let count = stop.0.saturating_sub(start.0) / size.max(1);
+        if let Some((index, address)) = search(live, start, count.min(ENTRIES_MAX), name)? {
+            let crc = at(crcs).map(|crcs| crc(live, crcs, index));
             return Ok(Some(Export {
                 address,
                 crc: crc.transpose()?,
@@ -49,10 +44,19 @@ pub fn find(live: &Live<'_>, name: &str) -> Result<Option<Export>, KernelError> 
     Ok(None)
 }
 
-/// The index and the address of `name` in one table.
-fn search(live: &Live<'_>, start: Gva, stop: Gva, name: &str) -> Result<Option<(u64, Gva)>, KernelError> {
+/// The checksum at `index` of a table.
+pub(super) fn crc(live: &Live<'_>, crcs: Gva, index: u64) -> Result<u32, KernelError> {
+    let at = crcs.wrapping_add(4 * index);
+    live.read_u32(at).map_err(|source| KernelError::Unreadable {
+        what: "__kcrctab",
+        at,
+        source,
+    })
+}
+
+/// The index and the address of `name` in one table of `count` entries.
+pub(super) fn search(live: &Live<'_>, start: Gva, count: u64, name: &str) -> Result<Option<(u64, Gva)>, KernelError> {
     let size = live.kernel.btf.structure("kernel_symbol")?.size();
-    let count = (stop.0.saturating_sub(start.0) / size.max(1)).min(ENTRIES_MAX);
     let entry = |index: u64| start.wrapping_add(index * size);
     let (mut low, mut high) = (0, count);
     while low < high {

@@ -1,8 +1,9 @@
-//! Modules that the guest has loaded: their names and symbols.
+//! Modules that the guest has loaded: their names, symbols, and what they export.
 //!
 //! `modules` → `struct module` (include/linux/module.h); symbols in `module.kallsyms`, a `struct mod_kallsyms` since 4.5:
 //! ELF symbols, names, and since 5.2 a type letter for each.
 
+use super::exports::{self, Export};
 use super::list::Walker;
 use super::{KernelError, Live};
 use crate::addr::Gva;
@@ -16,11 +17,15 @@ const SYMBOL_BYTES_MAX: usize = 512;
 /// More symbols than a module has; bounds memory and time.
 const SYMBOLS_MAX: u64 = 1 << 18;
 /// More bytes of names than a module has.
-const STRINGS_BYTES_MAX: u64 = 16 << 20;
+const STRINGS_BYTES_MAX: u64 = 4 << 20;
 /// Bytes of an `Elf64_Sym`: name 4, info, other, section 2, value 8, size 8.
 const ELF_SYMBOL_BYTES: usize = 24;
 /// `SHN_UNDEF`: the symbol is another module's.
 const UNDEFINED: u16 = 0;
+/// `MOD_MEM_NUM_TYPES` is 7 up to 7.2.
+const MEMORIES_MAX: usize = 16;
+/// More exported symbols than a module has.
+const EXPORTS_MAX: u64 = 1 << 16;
 
 /// A loaded module.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -29,6 +34,17 @@ pub struct GuestModule {
     pub name: String,
     /// Address of its `struct module`.
     pub at: Gva,
+}
+
+/// A symbol of a loaded module.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ModuleSymbol {
+    /// Its name.
+    pub name: String,
+    /// Its address.
+    pub address: Gva,
+    /// Bytes, as the module's file said; 0 where it did not.
+    pub size: u64,
 }
 
 /// All modules on the guest's list, in its order: the last loaded first.
@@ -52,50 +68,121 @@ pub fn all(live: &Live<'_>) -> Result<Vec<GuestModule>, KernelError> {
         .collect()
 }
 
-/// The addresses of all symbols called `name` in a module, in the order of its table.
-pub fn symbols_named(live: &Live<'_>, module: &GuestModule, name: &str) -> Result<Vec<Gva>, KernelError> {
+/// The module in whose memory `at` lies.
+pub fn containing(live: &Live<'_>, at: Gva) -> Result<Option<GuestModule>, KernelError> {
+    let layout = live.kernel.btf.structure("module")?;
+    // `mem[]` since 6.4, `core_layout` before; parts that are gone after init are empty.
+    let parts = (0..MEMORIES_MAX).map(|index| format!("mem[{index}]"));
+    let parts = parts.chain(["core_layout".to_owned(), "init_layout".to_owned()]);
+    let member = |part: &str, name| {
+        layout
+            .try_member(&format!("{part}.{name}"))
+            .map(|member| member.offset())
+    };
+    let places: Vec<_> = parts
+        .filter_map(|part| Some((member(&part, "base")?, member(&part, "size")?)))
+        .collect();
+    for module in all(live)? {
+        for (base, size) in &places {
+            let base = word(live, "module.mem", module.at.wrapping_add(*base))?;
+            let size = word(live, "module.mem", module.at.wrapping_add(*size))? & 0xffff_ffff;
+            if at.0.checked_sub(base).is_some_and(|offset| offset < size) {
+                return Ok(Some(module));
+            }
+        }
+    }
+    Ok(None)
+}
+
+/// The symbols that a module defines, in the order of its table.
+pub fn symbols(live: &Live<'_>, module: &GuestModule) -> Result<Vec<ModuleSymbol>, KernelError> {
     let what = "module.kallsyms";
     let btf = &live.kernel.btf;
     let (layout, tables) = (btf.structure("module")?, btf.structure("mod_kallsyms")?);
-    let word = |at: Gva| {
-        live.read_u64(at)
-            .map_err(|source| KernelError::Unreadable { what, at, source })
-    };
-    let kallsyms = Gva(word(module.at.wrapping_add(layout.offset("kallsyms")?))?);
+    let kallsyms = Gva(word(live, what, module.at.wrapping_add(layout.offset("kallsyms")?))?);
     if kallsyms.0 == 0 {
         return Ok(Vec::new());
     }
-    let symtab = Gva(word(kallsyms.wrapping_add(tables.offset("symtab")?))?);
-    let strtab = Gva(word(kallsyms.wrapping_add(tables.offset("strtab")?))?);
-    let count = word(kallsyms.wrapping_add(tables.offset("num_symtab")?))? & 0xffff_ffff;
+    let symtab = Gva(word(live, what, kallsyms.wrapping_add(tables.offset("symtab")?))?);
+    let strtab = Gva(word(live, what, kallsyms.wrapping_add(tables.offset("strtab")?))?);
+    let count = word(live, what, kallsyms.wrapping_add(tables.offset("num_symtab")?))? & 0xffff_ffff;
     let len = usize::try_from(count.min(SYMBOLS_MAX)).unwrap_or(0) * ELF_SYMBOL_BYTES;
     let mut bytes = vec![0; len];
     read(live, what, symtab, &mut bytes)?;
-    let mut found = Vec::new();
-    for symbol in bytes.chunks_exact(ELF_SYMBOL_BYTES) {
-        let (Some(offset), Some(section), Some(value)) = (
-            symbol.first_chunk::<4>().map(|bytes| u32::from_le_bytes(*bytes)),
-            symbol
-                .get(6..8)
-                .and_then(|bytes| Some(u16::from_le_bytes(bytes.try_into().ok()?))),
-            symbol
-                .get(8..16)
-                .and_then(|bytes| Some(u64::from_le_bytes(bytes.try_into().ok()?))),
-        ) else {
+    let entries: Vec<_> = bytes
+        .chunks_exact(ELF_SYMBOL_BYTES)
+        .filter_map(elf_symbol)
+        .filter(|(name, section, ..)| *section != UNDEFINED && u64::from(*name) <= STRINGS_BYTES_MAX)
+        .collect();
+    let last = entries.iter().map(|(name, ..)| *name).max().unwrap_or(0);
+    let strings = strings(live, strtab, u64::from(last))?;
+    let symbol = |(name, _, address, size): (u32, u16, u64, u64)| {
+        let text = strings.get(usize::try_from(name).ok()?..)?;
+        let end = text.iter().take(SYMBOL_BYTES_MAX).position(|byte| *byte == 0)?;
+        Some(ModuleSymbol {
+            name: plain(text.get(..end)?),
+            address: Gva(address),
+            size,
+        })
+    };
+    Ok(entries.into_iter().filter_map(symbol).collect())
+}
+
+/// What a module exports to others as `name`.
+pub fn export(live: &Live<'_>, module: &GuestModule, name: &str) -> Result<Option<Export>, KernelError> {
+    let layout = live.kernel.btf.structure("module")?;
+    // Two tables up to 6.x, one since 7.0.
+    for (table, count, crcs) in [("syms", "num_syms", "crcs"), ("gpl_syms", "num_gpl_syms", "gpl_crcs")] {
+        let (Some(table), Some(count)) = (layout.try_member(table), layout.try_member(count)) else {
             continue;
         };
-        if section == UNDEFINED || u64::from(offset) > STRINGS_BYTES_MAX {
+        let at = |offset: u64| module.at.wrapping_add(offset);
+        let count = word(live, "module.num_syms", at(count.offset()))? & 0xffff_ffff;
+        let start = Gva(word(live, "module.syms", at(table.offset()))?);
+        let Some((index, address)) = exports::search(live, start, count.min(EXPORTS_MAX), name)? else {
             continue;
-        }
-        // One more byte than the name, for its end.
-        let mut bytes = vec![0; name.len().min(SYMBOL_BYTES_MAX) + 1];
-        if read(live, what, strtab.wrapping_add(u64::from(offset)), &mut bytes).is_ok()
-            && bytes.strip_suffix(&[0]) == Some(name.as_bytes())
-        {
-            found.push(Gva(value));
+        };
+        let crcs = match layout.try_member(crcs) {
+            Some(crcs) => word(live, "module.crcs", at(crcs.offset()))?,
+            None => 0,
+        };
+        let crc = (crcs != 0).then(|| exports::crc(live, Gva(crcs), index));
+        return Ok(Some(Export {
+            address,
+            crc: crc.transpose()?,
+        }));
+    }
+    Ok(None)
+}
+
+/// Name, section, value and size.
+fn elf_symbol(bytes: &[u8]) -> Option<(u32, u16, u64, u64)> {
+    let name = u32::from_le_bytes(*bytes.first_chunk()?);
+    let section = u16::from_le_bytes(bytes.get(6..8)?.try_into().ok()?);
+    let value = u64::from_le_bytes(bytes.get(8..16)?.try_into().ok()?);
+    let size = u64::from_le_bytes(bytes.get(16..24)?.try_into().ok()?);
+    Some((name, section, value, size))
+}
+
+/// The table of names, up to and with the one at `last`, whose end is not known beforehand.
+fn strings(live: &Live<'_>, strtab: Gva, last: u64) -> Result<Vec<u8>, KernelError> {
+    let what = "module.kallsyms";
+    let mut bytes = vec![0; usize::try_from(last).unwrap_or(0)];
+    read(live, what, strtab, &mut bytes)?;
+    for offset in 0..SYMBOL_BYTES_MAX as u64 {
+        let mut byte = [0];
+        read(live, what, strtab.wrapping_add(last.saturating_add(offset)), &mut byte)?;
+        bytes.extend(byte);
+        if byte == [0] {
+            break;
         }
     }
-    Ok(found)
+    Ok(bytes)
+}
+
+fn word(live: &Live<'_>, what: &'static str, at: Gva) -> Result<u64, KernelError> {
+    live.read_u64(at)
+        .map_err(|source| KernelError::Unreadable { what, at, source })
 }
 
 fn read(live: &Live<'_>, what: &'static str, at: Gva, buf: &mut [u8]) -> Result<(), KernelError> {

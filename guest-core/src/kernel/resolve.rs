@@ -1,54 +1,120 @@
 //! Symbols for a module that is about to be linked against the guest's kernel.
 
-use super::{Kernel, KernelError, Live, exports, modules};
+use super::modules::{GuestModule, ModuleSymbol};
+use super::{KernelError, Live, exports, modules};
 use crate::addr::Gva;
 use crate::module::{ResolveError, ResolveSymbol};
+use std::cell::{OnceCell, RefCell};
+use std::collections::BTreeMap;
+use std::rc::Rc;
 
 /// What `klp_find_object_symbol` calls the kernel image.
 pub const VMLINUX: &str = "vmlinux";
 
-impl ResolveSymbol for Live<'_> {
-    fn exported(&self, name: &str) -> Result<Gva, ResolveError> {
-        match exports::find(self, name) {
-            Ok(Some(export)) => Ok(export.address),
-            Ok(None) if self.kernel.symbols.named(name).next().is_some() => Err(ResolveError::NotExported),
-            Ok(None) => Err(ResolveError::NotFound {
-                object: VMLINUX.to_owned(),
-            }),
-            Err(error) => Err(ResolveError::Guest(error.to_string())),
+/// The symbols of a guest's kernel and of its modules. Those of a module are read once.
+pub struct GuestSymbols<'a> {
+    live: Live<'a>,
+    modules: OnceCell<Vec<GuestModule>>,
+    symbols: RefCell<BTreeMap<String, Rc<[ModuleSymbol]>>>,
+    /// Modules that a symbol was found in, by name.
+    used: RefCell<BTreeMap<String, GuestModule>>,
+}
+
+impl<'a> GuestSymbols<'a> {
+    /// Those of this guest.
+    pub fn new(live: &Live<'a>) -> Self {
+        Self {
+            live: *live,
+            modules: OnceCell::new(),
+            symbols: RefCell::default(),
+            used: RefCell::default(),
         }
+    }
+
+    /// All modules of the guest, the last loaded first.
+    pub fn modules(&self) -> Result<&[GuestModule], KernelError> {
+        if self.modules.get().is_none() {
+            let all = modules::all(&self.live)?;
+            return Ok(self.modules.get_or_init(|| all));
+        }
+        Ok(self.modules.get().map_or(&[], Vec::as_slice))
+    }
+
+    /// The module of that name, where the guest has loaded it.
+    pub fn module(&self, name: &str) -> Result<Option<&GuestModule>, KernelError> {
+        Ok(self.modules()?.iter().find(|module| module.name == name))
+    }
+
+    /// The symbols of a module, in the order of its table.
+    pub fn of_module(&self, module: &GuestModule) -> Result<Rc<[ModuleSymbol]>, KernelError> {
+        if let Some(symbols) = self.symbols.borrow().get(&module.name) {
+            return Ok(symbols.clone());
+        }
+        let symbols: Rc<[_]> = modules::symbols(&self.live, module)?.into();
+        self.symbols.borrow_mut().insert(module.name.clone(), symbols.clone());
+        Ok(symbols)
+    }
+
+    /// The modules that symbols were found in so far: what they are needed for must keep them loaded.
+    pub fn used(&self) -> Vec<GuestModule> {
+        self.used.borrow().values().cloned().collect()
+    }
+
+    /// Counts a module among the used ones.
+    pub fn uses(&self, module: &GuestModule) {
+        self.used.borrow_mut().insert(module.name.clone(), module.clone());
+    }
+
+    fn exported_by_module(&self, name: &str) -> Result<Option<Gva>, KernelError> {
+        for module in self.modules()? {
+            if let Some(export) = modules::export(&self.live, module, name)? {
+                self.uses(module);
+                return Ok(Some(export.address));
+            }
+        }
+        Ok(None)
+    }
+
+    fn in_module(&self, object: &str, name: &str, sympos: u64) -> Result<Gva, ResolveError> {
+        let guest = |error: KernelError| ResolveError::Guest(error.to_string());
+        let module = self.module(object).map_err(guest)?;
+        let module = module.ok_or_else(|| ResolveError::NotLoaded {
+            object: object.to_owned(),
+        })?;
+        let symbols = self.of_module(module).map_err(guest)?;
+        let named = symbols.iter().filter(|symbol| symbol.name == name);
+        let found = nth(object, named.map(|symbol| symbol.address).collect(), sympos)?;
+        self.uses(module);
+        Ok(found)
+    }
+}
+
+impl ResolveSymbol for GuestSymbols<'_> {
+    fn exported(&self, name: &str) -> Result<Gva, ResolveError> {
+        let guest = |error: KernelError| ResolveError::Guest(error.to_string());
+        if let Some(export) = exports::find(&self.live, name).map_err(guest)? {
+            return Ok(export.address);
+        }
+        if let Some(address) = self.exported_by_module(name).map_err(guest)? {
+            return Ok(address);
+        }
+        if self.live.kernel.symbols.named(name).next().is_some() {
+            return Err(ResolveError::NotExported);
+        }
+        Err(ResolveError::NotFound {
+            object: "the guest's kernel and its modules".to_owned(),
+        })
     }
 
     fn any(&self, object: Option<&str>, name: &str, sympos: u64) -> Result<Gva, ResolveError> {
         match object {
-            None | Some(VMLINUX) => of_image(self.kernel, name, sympos),
-            Some(object) => of_module(self, object, name, sympos),
+            None | Some(VMLINUX) => {
+                let named = self.live.kernel.symbols.named(name);
+                nth(VMLINUX, named.map(|symbol| symbol.address).collect(), sympos)
+            }
+            Some(object) => self.in_module(object, name, sympos),
         }
     }
-}
-
-fn of_module(live: &Live<'_>, object: &str, name: &str, sympos: u64) -> Result<Gva, ResolveError> {
-    let guest = |error: KernelError| ResolveError::Guest(error.to_string());
-    let module = modules::all(live)
-        .map_err(guest)?
-        .into_iter()
-        .find(|module| module.name == object);
-    let module = module.ok_or_else(|| ResolveError::NotLoaded {
-        object: object.to_owned(),
-    })?;
-    nth(
-        object,
-        modules::symbols_named(live, &module, name).map_err(guest)?,
-        sympos,
-    )
-}
-
-fn of_image(kernel: &Kernel, name: &str, sympos: u64) -> Result<Gva, ResolveError> {
-    nth(
-        VMLINUX,
-        kernel.symbols.named(name).map(|symbol| symbol.address).collect(),
-        sympos,
-    )
 }
 
 /// As `klp_find_object_symbol` (kernel/livepatch/core.c) does it: position 0 wants exactly one symbol of that name,

@@ -42,7 +42,7 @@ const TABLE: &[(&str, Duty)] = &[
     (".kprobes.text",           Place(Text)),
     (".fixup",                  Place(Text)),     // where faulting instructions go on, up to 5.15
     (".altinstr_aux",           Place(Text)),     // slow path of static_cpu_has()
-    (".static_call.text",       Refuse("a static call of the module's own, which the guest would have to know")),
+    (".static_call.text",       Place(Text)),     // trampolines of the module's own static calls
 
     // Read-only data. What is written once by init is never written here: init is not run.
     (".rodata",                 Place(RoData)),
@@ -59,6 +59,7 @@ const TABLE: &[(&str, Duty)] = &[
 
     // Work for the loader.
     (".altinstructions",        Work),            // alternatives.rs
+    ("__jump_table",            Work),            // jump_labels.rs
     (".altinstr_replacement",   Place(AreaKind::Scratch)),
     (".retpoline_sites",        Work),            // branches.rs
     (".return_sites",           Work),            // branches.rs
@@ -96,7 +97,6 @@ const TABLE: &[(&str, Duty)] = &[
     (".init_array*",            Refuse("functions to be run at load")),
 
     // What the guest has to know about the code before it can run.
-    ("__jump_table",            Refuse("static keys, whose sites the guest would have to switch")),
     ("__dyndbg*",               Refuse("pr_debug() sites, which the guest would have to list")),
     ("__tracepoints*",          Refuse("a tracepoint of the module's own, which the guest would have to know")),
     ("_ftrace_events",          Refuse("a trace event of the module's own, which the guest would have to know")),

@@ -3,6 +3,7 @@
 
 use super::alternatives::{AltLayout, Alternative};
 use super::duty::{Duty, duty};
+use super::jump_labels::JumpRows;
 use super::layout::{AreaKind, Layout, LayoutError};
 use super::orc::OrcRows;
 use super::rows::{BUGS, FIXUPS, Rows};
@@ -27,6 +28,8 @@ pub struct Image<'m, 'd> {
     pub(crate) fixups: Rows,
     /// WARN and BUG in placed code.
     pub(crate) bugs: Rows,
+    /// Branches on static keys in placed code.
+    pub(crate) jump_rows: JumpRows,
     layout: Layout,
     undefined: Vec<Undefined>,
 }
@@ -94,8 +97,8 @@ impl<'d> PatchModule<'d> {
     /// Errors: see [`ImageError`].
     pub fn image<'m>(&'m self, patch: &'m Patch, alt_layout: &AltLayout) -> Result<Image<'m, 'd>, ImageError> {
         let alternatives = self.alternatives(alt_layout)?;
-        let (fixups, bugs) = (self.rows(FIXUPS)?, self.rows(BUGS)?);
-        let mut selection = Selection::new(self, patch, &alternatives, [&fixups, &bugs]);
+        let (fixups, bugs, jump_rows) = (self.rows(FIXUPS)?, self.rows(BUGS)?, self.jump_rows()?);
+        let mut selection = Selection::new(self, patch, &alternatives, [&fixups, &bugs], &jump_rows);
         for function in patch.objects.iter().flat_map(|object| &object.functions) {
             selection.need(function.new.section, "", || {
                 format!("the patch of {}", function.old_name)
@@ -113,6 +116,7 @@ impl<'d> PatchModule<'d> {
         orc.place(&mut layout)?;
         let is_text = |section| selection.needed.get(&section) == Some(&AreaKind::Text);
         let (fixups, bugs) = (fixups.place(&mut layout, is_text)?, bugs.place(&mut layout, is_text)?);
+        let jump_rows = jump_rows.place(&mut layout, is_text)?;
         let mut places = vec![None; self.elf.sections.len()];
         for placed in &layout.sections {
             if let Some(place) = places.get_mut(placed.section.0) {
@@ -133,6 +137,7 @@ impl<'d> PatchModule<'d> {
             orc,
             fixups,
             bugs,
+            jump_rows,
             layout,
             undefined,
         })
@@ -143,6 +148,11 @@ impl Image<'_, '_> {
     /// The memory that the image needs.
     pub fn layout(&self) -> &Layout {
         &self.layout
+    }
+
+    /// True where code that goes into the guest has branches on static keys.
+    pub fn has_jump_labels(&self) -> bool {
+        !self.jump_rows.is_empty()
     }
 
     /// The symbols that the guest must provide, by name.
@@ -193,13 +203,20 @@ struct Selection<'m, 'd> {
     alternatives: BTreeMap<SectionId, Vec<Alternative>>,
     /// What the guest will search for the address of an instruction.
     tables: [&'m Rows; 2],
+    jump_rows: &'m JumpRows,
     needed: BTreeMap<SectionId, AreaKind>,
     queue: VecDeque<SectionId>,
     undefined: BTreeMap<SymbolId, Undefined>,
 }
 
 impl<'m, 'd> Selection<'m, 'd> {
-    fn new(module: &'m PatchModule<'d>, patch: &'m Patch, alternatives: &[Alternative], tables: [&'m Rows; 2]) -> Self {
+    fn new(
+        module: &'m PatchModule<'d>,
+        patch: &'m Patch,
+        alternatives: &[Alternative],
+        tables: [&'m Rows; 2],
+        jump_rows: &'m JumpRows,
+    ) -> Self {
         let mut by_section: BTreeMap<SectionId, Vec<Alternative>> = BTreeMap::new();
         for alternative in alternatives {
             by_section
@@ -212,6 +229,7 @@ impl<'m, 'd> Selection<'m, 'd> {
             patch,
             alternatives: by_section,
             tables,
+            jump_rows,
             needed: BTreeMap::new(),
             queue: VecDeque::new(),
             undefined: BTreeMap::new(),
@@ -231,6 +249,9 @@ impl<'m, 'd> Selection<'m, 'd> {
                 for (from, relocation) in table.references(self.module, id) {
                     self.follow(from, relocation)?;
                 }
+            }
+            for (from, relocation) in self.jump_rows.references(self.module, id) {
+                self.follow(from, relocation)?;
             }
             // A replacement takes part only where it may be copied into needed code.
             for alternative in self.alternatives.remove(&id).unwrap_or_default() {

@@ -1,6 +1,7 @@
 //! The finished bytes of a module for given addresses.
 
 use super::LinkError;
+use super::jump_labels::{JumpLabels, JumpLayout};
 use super::layout::AreaKind;
 use super::orc::OrcTables;
 use super::rows::Table;
@@ -27,6 +28,11 @@ pub struct GuestContext<'g> {
     pub symbols: &'g dyn ResolveSymbol,
     /// Its kernel's memory: what the kernel has done to its own thunks decides what is done here.
     pub memory: &'g dyn VirtMemory,
+    /// Modules that the patch is for, too, but that the guest has not loaded: relocations against their symbols are left undone, as
+    /// only functions for those modules use them (`.klp.rela.*`, kernel/livepatch/core.c, `klp_init_object_loaded`).
+    pub pending: &'g [String],
+    /// Its static keys.
+    pub jump_labels: JumpLayout,
     /// `boot_cpu_data.x86_capability`: CPU feature bits and, behind them, bug bits.
     pub capabilities: &'g [u32],
 }
@@ -48,6 +54,8 @@ pub struct Linked {
     pub fixups: Table,
     /// Its places of WARN and BUG, in the data area.
     pub bugs: Table,
+    /// Its branches on static keys.
+    pub jump_labels: JumpLabels,
 }
 
 /// A function to be replaced, and where its replacement will be.
@@ -79,9 +87,10 @@ impl Image<'_, '_> {
         linker.patch_returns()?;
         linker.apply_alternatives()?;
         linker.silence_fentry()?;
+        let jump_labels = linker.link_jump_labels()?;
         let orc = linker.write_orc()?;
-        let (fixups, bugs) = (linker.write_rows(&self.fixups)?, linker.write_rows(&self.bugs)?);
-        linker.finish(orc, fixups, bugs)
+        let tables = (linker.write_rows(&self.fixups)?, linker.write_rows(&self.bugs)?);
+        linker.finish(orc, tables, jump_labels)
     }
 }
 
@@ -159,7 +168,12 @@ impl<'i, 'd, 'g> Linker<'i, 'd, 'g> {
         })
     }
 
-    fn finish(self, orc: OrcTables, fixups: Table, bugs: Table) -> Result<Linked, LinkError> {
+    fn finish(
+        self,
+        orc: OrcTables,
+        (fixups, bugs): (Table, Table),
+        jump_labels: JumpLabels,
+    ) -> Result<Linked, LinkError> {
         let mut functions = Vec::new();
         for object in &self.image.patch.objects {
             for function in &object.functions {
@@ -181,6 +195,7 @@ impl<'i, 'd, 'g> Linker<'i, 'd, 'g> {
             orc,
             fixups,
             bugs,
+            jump_labels,
         })
     }
 
@@ -245,6 +260,20 @@ impl<'i, 'd, 'g> Linker<'i, 'd, 'g> {
         if let Some(slot) = slot {
             slot.copy_from_slice(bytes);
         }
+    }
+
+    /// The word at an address in the module's own read-only data or data, with the bits `set` set in it from now on. None where
+    /// that is not the module's own.
+    pub(super) fn own_word(&mut self, at: u64, set: u64) -> Option<u64> {
+        let buffers = self.buffers.iter_mut();
+        let mut buffers = buffers.filter(|buffer| matches!(buffer.kind, AreaKind::RoData | AreaKind::Data));
+        let slot: &mut [u8; 8] = buffers.find_map(|buffer| {
+            let offset = usize::try_from(at.checked_sub(buffer.base.0)?).ok()?;
+            buffer.bytes.get_mut(offset..)?.first_chunk_mut()
+        })?;
+        let word = u64::from_le_bytes(*slot);
+        *slot = (word | set).to_le_bytes();
+        Some(word)
     }
 
     /// True where the place goes into the guest, or alternatives copy from there.

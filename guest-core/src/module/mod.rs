@@ -10,7 +10,7 @@
 //!
 //! The work of the kernel's own loader is one file for each kind: `alternatives.rs` and `replace.rs`, `branches.rs` (return
 //! and indirect branch sites; `thunks.rs` finds out what this guest does with them), `paravirt.rs`, `fentry.rs`, `orc.rs`,
-//! `rows.rs` (what the guest searches for an instruction: fault fixups, WARN and BUG).
+//! `jump_labels.rs`, `rows.rs` (what the guest searches for an instruction: fault fixups, WARN and BUG).
 //!
 //! Nothing here writes to a guest. The file is treated as hostile: every length and offset in it is checked.
 
@@ -22,6 +22,7 @@ mod elf;
 mod error;
 mod fentry;
 mod image;
+mod jump_labels;
 mod klp;
 mod klp_build;
 mod kpatch;
@@ -51,6 +52,7 @@ mod thunks;
 pub use alternatives::AltLayout;
 pub use error::ModuleError;
 pub use image::{Image, ImageError, PlacedSymbol, Undefined};
+pub use jump_labels::{JumpLabels, JumpLayout, NODES_BYTES, UsedKey};
 pub use layout::{Area, AreaKind, Layout, LayoutError, PlacedSection};
 pub use link::{Bases, GuestContext, Linked, LinkedFunction};
 pub use link_error::LinkError;

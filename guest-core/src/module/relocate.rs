@@ -3,7 +3,7 @@
 use super::LinkError;
 use super::layout::AreaKind;
 use super::link::Linker;
-use super::sections::{Relocation, SectionOffset};
+use super::sections::{Relocation, SectionOffset, SymbolPlace};
 use object::elf::{
     R_X86_64_32, R_X86_64_32S, R_X86_64_64, R_X86_64_NONE, R_X86_64_PC32, R_X86_64_PC64, R_X86_64_PLT32, RelocationType,
 };
@@ -99,6 +99,12 @@ impl Linker<'_, '_, '_> {
 
     fn apply(&mut self, at: SectionOffset, relocation: &Relocation) -> Result<(), LinkError> {
         if relocation.kind == R_X86_64_NONE.0 || Some(at) == self.image.patch.this_module {
+            return Ok(());
+        }
+        if let Some(SymbolPlace::Livepatch { object, .. }) =
+            self.image.module.symbol(relocation).map(|symbol| symbol.place)
+            && self.guest.pending.iter().any(|pending| pending == object)
+        {
             return Ok(());
         }
         let bytes = self.relocated(at, relocation, self.address(at)?)?;

@@ -1,6 +1,6 @@
 //! For tests: small module files made of literal parts, and a guest made of two maps.
 
-use super::{AltLayout, Bases, GuestContext, KlpLayout, PatchModule, ResolveError, ResolveSymbol};
+use super::{AltLayout, Bases, GuestContext, JumpLayout, KlpLayout, PatchModule, ResolveError, ResolveSymbol};
 use crate::addr::Gva;
 use crate::memory::{MemoryError, VirtMemory};
 use object::elf::{
@@ -332,6 +332,8 @@ impl TestGuest {
         GuestContext {
             symbols: self,
             memory: self,
+            pending: &[],
+            jump_labels: JumpLayout { enabled: 0, entries: 8 },
             capabilities: &self.capabilities,
         }
     }

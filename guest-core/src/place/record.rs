@@ -20,6 +20,9 @@ pub enum Redirect {
 /// One redirected function.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PatchedFunction {
+    /// The guest's module that it is in; none for the kernel image.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub object: Option<String>,
     /// Its name in the kernel.
     pub name: String,
     /// Which of several functions of that name, from 1; 0 where it is the only one.
@@ -82,6 +85,9 @@ pub struct Record {
     /// The new code's ORC tables, within its read-only data.
     #[serde(default)]
     pub orc: Orc,
+    /// Modules that the patch is for, too, which the guest had not loaded.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub pending: Vec<String>,
     /// The sites and flags that the commit changed: undone in reverse to take the patch out.
     pub changes: Vec<Change>,
     /// How the guest knows the patch as a module; none where it does not, as with a vmpatch of before that.
@@ -121,6 +127,8 @@ impl Record {
     /// Everything in it that is shown to people.
     fn texts(&self) -> impl Iterator<Item = &str> {
         let names = self.functions.iter().map(|function| function.name.as_str());
+        let objects = self.functions.iter().filter_map(|function| function.object.as_deref());
+        let names = names.chain(objects).chain(self.pending.iter().map(String::as_str));
         let own = [&self.id, &self.digest, &self.model].into_iter().map(String::as_str);
         own.chain(names).chain(self.all_changes().map(Change::what))
     }

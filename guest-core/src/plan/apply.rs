@@ -1,26 +1,23 @@
 //! From a module and a kernel to the plan of applying it.
 
-use super::{Plan, known, old_code, orc_header};
+use super::{Plan, known, old, old_code, orc_header, parts};
 use crate::addr::Gva;
 use crate::change::Change;
-use crate::guest_module::{Description, Registration};
-use crate::kernel::resolve::VMLINUX;
+use crate::guest_module::{self, Description, Registration};
+use crate::kernel::resolve::GuestSymbols;
 use crate::kernel::{KernelError, Live, exports, livepatch};
 use crate::memory::VirtMemory;
 use crate::module::{
-    AltLayout, Bases, GuestContext, ImageError, LinkError, Linked, LinkedFunction, ModuleError, NoteError, PatchError,
-    PatchModule, ResolveError, ResolveSymbol,
+    AltLayout, Bases, GuestContext, ImageError, JumpLayout, LinkError, Linked, ModuleError, NoteError, PatchError,
+    PatchModule, ResolveError,
 };
 use crate::paging::{PAGE_SIZE, entry};
 use crate::place::{FILLER, Orc, Pages, PatchedFunction, Record, Registry, RegistryError, Span, State};
 use crate::redirect::{RedirectError, redirect};
-use crate::unwind::OldFunction;
 use sha2::{Digest, Sha256};
 
 /// Longest `vermagic` read.
 const VERMAGIC_BYTES_MAX: usize = 256;
-/// Parts that a compiler splits off a function: code that runs as part of it.
-const SPLIT_OFF: [&str; 2] = [".cold", ".part."];
 
 /// Why a module does not fit the guest. Nothing was changed.
 #[derive(Debug, thiserror::Error)]
@@ -71,13 +68,31 @@ pub enum Refusal {
         /// The others, by name.
         others: String,
     },
-    /// It patches a module of the guest.
-    #[error("the module patches {function} of the module {object}: functions of modules are not supported")]
-    Object {
-        /// The guest's module.
-        object: String,
-        /// Its first function.
-        function: String,
+    /// All that it patches is in modules that the guest has not loaded.
+    #[error("it patches nothing but modules that the guest has not loaded: {}", objects.join(", "))]
+    Pending {
+        /// The module's name.
+        id: String,
+        /// The modules.
+        objects: Vec<String>,
+    },
+    /// A part of it has been applied before, with data that the rest would have to share.
+    #[error(
+        "{section} belongs to {id}, too, which was applied before {objects} was loaded; revert it and apply it again"
+    )]
+    SharedData {
+        /// The section.
+        section: String,
+        /// The part that is applied.
+        id: String,
+        /// What is to be patched now.
+        objects: String,
+    },
+    /// A module that the patch needs is being loaded or unloaded.
+    #[error("the guest's module {module} is just being loaded or unloaded")]
+    Unsettled {
+        /// The module.
+        module: String,
     },
     /// It is there already.
     #[error("{id} is already applied")]
@@ -158,20 +173,22 @@ pub fn apply(live: &Live<'_>, registry: &Registry, file: &[u8], options: &ApplyO
     check_vermagic(live, module.info().get("vermagic").unwrap_or_default())?;
     check_versions(live, &module)?;
     orc_header::check(live, &module)?;
-    let patch = module.patch(&livepatch::layout(live)?)?;
-    let id = module.name().to_owned();
-    if registry.records().any(|record| record.id == id) {
-        return Err(Refusal::AlreadyApplied { id });
-    }
+    let mut patch = module.patch(&livepatch::layout(live)?)?;
+    let alternatives = alternatives(live)?;
+    let digest = crate::change::hex::encode(&Sha256::digest(file));
+    let symbols = GuestSymbols::new(live);
+    let parts = parts::split(live, &symbols, registry, &digest, &mut patch)?;
+    let id = parts.id(registry, &module, &patch, &alternatives)?;
     if patch.replace == Some(true) {
         refuse_beside_others(live, registry)?;
     }
-    let image = module.image(&patch, &alternatives(live)?)?;
+    let image = module.image(&patch, &alternatives)?;
     let layout = image.layout();
     let pages = |bytes: u64| bytes.div_ceil(PAGE_SIZE);
     let guest = known::layout(live, &id)?;
-    let symbols: Vec<_> = image.symbols().collect();
-    let room = guest.room(&symbols, layout.rodata.size, layout.data.size);
+    let named: Vec<_> = image.symbols().collect();
+    let (uses, settled) = old::used(live, &symbols, &patch, image.undefined())?;
+    let room = guest.room(&named, uses.len(), layout.rodata.size, layout.data.size);
     let sizes = [layout.text.size, room.rodata, room.data];
     // The record's size is known last; linking needs the addresses first. So: areas in front, the record behind them.
     let (_, area) = registry.allocate(sizes.into_iter().map(pages).sum::<u64>() + 1)?;
@@ -184,12 +201,18 @@ pub fn apply(live: &Live<'_>, registry: &Registry, file: &[u8], options: &ApplyO
         data: registry.mapped(data),
     };
     let capabilities = capabilities(live)?;
+    let jump_labels = match image.has_jump_labels() {
+        true => guest_module::jump_layout(live)?,
+        false => JumpLayout::default(),
+    };
     let mut linked = image.link(
         &bases,
         &GuestContext {
-            symbols: live,
+            symbols: &symbols,
             memory: live,
             capabilities: &capabilities,
+            pending: &parts.pending,
+            jump_labels,
         },
     )?;
 
@@ -201,17 +224,24 @@ pub fn apply(live: &Live<'_>, registry: &Registry, file: &[u8], options: &ApplyO
         orc: (linked.orc.ips, linked.orc.entries, linked.orc.rows.len() as u64),
         fixups: linked.fixups,
         bugs: linked.bugs,
-        symbols,
+        jumps: (linked.jump_labels.table, linked.jump_labels.count),
+        uses: &uses,
+        symbols: named,
     };
     let others = registry.records().filter_map(|record| record.known.as_ref());
     let registration = guest.register(live, &description, &room, others)?;
+    let module_at = Gva(registration.known.module);
+    let data_at = (bases.data, &mut linked.data);
+    let (keys, listed) = guest_module::list_at_keys(live, &linked.jump_labels, module_at, data_at)?;
     known::append(&mut linked.rodata, room.symbols, &registration.symbols);
     known::append(&mut linked.data, room.module, &registration.module);
     let Registration {
         changes: mut paused,
-        known,
+        mut known,
         ..
     } = registration;
+    known.keys = listed;
+    paused.extend(settled.into_iter().chain(keys));
 
     let held = livepatch::held_functions(live)?;
     let note = module.note()?;
@@ -219,16 +249,17 @@ pub fn apply(live: &Live<'_>, registry: &Registry, file: &[u8], options: &ApplyO
     let mut functions = Vec::new();
     let mut changes = Vec::new();
     for function in &linked.functions {
-        let (old, len) = old_function(live, registry, function)?;
-        old_code::check(live, note.as_ref(), function, old)?;
-        let (kind, sites) = redirect(live, &function.old_name, old, len, function.new, &held)?;
+        let old::Old { at, len, parts } = old::find(live, &symbols, registry, function)?;
+        old_code::check(live, note.as_ref(), function, at)?;
+        let (kind, sites) = redirect(live, &function.old_name, at, len, function.new, &held)?;
         let jump = sites.first().map_or(0, |change| change.gpa().0);
         changes.extend(sites);
-        occupied.extend(parts(live, &function.old_name, old, len));
+        occupied.extend(parts);
         functions.push(PatchedFunction {
+            object: function.object.clone(),
             name: function.old_name.clone(),
             sympos: function.sympos,
-            old: old.0,
+            old: at.0,
             old_len: len,
             new: function.new.0,
             new_len: function.size,
@@ -240,7 +271,7 @@ pub fn apply(live: &Live<'_>, registry: &Registry, file: &[u8], options: &ApplyO
     let span = |start: Gva, len| Span { start: start.0, len };
     let record = Record {
         id,
-        digest: crate::change::hex::encode(&Sha256::digest(file)),
+        digest,
         order: orders.max().unwrap_or(0) + 1,
         model: options.model.clone(),
         applied_at: options.now,
@@ -255,6 +286,7 @@ pub fn apply(live: &Live<'_>, registry: &Registry, file: &[u8], options: &ApplyO
         },
         changes,
         known: Some(known),
+        pending: parts.pending,
     };
     let bytes = record.to_bytes()?;
     let (slot, area) = registry.allocate(record_page - area.first + pages(bytes.len() as u64))?;
@@ -337,56 +369,6 @@ fn map_areas(registry: &Registry, linked: &Linked, area: Pages, rodata: u64, dat
         })
     });
     entries.collect()
-}
-
-fn old_function(live: &Live<'_>, registry: &Registry, function: &LinkedFunction) -> Result<(Gva, u64), Refusal> {
-    let name = &function.old_name;
-    if let Some(object) = function.object.as_ref().filter(|object| *object != VMLINUX) {
-        return Err(Refusal::Object {
-            object: object.clone(),
-            function: name.clone(),
-        });
-    }
-    let at = live
-        .any(None, name, function.sympos)
-        .map_err(|cause| Refusal::Function {
-            name: name.clone(),
-            cause,
-        })?;
-    let mut records = registry.records();
-    if let Some(other) = records.find(|record| record.functions.iter().any(|other| other.old == at.0)) {
-        return Err(Refusal::Held {
-            function: name.clone(),
-            id: other.id.clone(),
-        });
-    }
-    let next = live.kernel.symbols.containing(at).map_or(at, |(_, next)| next);
-    Ok((at, next.0.saturating_sub(at.0)))
-}
-
-/// The function and what the compiler split off it. Several functions of one name have parts of one name, too: all of
-/// those count, as nothing tells whose they are.
-fn parts(live: &Live<'_>, name: &str, at: Gva, len: u64) -> Vec<OldFunction> {
-    let whole = OldFunction {
-        name: name.to_owned(),
-        code: at..at.wrapping_add(len),
-    };
-    let split = live.kernel.symbols.iter().filter(|symbol| {
-        let rest = symbol.name.strip_prefix(name);
-        rest.is_some_and(|rest| SPLIT_OFF.iter().any(|suffix| rest.starts_with(suffix)))
-    });
-    let split = split.map(|symbol| {
-        let end = live
-            .kernel
-            .symbols
-            .containing(symbol.address)
-            .map_or(symbol.address, |(_, next)| next);
-        OldFunction {
-            name: symbol.name.to_owned(),
-            code: symbol.address..end,
-        }
-    });
-    std::iter::once(whole).chain(split).collect()
 }
 
 /// The module's `vermagic` must be the kernel's own, where the kernel has it among its symbols; the release at least.

@@ -3,6 +3,7 @@
 use super::{Plan, known};
 use crate::addr::{Gpa, Gva};
 use crate::change::{Change, ChangeError};
+use crate::guest_module;
 use crate::kernel::{KernelError, Live};
 use crate::paging::PAGE_SIZE;
 use crate::place::{Entry, FILLER, Registry, State};
@@ -66,6 +67,8 @@ pub fn recovery(live: &Live<'_>, registry: &Registry) -> Result<Option<Plan>, Ke
         }
     }
     if let Some(module) = &record.known {
+        // Nobody can have added to the keys' lists what hangs on ours: the commit was cut off in its pause.
+        paused.extend(guest_module::unlist(live, &module.keys)?.unwrap_or_default());
         paused.extend(known::forget(live, module)?);
     }
     paused.push(registry.state_change(entry.slot, State::Applying, State::Reverted));

@@ -2,7 +2,7 @@
 
 use super::{Refusal, RevertError};
 use crate::change::Change;
-use crate::guest_module::{Known, Layout};
+use crate::guest_module::{self, Known, Layout};
 use crate::kernel::{KernelError, Live, modules};
 
 /// How this kernel keeps its modules, one of which the patch `id` is going to be.
@@ -29,6 +29,17 @@ pub(super) fn unused(live: &Live<'_>, id: &str, known: &Known) -> Result<Option<
         }),
         None => Ok(None),
     }
+}
+
+/// The changes that take the patch's branches from their static keys' lists.
+pub(super) fn unlist(live: &Live<'_>, id: &str, known: &Known) -> Result<Vec<Change>, RevertError> {
+    guest_module::unlist(live, &known.keys)?.map_err(|key| RevertError::KeyInUse {
+        id: id.to_owned(),
+        key: match live.kernel.symbols.containing(key) {
+            Some((symbol, _)) => symbol.name.to_owned(),
+            None => key.to_string(),
+        },
+    })
 }
 
 /// The changes that make the guest forget the patch's module.

@@ -4,8 +4,10 @@
 mod apply;
 mod cleanup;
 mod known;
+mod old;
 mod old_code;
 mod orc_header;
+mod parts;
 mod revert;
 
 pub use apply::{ApplyOptions, Refusal, apply};

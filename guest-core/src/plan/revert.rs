@@ -37,6 +37,16 @@ pub enum RevertError {
         /// How many.
         references: u32,
     },
+    /// A later patch, or a module that the guest loaded since, hangs on a static key, and on what the patch has added to it.
+    #[error(
+        "branches of {id} hang on the static key {key}, and so do those of a later patch or module; take that one out first"
+    )]
+    KeyInUse {
+        /// The patch.
+        id: String,
+        /// The key.
+        key: String,
+    },
     /// The guest could not be read.
     #[error("reading the guest's kernel")]
     Kernel(#[from] KernelError),
@@ -61,6 +71,7 @@ pub fn revert(live: &Live<'_>, registry: &Registry, id: &str) -> Result<Plan, Re
     paused.extend(undone.filter(|change| change.verify(live.memory).is_err()));
     if let Some(module) = &record.known {
         paused.extend(known::unused(live, id, module)?);
+        paused.extend(known::unlist(live, id, module)?);
         paused.extend(known::forget(live, module)?);
     }
     paused.extend(wipe_text(live, registry, entry, record)?);

@@ -21,7 +21,10 @@ pub fn apply(options: &Options, files: &[PathBuf], progress: &Progress) -> Resul
     session.tidy()?;
     let mut patches = Vec::new();
     for (path, bytes) in modules {
-        patches.push(apply_one(&mut session, options, path, &bytes, progress)?);
+        match apply_one(&mut session, options, path, &bytes, progress) {
+            Ok(patch) => patches.push(patch),
+            Err(failure) => patches.push(pending(path, &failure).ok_or(failure)?),
+        }
     }
     Ok(Patches {
         guest: session.guest(),
@@ -36,7 +39,13 @@ pub fn check(options: &Options, files: &[PathBuf], progress: &Progress) -> Resul
     let mut planned: Vec<Record> = Vec::new();
     for path in files {
         let bytes = module_file::read(path)?;
-        let record = session.plan(path, &bytes, options)?.record;
+        let record = match session.plan(path, &bytes, options) {
+            Ok(plan) => plan.record,
+            Err(failure) => {
+                patches.push(pending(path, &failure).ok_or(failure)?);
+                continue;
+            }
+        };
         if let Some(refusal) = clash(&planned, &record) {
             return Err(Failure::Refused {
                 path: path.clone(),
@@ -69,6 +78,40 @@ fn clash(before: &[Record], record: &Record) -> Option<Refusal> {
             id: earlier.id.clone(),
         })
     })
+}
+
+/// A patch that has to wait for the guest to load what it is for: no failure, as what is not loaded has no flaw.
+pub(super) fn pending(path: &Path, failure: &Failure) -> Option<Patch> {
+    let Failure::Refused { source, .. } = failure else {
+        return None;
+    };
+    let Refusal::Pending { id, objects } = source.as_ref() else {
+        return None;
+    };
+    Some(Patch {
+        id: id.clone(),
+        pending: objects.clone(),
+        ..not_done(path, "pending", None)
+    })
+}
+
+/// A patch of which nothing is in the guest.
+pub(super) fn not_done(path: &Path, state: &str, reason: Option<String>) -> Patch {
+    Patch {
+        id: module_file::stem(path),
+        file: Some(path.display().to_string()),
+        state: state.to_owned(),
+        reason,
+        module: None,
+        verified: None,
+        digest: None,
+        model: None,
+        applied_at: None,
+        functions: Vec::new(),
+        pending: Vec::new(),
+        pause: None,
+        warnings: Vec::new(),
+    }
 }
 
 /// Applies one module.
@@ -127,6 +170,7 @@ pub(super) fn describe(record: &Record, path: Option<&Path>, state: &str, functi
             .iter()
             .map(|function| Function::new(function, functions))
             .collect(),
+        pending: record.pending.clone(),
         pause: None,
         warnings: Vec::new(),
     }

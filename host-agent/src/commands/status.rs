@@ -34,6 +34,7 @@ fn patch(session: &Session, entry: &Entry) -> Patch {
     };
     let mut patch = describe(record, None, state_name(entry.state), "original");
     patch.applied_at = Some(record.applied_at);
+    patch.pending.retain(|object| !is_patched(session, record, object));
     for (function, shown) in record.functions.iter().zip(&mut patch.functions) {
         shown.state = function_state(session, record, function);
     }
@@ -48,6 +49,16 @@ fn patch(session: &Session, entry: &Entry) -> Patch {
             .push("vmpatch was killed here; the next apply or revert takes care of it".to_owned()),
     }
     patch
+}
+
+/// True where a later part of the same patch is for `object`.
+fn is_patched(session: &Session, record: &Record, object: &str) -> bool {
+    let mut parts = session.registry.records().filter(|part| part.digest == record.digest);
+    parts.any(|part| {
+        part.functions
+            .iter()
+            .any(|function| function.object.as_deref() == Some(object))
+    })
 }
 
 /// What the jump's place holds.
@@ -75,6 +86,7 @@ fn nameless(entry: &Entry) -> Patch {
         model: None,
         applied_at: None,
         functions: Vec::new(),
+        pending: Vec::new(),
         pause: None,
         warnings: Vec::new(),
     }

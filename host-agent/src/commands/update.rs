@@ -1,6 +1,6 @@
 //! The bare command: brings a guest up to date from the patch directory.
 
-use super::apply::apply_one;
+use super::apply::{apply_one, not_done, pending};
 use crate::cli::Options;
 use crate::error::Failure;
 use crate::module_file;
@@ -8,6 +8,7 @@ use crate::progress::Progress;
 use crate::report::{Patch, Patches};
 use crate::session::{Session, Target};
 use guest_core::module::PatchModule;
+use guest_core::plan::Refusal;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
@@ -34,7 +35,7 @@ pub fn update(options: &Options, progress: &Progress) -> Result<(Patches, Option
                 wanted += 1;
                 failed += 1;
                 first.get_or_insert(error.exit_code());
-                patches.push(not_done(path, "not applied", &error.chain().join(": ")));
+                patches.push(not_done(path, "not applied", Some(error.chain().join(": "))));
             }
         }
     }
@@ -73,31 +74,23 @@ fn consider(
         return Ok(None);
     }
     let name = module.name();
-    let is_there = session.registry.records().any(|r| r.id == name);
-    if is_there {
-        let mut patch = not_done(path, "already applied", "");
-        patch.id = name.to_owned();
-        patch.reason = None;
-        return Ok(Some(patch));
-    }
-    apply_one(session, options, path, &bytes, progress).map(Some)
+    let there = session.registry.records().find(|record| record.id == name);
+    let waits = there.is_none_or(|record| !record.pending.is_empty());
+    let applied = match waits.then(|| apply_one(session, options, path, &bytes, progress)) {
+        Some(Err(error)) if is_there(&error) => None,
+        Some(Err(error)) => Some(pending(path, &error).ok_or(error)?),
+        Some(Ok(patch)) => Some(patch),
+        None => None,
+    };
+    Ok(Some(applied.unwrap_or_else(|| Patch {
+        id: name.to_owned(),
+        ..not_done(path, "already applied", None)
+    })))
 }
 
-fn not_done(path: &Path, state: &str, reason: &str) -> Patch {
-    Patch {
-        id: module_file::stem(path),
-        file: Some(path.display().to_string()),
-        state: state.to_owned(),
-        reason: Some(reason.to_owned()),
-        module: None,
-        verified: None,
-        digest: None,
-        model: None,
-        applied_at: None,
-        functions: Vec::new(),
-        pause: None,
-        warnings: Vec::new(),
-    }
+/// True where nothing is left to apply.
+fn is_there(failure: &Failure) -> bool {
+    matches!(failure, Failure::Refused { source, .. } if matches!(**source, Refusal::AlreadyApplied { .. }))
 }
 
 /// The modules of a directory: by age, those of one age by name.

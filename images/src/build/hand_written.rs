@@ -11,6 +11,13 @@ macro_rules! text {
     };
 }
 
+/// Builds the ordinary module `vmpatch_target`, for patches of a module of the guest. Returns the `.ko` in the cache.
+pub fn target(tree: &KernelTree) -> Result<PathBuf, Error> {
+    Module::new("vmpatch_target")
+        .source("vmpatch_target", text!("target"))
+        .build(tree)
+}
+
 /// A module that is to be applied. Its effect is seen by the program [`Applied::program`] (see [`super::programs`]).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Applied {
@@ -30,6 +37,14 @@ pub enum Applied {
     Kpatch,
     /// `__x64_sys_pause`, described as klp-build does it.
     KlpBuild,
+    /// `vmpatch_target_get` of the module [`target`], with a variable and an exported function of that module.
+    Module,
+    /// `__x64_sys_pause`, and `vmpatch_target_get` of the module [`target`].
+    ModuleAndImage,
+    /// `__x64_sys_sysinfo`, with branches on a static key of the kernel's and on one of its own.
+    StaticKey,
+    /// `__x64_sys_pause`, with a branch on that key of the kernel's, too.
+    StaticKeyToo,
     /// `__x64_sys_sysinfo`, with a line for the kernel's log, in which `vmpatch test: sysinfo of ` and the task's command
     /// stand.
     Printk,
@@ -41,7 +56,7 @@ pub enum Applied {
 
 impl Applied {
     /// All of them.
-    pub const ALL: [Self; 11] = [
+    pub const ALL: [Self; 15] = [
         Self::Pair,
         Self::Pause,
         Self::Kstrtoint,
@@ -50,6 +65,10 @@ impl Applied {
         Self::StaticCall,
         Self::Kpatch,
         Self::KlpBuild,
+        Self::Module,
+        Self::ModuleAndImage,
+        Self::StaticKey,
+        Self::StaticKeyToo,
         Self::Printk,
         Self::Faults,
         Self::Warns,
@@ -58,7 +77,9 @@ impl Applied {
     /// The program that sees its effect.
     pub fn program(self) -> &'static str {
         match self {
-            Self::StaticCall | Self::Kpatch | Self::KlpBuild => Self::Pause.name(),
+            Self::StaticCall | Self::Kpatch | Self::KlpBuild | Self::ModuleAndImage | Self::StaticKeyToo => {
+                Self::Pause.name()
+            }
             _ => self.name(),
         }
     }
@@ -72,9 +93,13 @@ impl Applied {
     pub fn functions(self) -> &'static [&'static str] {
         match self {
             Self::Pair => &["__do_sys_sysinfo", "si_meminfo"],
-            Self::Pause | Self::StaticCall | Self::Kpatch | Self::KlpBuild => &["__x64_sys_pause"],
+            Self::Pause | Self::StaticCall | Self::Kpatch | Self::KlpBuild | Self::StaticKeyToo => &["__x64_sys_pause"],
             Self::Kstrtoint => &["kstrtoint"],
-            Self::Symbols | Self::Sections | Self::Printk | Self::Faults | Self::Warns => &["__x64_sys_sysinfo"],
+            Self::Module => &["vmpatch_target_get"],
+            Self::ModuleAndImage => &["__x64_sys_pause", "vmpatch_target_get"],
+            Self::Symbols | Self::Sections | Self::StaticKey | Self::Printk | Self::Faults | Self::Warns => {
+                &["__x64_sys_sysinfo"]
+            }
         }
     }
 
@@ -82,7 +107,16 @@ impl Applied {
     pub fn build(self, tree: &KernelTree) -> Result<PathBuf, Error> {
         let (name, text) = self.name_and_text();
         let module = Module::new(&format!("test-{}", name.replace('_', "-"))).source(name, text);
-        let module = if matches!(self, Self::Symbols | Self::Kpatch | Self::KlpBuild) {
+        let module = if matches!(
+            self,
+            Self::Symbols
+                | Self::Kpatch
+                | Self::KlpBuild
+                | Self::Module
+                | Self::ModuleAndImage
+                | Self::StaticKey
+                | Self::StaticKeyToo
+        ) {
             module.allow_undefined()
         } else {
             module
@@ -99,6 +133,10 @@ impl Applied {
             Self::Sections => ("sections", text!("sections")),
             Self::StaticCall => ("static_call", text!("static_call")),
             Self::Kpatch => ("kpatch", text!("kpatch")),
+            Self::Module => ("module", text!("module")),
+            Self::StaticKey => ("static_key", text!("static_key")),
+            Self::StaticKeyToo => ("static_key_too", text!("static_key_too")),
+            Self::ModuleAndImage => ("module_and_image", text!("module_and_image")),
             Self::KlpBuild => ("klp_build", text!("klp_build")),
             Self::Printk => ("printk", text!("printk")),
             Self::Faults => ("faults", text!("faults")),
@@ -121,14 +159,10 @@ pub enum Refused {
     NoSuchPosition,
     /// Patches `srso_untrain_ret`, which has two bytes.
     TooShort,
-    /// Has a `__jump_table`.
-    JumpTable,
     /// Has `.data..percpu`.
     PercpuData,
     /// Wants a callback to run before it is applied.
     Callbacks,
-    /// Patches a function of the module `vmpatch_test`.
-    OtherObject,
     /// Has six megabytes of code.
     TooBig,
     /// Is a module, but no livepatch.
@@ -137,16 +171,14 @@ pub enum Refused {
 
 impl Refused {
     /// All of them.
-    pub const ALL: [Self; 11] = [
+    pub const ALL: [Self; 9] = [
         Self::Unresolved,
         Self::Missing,
         Self::Ambiguous,
         Self::NoSuchPosition,
         Self::TooShort,
-        Self::JumpTable,
         Self::PercpuData,
         Self::Callbacks,
-        Self::OtherObject,
         Self::TooBig,
         Self::NoLivepatch,
     ];
@@ -170,10 +202,8 @@ impl Refused {
             Self::Ambiguous => ("ambiguous", text!("refused/ambiguous")),
             Self::NoSuchPosition => ("no_such_position", text!("refused/no_such_position")),
             Self::TooShort => ("too_short", text!("refused/too_short")),
-            Self::JumpTable => ("jump_table", text!("refused/jump_table")),
             Self::PercpuData => ("percpu_data", text!("refused/percpu_data")),
             Self::Callbacks => ("callbacks", text!("refused/callbacks")),
-            Self::OtherObject => ("other_object", text!("refused/other_object")),
             Self::TooBig => ("too_big", text!("refused/too_big")),
             Self::NoLivepatch => ("no_livepatch", text!("refused/no_livepatch")),
         }

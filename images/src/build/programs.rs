@@ -29,6 +29,7 @@ const PROGRAMS: [(&str, &str); 20] = [
     ("pause", include_str!("../../programs/pause.c")),
     ("printk", include_str!("../../programs/printk.c")),
     ("sections", include_str!("../../programs/sections.c")),
+    ("static_key", include_str!("../../programs/static_key.c")),
     ("siocatmark", include_str!("../../programs/siocatmark.c")),
     ("symbols", include_str!("../../programs/symbols.c")),
     ("tasks", include_str!("../../programs/tasks.c")),

@@ -1,0 +1,35 @@
+/*
+ * An ordinary module whose functions livepatches replace: its parameter value is
+ * what vmpatch_target_get() says when it is read.
+ */
+#include <linux/kernel.h>
+#include <linux/module.h>
+#include <linux/moduleparam.h>
+
+static int vmpatch_target_secret = 7;
+
+noinline int vmpatch_target_exported(void);
+noinline int vmpatch_target_exported(void)
+{
+	return 30;
+}
+EXPORT_SYMBOL_GPL(vmpatch_target_exported);
+
+static int vmpatch_target_get(char *buffer, const struct kernel_param *param)
+{
+	return sprintf(buffer, "%d\n", READ_ONCE(vmpatch_target_secret) + 1);
+}
+
+static const struct kernel_param_ops operations = { .get = vmpatch_target_get };
+module_param_cb(value, &operations, NULL, 0444);
+
+static int __init target_init(void)
+{
+	return 0;
+}
+
+static void __exit target_exit(void) { }
+
+module_init(target_init);
+module_exit(target_exit);
+MODULE_LICENSE("GPL");

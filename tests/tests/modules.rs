@@ -1,0 +1,128 @@
+//! Patches of functions in modules that the guest has loaded, or has not loaded yet.
+
+use std::fs;
+use std::sync::LazyLock;
+
+use e2e::bed::{self, Lent};
+use e2e::kit::{self, Modules};
+use e2e::probe::{Seen, see};
+use e2e::report::states;
+use e2e::vmpatch::Vmpatch;
+use images::build::hand_written::Applied;
+use images::guest::Guest;
+use images::kernel::Kernel;
+use serde_json::json;
+
+static MODULES: LazyLock<Modules> = LazyLock::new(|| Modules::of(&Kernel::CLOUD_6_1));
+
+/// What vmpatch_target_get() says: the old one, that of the module `module`, that of `module_and_image`.
+const OLD: &str = "8";
+const OF_MODULE: &str = "7030";
+const OF_BOTH: &str = "700";
+
+fn guest() -> Lent {
+    bed::lend(kit::guest(Kernel::CLOUD_6_1))
+}
+
+fn load_target(guest: &Guest) {
+    let file = fs::read(MODULES.target()).unwrap();
+    guest.push("/tmp/vmpatch_target.ko", &file, 0o644).unwrap();
+    guest.text(&["insmod", "/tmp/vmpatch_target.ko"]).unwrap();
+}
+
+fn target_says(guest: &Guest) -> String {
+    guest
+        .text(&["cat", "/sys/module/vmpatch_target/parameters/value"])
+        .unwrap()
+}
+
+/// Unloads the module; what rmmod says, where it does not.
+fn unload_target(guest: &Guest) -> Result<(), String> {
+    let output = guest.run(&["rmmod", "vmpatch_target"]).unwrap();
+    let said = String::from_utf8_lossy(&output.stderr).trim_end().to_owned();
+    if output.status.success() { Ok(()) } else { Err(said) }
+}
+
+#[test]
+fn a_function_of_a_module_is_patched_and_the_module_stays_until_revert() {
+    let guest = guest();
+    let vmpatch = Vmpatch::on(&guest);
+    let module = MODULES.applied(Applied::Module);
+
+    let unloaded = vmpatch.run(&["check", "--json", &module]).expect(0).json();
+    assert_eq!(unloaded["patches"][0]["state"], "pending");
+    assert_eq!(unloaded["patches"][0]["pending"], json!(["vmpatch_target"]));
+
+    load_target(&guest);
+    assert_eq!(target_says(&guest), OLD);
+    let applied = vmpatch.apply(&module);
+    let function = &applied["patches"][0]["functions"][0];
+    assert_eq!(
+        (&function["object"], &function["name"], &function["redirect"]),
+        (&json!("vmpatch_target"), &json!("vmpatch_target_get"), &json!("ftrace"))
+    );
+    assert_eq!(target_says(&guest), OF_MODULE);
+    assert_eq!(states(&vmpatch.status()), states(&applied));
+
+    let refused = unload_target(&guest).unwrap_err();
+    assert!(refused.contains("Resource temporarily unavailable"), "{refused}");
+    let modules = guest.text(&["cat", "/proc/modules"]).unwrap();
+    let line = modules
+        .lines()
+        .find(|line| line.starts_with("vmpatch_target "))
+        .unwrap();
+    assert!(line.contains(" test_module, Live "), "{line}");
+
+    vmpatch.revert_all();
+    assert_eq!(target_says(&guest), OLD);
+    unload_target(&guest).unwrap();
+}
+
+#[test]
+fn an_object_that_is_not_loaded_is_pending_until_it_is() {
+    let guest = guest();
+    let vmpatch = Vmpatch::on(&guest);
+    let folder = std::env::temp_dir().join(format!("vmpatch-pending-{}", std::process::id()));
+    fs::create_dir_all(&folder).unwrap();
+    fs::copy(MODULES.applied(Applied::ModuleAndImage), folder.join("both.ko")).unwrap();
+    let update = || {
+        vmpatch
+            .run(&["--json", "--patches", folder.to_str().unwrap()])
+            .expect(0)
+            .json()
+    };
+
+    let first = update();
+    assert_eq!(first["patches"][0]["state"], "applied");
+    assert_eq!(first["patches"][0]["pending"], json!(["vmpatch_target"]));
+    assert_eq!(see(&guest, "pause"), Seen::Fixed);
+    assert_eq!(update()["patches"][0]["state"], "already applied");
+
+    load_target(&guest);
+    assert_eq!(target_says(&guest), OLD);
+    let second = update();
+    assert_eq!(second["patches"][0]["id"], "test_module_and_image:vmpatch_target");
+    assert_eq!(second["patches"][0]["state"], "applied");
+    assert_eq!(target_says(&guest), OF_BOTH);
+    assert_eq!(update()["patches"][0]["state"], "already applied");
+    let status = vmpatch.status();
+    assert_eq!(status["patches"][0]["pending"], json!(null), "{status}");
+    unload_target(&guest).unwrap_err();
+
+    vmpatch.revert_all();
+    assert_eq!(
+        (see(&guest, "pause"), target_says(&guest).as_str()),
+        (Seen::Flawed, OLD)
+    );
+
+    // Both at once, where the module is there.
+    let whole = update();
+    assert_eq!(whole["patches"][0]["functions"].as_array().unwrap().len(), 2);
+    assert_eq!(
+        (see(&guest, "pause"), target_says(&guest).as_str()),
+        (Seen::Fixed, OF_BOTH)
+    );
+    vmpatch.revert_all();
+    unload_target(&guest).unwrap();
+    fs::remove_dir_all(folder).unwrap();
+}
