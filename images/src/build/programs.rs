@@ -18,7 +18,7 @@ use crate::cache::{self, Cache};
 use crate::command;
 
 /// Names and texts of all programs.
-const PROGRAMS: [(&str, &str); 20] = [
+const PROGRAMS: [(&str, &str); 21] = [
     ("assoclen", include_str!("../../programs/assoclen.c")),
     ("faults", include_str!("../../programs/faults.c")),
     ("kstrtoint", include_str!("../../programs/kstrtoint.c")),
