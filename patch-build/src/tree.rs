@@ -1,6 +1,7 @@
 //! A kernel's source made ready to compile single files of it: configured, its generated headers and tools built, and
 //! nothing else.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -13,8 +14,19 @@ use crate::{command, digest};
 /// What the kernel's own flags are extended with: a section for every function and object, so that they can be compared
 /// and taken one by one.
 const SECTIONS: &str = "KCFLAGS=-ffunction-sections -fdata-sections";
-/// Settings that say something about the machine that made the configuration, not about the kernel.
-const OF_THE_MACHINE: [&str; 2] = ["CONFIG_PAHOLE_VERSION=", "CONFIG_RUSTC_VERSION_TEXT="];
+/// What settings begin with that say something of the tools on the machine that made the configuration. Where they differ, so may
+/// code that asks for them, which is then not compiled; see [`Tree::other_settings`].
+const OF_THE_TOOLS: [&str; 7] = [
+    "BINDGEN_",
+    "CC_CAN_LINK",
+    "LD_VERSION",
+    "OPENSSL_",
+    "PAHOLE_",
+    "RUST",
+    "HAVE_RUST",
+];
+/// Where a tree notes settings of the tools that differ, each with a space behind it.
+const OTHER_SETTINGS: &str = "vmpatch-other-settings";
 /// The last file of a tree: one without it is not ready.
 const READY: &str = "vmpatch-vermagic";
 
@@ -59,6 +71,7 @@ pub struct Tree {
     compiler: String,
     search_path: String,
     vermagic: String,
+    other_settings: Vec<String>,
     fixed: bool,
     _lock: Lock,
 }
@@ -100,14 +113,18 @@ impl Tree {
             compiler: toolchain.version().to_owned(),
             search_path: toolchain.search_path(),
             vermagic: String::new(),
+            other_settings: Vec::new(),
             fixed: target.source.fixed,
             _lock: lock,
         };
         let ready = tree.folder.join(READY);
-        if !ready.exists() {
+        let others = tree.folder.join(OTHER_SETTINGS);
+        if !ready.exists() || !others.exists() {
             tree.make_ready(target, &config, progress)?;
         }
         tree.vermagic = fs::read_to_string(&ready).map_err(cache::Error::io("read", &ready))?;
+        let others = fs::read_to_string(&others).map_err(cache::Error::io("read", &others))?;
+        tree.other_settings = others.split_whitespace().map(str::to_owned).collect();
         Ok(tree)
     }
 
@@ -129,6 +146,11 @@ impl Tree {
     /// What a module's `vermagic=` must be.
     pub fn vermagic(&self) -> &str {
         &self.vermagic
+    }
+
+    /// Settings of the kernel's tools that are others here (`RUST`, without `CONFIG_`): code that asks for them is not the kernel's.
+    pub(crate) fn other_settings(&self) -> &[String] {
+        &self.other_settings
     }
 
     /// Whether the source can't change: it is the cache's own.
@@ -167,12 +189,18 @@ impl Tree {
         fs::copy(&target.symvers, &symvers).map_err(cache::Error::io("copy to", &symvers))?;
         self.make(&["olddefconfig"])?;
         let taken = fs::read_to_string(&own).map_err(cache::Error::io("read", &own))?;
-        if let Some(changes) = changes(config, &taken) {
+        let (of_tools, others): (Vec<Change>, Vec<Change>) = changes(config, &taken)
+            .into_iter()
+            .partition(|change| is_of_the_tools(&change.name));
+        if !others.is_empty() {
             return Err(Error::Config {
                 source_folder: self.source.clone(),
-                changes,
+                changes: named(&others),
             });
         }
+        let names: String = of_tools.iter().map(|change| format!("{} ", change.name)).collect();
+        let file = self.folder.join(OTHER_SETTINGS);
+        fs::write(&file, names).map_err(cache::Error::io("write", &file))?;
         self.make(&["modules_prepare"])?;
         let vermagic = self.read_vermagic()?;
         let ready = self.folder.join(READY);
@@ -229,29 +257,54 @@ fn find<'a>(bytes: &'a [u8], needle: &[u8]) -> Option<&'a [u8]> {
     bytes.get(at + needle.len()..)
 }
 
-/// The first settings that differ between two configurations; `None` where they say the same of the kernel.
-fn changes(before: &str, after: &str) -> Option<String> {
-    const SHOWN_MAX: usize = 5;
-    let settings = |text: &str| -> Vec<String> {
-        text.lines()
-            .filter(|line| line.starts_with("CONFIG_"))
-            .filter(|line| !OF_THE_MACHINE.iter().any(|name| line.starts_with(name)))
-            .map(str::to_owned)
-            .collect()
+/// A setting that differs.
+#[derive(Debug, PartialEq, Eq)]
+struct Change {
+    /// Without `CONFIG_`.
+    name: String,
+    before: Option<String>,
+    after: Option<String>,
+}
+
+/// The settings that differ between two configurations, by name.
+fn changes(before: &str, after: &str) -> Vec<Change> {
+    let settings = |text: &str| -> BTreeMap<String, String> {
+        let setting = |line: &str| {
+            let (name, value) = line.strip_prefix("CONFIG_")?.split_once('=')?;
+            Some((name.to_owned(), value.to_owned()))
+        };
+        text.lines().filter_map(setting).collect()
     };
     let (before, after) = (settings(before), settings(after));
-    let only = |these: &[String], those: &[String], sign| -> Vec<String> {
-        let those: std::collections::HashSet<&String> = those.iter().collect();
-        these
-            .iter()
-            .filter(|line| !those.contains(line))
-            .map(|line| format!("{sign}{line}"))
-            .collect()
+    let names: BTreeSet<&String> = before.keys().chain(after.keys()).collect();
+    let change = |name: &String| {
+        let (before, after) = (before.get(name), after.get(name));
+        (before != after).then(|| Change {
+            name: name.clone(),
+            before: before.cloned(),
+            after: after.cloned(),
+        })
     };
-    let mut all = only(&before, &after, "-");
-    all.extend(only(&after, &before, "+"));
-    all.truncate(SHOWN_MAX);
-    (!all.is_empty()).then(|| all.join(", "))
+    names.into_iter().filter_map(change).collect()
+}
+
+fn is_of_the_tools(name: &str) -> bool {
+    OF_THE_TOOLS.iter().any(|prefix| name.starts_with(prefix))
+}
+
+/// The first changes, for people.
+fn named(changes: &[Change]) -> String {
+    const SHOWN_MAX: usize = 5;
+    let named = |change: &Change| {
+        let value = |value: &Option<String>| value.as_deref().unwrap_or("none").to_owned();
+        format!(
+            "{} from {} to {}",
+            change.name,
+            value(&change.before),
+            value(&change.after)
+        )
+    };
+    changes.iter().take(SHOWN_MAX).map(named).collect::<Vec<_>>().join(", ")
 }
 
 #[cfg(test)]
@@ -259,11 +312,26 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_configuration_that_the_source_would_change_is_named_setting_by_setting() {
-        let before = "# Linux/x86 6.1\nCONFIG_A=y\nCONFIG_PAHOLE_VERSION=124\nCONFIG_B=2\n";
-        let same = "# Linux/x86 6.1.1\nCONFIG_B=2\nCONFIG_A=y\nCONFIG_PAHOLE_VERSION=0\n";
-        assert_eq!(changes(before, same), None);
-        let other = "CONFIG_A=y\nCONFIG_B=3\n";
-        assert_eq!(changes(before, other).as_deref(), Some("-CONFIG_B=2, +CONFIG_B=3"));
+    fn settings_that_the_source_would_change_are_named_with_both_values() {
+        let before = "# Linux/x86 6.1\nCONFIG_A=y\nCONFIG_B=2\n";
+        let same = "# Linux/x86 6.1.1\nCONFIG_B=2\nCONFIG_A=y\n# CONFIG_C is not set\n";
+        assert_eq!(changes(before, same), []);
+        let other = changes(before, "CONFIG_A=y\nCONFIG_B=3\nCONFIG_C=m\n");
+        assert_eq!(named(&other), "B from 2 to 3, C from none to m");
+    }
+
+    #[test]
+    fn settings_of_the_tools_are_told_from_the_kernels() {
+        for name in [
+            "RUST_IS_AVAILABLE",
+            "LD_VERSION",
+            "PAHOLE_VERSION",
+            "CC_CAN_LINK_STATIC",
+        ] {
+            assert!(is_of_the_tools(name), "{name}");
+        }
+        for name in ["LD_ORPHAN_WARN", "CC_VERSION_TEXT", "TRUSTED_KEYS"] {
+            assert!(!is_of_the_tools(name), "{name}");
+        }
     }
 }

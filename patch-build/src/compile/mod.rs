@@ -49,6 +49,16 @@ pub enum Error {
         /// The object file.
         object: String,
     },
+    /// The file asks for a setting that is another one here.
+    #[error(
+        "{file} asks for CONFIG_{setting}, which this machine's tools have set otherwise than those that made the kernel"
+    )]
+    OtherSetting {
+        /// The file.
+        file: String,
+        /// The setting, without `CONFIG_`.
+        setting: String,
+    },
     /// A header reaches a changed one on a way that the change does not reach.
     #[error("the changed {file} was compiled with the old {header}: some header includes it by a path with `..`")]
     OldHeader {
@@ -170,6 +180,14 @@ fn unit(tree: &Tree, file: &str) -> Result<Unit, Error> {
         note,
         object: name.clone(),
     })?;
+    // fixdep notes every setting that the file or a header of it mentions (scripts/basic/fixdep.c).
+    let asks = |setting: &&String| text.contains(&format!("$(wildcard include/config/{setting})"));
+    if let Some(setting) = tree.other_settings().iter().find(asks) {
+        return Err(Error::OtherSetting {
+            file: file.to_owned(),
+            setting: setting.clone(),
+        });
+    }
     Ok(Unit {
         source: file.to_owned(),
         module: command.module().map(str::to_owned),
