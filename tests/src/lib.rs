@@ -14,6 +14,7 @@
 //! - [`load`] keeps a guest busy, and talks to it over the network;
 //! - [`monitor`] talks to QEMU behind vmpatch's back;
 //! - [`processes`] finds processes of the host and signals them;
+//! - [`selfcheck`] compares compiled source files with what a guest runs;
 //! - [`ram`] compares all of a guest's memory, or its kernel, before and after.
 
 pub mod bed;
@@ -28,5 +29,6 @@ pub mod probe;
 pub mod processes;
 pub mod ram;
 pub mod report;
+pub mod selfcheck;
 pub mod sleeper;
 pub mod vmpatch;

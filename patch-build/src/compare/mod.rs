@@ -18,6 +18,8 @@ pub use pairs::Pairs;
 pub use tables::TableError;
 pub use unit::{Item, ItemId, Target, Unit};
 
+use std::collections::BTreeMap;
+
 use crate::elf::{ElfError, Object};
 use crate::types::{DebugError, DebugInfo, Layouts, Statics};
 use differ::Differ;
@@ -61,6 +63,8 @@ pub struct Comparison {
     pub verdicts: Vec<Verdict>,
     /// Types whose layout differs: name, before, after.
     pub types: Vec<(String, String, String)>,
+    /// By function of `after`: structures of the file that are new and that it reaches through a pointer.
+    pub new_behind_pointers: BTreeMap<String, Vec<String>>,
 }
 
 impl Comparison {
@@ -96,12 +100,24 @@ impl Comparison {
             .changed(&new_types)
             .map(|(name, x, y)| (name.to_owned(), x.to_owned(), y.to_owned()))
             .collect();
+        let functions = after.items.iter().filter(|item| item.is_function);
+        let new_behind_pointers = functions
+            .map(|item| {
+                let new = old_types.new_behind_pointers(&new_types, names::written(&item.name));
+                (
+                    item.name.clone(),
+                    new.into_iter().map(str::to_owned).collect::<Vec<_>>(),
+                )
+            })
+            .filter(|(_, new)| !new.is_empty())
+            .collect();
         Ok(Self {
             before,
             after,
             pairs,
             verdicts,
             types,
+            new_behind_pointers,
         })
     }
 

@@ -119,3 +119,12 @@ fn a_constant_without_a_name_is_known_by_its_contents() {
     let found = changes("switch", before, &before.replace("return 7", "return 6"));
     assert!(found.contains(&"f changed".to_owned()), "{found:?}");
 }
+
+#[test]
+fn what_a_table_says_holds_for_every_name_of_a_function() {
+    let before = "int f(int a) { if (a) WARN(); return a; }\nint g(int) __attribute__((alias(\"f\")));\n";
+    let comparison = compared("alias", before, before);
+    let unit = &comparison.before;
+    let entries = |name| unit.entries(unit.named(name).unwrap()).len();
+    assert_eq!((entries("f"), entries("g")), (1, 1));
+}

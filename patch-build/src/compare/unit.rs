@@ -88,8 +88,11 @@ impl Unit {
             entries: BTreeMap::new(),
         };
         for entry in tables::entries(&unit.object)? {
-            if let Some((id, _)) = unit.item_at(entry.place, true) {
-                unit.entries.entry(id).or_default().push(entry);
+            let Some((id, _)) = unit.item_at(entry.place, true) else {
+                continue;
+            };
+            for alias in unit.aliases(id) {
+                unit.entries.entry(alias).or_default().push(entry.clone());
             }
         }
         Ok(unit)
@@ -142,6 +145,21 @@ impl Unit {
         let id = *candidates.take(8).find(holds)?;
         let offset = i64::try_from(at.offset - self.items[id].at.offset).ok()?;
         Some((id, offset))
+    }
+
+    /// An item and all others that are but names for the same piece.
+    fn aliases(&self, id: ItemId) -> Vec<ItemId> {
+        let item = self.item(id);
+        let ids = self
+            .by_section
+            .get(&item.at.section)
+            .map(Vec::as_slice)
+            .unwrap_or_default();
+        let same = |other: &&ItemId| {
+            let other = self.item(**other);
+            other.at == item.at && other.size == item.size
+        };
+        ids.iter().filter(same).copied().collect()
     }
 
     /// What a relocation of section `section` refers to.

@@ -30,9 +30,11 @@ pub enum Risk {
     OtherCode,
     /// A static variable starts afresh.
     FreshStatic,
+    /// Objects that exist already lack what new code looks for in them.
+    NewState,
 }
 
-const NAMES: [(Risk, &str); 9] = [
+const NAMES: [(Risk, &str); 10] = [
     (Risk::ChangedData, "changed-data"),
     (Risk::Layout, "layout"),
     (Risk::Init, "init"),
@@ -42,6 +44,7 @@ const NAMES: [(Risk, &str); 9] = [
     (Risk::Inlined, "inlined"),
     (Risk::OtherCode, "other-code"),
     (Risk::FreshStatic, "fresh-static"),
+    (Risk::NewState, "new-state"),
 ];
 
 impl Risk {
@@ -134,6 +137,14 @@ pub(super) fn look(sides: &[Side<'_>], selection: &mut Selection) -> Result<(), 
         let Some(side) = sides.get(replaced.new.0) else {
             continue;
         };
+        let new = &side.comparison.after.item(replaced.new.1).name;
+        for structure in side.comparison.new_behind_pointers.get(new).into_iter().flatten() {
+            findings.push(Finding::new(
+                Risk::NewState,
+                side.place(new),
+                format!("it reaches a {structure} through a pointer, and that structure is new: objects that exist already have none"),
+            ));
+        }
         if !replaced.found.is_same {
             let name = &side.comparison.before.item(replaced.old).name;
             findings.push(Finding::new(

@@ -129,3 +129,13 @@ fn a_section_that_no_loader_reads_is_refused_by_name() {
         chosen.selection
     );
 }
+
+#[test]
+fn a_new_structure_behind_a_pointer_is_a_finding_and_one_on_the_stack_is_none() {
+    let before = "int f(void **private) { return printk(\"%p\", *private); }\n";
+    let after = "struct state { int a; };\nint f(void **private) { struct state *state = *private; return printk(\"%d\", state->a); }\n";
+    let chosen = selected("new-state", before, after);
+    assert_eq!(chosen.findings()[0].risk, Risk::NewState);
+    let local = "struct pair { int a, b; };\nint f(void **private) { struct pair pair = { 1, 2 }; return printk(\"%p %d\", *private, pair.b); }\n";
+    assert_eq!(selected("stack-state", before, local).findings(), []);
+}

@@ -1,6 +1,6 @@
 //! How structures and unions are laid out, for comparing them before and after a change.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use gimli::{AttributeValue, UnitOffset};
 
@@ -17,6 +17,10 @@ pub type Shape = String;
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Layouts {
     shapes: BTreeMap<String, Shape>,
+    /// Those that the compiled file itself defines.
+    own: BTreeSet<String>,
+    /// By function: the structures that it reaches through a variable of its own, or of one that is inlined there.
+    reached: BTreeMap<String, BTreeSet<String>>,
 }
 
 impl Layouts {
@@ -25,27 +29,65 @@ impl Layouts {
     /// Errors: damaged debug information.
     pub fn read(info: &DebugInfo) -> Result<Self, DebugError> {
         let dwarf = info.dwarf()?;
-        let mut shapes = BTreeMap::new();
+        let mut layouts = Self::default();
         let mut units = dwarf.units();
         while let Some(header) = units.next()? {
             let unit = dwarf.unit(header)?;
-            let mut entries = unit.entries();
-            while let Some(entry) = entries.next_dfs()? {
-                let what = match entry.tag() {
-                    gimli::DW_TAG_structure_type => "struct",
-                    gimli::DW_TAG_union_type => "union",
-                    _ => continue,
-                };
-                let Some(name) = load::text(&dwarf, &unit, entry, gimli::DW_AT_name) else {
-                    continue;
-                };
-                if entry.attr_value(gimli::DW_AT_declaration).is_none() {
-                    let shape = shape(&dwarf, &unit, entry.offset(), 0)?;
-                    shapes.entry(format!("{what} {name}")).or_insert(shape);
+            layouts.read_unit(&dwarf, &unit)?;
+        }
+        Ok(layouts)
+    }
+
+    fn read_unit(&mut self, dwarf: &Dwarf<'_>, unit: &Unit<'_>) -> Result<(), DebugError> {
+        let mut function: Option<(isize, String)> = None;
+        let mut entries = unit.entries();
+        while let Some(entry) = entries.next_dfs()? {
+            if function.as_ref().is_some_and(|(depth, _)| *depth >= entry.depth()) {
+                function = None;
+            }
+            match entry.tag() {
+                gimli::DW_TAG_structure_type | gimli::DW_TAG_union_type => self.read_shape(dwarf, unit, entry)?,
+                gimli::DW_TAG_subprogram => {
+                    let name = load::name(dwarf, unit, entry).unwrap_or_default();
+                    function = Some((entry.depth(), name));
                 }
+                gimli::DW_TAG_variable | gimli::DW_TAG_formal_parameter => {
+                    if let (Some((_, function)), Some(structure)) = (&function, pointee(dwarf, unit, entry)) {
+                        self.reached.entry(function.clone()).or_default().insert(structure);
+                    }
+                }
+                _ => {}
             }
         }
-        Ok(Self { shapes })
+        Ok(())
+    }
+
+    fn read_shape(
+        &mut self,
+        dwarf: &Dwarf<'_>,
+        unit: &Unit<'_>,
+        entry: &gimli::DebuggingInformationEntry<Slice<'_>>,
+    ) -> Result<(), DebugError> {
+        let Some(name) = structure_name(dwarf, unit, entry) else {
+            return Ok(());
+        };
+        if entry.attr_value(gimli::DW_AT_declaration).is_none() {
+            let shape = shape(dwarf, unit, entry.offset(), 0)?;
+            if load::is_of_main_file(entry) {
+                self.own.insert(name.clone());
+            }
+            self.shapes.entry(name).or_insert(shape);
+        }
+        Ok(())
+    }
+
+    /// The structures that are new in `after`, and defined by the file itself, and that its function reaches through a pointer.
+    pub fn new_behind_pointers<'a>(&self, after: &'a Self, function: &str) -> Vec<&'a str> {
+        let reached = after.reached.get(function).into_iter().flatten();
+        reached
+            .filter(|name| after.own.contains(*name) && !self.shapes.contains_key(*name))
+            .map(String::as_str)
+            .collect()
     }
 
     /// The types that both know, with another layout: name, before, after.
@@ -59,6 +101,46 @@ impl Layouts {
 
 type Dwarf<'d> = gimli::Dwarf<Slice<'d>>;
 type Unit<'d> = gimli::Unit<Slice<'d>>;
+
+/// `struct s` for the structure s; none for one without a name, and for what is none.
+fn structure_name(
+    dwarf: &Dwarf<'_>,
+    unit: &Unit<'_>,
+    entry: &gimli::DebuggingInformationEntry<Slice<'_>>,
+) -> Option<String> {
+    let what = match entry.tag() {
+        gimli::DW_TAG_structure_type => "struct",
+        gimli::DW_TAG_union_type => "union",
+        _ => return None,
+    };
+    let name = load::text(dwarf, unit, entry, gimli::DW_AT_name)?;
+    Some(format!("{what} {name}"))
+}
+
+/// The structure that a variable points to, where it is such a pointer.
+fn pointee(
+    dwarf: &Dwarf<'_>,
+    unit: &Unit<'_>,
+    variable: &gimli::DebuggingInformationEntry<Slice<'_>>,
+) -> Option<String> {
+    let mut at = match reference(variable) {
+        Some(at) => at,
+        // Of an inlined function: what its own text says.
+        None => reference(&load::origin(unit, variable)?)?,
+    };
+    let mut is_pointer = false;
+    for _ in 0..DEPTH_MAX {
+        let entry = unit.entry(at).ok()?;
+        match entry.tag() {
+            gimli::DW_TAG_pointer_type if is_pointer => return None,
+            gimli::DW_TAG_pointer_type => is_pointer = true,
+            gimli::DW_TAG_const_type | gimli::DW_TAG_volatile_type | gimli::DW_TAG_typedef => {}
+            _ => return structure_name(dwarf, unit, &entry).filter(|_| is_pointer),
+        }
+        at = reference(&entry)?;
+    }
+    None
+}
 
 /// Size and members of the structure or union at `offset`.
 fn shape(dwarf: &Dwarf<'_>, unit: &Unit<'_>, offset: UnitOffset, depth: usize) -> Result<Shape, DebugError> {

@@ -99,3 +99,38 @@ pub(super) fn text(
     let text = dwarf.attr_string(unit, value).ok()?;
     Some(text.to_string_lossy().into_owned())
 }
+
+/// The name of an entry, its own or that of the declaration that it belongs to.
+pub(super) fn name(
+    dwarf: &Dwarf<Slice<'_>>,
+    unit: &gimli::Unit<Slice<'_>>,
+    entry: &gimli::DebuggingInformationEntry<Slice<'_>>,
+) -> Option<String> {
+    text(dwarf, unit, entry, gimli::DW_AT_name).or_else(|| text(dwarf, unit, &origin(unit, entry)?, gimli::DW_AT_name))
+}
+
+/// The entry that another one is a copy or the body of.
+pub(super) fn origin<'d>(
+    unit: &gimli::Unit<Slice<'d>>,
+    entry: &gimli::DebuggingInformationEntry<Slice<'_>>,
+) -> Option<gimli::DebuggingInformationEntry<Slice<'d>>> {
+    let origin = entry
+        .attr_value(gimli::DW_AT_abstract_origin)
+        .or_else(|| entry.attr_value(gimli::DW_AT_specification))?;
+    let gimli::AttributeValue::UnitRef(offset) = origin else {
+        return None;
+    };
+    unit.entry(offset).ok()
+}
+
+/// The file that is compiled, among those that debug information numbers (DWARF 4 and 5, as GCC counts them).
+const MAIN_FILE: u64 = 1;
+
+/// True for what the compiled file itself declares, not a header.
+pub(super) fn is_of_main_file(entry: &gimli::DebuggingInformationEntry<Slice<'_>>) -> bool {
+    let file = match entry.attr_value(gimli::DW_AT_decl_file) {
+        Some(gimli::AttributeValue::FileIndex(index)) => Some(index),
+        other => other.and_then(|value| value.udata_value()),
+    };
+    file == Some(MAIN_FILE)
+}

@@ -8,9 +8,6 @@ use super::DebugError;
 use super::load::{self, DebugInfo, Slice};
 use crate::elf::At;
 
-/// The file that is compiled, among those that debug information numbers (DWARF 4 and 5, as GCC counts them).
-const MAIN_FILE: u64 = 1;
-
 /// The functions that static local variables belong to, by the variables' places, and where functions start.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Statics {
@@ -44,12 +41,10 @@ impl Statics {
             }
             match entry.tag() {
                 gimli::DW_TAG_subprogram => {
-                    let name = load::text(dwarf, unit, entry, gimli::DW_AT_name);
                     // A function's body may stand apart from its declaration, which has the name.
-                    let name = name.or_else(|| origin_name(dwarf, unit, entry));
-                    let name = name.unwrap_or_default();
+                    let name = load::name(dwarf, unit, entry).unwrap_or_default();
                     let number = |what| entry.attr_value(what).and_then(|value| value.udata_value());
-                    if let (Some(MAIN_FILE), Some(line)) = (file(entry), number(gimli::DW_AT_decl_line)) {
+                    if let Some(line) = number(gimli::DW_AT_decl_line).filter(|_| load::is_of_main_file(entry)) {
                         self.lines.entry(name.clone()).or_insert(line);
                     }
                     functions.push((depth, name));
@@ -77,27 +72,6 @@ impl Statics {
     pub fn lines(&self) -> &BTreeMap<String, u64> {
         &self.lines
     }
-}
-
-fn file(entry: &gimli::DebuggingInformationEntry<Slice<'_>>) -> Option<u64> {
-    match entry.attr_value(gimli::DW_AT_decl_file)? {
-        AttributeValue::FileIndex(index) => Some(index),
-        other => other.udata_value(),
-    }
-}
-
-fn origin_name(
-    dwarf: &gimli::Dwarf<Slice<'_>>,
-    unit: &gimli::Unit<Slice<'_>>,
-    entry: &gimli::DebuggingInformationEntry<Slice<'_>>,
-) -> Option<String> {
-    let origin = entry
-        .attr_value(gimli::DW_AT_abstract_origin)
-        .or_else(|| entry.attr_value(gimli::DW_AT_specification))?;
-    let AttributeValue::UnitRef(offset) = origin else {
-        return None;
-    };
-    load::text(dwarf, unit, &unit.entry(offset).ok()?, gimli::DW_AT_name)
 }
 
 /// Where a variable is, where that is one place for the whole program.

@@ -1,0 +1,42 @@
+//! Whether patches are built from what guests run, over many source files.
+//!
+//! usage: cargo run --release -p e2e --bin selfcheck [FILES]
+
+use std::process::ExitCode;
+
+use clap::Parser;
+use e2e::kit;
+use e2e::selfcheck::{Error, Source};
+use host_agent::cli::Cli;
+use host_agent::progress::Progress;
+use host_agent::session::{Session, Target};
+use images::guest::Guest;
+use images::kernel::Kernel;
+
+/// The guest's name.
+const NAME: &str = "vmselfcheck";
+/// Files, unless the command line says otherwise.
+const FILES_DEFAULT: usize = 300;
+
+fn main() -> ExitCode {
+    match run() {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(error) => {
+            eprintln!("selfcheck: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run() -> Result<bool, Error> {
+    let count = std::env::args().nth(1).map_or(Ok(FILES_DEFAULT), |text| text.parse())?;
+    let kernel = Kernel::CLOUD_6_1;
+    let source = Source::of(&kernel)?;
+    let guest = Guest::boot(kit::guest(kernel).name(NAME))?;
+    let options = Cli::parse_from(["vmpatch", "--domain", guest.name()]).options;
+    let session = Session::open(&Target::from_options(&options)?, &Progress::new(0))?;
+    let tally = source.check(&session.live(), &source.files(count)?, &|line| println!("{line}"))?;
+    println!("{tally}");
+    Ok(tally.not_null.is_empty() && tally.differ.is_empty())
+}

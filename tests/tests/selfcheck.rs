@@ -1,0 +1,26 @@
+//! Patches are built from the very code that guests run. Over many files: `cargo run --release -p e2e --bin selfcheck`.
+
+use clap::Parser;
+use e2e::selfcheck::Source;
+use e2e::{bed, kit};
+use host_agent::cli::Cli;
+use host_agent::progress::Progress;
+use host_agent::session::{Session, Target};
+use images::kernel::Kernel;
+
+/// Files; a handful, as compiling takes seconds each.
+const FILES: usize = 8;
+/// Functions that so many files have at the least.
+const FUNCTIONS_MIN: usize = 100;
+
+#[test]
+fn what_is_compiled_is_what_a_guest_runs_and_lines_in_front_change_nothing() {
+    let guest = bed::lend(kit::guest(Kernel::CLOUD_6_1));
+    let source = Source::of(&Kernel::CLOUD_6_1).unwrap();
+    let options = Cli::parse_from(["vmpatch", "--domain", guest.name()]).options;
+    let session = Session::open(&Target::from_options(&options).unwrap(), &Progress::new(0)).unwrap();
+    let files = source.files(FILES).unwrap();
+    let tally = source.check(&session.live(), &files, &|_| {}).unwrap();
+    assert!(tally.not_null.is_empty() && tally.differ.is_empty(), "{tally}");
+    assert!(tally.same >= FUNCTIONS_MIN, "{tally}");
+}
