@@ -106,13 +106,14 @@ pub struct Check {
 }
 
 /// All checks. Each leaves the guest as it was.
-pub const CHECKS: [Check; 9] = [
+pub const CHECKS: [Check; 10] = [
     check("find, inspect", is_the_guest_that_was_asked_for),
     check("in the ftrace site", |stage| changes(stage, Applied::Sections)),
     check("behind it", |stage| changes(stage, Applied::Kstrtoint)),
     check("static call", |stage| changes(stage, Applied::StaticCall)),
     check("symbols not exported", resolves_symbols),
     check("two functions at once", |stage| changes(stage, Applied::Pair)),
+    check("known to the guest", is_known_to_the_guest),
     check("published fixes", fixes_published_flaws),
     check("busy", is_patched_while_busy),
     check("paused", stays_paused),
@@ -189,6 +190,24 @@ fn resolves_symbols(stage: &Stage<'_>) -> Outcome {
         String::from_utf8_lossy(&compared.stdout)
     );
     vmpatch.revert_all();
+    Outcome::Holds
+}
+
+/// Listed as a module, and faults of its code on a user's address are fixed up: the guest has found the module, and its table of
+/// exceptions, by the code's address.
+fn is_known_to_the_guest(stage: &Stage<'_>) -> Outcome {
+    let (program, vmpatch) = (Applied::Faults.program(), Vmpatch::on(stage.guest));
+    assert_eq!(see(stage.guest, program), Seen::Flawed);
+    vmpatch.apply(&stage.modules.applied(Applied::Faults));
+    let listed = stage.guest.text(&["cat", "/proc/modules"]);
+    let listed = listed.expect("the guest runs a program");
+    assert!(
+        listed.starts_with("test_faults "),
+        "not the first of the modules: {listed}"
+    );
+    assert_eq!(see(stage.guest, program), Seen::Fixed);
+    vmpatch.revert_all();
+    assert_eq!(see(stage.guest, program), Seen::Flawed);
     Outcome::Holds
 }
 
