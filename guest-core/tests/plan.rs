@@ -3,9 +3,11 @@
 mod common;
 
 use common::guest::{FUNCTIONS, Guest, RODATA, heap};
-use common::module::{Function, livepatch, livepatch_for, livepatch_of_format};
+use common::module::{Function, livepatch, livepatch_for, livepatch_made_for, livepatch_of_format};
 use common::patch::{carry_out, mend, patched, plan, plan_for, refusal, registry, target, two};
-use guest_core::module::ResolveError;
+use guest_core::module::note::{Note, OldCode};
+use guest_core::module::{NoteError, ResolveError};
+use guest_core::pattern::Pattern;
 use guest_core::place::{Redirect, RegistryError, State};
 use guest_core::plan::{Refusal, RevertError, revert};
 use guest_core::redirect::RedirectError;
@@ -280,4 +282,49 @@ fn a_patch_that_is_not_there_is_told_with_those_that_are() {
         matches!(&error, RevertError::Unknown { known, .. } if known == &["fix"]),
         "{error}"
     );
+}
+
+/// A module for `victim` as `code` has it.
+fn made_for(code: Pattern) -> Vec<u8> {
+    let mut note = Note::new("fix");
+    note.functions.push(OldCode::new("victim", 0, None, code));
+    livepatch_made_for("fix", &note.to_bytes().unwrap(), &[Function::returning_one("victim")])
+}
+
+#[test]
+fn a_patch_for_the_code_that_the_guest_runs_is_taken_and_for_other_code_is_refused_with_the_first_byte() {
+    let guest = Guest::new();
+    let kernel = guest.kernel();
+    let victim = guest.symbol("victim");
+    let code = guest.bytes_at(victim, 12);
+    // The ftrace site may be anything.
+    let mut fits = Pattern::new(&code);
+    fits.mask(4..9);
+    plan(&guest, &kernel, &made_for(fits)).unwrap();
+    let mut other = code.clone();
+    other[5] ^= 1;
+    other[10] ^= 1;
+    let mut other = Pattern::new(&other);
+    other.mask(4..9);
+    let refused = plan(&guest, &kernel, &made_for(other)).unwrap_err();
+    let Refusal::OtherCode {
+        function,
+        offset,
+        at,
+        found,
+        expected,
+    } = refused
+    else {
+        panic!("{refused}")
+    };
+    assert_eq!((function.as_str(), offset, at), ("victim", 10, Gva(victim + 10)));
+    assert_eq!((found, expected), (code[10], code[10] ^ 1));
+}
+
+#[test]
+fn a_note_that_is_damaged_is_refused() {
+    let guest = Guest::new();
+    let file = livepatch_made_for("fix", b"no note", &[Function::returning_one("victim")]);
+    let refused = plan(&guest, &guest.kernel(), &file).unwrap_err();
+    assert!(matches!(refused, Refusal::Note(NoteError::Damaged { .. })), "{refused}");
 }

@@ -53,6 +53,11 @@ pub fn livepatch_of_format(name: &str, digest: &[u8], functions: &[Function]) ->
     make(name, VERMAGIC, functions, &[(".orc_header", digest)])
 }
 
+/// A module called `name` with a note of what it was made for.
+pub fn livepatch_made_for(name: &str, note: &[u8], functions: &[Function]) -> Vec<u8> {
+    make(name, VERMAGIC, functions, &[(".note.vmpatch", note)])
+}
+
 fn make(name: &str, vermagic: &str, functions: &[Function], more: &[(&str, &[u8])]) -> Vec<u8> {
     let mut elf = Elf::default();
     let (mut text, mut names, mut starts) = (Vec::new(), Vec::new(), Vec::new());
