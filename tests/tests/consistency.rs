@@ -1,0 +1,81 @@
+//! Functions patched together change at one instant, whatever the vCPUs are doing.
+//!
+//! The two functions of the module see whether the other one is of their own age, and the program in the guest counts what each
+//! call finds: old, new, or mixed. The cycles run in this process, through vmpatch's own library: a thousand of them through the
+//! program would start it two thousand times.
+
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use clap::Parser;
+use e2e::bed::{self, assert_healthy};
+use e2e::kit::{self, Modules};
+use e2e::probe::{Seen, see};
+use e2e::vmpatch::program;
+use host_agent::cli::Cli;
+use host_agent::progress::Progress;
+use host_agent::session::{Session, Target};
+use images::build::hand_written::Applied;
+use images::kernel::Kernel;
+
+/// Cycles of apply and revert.
+const CYCLES: usize = 1000;
+/// Cycles between two lines that say how far it is.
+const CYCLES_SAID: usize = 100;
+/// Tasks that do nothing but call the functions: one for each vCPU.
+const TASKS: &str = "2";
+/// How long the program may take to start and to end on a guest that is all busy.
+const PROGRAM_LIMIT: Duration = Duration::from_secs(30);
+/// Time for one safe moment; the default of the command line is made for guests that do not call the function all the time.
+const TIMEOUT: &str = "60";
+
+/// The numbers in the program's last line, `old N new N mixed N`.
+fn counts(output: &[u8]) -> [u64; 3] {
+    let text = String::from_utf8_lossy(output);
+    let words: Vec<&str> = text.lines().last().unwrap_or_default().split(' ').collect();
+    match words[..] {
+        ["old", old, "new", new, "mixed", mixed] => [old, new, mixed].map(|number| number.parse().unwrap()),
+        _ => panic!("{text}"),
+    }
+}
+
+#[test]
+fn over_a_thousand_cycles_no_old_function_reaches_a_new_one_nor_the_reverse() {
+    let guest = bed::lend(kit::guest(Kernel::CLOUD_6_1));
+    let module = Modules::of(&Kernel::CLOUD_6_1).applied(Applied::Pair);
+    let bytes = std::fs::read(&module).unwrap();
+    assert_eq!(see(&guest, "pair"), Seen::Flawed);
+    let load = guest.spawn(&["/opt/pair", "load", "0", TASKS]).unwrap();
+    load.wait_for_stdout("started", PROGRAM_LIMIT).unwrap();
+
+    let options = Cli::parse_from(["vmpatch", "--domain", guest.name(), "--timeout", TIMEOUT]).options;
+    let mut session = Session::open(&Target::from_options(&options).unwrap(), &Progress::new(0)).unwrap();
+    session.supervisor = program().unwrap().to_owned();
+    session.tidy().unwrap();
+    let start = Instant::now();
+    let mut tries = [0; 2];
+    for cycle in 0..CYCLES {
+        let applied = session.apply(Path::new(&module), &bytes, &options);
+        let (record, committed) = applied.unwrap_or_else(|error| panic!("cycle {cycle}: {:?}", error.chain()));
+        tries[0] += committed.tries;
+        let reverted = session.revert(&record.id, &options);
+        let (_, committed) = reverted.unwrap_or_else(|error| panic!("cycle {cycle}: {:?}", error.chain()));
+        tries[1] += committed.tries;
+        if (cycle + 1) % CYCLES_SAID == 0 {
+            println!("{} cycles after {:?}, {tries:?} pauses", cycle + 1, start.elapsed());
+        }
+    }
+    let took = start.elapsed();
+    drop(session);
+
+    guest.text(&["kill", &load.pid().to_string()]).unwrap();
+    let output = load.wait(PROGRAM_LIMIT).unwrap();
+    let [old, new, mixed] = counts(&output.stdout);
+    println!("{CYCLES} cycles in {took:?}, {tries:?} pauses; calls: old {old}, new {new}, mixed {mixed}");
+    assert_eq!(mixed, 0, "old {old} new {new}");
+    assert!(output.status.success(), "{output:?}");
+    let calls_min = CYCLES as u64 / 10;
+    assert!(old > calls_min && new > calls_min, "old {old} new {new}");
+    assert_eq!(see(&guest, "pair"), Seen::Flawed);
+    assert_healthy(&guest);
+}
