@@ -252,6 +252,9 @@ pub struct Patches {
     pub guest: Guest,
     /// The patches that it is about, in the order in which they were dealt with.
     pub patches: Vec<Patch>,
+    /// That its QEMU is to be replaced, and why (the bare command).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub upgrade_due: Option<String>,
 }
 
 /// A QEMU process.

@@ -34,6 +34,9 @@ pub fn patches(report: &Patches) -> String {
             )
         }
     };
+    if let Some(due) = &report.upgrade_due {
+        let _ = writeln!(text, "{guest}: {due}");
+    }
     text
 }
 

@@ -108,9 +108,14 @@ impl Attached {
         if self.is_tcg { "tcg" } else { "kvm" }
     }
 
-    /// QEMU's version.
+    /// QEMU's version: major, minor, micro.
+    pub fn version(&self) -> (u64, u64, u64) {
+        self.qmp.borrow().version()
+    }
+
+    /// QEMU's version, as people write it.
     pub fn qemu_version(&self) -> String {
-        let (major, minor, micro) = self.qmp.borrow().version();
+        let (major, minor, micro) = self.version();
         format!("{major}.{minor}.{micro}")
     }
 

@@ -29,6 +29,7 @@ pub fn apply(options: &Options, files: &[PathBuf], progress: &Progress) -> Resul
     Ok(Patches {
         guest: session.guest(),
         patches,
+        upgrade_due: None,
     })
 }
 
@@ -63,6 +64,7 @@ pub fn check(options: &Options, files: &[PathBuf], progress: &Progress) -> Resul
     Ok(Patches {
         guest: session.guest(),
         patches,
+        upgrade_due: None,
     })
 }
 

@@ -34,6 +34,7 @@ pub fn revert(options: &Options, ids: &[String], progress: &Progress) -> Result<
     Ok(Patches {
         guest: session.guest(),
         patches,
+        upgrade_due: None,
     })
 }
 

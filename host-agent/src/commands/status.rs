@@ -14,6 +14,7 @@ pub fn status(options: &Options, progress: &Progress) -> Result<Patches, Failure
     Ok(Patches {
         guest: session.guest(),
         patches: patches(&session),
+        upgrade_due: None,
     })
 }
 

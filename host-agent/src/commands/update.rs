@@ -2,11 +2,13 @@
 
 use super::apply::{apply_one, not_done, pending};
 use crate::cli::Options;
+use crate::domains;
 use crate::error::Failure;
 use crate::module_file;
 use crate::progress::Progress;
 use crate::report::{Patch, Patches};
 use crate::session::{Session, Target};
+use crate::upgrade::due::due;
 use guest_core::module::PatchModule;
 use guest_core::plan::Refusal;
 use std::fs;
@@ -48,9 +50,18 @@ pub fn update(options: &Options, progress: &Progress) -> Result<(Patches, Option
         Patches {
             guest: session.guest(),
             patches,
+            upgrade_due: upgrade_due(&session)?,
         },
         failure,
     ))
+}
+
+/// Whether the guest's QEMU was replaced on the host since it started.
+fn upgrade_due(session: &Session) -> Result<Option<String>, Failure> {
+    let survey = domains::all()?;
+    let domain = survey.iter().find(|domain| domain.pid == session.attached.pid());
+    let program = domain.and_then(|domain| domain.binary.as_ref());
+    Ok(due(session.attached.version(), program).map(|due| due.to_string()))
 }
 
 /// Applies one file; `None` where it is for another kernel.
