@@ -190,6 +190,22 @@ fn a_patch_that_the_guest_uses_is_not_taken_out() {
     assert!(matches!(error, CommitError::Changed(_)), "{error}");
 }
 
+#[test]
+fn a_patch_that_the_guest_probes_is_not_taken_out() {
+    let guest = Guest::new();
+    let kernel = guest.kernel();
+    apply(&guest, &kernel, "fix", "victim");
+    let probe = common::guest::heap(0x500);
+    let code = registry(&guest, &kernel).entries[0].record.as_ref().unwrap().text.start + 4;
+    guest.put_u64(guest.symbol("kprobe_table"), probe);
+    guest.put_u64(probe + 40, code);
+    let error = revert(&kernel.live(&guest.ram), &registry(&guest, &kernel), "fix").unwrap_err();
+    assert!(
+        matches!(error, RevertError::Probed { at, .. } if at.0 == code),
+        "{error}"
+    );
+}
+
 /// Whoever walks the lists and the tree does not hold a lock: only the address that a CPU has tells that it does.
 #[test]
 fn a_patch_that_a_cpu_is_looking_at_is_not_taken_out() {

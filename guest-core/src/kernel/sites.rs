@@ -38,6 +38,11 @@ pub fn rewritten_in(live: &Live<'_>, range: &Range<Gva>) -> Result<Option<String
     Ok(probe.map(|site| format!("a kprobe at {site}")))
 }
 
+/// The first kprobe that the guest has set in `range`.
+pub fn probe_in(live: &Live<'_>, range: &Range<Gva>) -> Result<Option<Gva>, KernelError> {
+    Ok(kprobes(live)?.into_iter().find(|site| range.contains(site)))
+}
+
 fn overlaps(site: Gva, range: &Range<Gva>) -> bool {
     site < range.end && site.wrapping_add(SITE_BYTES) > range.start
 }

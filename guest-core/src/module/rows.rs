@@ -86,6 +86,7 @@ impl<'d> PatchModule<'d> {
             };
             let row_bytes = row_bytes.filter(|bytes| {
                 (POINTER_BYTES..=ROW_BYTES_MAX).contains(bytes)
+                    && bytes % POINTER_BYTES == 0
                     && section.size % bytes == 0
                     && (found.row_bytes == 0 || found.row_bytes == *bytes)
             });
@@ -201,5 +202,99 @@ impl Linker<'_, '_, '_> {
             count: rows.len() as u64,
             row_bytes: table.row_bytes,
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::module::Linked;
+    use crate::module::testing::{ALT_6_1, BASES, KLP_6_1, TestElf, TestGuest};
+    use object::elf::{R_X86_64_64, R_X86_64_PC32, SHF_ALLOC, SHF_WRITE};
+
+    fn link(elf: &TestElf) -> Result<Linked, String> {
+        let file = elf.build();
+        let module = PatchModule::parse(&file).unwrap();
+        let patch = module.patch(&KLP_6_1).unwrap();
+        let image = module.image(&patch, &ALT_6_1).map_err(|error| error.to_string())?;
+        let linked = image.link(&BASES, &TestGuest::default().context());
+        linked.map_err(|error| error.to_string())
+    }
+
+    /// A module of 16 bytes of code, and a table of that many bytes.
+    fn with_table(name: &'static str, flags: u64, bytes: &[u8]) -> (TestElf, u16) {
+        let mut elf = TestElf::livepatch(&[0x90; 16]);
+        let table = elf.section(name, SHF_ALLOC.0 | flags, bytes);
+        (elf, table)
+    }
+
+    fn distance(bytes: &[u8], base: Gva, at: u64) -> u64 {
+        let start = usize::try_from(at).unwrap();
+        let distance = i32::from_le_bytes(bytes[start..start + 4].try_into().unwrap());
+        base.wrapping_add(at).wrapping_offset(distance.into()).0
+    }
+
+    #[test]
+    fn fixups_of_placed_code_are_sorted_and_keep_their_types() {
+        let rows = [[0; 8], [0; 8], [0; 8]]
+            .map(|row| [&row[..], &[0; 4]].concat())
+            .concat();
+        let (mut elf, table) = with_table("__ex_table", 0, &rows);
+        // Out of order, and one for init code, which is not placed.
+        for (row, (section, from, to)) in (0..).zip([(1, 9, 12), (4, 0, 2), (1, 3, 14)]) {
+            elf.relocation(table, 12 * row, R_X86_64_PC32, section, from);
+            elf.relocation(table, 12 * row + 4, R_X86_64_PC32, section, to);
+            elf.patch_bytes(table, usize::try_from(12 * row + 8).unwrap(), &[3 + row as u8, 0, 0, 0]);
+        }
+        let linked = link(&elf).unwrap();
+        let Table { at, count, row_bytes } = linked.fixups;
+        assert_eq!((at, count, row_bytes), (BASES.rodata, 2, 12));
+        let code = |offset| BASES.text.0 + offset;
+        let target = |offset| distance(&linked.rodata, BASES.rodata, offset);
+        assert_eq!([target(0), target(12)], [code(3), code(9)]);
+        assert_eq!([target(4), target(16)], [code(14), code(12)]);
+        assert_eq!((linked.rodata[8], linked.rodata[20]), (5, 3));
+    }
+
+    #[test]
+    fn bugs_lie_in_data_that_the_guest_may_write_and_bring_their_files_name() {
+        let (mut elf, table) = with_table("__bug_table", SHF_WRITE.0, &[0; 12]);
+        elf.relocation(table, 0, R_X86_64_PC32, 1, 7);
+        elf.relocation(table, 4, R_X86_64_PC32, 2, 0);
+        elf.patch_bytes(table, 8, &[42, 0, 1, 0]);
+        let linked = link(&elf).unwrap();
+        assert_eq!((linked.bugs.at, linked.bugs.count), (BASES.data, 1));
+        assert_eq!(linked.rodata, b"old_f\0");
+        assert_eq!(distance(&linked.data, BASES.data, 0), BASES.text.0 + 7);
+        assert_eq!(distance(&linked.data, BASES.data, 4), BASES.rodata.0);
+        assert_eq!(linked.data[8..12], [42, 0, 1, 0]);
+    }
+
+    #[test]
+    fn a_table_whose_rows_are_no_rows_is_refused() {
+        // Without any pointer; with one too few; of a length that no row has.
+        for (len, sites) in [(12, &[][..]), (24, &[0]), (12 * 40, &[0]), (13, &[0]), (24, &[0, 8])] {
+            let (mut elf, table) = with_table("__bug_table", SHF_WRITE.0, &vec![0; len]);
+            for at in sites {
+                elf.relocation(table, *at, R_X86_64_PC32, 1, 7);
+            }
+            let refused = link(&elf);
+            // One pointer in 24 bytes may be one long row.
+            assert!(refused.is_err() || (len, sites) == (24, &[0][..]), "{len} {sites:?}");
+        }
+    }
+
+    #[test]
+    fn a_pointer_past_the_code_or_of_another_kind_is_refused() {
+        let refused = |kind, symbol, to| {
+            let (mut elf, table) = with_table("__ex_table", 0, &[0; 12]);
+            elf.relocation(table, 0, R_X86_64_PC32, 1, 3);
+            elf.relocation(table, 4, kind, symbol, to);
+            link(&elf).unwrap_err()
+        };
+        assert!(refused(R_X86_64_PC32, 1, 16).contains("found .text+0x10, expected an instruction"));
+        assert!(refused(R_X86_64_PC32, 1, 17).contains("expected a pointer"));
+        assert!(refused(R_X86_64_64, 1, 4).contains("expected a pointer"));
+        assert!(refused(R_X86_64_PC32, 2, 0).contains("rows that begin with a pointer"));
     }
 }

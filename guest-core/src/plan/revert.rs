@@ -3,7 +3,7 @@
 use super::{Plan, known};
 use crate::addr::Gva;
 use crate::change::Change;
-use crate::kernel::{KernelError, Live, ftrace, tracers};
+use crate::kernel::{KernelError, Live, ftrace, sites, tracers};
 use crate::paging::PAGE_SIZE;
 use crate::place::{Entry, FILLER, Record, Redirect, Registry, State};
 use crate::unwind::OldFunction;
@@ -47,6 +47,14 @@ pub enum RevertError {
         /// The key.
         key: String,
     },
+    /// The guest has set a kprobe in the new code, and would change that code when it takes it back.
+    #[error("{id} is in use: the guest has set a kprobe in its code, at {at}; end what probes it first")]
+    Probed {
+        /// The patch.
+        id: String,
+        /// Where.
+        at: Gva,
+    },
     /// The guest could not be read.
     #[error("reading the guest's kernel")]
     Kernel(#[from] KernelError),
@@ -65,6 +73,10 @@ pub fn revert(live: &Live<'_>, registry: &Registry, id: &str) -> Result<Plan, Re
             known,
         });
     };
+    let text = Gva(record.text.start)..Gva(record.text.start.saturating_add(record.text.len));
+    if let Some(at) = sites::probe_in(live, &text)? {
+        return Err(RevertError::Probed { id: id.to_owned(), at });
+    }
     let mut paused = untraced(live, record)?;
     // What is original already was put back by a vmpatch that was killed in this pause, and its supervisor with it.
     let undone = record.changes.iter().rev().map(Change::undone);
@@ -76,7 +88,6 @@ pub fn revert(live: &Live<'_>, registry: &Registry, id: &str) -> Result<Plan, Re
     }
     paused.extend(wipe_text(live, registry, entry, record)?);
     paused.push(registry.state_change(entry.slot, State::Applied, State::Reverted));
-    let text = Gva(record.text.start)..Gva(record.text.start.saturating_add(record.text.len));
     let occupied = vec![OldFunction {
         name: format!("the new code of {id}"),
         code: text,
