@@ -4,6 +4,7 @@
 //! - [`vmpatch`] builds the program, runs it on a guest and holds what it answered;
 //! - [`report`] reads that answer's JSON;
 //! - [`kit`] has the programs that go into a guest, and the livepatch modules for each kernel;
+//! - [`fixes`] are published fixes for `vmpatch build` to make modules of;
 //! - [`bed`] lends guests to tests: booted once for many, checked and cleaned after each;
 //! - [`probe`] runs a program in a guest that sees which kernel function is in force;
 //! - [`ftrace`] turns the guest's own tracing on and off;
@@ -18,6 +19,7 @@
 //! - [`ram`] compares all of a guest's memory, or its kernel, before and after.
 
 pub mod bed;
+pub mod fixes;
 pub mod ftrace;
 pub mod health;
 pub mod kit;
