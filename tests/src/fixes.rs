@@ -66,12 +66,15 @@ pub const FIXES: [Fix; 10] = [
         "assoclen",
         ANYBODY,
     ),
-    fix(
+    Fix {
+        has_ftrace: false,
+        ..fix(
         "CVE-2026-98655",
         "kernel/events/core.c:perf_event_open",
         "textpoke",
         ROOT,
-    ),
+    )
+    },
     Fix {
         has_ftrace: false,
         ..fix(
