@@ -123,7 +123,14 @@ static bool interrupts_hold(void)
 /* The kernel is built without tables of jumps, as they are indirect branches. */
 #define CASE(which, value) case which: asm volatile("movl %1, %0" : "=r" (result) : "i" (value)); break
 
-static noinline __attribute__((optimize("jump-tables"))) int switched(int which)
+/* With IBT the compiler would go through thunks that the kernel does not have. */
+#ifdef CONFIG_X86_KERNEL_IBT
+#define TABLE
+#else
+#define TABLE __attribute__((optimize("jump-tables")))
+#endif
+
+static noinline TABLE int switched(int which)
 {
 	int result = 0;
 
