@@ -69,11 +69,11 @@ pub const FIXES: [Fix; 10] = [
     Fix {
         has_ftrace: false,
         ..fix(
-        "CVE-2026-98655",
-        "kernel/events/core.c:perf_event_open",
-        "textpoke",
-        ROOT,
-    )
+            "CVE-2026-98655",
+            "kernel/events/core.c:perf_event_open",
+            "textpoke",
+            ROOT,
+        )
     },
     Fix {
         has_ftrace: false,
