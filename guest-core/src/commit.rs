@@ -15,9 +15,11 @@ use std::time::{Duration, Instant};
 
 /// First wait before a further try; it doubles.
 const WAIT_FIRST: Duration = Duration::from_millis(1);
-/// Longest wait between two tries: a guest whose vCPUs are hardly ever outside the functions is then paused for a
-/// fiftieth of the time.
+/// Longest wait where a task sleeps inside a function, which is seen without a pause.
 const WAIT_MAX: Duration = Duration::from_millis(50);
+/// Longest wait between two pauses, in lengths of the last one: where running tasks are in the way, the next moment is as good
+/// as any later one, but the guest is to stand for a tenth of the time at the most.
+const WAIT_PAUSES_MAX: u64 = 10;
 /// Tasks that a message names.
 const SAID_TASKS_MAX: usize = 4;
 /// Frames of each that it shows.
@@ -201,8 +203,8 @@ fn try_until(
     let (mut tries, mut pause_us_max, mut wait) = (0, 0, WAIT_FIRST);
     loop {
         tries += 1;
-        let why = match without_pause(live, stacks)? {
-            Some(why) => why,
+        let (why, wait_max) = match without_pause(live, stacks)? {
+            Some(why) => (why, WAIT_MAX),
             None => match attempt(live, machine, plan, options, locks, stacks)? {
                 Attempt::Done(pause) => {
                     pause_us_max = pause.total_us.max(pause_us_max);
@@ -214,11 +216,13 @@ fn try_until(
                 }
                 Attempt::NotSafe(why, pause) => {
                     pause_us_max = pause.total_us.max(pause_us_max);
-                    why
+                    let wait_us_max = pause.total_us.saturating_mul(WAIT_PAUSES_MAX);
+                    (why, Duration::from_micros(wait_us_max).max(WAIT_FIRST))
                 }
             },
         };
         let waited = start.elapsed();
+        wait = wait.min(wait_max);
         if waited + wait > options.timeout {
             let said = say(live, &why);
             return Err(CommitError::NotSafe {
@@ -229,7 +233,7 @@ fn try_until(
             });
         }
         std::thread::sleep(wait);
-        wait = (wait * 2).min(WAIT_MAX);
+        wait *= 2;
     }
 }
 

@@ -24,7 +24,7 @@ use AreaKind::{Data, RoData, Text};
 use Duty::{Drop, Place, Refuse, Work};
 
 const INIT: &str = "code and data of module init and exit, which are not run: they only register the patch";
-const GUEST_LIST: &str = "the guest would have to list it, and it does not know the module";
+const GUEST_LIST: &str = "the guest would have to offer it to modules of its own";
 const NAMES: &str = "a list for people and tools";
 const OWNED: &str = "tells the kernel's own loader about the module as a whole, which that loader never sees";
 
@@ -104,8 +104,8 @@ const TABLE: &[(&str, Duty)] = &[
     ("__trace_printk_fmt",      Refuse("trace_printk() formats, which the guest would have to know")),
     ("__bpf_raw_tp_map",        Refuse("a tracepoint of the module's own, which the guest would have to know")),
     ("___srcu_struct_ptrs",     Refuse("an SRCU domain of the module's own, which the guest would have to set up")),
-    ("_kprobe_blacklist",       Drop("functions that must not be probed: the guest, not knowing the code, can probe none of it")),
-    ("_error_injection_whitelist", Drop("functions that may be made to fail: the guest, not knowing the code, offers none of it")),
+    ("_kprobe_blacklist",       Drop("functions that the guest's root had better not probe; nothing else reads the list")),
+    ("_error_injection_whitelist", Drop("functions that may be made to fail on purpose; the guest offers none of the patch's")),
     (".cfi_sites",              Refuse("control-flow checks (FineIBT) to be rewritten for the guest's CPU")),
     ("__kcfi_traps",            Refuse("control-flow check failures, which the guest would have to search")),
     (".kcfi_traps",             Refuse("control-flow check failures, which the guest would have to search")),
