@@ -204,14 +204,15 @@ fn a_function_without_an_ftrace_site_is_patched_at_its_entry() {
 fn a_function_that_the_guests_own_livepatch_holds_is_refused_by_name_until_that_is_gone() {
     let guest = guest();
     let vmpatch = Vmpatch::on(&guest);
-    let own = OwnLivepatch::load(&guest, &PATCH, &Cve::Y2026N52928.module_name());
-    assert_eq!(see(&guest, PROGRAM), Seen::Fixed);
+    let own = OwnLivepatch::load(&guest, &MODULES.applied(Applied::Printk), "test_printk");
+    assert_eq!(see(&guest, "printk"), Seen::Fixed);
 
+    let patch = MODULES.applied(Applied::Faults);
     for command in ["apply", "check"] {
-        let refused = vmpatch.run(&[command, &PATCH]).expect(3);
+        let refused = vmpatch.run(&[command, &patch]).expect(3);
         let complaint = refused.complaint();
         assert!(
-            complaint.contains(FUNCTION) && complaint.contains("livepatch of the guest's own"),
+            complaint.contains("__x64_sys_sysinfo") && complaint.contains("livepatch of the guest's own"),
             "{complaint}"
         );
     }
@@ -221,9 +222,9 @@ fn a_function_that_the_guests_own_livepatch_holds_is_refused_by_name_until_that_
     assert_eq!(see(&guest, "lsrr"), Seen::Fixed);
 
     own.unload();
-    assert_eq!(see(&guest, PROGRAM), Seen::Flawed);
-    vmpatch.apply(&PATCH);
-    assert_eq!(see(&guest, PROGRAM), Seen::Fixed);
+    assert_eq!(see(&guest, "printk"), Seen::Flawed);
+    vmpatch.apply(&patch);
+    assert_eq!(see(&guest, "faults"), Seen::Fixed);
     Ftrace::of(&guest).assert_alive();
 }
 
