@@ -22,6 +22,8 @@ mod view;
 pub mod walk;
 
 #[cfg(test)]
+mod orc_tests;
+#[cfg(test)]
 mod scan_tests;
 #[cfg(test)]
 pub(crate) mod testing;

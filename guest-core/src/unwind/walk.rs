@@ -3,10 +3,11 @@
 //! saved in user mode or at an ORC entry that says "end"; anything else is an error. Here, unlike there, a frame whose
 //! code has no ORC entry is an error too, and never guessed from the frame pointer.
 //!
-//! Nor is an end believed that is not at the end of the stack. The kernel never unwinds from the few instructions of its entry
-//! code where ORC is wrong, a stopped vCPU may be at any. One such is behind `call error_entry` (arch/x86/entry/entry_64.S,
-//! 6.1): all registers lie on the stack by then, of which ORC knows only the CPU's five, so that the interrupted code's R13
-//! is taken for its code segment.
+//! Nor is an end believed that is not at the end of the stack. The kernel never unwinds from some instructions, for which ORC is
+//! wrong; a stopped vCPU may be at any. Up to 6.3 that is the beginning of every retpoline (`UNWIND_HINT_EMPTY`,
+//! arch/x86/lib/retpoline.S), so of every indirect call: ORC says "end", and whoever believes it finds nobody in the function that
+//! is called from. Another is behind `call error_entry` (arch/x86/entry/entry_64.S, 6.1): all registers lie on the stack by then,
+//! of which ORC knows only the CPU's five, so that the interrupted code's R13 is taken for its code segment.
 
 use super::code::CodeMap;
 use super::error::UnwindError;
@@ -24,9 +25,6 @@ const IRET_BYTES: u64 = 40;
 /// `__KERNEL_CS`, `__USER_CS` and `__USER32_CS` (arch/x86/include/asm/segment.h): a saved code segment is one of these.
 const KERNEL_CS: u64 = 0x10;
 const USER_CS: [u64; 2] = [0x33, 0x23];
-/// Most bytes that a kernel leaves free between the outermost `struct pt_regs` and a stack's end: `TOP_OF_KERNEL_STACK_PADDING`
-/// with FRED (arch/x86/include/asm/thread_info.h, since 6.9); none before.
-const PADDING_BYTES_MAX: u64 = 16;
 
 /// Offsets in `struct pt_regs`.
 #[derive(Debug, Clone)]
@@ -184,10 +182,11 @@ impl Unwinder<'_> {
     ) -> Result<Step, UnwindError> {
         let Frame { ip, sp: from, .. } = state.frame;
         let before = stacks.current();
+        let padding = self.code.format().stack_padding_max();
         match rule.kind {
             Kind::Undefined => return Err(UnwindError::NoOrc { ip }),
             // the first code of a thread runs where its registers for user mode belong
-            Kind::End if stacks.is_near_end(from, self.regs.size + PADDING_BYTES_MAX) => return Ok(Step::End),
+            Kind::End if stacks.is_near_end(from, self.regs.size + padding) => return Ok(Step::End),
             Kind::End => return Err(UnwindError::NotTheEnd { ip, at: from }),
             Kind::Call | Kind::Regs | Kind::RegsPartial => {}
         }
@@ -220,7 +219,7 @@ impl Unwinder<'_> {
                 let cs = word(view, regs.wrapping_add(self.regs.cs))?;
                 if USER_CS.contains(&cs) {
                     let end = regs.wrapping_add(self.regs.size);
-                    return match stacks.is_near_end(end, PADDING_BYTES_MAX) {
+                    return match stacks.is_near_end(end, padding) {
                         true => Ok(Step::End),
                         false => Err(UnwindError::NotTheEnd { ip, at: end }),
                     };
