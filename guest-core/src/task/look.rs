@@ -97,6 +97,10 @@ impl Look<'_> {
         let Some(hidden) = self.needs_walk(task, finding)? else {
             return Ok(State::Clear);
         };
+        // not all of the entry code's instructions have a rule that is right
+        if self.cpus.is_entry(rip) {
+            return Err(Why::Entry { rip });
+        }
         let frame = Frame {
             ip: Gva(rip),
             sp,

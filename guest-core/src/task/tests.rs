@@ -436,6 +436,19 @@ fn a_vcpu_on_its_way_between_user_mode_and_the_kernel_has_nothing_on_the_kernels
 }
 
 #[test]
+fn no_stack_is_unwound_from_the_entry_code() {
+    let guest = Guest::new(1);
+    let finder = Quiescence::find(&guest.sample).unwrap();
+    let sp = Guest::stack(1) + 0x3f40;
+    guest.sample.put_words(sp, &[TEXT + 0x220, TEXT + 0x310]);
+    let rip = ENTRY + 0x10;
+    let look = || guest.survey(&finder).recheck(&guest.sample, &[vcpu(Some((rip, sp)))]);
+    assert!(look().unwrap().is_safe());
+    guest.sample.put_words(sp + 0x20, &[TEXT + 0x120]);
+    assert_eq!(look().unwrap().unsure.first().unwrap().why, Why::Entry { rip });
+}
+
+#[test]
 fn a_vcpu_in_an_interrupt_has_its_task_scanned_too() {
     let guest = Guest::new(1);
     let finder = Quiescence::find(&guest.sample).unwrap();

@@ -60,6 +60,14 @@ pub enum Why {
         /// The CPU.
         cpu: usize,
     },
+    /// It has an address that needs a closer look, and its CPU is where no stack can be relied on to unwind.
+    #[error(
+        "its stack holds an address that needs a closer look, and is not unwound from the entry code (at {rip:#x})"
+    )]
+    Entry {
+        /// Its instruction pointer.
+        rip: u64,
+    },
     /// Its CPU is in the middle of a task switch, or on a stack that is not known.
     #[error("CPU {cpu} at {rip:#x}: stack pointer {sp:#x} is on no stack that it should be on")]
     Between {
