@@ -204,7 +204,7 @@ impl Verified {
 }
 
 /// One patch.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Default, Serialize)]
 pub struct Patch {
     /// The module's name, which `revert` takes.
     pub id: String,

@@ -104,15 +104,7 @@ pub(super) fn not_done(path: &Path, state: &str, reason: Option<String>) -> Patc
         file: Some(path.display().to_string()),
         state: state.to_owned(),
         reason,
-        module: None,
-        verified: None,
-        digest: None,
-        model: None,
-        applied_at: None,
-        functions: Vec::new(),
-        pending: Vec::new(),
-        pause: None,
-        warnings: Vec::new(),
+        ..Patch::default()
     }
 }
 
@@ -161,19 +153,14 @@ pub(super) fn describe(record: &Record, path: Option<&Path>, state: &str, functi
         id: record.id.clone(),
         file: path.map(|path| path.display().to_string()),
         state: state.to_owned(),
-        reason: None,
-        module: None,
-        verified: None,
         digest: Some(record.digest.clone()),
         model: Some(record.model.clone()),
-        applied_at: None,
         functions: record
             .functions
             .iter()
             .map(|function| Function::new(function, functions))
             .collect(),
         pending: record.pending.clone(),
-        pause: None,
-        warnings: Vec::new(),
+        ..Patch::default()
     }
 }

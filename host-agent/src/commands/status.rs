@@ -78,18 +78,8 @@ fn function_state(session: &Session, record: &Record, function: &PatchedFunction
 fn nameless(entry: &Entry) -> Patch {
     Patch {
         id: format!("slot {}", entry.slot),
-        file: None,
         state: state_name(entry.state).to_owned(),
-        reason: None,
-        module: None,
-        verified: None,
-        digest: None,
-        model: None,
-        applied_at: None,
-        functions: Vec::new(),
-        pending: Vec::new(),
-        pause: None,
-        warnings: Vec::new(),
+        ..Patch::default()
     }
 }
 

@@ -43,8 +43,9 @@ const PROGRAMS: [(&str, &str); 21] = [
 ];
 
 /// The headers that they share.
-const HEADERS: [(&str, &str); 2] = [
+const HEADERS: [(&str, &str); 3] = [
     ("result.h", include_str!("../../programs/result.h")),
+    ("sysinfo.h", include_str!("../../programs/sysinfo.h")),
     ("unprivileged.h", include_str!("../../programs/unprivileged.h")),
 ];
 
