@@ -200,6 +200,9 @@ impl Failure {
             Self::Upgrade(UpgradeError::Ended { .. } | UpgradeError::Mute { .. }) => Some(
                 "`upgrade --check` starts the new process without touching the guest; --data-dir names its firmware's folder",
             ),
+            Self::Upgrade(UpgradeError::Stranded { .. }) => Some(
+                "it has run in the old process alone: QMP `cont` lets it go on there, as soon as what is in the way is gone",
+            ),
             Self::Attach(error) if lacks_permission(error) => {
                 Some("run vmpatch as root, or as the user that QEMU runs as")
             }

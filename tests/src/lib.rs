@@ -14,6 +14,7 @@
 //! - [`health`] finds the guest kernel's own complaints;
 //! - [`load`] keeps a guest busy, and talks to it over the network;
 //! - [`monitor`] talks to QEMU behind vmpatch's back;
+//! - [`moving`] is what the tests of moves into another QEMU share;
 //! - [`processes`] finds processes of the host and signals them;
 //! - [`selfcheck`] compares compiled source files with what a guest runs;
 //! - [`ram`] compares all of a guest's memory, or its kernel, before and after.
@@ -26,6 +27,7 @@ pub mod kit;
 pub mod load;
 pub mod matrix;
 pub mod monitor;
+pub mod moving;
 pub mod own_livepatch;
 pub mod probe;
 pub mod processes;

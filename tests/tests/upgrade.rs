@@ -6,6 +6,8 @@ use std::sync::LazyLock;
 use e2e::bed::assert_healthy;
 use e2e::kit::{self, Modules};
 use e2e::load::Outfit;
+use e2e::monitor::Monitor;
+use e2e::moving::{INSTALLED, Keeper, temporary_names};
 use e2e::probe::{Seen, see};
 use e2e::report::states;
 use e2e::vmpatch::Vmpatch;
@@ -19,8 +21,6 @@ static MODULE: LazyLock<String> = LazyLock::new(|| Modules::of(&Kernel::CLOUD_6_
 
 /// The program in the guest that tells old, new, and mixed.
 const PROGRAM: &str = "pair";
-/// The QEMU that this machine has.
-const INSTALLED: &str = "/usr/bin/qemu-system-x86_64";
 /// Memory that the guest writes again and again, in MiB.
 const WRITTEN_MIB: u32 = 16;
 
@@ -37,6 +37,7 @@ fn number(report: &Value, pointer: &str) -> u64 {
 fn moves(config: GuestConfig, way: &str) {
     let outfit = Outfit::new();
     let mut guest = Guest::boot(outfit.fit(config)).unwrap_or_else(|error| panic!("{error}"));
+    let _keeper = Keeper::of(&guest);
     let vmpatch = Vmpatch::on(&guest);
     vmpatch.apply(&MODULE);
     outfit.start_work(&guest, WRITTEN_MIB);
@@ -90,6 +91,13 @@ fn moves(config: GuestConfig, way: &str) {
         matches!(ours[..], [line] if line["pid"] == new && line["patches"][0] == "test_pair"),
         "{lines}"
     );
+    for path in guest.qmp_paths() {
+        let mut monitor = Monitor::connect(&path).unwrap();
+        assert_eq!(monitor.run_state(), "running", "{}", path.display());
+    }
+    assert_eq!(temporary_names(&guest), [""; 0]);
+    let at_socket = Vmpatch::socket(&guest.qmp_path()).status();
+    assert_eq!(at_socket["guest"]["pid"], new);
     assert_eq!(vmpatch.inspect()["banner"], banner);
     assert_eq!(see(&guest, PROGRAM), Seen::Fixed);
     vmpatch.revert_all();
@@ -113,4 +121,35 @@ fn a_working_guest_whose_ram_is_shared_moves_without_its_ram() {
     let mut config = config();
     config.machine = "q35,aux-ram-share=on".to_owned();
     moves(config, "cpr-transfer");
+}
+
+#[test]
+fn a_working_guest_whose_ram_is_a_file_moves_from_qemu_7_2_and_leaves_it_there() {
+    let file = RamFile::new();
+    let mut config = config();
+    config.qemu = qemu::bookworm().unwrap_or_else(|error| panic!("{error}"));
+    config.machine = "q35,memory-backend=file0".to_owned();
+    let backend = format!(
+        "memory-backend-file,id=file0,size={}M,share=on,mem-path={}",
+        config.memory_mib, file.0
+    );
+    moves(
+        config.ram(Ram::Private).qemu_arg("-object").qemu_arg(&backend),
+        "x-ignore-shared",
+    );
+}
+
+/// A file for a guest's RAM, removed when it is dropped.
+struct RamFile(String);
+
+impl RamFile {
+    fn new() -> Self {
+        Self(format!("/dev/shm/vmpatch-upgrade-{}", std::process::id()))
+    }
+}
+
+impl Drop for RamFile {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(&self.0);
+    }
 }

@@ -66,10 +66,8 @@ pub(super) struct Prepared {
 
 /// Looks at all of it.
 pub(super) fn prepare(options: &Options, wanted: &UpgradeOptions, progress: &Progress) -> Result<Prepared, Failure> {
+    refuse_libvirts(options)?;
     let target = Target::from_options(options)?;
-    if let Some(domain) = libvirts(&target)? {
-        return Err(UpgradeError::Libvirt { domain }.into());
-    }
     let program =
         std::path::absolute(&wanted.qemu).map_err(UpgradeError::host(format!("finding {}", wanted.qemu.display())))?;
     let version = binary::version(&program).map_err(UpgradeError::from)?;
@@ -82,10 +80,16 @@ pub(super) fn prepare(options: &Options, wanted: &UpgradeOptions, progress: &Pro
     // QEMU serves one client per socket.
     let lock = session.into_lock();
     let old = Domain::of_peer(pid, &target.socket)?;
+    if old.is_libvirts() {
+        return Err(UpgradeError::Libvirt {
+            domain: old.to_string(),
+        }
+        .into());
+    }
     progress.step(&format!("{shown}: looking at process {pid}"));
     let pair = Pair::new(&target.socket, CONNECT_TIME_MAX).map_err(UpgradeError::from)?;
     let facts = pair.source_facts().map_err(UpgradeError::from)?;
-    check_state(&pair, &facts)?;
+    check_state(&pair)?;
     let (words, folder) = domains::command_line_of(pid)
         .map_err(UpgradeError::host(format!("reading the command line of process {pid}")))?;
     let context = Context {
@@ -100,6 +104,7 @@ pub(super) fn prepare(options: &Options, wanted: &UpgradeOptions, progress: &Pro
         taps: origin::taps(pid),
     };
     let line = line::rewrite(&words, &context).map_err(UpgradeError::from)?;
+    check_networks(&facts)?;
     let mut warnings = Vec::new();
     if version < facts.version {
         let (new, old) = (binary::spell(version), binary::spell(facts.version));
@@ -139,14 +144,24 @@ pub(super) fn prepare(options: &Options, wanted: &UpgradeOptions, progress: &Pro
     })
 }
 
-/// The domain, where libvirt runs it.
-fn libvirts(target: &Target) -> Result<Option<String>, Failure> {
+/// Before anything else: what a command says of a domain whose only QMP socket is libvirt's would be of no use here.
+fn refuse_libvirts(options: &Options) -> Result<(), Failure> {
     let survey = domains::all()?;
-    let domain = survey.iter().find(|domain| Some(domain.pid) == target.pid);
-    Ok(domain.filter(|domain| domain.is_libvirts()).map(Domain::to_string))
+    let named = |domain: &&Domain| options.domain.is_some() && domain.name == options.domain;
+    let found = match &options.qmp {
+        Some(socket) => survey.by_qmp(socket),
+        None => survey.iter().find(named),
+    };
+    match found.filter(|domain| domain.is_libvirts()) {
+        Some(domain) => Err(UpgradeError::Libvirt {
+            domain: domain.to_string(),
+        }
+        .into()),
+        None => Ok(()),
+    }
 }
 
-fn check_state(pair: &Pair, facts: &Facts) -> Result<(), UpgradeError> {
+fn check_state(pair: &Pair) -> Result<(), UpgradeError> {
     if let RunState::Other(state) = pair.source_state()? {
         let what = format!("the guest is in the state `{state}`");
         return Err(UpgradeError::unfit(
@@ -154,6 +169,11 @@ fn check_state(pair: &Pair, facts: &Facts) -> Result<(), UpgradeError> {
             "only one that runs, or is paused by its operator, is moved",
         ));
     }
+    Ok(())
+}
+
+/// A network that was plugged in later, which the command line does not tell.
+fn check_networks(facts: &Facts) -> Result<(), UpgradeError> {
     if facts.networks.iter().any(|network| network.contains("type=user")) {
         return Err(UpgradeError::unfit(
             "a network of type `user`",

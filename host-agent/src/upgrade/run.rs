@@ -25,7 +25,7 @@ use std::os::unix::ffi::OsStringExt;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-/// How long the new process may take to open its QMP socket: QEMU takes a tenth of a second, more where it allocates much memory
+/// How long the new process may take to open its QMP socket, unless the whole move has less time: QEMU takes a tenth of a second, more where it allocates much memory
 /// beforehand.
 const START_TIME_MAX: Duration = Duration::from_secs(60);
 /// How long giving up may take.
@@ -212,10 +212,11 @@ impl Move {
             })?;
         let pair = &mut prepared.pair;
         let main = folder.main();
+        let start_time_max = START_TIME_MAX.min(limits.time_max);
         if hands_over {
-            hand_over(pair, new, &folder.ram(), &main)?;
+            hand_over(pair, new, &folder.ram(), &main, start_time_max)?;
         }
-        pair.connect(&socket.temporary, START_TIME_MAX, || new.is_alive() && !wish.is_there())?;
+        pair.connect(&socket.temporary, start_time_max, || new.is_alive() && !wish.is_there())?;
         if pair.destination_pid() != Some(new.pid) {
             return Err(UpgradeError::unfit(
                 format!("{} started another process", prepared.program.display()),
@@ -257,11 +258,12 @@ impl Move {
         new.discard(&self.names);
         let stands = sent? == Status::Completed || (self.limits.standing && pair.source_state()? == RunState::Paused);
         if stands && self.was_running {
-            pair.take_back().map_err(|source| UpgradeError::Stranded {
-                old: self.prepared.old.pid,
-                new: new.pid,
-                source,
-            })?;
+            pair.take_back(settle::TAKE_BACK_TIME_MAX)
+                .map_err(|source| UpgradeError::Stranded {
+                    old: self.prepared.old.pid,
+                    new: new.pid,
+                    source,
+                })?;
         }
         Ok(())
     }
@@ -299,8 +301,14 @@ impl Move {
 }
 
 /// Has the old QEMU hand guest RAM over, as soon as the new one listens for it.
-fn hand_over(pair: &mut Pair, new: &mut Successor, ram: &Path, main: &Path) -> Result<(), UpgradeError> {
-    let end = Instant::now() + START_TIME_MAX;
+fn hand_over(
+    pair: &mut Pair,
+    new: &mut Successor,
+    ram: &Path,
+    main: &Path,
+    within: Duration,
+) -> Result<(), UpgradeError> {
+    let end = Instant::now() + within;
     loop {
         if ram.exists() {
             match pair.hand_over_ram(ram, main) {

@@ -23,6 +23,9 @@ const CONNECT_TIME_MAX: Duration = Duration::from_secs(5);
 /// How long giving a move up may take.
 const CANCEL_TIME_MAX: Duration = Duration::from_secs(20);
 
+/// How long it is tried to let the guest run in its old process again: somebody may just have taken one of its disks.
+pub(super) const TAKE_BACK_TIME_MAX: Duration = Duration::from_secs(30);
+
 /// Where the guest is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Settled {
@@ -175,11 +178,12 @@ fn back(
     names.iter().for_each(Name::remove_temporary);
     // A guest that is copied standing was stopped by the vmpatch that was killed.
     if was_running && (sent == Status::Completed || pair.source_state()? == RunState::Paused) {
-        pair.take_back().map_err(|source| UpgradeError::Stranded {
-            old: old.pid,
-            new: new.pid,
-            source,
-        })?;
+        pair.take_back(TAKE_BACK_TIME_MAX)
+            .map_err(|source| UpgradeError::Stranded {
+                old: old.pid,
+                new: new.pid,
+                source,
+            })?;
     }
     Ok(Settled::InOld)
 }

@@ -5,7 +5,7 @@ use super::launch::Spec;
 use crate::domains::names::Name;
 use crate::domains::process::{self, proc_path};
 use crate::lock;
-use nix::sys::signal::{Signal, kill};
+use nix::sys::signal::{Signal, kill, killpg};
 use nix::unistd::Pid;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Seek, SeekFrom, Write};
@@ -96,8 +96,10 @@ impl Successor {
         }
     }
 
-    /// Ends it, with its temporary names.
+    /// Ends it and all that it has started, with its temporary names.
     pub(super) fn discard(&mut self, names: &[Name]) {
+        // `vmpatch launch` makes it lead a group of its own before it becomes another program.
+        let _ = killpg(Pid::from_raw(self.pid), Signal::SIGKILL);
         let _ = self.child.kill();
         let _ = self.child.wait();
         names.iter().for_each(Name::remove_temporary);

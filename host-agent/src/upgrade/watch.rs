@@ -94,7 +94,7 @@ fn go_on(socket: &Path, was_running: bool) -> Result<Settled, UpgradeError> {
     let mut pair = Pair::new(socket, CONNECT_TIME_MAX)?;
     let sent = pair.cancel(CONNECT_TIME_MAX)?;
     if was_running && (sent == Status::Completed || pair.source_state()? == RunState::Paused) {
-        pair.take_back()?;
+        pair.take_back(settle::TAKE_BACK_TIME_MAX)?;
     }
     Ok(Settled::InOld)
 }

@@ -4,10 +4,10 @@ use super::pair::{query, set_downtime};
 use super::{Limits, MigrateError, Progress, Status};
 use crate::client::{Client, Event};
 use crate::machine::RunState;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 use tokio::sync::broadcast::Receiver;
 use tokio::sync::broadcast::error::RecvError;
-use tokio::time::{MissedTickBehavior, interval};
+use tokio::time::{MissedTickBehavior, interval, timeout};
 
 /// Between two looks at how far it is, in milliseconds. The end is told by events, without delay.
 const TICK_MS: u64 = 50;
@@ -38,6 +38,8 @@ pub(super) struct Watch<'a> {
     pub(super) sent: bool,
     pub(super) arrived: bool,
     pub(super) stopped_at_us: Option<u64>,
+    /// The old QEMU's word for how far it is.
+    pub(super) state: String,
 }
 
 impl<'a> Watch<'a> {
@@ -52,6 +54,7 @@ impl<'a> Watch<'a> {
             sent: false,
             arrived: false,
             stopped_at_us: None,
+            state: "not begun".to_owned(),
         }
     }
 
@@ -59,10 +62,32 @@ impl<'a> Watch<'a> {
     pub(super) async fn wait(
         mut self,
         events: [&mut Receiver<Event>; 2],
+        observe: impl FnMut(&Progress) -> bool,
+        alive: impl FnMut() -> bool,
+    ) -> Result<Arrival, MigrateError> {
+        let time_max = self.limits.time_max;
+        // A QEMU that hangs does not even answer.
+        match timeout(time_max, self.follow(events, observe, alive)).await {
+            Ok(result) => result?,
+            Err(_) => {
+                return Err(MigrateError::TooLong {
+                    within_s: time_max.as_secs(),
+                    state: self.state,
+                });
+            }
+        }
+        Ok(Arrival {
+            was_running: self.was_running,
+            stopped_at_us: self.stopped_at_us,
+        })
+    }
+
+    async fn follow(
+        &mut self,
+        events: [&mut Receiver<Event>; 2],
         mut observe: impl FnMut(&Progress) -> bool,
         mut alive: impl FnMut() -> bool,
-    ) -> Result<Arrival, MigrateError> {
-        let begun = Instant::now();
+    ) -> Result<(), MigrateError> {
         let [from_source, from_destination] = events;
         let mut tick = interval(Duration::from_millis(TICK_MS));
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -80,17 +105,11 @@ impl<'a> Watch<'a> {
                     } else if !alive() {
                         return Err(MigrateError::DestinationGone);
                     }
-                    if begun.elapsed() >= self.limits.time_max {
-                        let (within_s, state) = (self.limits.time_max.as_secs(), progress.state);
-                        return Err(MigrateError::TooLong { within_s, state });
-                    }
+                    self.state = progress.state;
                 }
             }
         }
-        Ok(Arrival {
-            was_running: self.was_running,
-            stopped_at_us: self.stopped_at_us,
-        })
+        Ok(())
     }
 
     async fn source_event(&mut self, event: &Event) -> Result<(), MigrateError> {
@@ -132,7 +151,7 @@ impl<'a> Watch<'a> {
         Ok(())
     }
 
-    /// Asks both, for what no event told, and lets a guest that writes too fast stand a little longer.
+    /// Asks for what no event told, and lets a guest that writes too fast stand a little longer.
     async fn look(&mut self) -> Result<Progress, MigrateError> {
         let progress = query(self.source).await.map_err(MigrateError::old)?;
         match progress.status {
@@ -140,8 +159,10 @@ impl<'a> Watch<'a> {
             Status::GivenUp => return Err(self.given_up().await),
             _ => {}
         }
-        let arrived = query(self.destination).await.map_err(MigrateError::new)?;
-        self.arrived |= arrived.status == Status::Completed;
+        if self.sent {
+            let arrived = query(self.destination).await.map_err(MigrateError::new)?;
+            self.arrived |= arrived.status == Status::Completed;
+        }
         if progress.rounds >= self.raised_at_round + ROUNDS && self.downtime_ms < self.limits.downtime_ms {
             self.raised_at_round = progress.rounds;
             self.downtime_ms = self.downtime_ms.saturating_mul(2).min(self.limits.downtime_ms);

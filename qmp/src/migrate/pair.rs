@@ -17,6 +17,8 @@ use tokio::time::{sleep, timeout};
 const OPEN_RETRY_MS: u64 = 3;
 /// Between two looks at a migration that is being cancelled, in milliseconds.
 const CANCEL_POLL_MS: u64 = 10;
+/// Between two tries to let a guest run in its old QEMU, in milliseconds.
+const TAKE_BACK_RETRY_MS: u64 = 100;
 /// The most bytes a second, where there is no limit: QEMU's own default is one gigabit.
 const NO_LIMIT: u64 = 1 << 40;
 
@@ -298,13 +300,23 @@ impl Pair {
         }
     }
 
-    /// Lets the guest run in the old QEMU again, where it stands: after all had been sent, or because it stood for the copy. Only where the new one has never let it run, and
-    /// its process is gone, with its hold on the disks.
-    pub fn take_back(&mut self) -> Result<(), MigrateError> {
-        self.runtime
-            .block_on(self.source.execute(qapi::qmp::cont {}))
-            .map(drop)
-            .map_err(MigrateError::old)
+    /// Lets the guest run in the old QEMU again, where it stands: after all had been sent, or because it stood for the copy. Only where
+    /// the new one has never let it run, and its process is gone, with its hold on the disks. Tries for as long as `within` while
+    /// QEMU refuses: it can't have a disk that somebody else has taken meanwhile.
+    pub fn take_back(&mut self, within: Duration) -> Result<(), MigrateError> {
+        let end = Instant::now() + within;
+        let source = &self.source;
+        let run = async {
+            loop {
+                match source.execute(qapi::qmp::cont {}).await {
+                    Err(CommandError::Refused { .. }) if Instant::now() < end => {
+                        sleep(Duration::from_millis(TAKE_BACK_RETRY_MS)).await;
+                    }
+                    result => return result.map(drop),
+                }
+            }
+        };
+        self.runtime.block_on(run).map_err(MigrateError::old)
     }
 
     fn target(&self) -> Result<&Client, MigrateError> {
