@@ -41,7 +41,7 @@ pub struct CommitOptions {
     pub model: Model,
     /// How long to try.
     pub timeout: Duration,
-    /// Longest pause: past it nothing is written any more, and what was written is taken back.
+    /// Longest pause: past it nothing is written any more.
     pub pause_max: Duration,
 }
 
@@ -63,6 +63,13 @@ pub enum NotSafe {
     Stacks(Verdict),
     /// The guest was changing its own text or modules.
     Held(Held),
+    /// The pause had become too long before anything was written: the host is busy.
+    TooLong {
+        /// Microseconds up to the point where it was given up.
+        took_us: u64,
+        /// Microseconds allowed.
+        allowed_us: u64,
+    },
 }
 
 /// Why a plan was not carried out. The guest runs on as before, unless said otherwise.
@@ -83,14 +90,6 @@ pub enum CommitError {
     /// The guest changed what was to be replaced, or something else wrote there.
     #[error("the guest is not as it was planned for")]
     Changed(#[from] ChangeError),
-    /// The pause became too long.
-    #[error("the pause took {took_us} µs, allowed are {allowed_us}: nothing was changed")]
-    TooLong {
-        /// Microseconds up to the point where it was given up.
-        took_us: u64,
-        /// Microseconds allowed.
-        allowed_us: u64,
-    },
     /// The VMM failed.
     #[error(transparent)]
     Machine(#[from] MachineError),
@@ -222,7 +221,10 @@ fn try_until(
             },
         };
         let waited = start.elapsed();
-        wait = wait.min(wait_max);
+        wait = match why {
+            NotSafe::TooLong { .. } => wait_max,
+            _ => wait.min(wait_max),
+        };
         if waited + wait > options.timeout {
             let said = say(live, &why);
             return Err(CommitError::NotSafe {
@@ -249,6 +251,9 @@ fn without_pause(live: &Live<'_>, stacks: &mut Option<Survey<'_>>) -> Result<Opt
 fn say(live: &Live<'_>, why: &NotSafe) -> String {
     match why {
         NotSafe::Held(held) => held.to_string(),
+        NotSafe::TooLong { took_us, allowed_us } => {
+            format!("the pause took {took_us} µs, allowed are {allowed_us}: the host is too busy")
+        }
         NotSafe::Stacks(verdict) => {
             let symbol = |at: Gva| match live.kernel.symbols.containing(at) {
                 Some((symbol, _)) => format!("{}+{:#x}", symbol.name, at.0.wrapping_sub(symbol.address.0)),
@@ -309,7 +314,7 @@ fn attempt(
     let mut paused = machine.pause()?;
     let registers = paused.registers()?;
     let at_check = Instant::now();
-    let verdict = match (locks.held(live)?, stacks) {
+    let mut verdict = match (locks.held(live)?, stacks) {
         (Some(held), _) => Some(NotSafe::Held(held)),
         (None, None) => None,
         (None, Some(survey)) => Some(survey.recheck(live, &registers)?)
@@ -317,12 +322,12 @@ fn attempt(
             .map(NotSafe::Stacks),
     };
     let at_write = Instant::now();
+    let took = paused.elapsed();
+    if verdict.is_none() && took > options.pause_max {
+        let (took_us, allowed_us) = (micros(took), micros(options.pause_max));
+        verdict = Some(NotSafe::TooLong { took_us, allowed_us });
+    }
     if verdict.is_none() {
-        let took = paused.elapsed();
-        if took > options.pause_max {
-            let (took_us, allowed_us) = (micros(took), micros(options.pause_max));
-            return Err(CommitError::TooLong { took_us, allowed_us });
-        }
         write(live, paused.as_mut(), &plan.paused)?;
     }
     let (check_us, write_us) = (micros(at_write - at_check), micros(at_write.elapsed()));

@@ -17,7 +17,7 @@ use guest_core::{Kernel, Registers};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-/// Longest pause that is allowed before vmpatch gives up and resumes. Far above what a pause takes, even on a host
+/// Longest pause before vmpatch resumes the guest without having written, to try again. Far above what a pause takes, even on a host
 /// whose processors are all busy; a guest that stands longer than this is noticed by whoever uses it.
 const PAUSE_MAX: Duration = Duration::from_millis(250);
 /// How long another vmpatch at work on the domain is waited for: its supervisor may just be taking something back.
