@@ -317,7 +317,7 @@ fn attempt(
     let mut verdict = match (locks.held(live)?, stacks) {
         (Some(held), _) => Some(NotSafe::Held(held)),
         (None, None) => None,
-        (None, Some(survey)) => Some(survey.recheck(live, &registers)?)
+        (None, Some(survey)) => Some(survey.recheck(live, &registers, &|| paused.elapsed() > options.pause_max)?)
             .filter(|v| !v.is_safe())
             .map(NotSafe::Stacks),
     };

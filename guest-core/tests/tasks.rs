@@ -26,7 +26,7 @@ fn judge(guest: &Guest, kernel: &Kernel) -> Result<Verdict, SetupError> {
     guest.ram.count_from_here();
     let found = Quiescence::find(&live).and_then(|finder| {
         let mut survey = finder.survey(&live, victim(), Vec::new())?;
-        survey.recheck(&live, &guest.vcpus)
+        survey.recheck(&live, &guest.vcpus, &|| false)
     });
     assert!(guest.ram.counted().0 < 8_000_000, "{:?}", guest.ram.counted());
     assert!(guest.ram.largest_read() <= 1 << 20, "{}", guest.ram.largest_read());
@@ -127,7 +127,7 @@ fn processes_that_share_a_long_list_of_threads_are_bounded_in_the_pause() {
     guest.put_u64(guest.symbol("total_forks"), 3 + 20_000);
     guest.put(guest.symbol("nr_threads"), &(4 + 20_000_u32).to_le_bytes());
     guest.ram.count_from_here();
-    let _ = survey.recheck(&live, &guest.vcpus);
+    let _ = survey.recheck(&live, &guest.vcpus, &|| false);
     assert!(guest.ram.counted().0 < 8_000_000, "{:?}", guest.ram.counted());
 }
 

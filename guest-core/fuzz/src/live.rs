@@ -62,7 +62,7 @@ pub fn look(guest: &Guest, kernel: &Kernel) {
         && let Ok(mut survey) = finder.survey(&live, old, Vec::new())
     {
         let _ = survey.outlook(&live);
-        let _ = survey.recheck(&live, &guest.vcpus);
+        let _ = survey.recheck(&live, &guest.vcpus, &|| false);
     }
     assert!(guest.ram.differences() == before, "looking changed the guest");
 }

@@ -11,10 +11,16 @@ use crate::vcpu::Registers;
 impl Survey<'_> {
     /// Says whether any context is in an old function, now that all vCPUs are stopped. `vcpus`: the registers of every
     /// vCPU. Work grows with the CPUs and with what ran since [`Survey::settle`]; where anything ran at all, two words
-    /// of every task are compared, too.
+    /// of every task are compared, too. Where `is_over` says that the pause has lasted long enough, the rest is not looked at, and
+    /// the verdict is not safe.
     ///
     /// Error: something that every look rests on could not be read. Nothing is known then.
-    pub fn recheck(&mut self, view: &dyn KernelView, vcpus: &[Registers]) -> Result<Verdict, SetupError> {
+    pub fn recheck(
+        &mut self,
+        view: &dyn KernelView,
+        vcpus: &[Registers],
+        is_over: &dyn Fn() -> bool,
+    ) -> Result<Verdict, SetupError> {
         let mut verdict = Verdict::default();
         self.frames_left.set(FRAMES_MAX);
         if self.code.refresh(view, &self.patches)? {
@@ -27,8 +33,16 @@ impl Survey<'_> {
             return Ok(verdict);
         }
         let running = self.look_at_cpus(view, vcpus, &mut verdict)?;
-        let changed = self.look_at_changed_in_pause(view, &running)?;
-        self.look_at_new(view, &running, &changed)?;
+        let changed = self.look_at_changed_in_pause(view, &running, is_over)?;
+        let all_seen = match changed {
+            Some(changed) => self.look_at_new(view, &running, &changed, is_over)?,
+            None => false,
+        };
+        if !all_seen {
+            let why = Why::OutOfTime;
+            verdict.unsure.push(Unsure { task: None, why });
+            return Ok(verdict);
+        }
         for task in self
             .tasks
             .iter()
@@ -132,19 +146,30 @@ impl Survey<'_> {
         self.buffer = buffer;
     }
 
-    /// Looks at the tasks that ran since the last pass and do not run now. Gives those that ran.
-    fn look_at_changed_in_pause(&mut self, view: &dyn KernelView, running: &[Gva]) -> Result<Vec<Gva>, SetupError> {
+    /// Looks at the tasks that ran since the last pass and do not run now. Gives those that ran; none where the time was over
+    /// before all were seen.
+    fn look_at_changed_in_pause(
+        &mut self,
+        view: &dyn KernelView,
+        running: &[Gva],
+        is_over: &dyn Fn() -> bool,
+    ) -> Result<Option<Vec<Gva>>, SetupError> {
         let any = self.finder.cpus.switches(view)? != self.switches;
         let mut changed = Vec::new();
         let mut tasks = std::mem::take(&mut self.tasks);
+        let mut all_seen = true;
         for task in &mut tasks {
             if task.state == State::Running || any && switches(view, task) != Ok(task.switches) {
+                if is_over() {
+                    all_seen = false;
+                    break;
+                }
                 changed.push(task.at);
                 self.look_in_pause(view, task, running);
             }
         }
         self.tasks = tasks;
-        Ok(changed)
+        Ok(all_seen.then_some(changed))
     }
 
     fn look_in_pause(&mut self, view: &dyn KernelView, task: &mut Task, running: &[Gva]) {
@@ -159,17 +184,23 @@ impl Survey<'_> {
         }
     }
 
-    /// Finds and looks at the tasks born since the last pass.
+    /// Finds and looks at the tasks born since the last pass. Gives false where the time was over before all were seen.
     ///
     /// New processes are at the end of the kernel's list, new threads at the end of their process's, and whoever bore
     /// one ran since then. But where tasks also died, a thread may have taken its process's place in the list
     /// (`de_thread`, fs/exec.c), and where the list never held still, it is not known what is new: then it is read
     /// whole.
-    fn look_at_new(&mut self, view: &dyn KernelView, running: &[Gva], changed: &[Gva]) -> Result<(), SetupError> {
+    fn look_at_new(
+        &mut self,
+        view: &dyn KernelView,
+        running: &[Gva],
+        changed: &[Gva],
+        is_over: &dyn Fn() -> bool,
+    ) -> Result<bool, SetupError> {
         let finder = self.finder;
         let now = finder.list.counts(view)?;
         if self.counts == Some(now) {
-            return Ok(());
+            return Ok(true);
         }
         let died = |before: Counts| {
             let born = now.forks.wrapping_sub(before.forks);
@@ -196,20 +227,21 @@ impl Survey<'_> {
         let mut new: Vec<Gva> = found.into_iter().filter(|&at| !self.is_known(view, at)).collect();
         new.sort_unstable();
         new.dedup();
-        let looked: Vec<Task> = new
-            .iter()
-            .map(|&at| {
-                let mut task = self.unknown(view, at);
-                self.look_in_pause(view, &mut task, running);
-                task
-            })
-            .collect();
+        // the next pass reads the list again
+        self.counts = None;
+        let mut looked = Vec::with_capacity(new.len());
+        for &at in &new {
+            if is_over() {
+                return Ok(false);
+            }
+            let mut task = self.unknown(view, at);
+            self.look_in_pause(view, &mut task, running);
+            looked.push(task);
+        }
         self.tasks.retain(|task| new.binary_search(&task.at).is_err());
         self.tasks.extend(looked);
         self.tasks.sort_by_key(|task| task.at);
-        // the next pass reads the list again
-        self.counts = None;
-        Ok(())
+        Ok(true)
     }
 
     fn is_known(&self, view: &dyn KernelView, at: Gva) -> bool {

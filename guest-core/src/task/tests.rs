@@ -122,6 +122,10 @@ impl Guest {
         }]);
         finder.survey(&self.sample, old, Vec::new()).unwrap()
     }
+
+    fn recheck(&self, survey: &mut Survey<'_>, vcpus: &[Registers]) -> Verdict {
+        survey.recheck(&self.sample, vcpus, &|| false).unwrap()
+    }
 }
 
 /// The vCPU in user mode, or in the kernel with its stack pointer on a task's stack.
@@ -151,7 +155,7 @@ fn a_guest_whose_tasks_all_sleep_elsewhere_is_safe() {
     let mut survey = guest.survey(&finder);
     assert_eq!(survey.task_count(), 5);
     assert!(survey.outlook(&guest.sample).is_safe());
-    assert!(survey.recheck(&guest.sample, &[vcpu(None)]).unwrap().is_safe());
+    assert!(guest.recheck(&mut survey, &[vcpu(None)]).is_safe());
 }
 
 #[test]
@@ -161,7 +165,7 @@ fn a_task_that_sleeps_in_a_callee_of_an_old_function_is_named_with_its_stack() {
     let finder = Quiescence::find(&guest.sample).unwrap();
     let mut survey = guest.survey(&finder);
     let verdict = survey.outlook(&guest.sample);
-    assert_eq!(verdict, survey.recheck(&guest.sample, &[vcpu(None)]).unwrap());
+    assert_eq!(verdict, guest.recheck(&mut survey, &[vcpu(None)]));
     let [blocker] = verdict.blockers.as_slice() else {
         panic!("{verdict:?}")
     };
@@ -179,13 +183,7 @@ fn an_address_that_is_only_left_over_on_a_stack_does_not_block() {
     // above the frames, where nothing returns to
     guest.sample.put_words(Guest::stack(2) + 0x3f80, &[TEXT + 0x120]);
     let finder = Quiescence::find(&guest.sample).unwrap();
-    assert!(
-        guest
-            .survey(&finder)
-            .recheck(&guest.sample, &[vcpu(None)])
-            .unwrap()
-            .is_safe()
-    );
+    assert!(guest.recheck(&mut guest.survey(&finder), &[vcpu(None)]).is_safe());
 }
 
 #[test]
@@ -196,13 +194,32 @@ fn a_task_that_ran_since_the_survey_is_looked_at_again() {
     guest.sleeps_in(2, TEXT + 0x120);
     guest.counts(2, 1);
     guest.runs(1, 9);
-    assert_eq!(blocked(&survey.recheck(&guest.sample, &[vcpu(None)]).unwrap()), [2]);
+    assert_eq!(blocked(&guest.recheck(&mut survey, &[vcpu(None)])), [2]);
     // and it leaves again
     guest.sleeps_in(2, TEXT + 0x210);
     guest.counts(2, 2);
     guest.runs(1, 11);
     survey.settle(&guest.sample).unwrap();
-    assert!(survey.recheck(&guest.sample, &[vcpu(None)]).unwrap().is_safe());
+    assert!(guest.recheck(&mut survey, &[vcpu(None)]).is_safe());
+}
+
+#[test]
+fn where_the_time_is_over_before_all_are_seen_nothing_is_safe() {
+    let guest = Guest::new(3);
+    let finder = Quiescence::find(&guest.sample).unwrap();
+    let mut survey = guest.survey(&finder);
+    let over = |survey: &mut Survey<'_>| survey.recheck(&guest.sample, &[vcpu(None)], &|| true).unwrap();
+    guest.counts(2, 1);
+    guest.runs(1, 9);
+    assert_eq!(over(&mut survey).unsure.first().unwrap().why, Why::OutOfTime);
+    assert!(guest.recheck(&mut survey, &[vcpu(None)]).is_safe());
+    // a task that was born since
+    guest.put_task(4);
+    guest.sleeps_in(4, TEXT + 0x210);
+    guest.link(4);
+    guest.sample.put_words(COUNTS, &[101, 4]);
+    assert_eq!(over(&mut survey).unsure.first().unwrap().why, Why::OutOfTime);
+    assert!(guest.recheck(&mut survey, &[vcpu(None)]).is_safe());
 }
 
 #[test]
@@ -213,7 +230,7 @@ fn a_task_that_was_running_is_looked_at_where_it_sleeps_now() {
     guest.sleeps_in(1, TEXT + 0x120);
     guest.counts(1, 1);
     guest.runs(4, 8);
-    assert_eq!(blocked(&survey.recheck(&guest.sample, &[vcpu(None)]).unwrap()), [1]);
+    assert_eq!(blocked(&guest.recheck(&mut survey, &[vcpu(None)])), [1]);
 }
 
 #[test]
@@ -223,10 +240,7 @@ fn a_vcpu_in_the_kernel_is_unwound_from_its_registers() {
     let sp = Guest::stack(1) + 0x3f40;
     let at = |rip: u64, caller: u64| {
         guest.sample.put_words(sp, &[caller, TEXT + 0x310]);
-        guest
-            .survey(&finder)
-            .recheck(&guest.sample, &[vcpu(Some((rip, sp)))])
-            .unwrap()
+        guest.recheck(&mut guest.survey(&finder), &[vcpu(Some((rip, sp)))])
     };
     assert!(at(TEXT + 0x10, TEXT + 0x220).is_safe());
     assert_eq!(blocked(&at(TEXT + 0x10, TEXT + 0x120)), [1]);
@@ -246,9 +260,7 @@ fn what_is_below_a_running_tasks_stack_pointer_does_not_count() {
         .put_words(sp - 8, &[TEXT + 0x120, TEXT + 0x220, TEXT + 0x310]);
     assert!(
         guest
-            .survey(&finder)
-            .recheck(&guest.sample, &[vcpu(Some((TEXT + 0x10, sp)))])
-            .unwrap()
+            .recheck(&mut guest.survey(&finder), &[vcpu(Some((TEXT + 0x10, sp)))])
             .is_safe()
     );
 }
@@ -258,7 +270,7 @@ fn contexts_that_are_not_understood_are_not_safe() {
     let guest = Guest::new(2);
     let finder = Quiescence::find(&guest.sample).unwrap();
     let why = |vcpus: &[Registers]| {
-        let verdict = guest.survey(&finder).recheck(&guest.sample, vcpus).unwrap();
+        let verdict = guest.recheck(&mut guest.survey(&finder), vcpus);
         assert!(!verdict.is_safe());
         verdict.unsure.first().unwrap().why.clone()
     };
@@ -284,13 +296,7 @@ fn contexts_that_are_not_understood_are_not_safe() {
         kernel_gs_base: 0,
         ..vcpu(None)
     };
-    assert!(
-        guest
-            .survey(&finder)
-            .recheck(&guest.sample, &[untold])
-            .unwrap()
-            .is_safe()
-    );
+    assert!(guest.recheck(&mut guest.survey(&finder), &[untold]).is_safe());
     assert_eq!(why(&[untold, untold]), Why::NoVcpu { cpu: 0 });
 }
 
@@ -304,9 +310,9 @@ fn a_task_switch_in_flight_has_one_task_on_the_cpu_and_one_saved() {
     let sp = Guest::stack(1) + 0x3f40;
     guest.sample.put_words(sp, &[TEXT + 0x220, TEXT + 0x310]);
     let registers = [vcpu(Some((TEXT + 0x10, sp)))];
-    assert!(survey.recheck(&guest.sample, &registers).unwrap().is_safe());
+    assert!(guest.recheck(&mut survey, &registers).is_safe());
     guest.sleeps_in(2, TEXT + 0x120);
-    assert_eq!(blocked(&survey.recheck(&guest.sample, &registers).unwrap()), [2]);
+    assert_eq!(blocked(&guest.recheck(&mut survey, &registers)), [2]);
 }
 
 #[test]
@@ -320,7 +326,7 @@ fn tasks_born_after_the_survey_are_found() {
     guest.sample.put_words(COUNTS, &[101, 4]);
     guest.counts(1, 1);
     guest.runs(1, 9);
-    assert_eq!(blocked(&survey.recheck(&guest.sample, &[vcpu(None)]).unwrap()), [4]);
+    assert_eq!(blocked(&guest.recheck(&mut survey, &[vcpu(None)])), [4]);
     assert_eq!(survey.task_count(), 5);
 }
 
@@ -341,7 +347,7 @@ fn a_thread_born_after_the_survey_is_found_behind_its_siblings() {
     guest.sample.put_words(first, &[second, signal]);
     guest.sample.put_words(second, &[signal, first]);
     guest.sample.put_words(COUNTS, &[101, 4]);
-    assert_eq!(blocked(&survey.recheck(&guest.sample, &[vcpu(None)]).unwrap()), [9]);
+    assert_eq!(blocked(&guest.recheck(&mut survey, &[vcpu(None)])), [9]);
 }
 
 #[test]
@@ -355,7 +361,7 @@ fn a_new_task_at_a_dead_ones_address_is_not_taken_for_it() {
     guest.sample.put_words(Guest::at(3) + task::START_TIME, &[5000]);
     guest.sleeps_in(3, TEXT + 0x120);
     guest.sample.put_words(COUNTS, &[101, 3]);
-    assert_eq!(blocked(&survey.recheck(&guest.sample, &[vcpu(None)]).unwrap()), [3]);
+    assert_eq!(blocked(&guest.recheck(&mut survey, &[vcpu(None)])), [3]);
 }
 
 #[test]
@@ -417,22 +423,10 @@ fn a_vcpu_on_its_way_between_user_mode_and_the_kernel_has_nothing_on_the_kernels
     // a system call's first instruction: the user's stack, and the kernel's GS base is still set aside
     let mut registers = vcpu(Some((ENTRY, 0x7fff_0000)));
     (registers.gs_base, registers.kernel_gs_base) = (0, CPU_DATA);
-    assert!(
-        guest
-            .survey(&finder)
-            .recheck(&guest.sample, &[registers])
-            .unwrap()
-            .is_safe()
-    );
+    assert!(guest.recheck(&mut guest.survey(&finder), &[registers]).is_safe());
     // the user has set its GS base to the value of a CPU's
     registers.gs_base = CPU_DATA;
-    assert!(
-        guest
-            .survey(&finder)
-            .recheck(&guest.sample, &[registers])
-            .unwrap()
-            .is_safe()
-    );
+    assert!(guest.recheck(&mut guest.survey(&finder), &[registers]).is_safe());
 }
 
 #[test]
@@ -442,10 +436,10 @@ fn no_stack_is_unwound_from_the_entry_code() {
     let sp = Guest::stack(1) + 0x3f40;
     guest.sample.put_words(sp, &[TEXT + 0x220, TEXT + 0x310]);
     let rip = ENTRY + 0x10;
-    let look = || guest.survey(&finder).recheck(&guest.sample, &[vcpu(Some((rip, sp)))]);
-    assert!(look().unwrap().is_safe());
+    let look = || guest.recheck(&mut guest.survey(&finder), &[vcpu(Some((rip, sp)))]);
+    assert!(look().is_safe());
     guest.sample.put_words(sp + 0x20, &[TEXT + 0x120]);
-    assert_eq!(look().unwrap().unsure.first().unwrap().why, Why::Entry { rip });
+    assert_eq!(look().unsure.first().unwrap().why, Why::Entry { rip });
 }
 
 #[test]
@@ -460,7 +454,7 @@ fn a_vcpu_in_an_interrupt_has_its_task_scanned_too() {
     guest.sample.put_words(top - 8, &[TEXT + 0x510, sp]);
     guest.sample.put_words(sp, &[TEXT + 0x320]);
     let registers = [vcpu(Some((TEXT + 0x10, top - 8)))];
-    let look = || guest.survey(&finder).recheck(&guest.sample, &registers).unwrap();
+    let look = || guest.recheck(&mut guest.survey(&finder), &registers);
     assert!(look().is_safe());
     // left over at the far end of the task's stack: the walk, which does not get there, decides
     guest.sample.put_words(Guest::stack(1) + 0x100, &[TEXT + 0x120]);
