@@ -114,6 +114,16 @@ async fn every_event_arrives_also_those_the_types_do_not_know() {
 }
 
 #[tokio::test]
+async fn events_end_with_the_connection() {
+    let qemu = Qemu::start(&[]);
+    let client = Client::connect(&qemu.qmp(), PATIENCE).await.unwrap();
+    let mut events = client.events();
+    qemu.signal("KILL");
+    let end = async { while events.recv().await.is_ok() {} };
+    tokio::time::timeout(PATIENCE, end).await.unwrap();
+}
+
+#[tokio::test]
 async fn a_late_reply_is_dropped_and_harms_nothing() {
     let qemu = Qemu::start(&["-S"]);
     let mut client = Client::connect(&qemu.qmp(), PATIENCE).await.unwrap();

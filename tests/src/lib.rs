@@ -6,6 +6,7 @@
 //! - [`kit`] has the programs that go into a guest, and the livepatch modules for each kernel;
 //! - [`fixes`] are published fixes for `vmpatch build` to make modules of;
 //! - [`bed`] lends guests to tests: booted once for many, checked and cleaned after each;
+//! - [`cut`] stops a program at a chosen system call;
 //! - [`probe`] runs a program in a guest that sees which kernel function is in force;
 //! - [`ftrace`] turns the guest's own tracing on and off;
 //! - [`matrix`] is what is shown on a guest of every kind;
@@ -20,6 +21,7 @@
 //! - [`ram`] compares all of a guest's memory, or its kernel, before and after.
 
 pub mod bed;
+pub mod cut;
 pub mod fixes;
 pub mod ftrace;
 pub mod health;

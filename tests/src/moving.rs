@@ -117,7 +117,6 @@ pub fn wait_for_way(guest: &Guest) {
             .expect("QEMU tells how far it is");
         let bytes = sent.pointer("/ram/transferred").and_then(Value::as_u64);
         let under_way = sent["status"] == "active" && bytes.is_some_and(|bytes| bytes > 1 << 20);
-        assert_ne!(sent["status"], "completed", "it was too fast");
         under_way.then_some(())
     });
 }

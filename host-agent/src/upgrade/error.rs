@@ -97,7 +97,7 @@ pub enum UpgradeError {
         source: io::Error,
     },
     /// Neither process can be made to run the guest.
-    #[error("the guest stands, in the old process (pid {old}) as in the new one (pid {new})")]
+    #[error("the guest stands in the old process (pid {old}), and has never run in the new one (pid {new})")]
     Stranded {
         /// The old process.
         old: i32,

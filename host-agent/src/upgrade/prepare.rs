@@ -162,14 +162,19 @@ fn refuse_libvirts(options: &Options) -> Result<(), Failure> {
 }
 
 fn check_state(pair: &Pair) -> Result<(), UpgradeError> {
-    if let RunState::Other(state) = pair.source_state()? {
-        let what = format!("the guest is in the state `{state}`");
-        return Err(UpgradeError::unfit(
-            what,
-            "only one that runs, or is paused by its operator, is moved",
-        ));
-    }
-    Ok(())
+    let RunState::Other(state) = pair.source_state()? else {
+        return Ok(());
+    };
+    let reason = match state.as_str() {
+        "postmigrate" => {
+            "all of it was sent to another process once; if it is to go on in this one, QMP `cont` lets it"
+        }
+        _ => "only one that runs, or is paused by its operator, is moved",
+    };
+    Err(UpgradeError::unfit(
+        format!("the guest is in the state `{state}`"),
+        reason,
+    ))
 }
 
 /// A network that was plugged in later, which the command line does not tell.

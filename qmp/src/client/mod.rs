@@ -55,7 +55,8 @@ pub struct Client {
     peer_pid: Option<i32>,
     command_timeout: Duration,
     requests: mpsc::Sender<Request>,
-    events: broadcast::Sender<Event>,
+    /// To subscribe by. Never read, and no sender: the last one must go with the connection, whose end the others are to see.
+    events: broadcast::Receiver<Event>,
     task: JoinHandle<()>,
 }
 
@@ -75,10 +76,10 @@ impl Client {
         let stream = reach(path).await?;
         let peer_pid = stream.peer_cred().ok().and_then(|cred| cred.pid());
         let (requests, queue) = mpsc::channel(REQUEST_QUEUE_LEN);
-        let (events, _) = broadcast::channel(EVENT_QUEUE_LEN);
+        let (sender, events) = broadcast::channel(EVENT_QUEUE_LEN);
         let mut lines = wire::LineReader::new(stream);
         let greeting = greet(path, &mut lines).await?;
-        let task = tokio::spawn(actor::run(lines, queue, events.clone()));
+        let task = tokio::spawn(actor::run(lines, queue, sender));
         let client = Self {
             path: path.to_owned(),
             greeting,
@@ -121,7 +122,7 @@ impl Client {
     /// Every event from now on, those unknown to the `qapi` crate included. A receiver that falls behind by more than
     /// 256 events is told so and loses the oldest.
     pub fn events(&self) -> broadcast::Receiver<Event> {
-        self.events.subscribe()
+        self.events.resubscribe()
     }
 
     /// Runs a typed command. Errors: [`CommandError`]; after a time-out the connection stays usable.

@@ -1,0 +1,92 @@
+//! A program stopped at a system call of its own choosing of moments: between two steps that a kill at a time would seldom hit.
+
+use std::process::Child;
+
+use nix::libc::user_regs_struct;
+use nix::sys::ptrace::{self, Options};
+use nix::sys::signal::Signal;
+use nix::sys::wait::{WaitStatus, waitpid};
+use nix::unistd::Pid;
+
+/// System calls of x86-64 (`arch/x86/entry/syscalls/syscall_64.tbl`).
+const WRITE: u64 = 1;
+const SENDTO: u64 = 44;
+const KILL: u64 = 62;
+const RENAME: u64 = 82;
+/// What stands for the result before a system call has one: -ENOSYS.
+const NO_RESULT: u64 = (-38_i64).cast_unsigned();
+
+/// A system call of the program's first thread.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Call {
+    /// It tells somebody this one byte.
+    Tell(u8),
+    /// It renames a file.
+    Rename,
+    /// It kills a process.
+    Kill,
+}
+
+/// Before or behind a system call.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Side {
+    /// It has not been done.
+    Before,
+    /// It has been done.
+    Behind,
+}
+
+impl Call {
+    /// Whether a process that is stopped there does it.
+    fn is(self, process: Pid, registers: &user_regs_struct) -> bool {
+        let number = registers.orig_rax;
+        match self {
+            Self::Tell(byte) => {
+                let is_one = (number == WRITE || number == SENDTO) && registers.rdx == 1;
+                is_one && word(process, registers.rsi).to_ne_bytes().first() == Some(&byte)
+            }
+            Self::Rename => number == RENAME,
+            Self::Kill => number == KILL,
+        }
+    }
+}
+
+fn word(process: Pid, address: u64) -> i64 {
+    ptrace::read(
+        process,
+        std::ptr::with_exposed_provenance_mut(address.try_into().unwrap_or(0)),
+    )
+    .unwrap_or(0)
+}
+
+/// Lets a program that was just started run to that side of its `nth` such call, the first being 1, where it stays until it is killed.
+/// By this thread alone, as the kernel has it.
+///
+/// # Panics
+///
+/// If it ends before.
+pub fn run_to(child: &Child, call: Call, nth: usize, side: Side) {
+    let pid = Pid::from_raw(child.id().try_into().expect("the host's pids are small"));
+    ptrace::seize(pid, Options::PTRACE_O_TRACESYSGOOD).expect("a child can be traced");
+    ptrace::interrupt(pid).expect("it is traced");
+    let mut left = nth;
+    loop {
+        let signal = match waitpid(pid, None).expect("it is this program's child") {
+            WaitStatus::PtraceSyscall(_) => {
+                let registers = ptrace::getregs(pid).expect("it is stopped");
+                let begins = registers.rax == NO_RESULT;
+                if call.is(pid, &registers) && begins == (side == Side::Before) {
+                    left -= 1;
+                    if left == 0 {
+                        return;
+                    }
+                }
+                None
+            }
+            WaitStatus::Stopped(_, signal) if signal != Signal::SIGTRAP => Some(signal),
+            WaitStatus::Stopped(..) | WaitStatus::PtraceEvent(..) => None,
+            ended => panic!("it never did {call:?} {nth} times: {ended:?}"),
+        };
+        ptrace::syscall(pid, signal).expect("it is stopped");
+    }
+}
