@@ -5,14 +5,14 @@ use std::collections::BTreeSet;
 use guest_core::module::Note;
 use guest_core::module::note::{AllowedRisk, OldCode};
 
-use crate::compare::{CompareError, Comparison};
+use crate::compare::{CompareError, Comparison, Unit};
 use crate::elf::{self, ElfError, Object};
 use crate::facts::KernelFacts;
 use crate::pair::ObjectPair;
-use crate::running::{Places, Shipped, ShippedError, pattern};
+use crate::running::{Places, Shipped, ShippedError};
 use crate::select::{Finding, OutSymbol, Resolver, Risk, SelectError, Selection, Side};
 use crate::sheet::ReviewSheet;
-use crate::write::{self, CompileGlue, Layer, Named, ObjectOf};
+use crate::write::{self, Layer, Named, ObjectOf};
 
 /// What to build a module from.
 #[derive(Debug)]
@@ -27,6 +27,15 @@ pub struct Inputs<'a> {
     pub allow: &'a BTreeSet<Risk>,
     /// Places that may hold inlined copies of changed code and were not compiled: what, and why it may be there.
     pub not_compiled: &'a [(String, String)],
+}
+
+/// Compiles for that kernel. Errors are for people: what the compiler said.
+pub trait Compile {
+    /// A C text as a file of a module of that name, without linking it.
+    fn glue(&self, module_name: &str, c_text: &str) -> Result<Vec<u8>, String>;
+
+    /// A source file of one of the pairs as it was, and as the kernel's own build does: functions side by side in one section.
+    fn as_shipped(&self, source: &str) -> Result<Vec<u8>, String>;
 }
 
 /// What came of it.
@@ -67,6 +76,14 @@ pub enum BuildError {
     /// No module can be made of the change.
     #[error(transparent)]
     Select(#[from] SelectError),
+    /// A file could not be compiled as the kernel's own build does.
+    #[error("compiling {file} once more, as it was shipped: {reason}")]
+    AsShipped {
+        /// The file.
+        file: String,
+        /// What the compiler said.
+        reason: String,
+    },
     /// The module's own part did not compile.
     #[error("compiling the part of the module that enables the patch: {0}")]
     Glue(String),
@@ -81,8 +98,8 @@ pub enum BuildError {
 /// Builds a module. The same inputs give the same bytes.
 ///
 /// Errors: see [`BuildError`]; what a person may allow is [`Built::Refused`].
-pub fn build(inputs: &Inputs<'_>, glue: &dyn CompileGlue) -> Result<Built, BuildError> {
-    let sides = sides(inputs)?;
+pub fn build(inputs: &Inputs<'_>, compile: &dyn Compile) -> Result<Built, BuildError> {
+    let sides = sides(inputs, compile)?;
     let mut selection = Selection::of(&sides, &inputs.facts.exports)?;
     selection
         .findings
@@ -131,7 +148,7 @@ pub fn build(inputs: &Inputs<'_>, glue: &dyn CompileGlue) -> Result<Built, Build
         namespaces: namespaces(inputs.facts, &layer),
     };
     let text = write::text(&named, &objects);
-    let compiled = glue.compile(&note.name, &text).map_err(BuildError::Glue)?;
+    let compiled = compile.glue(&note.name, &text).map_err(BuildError::Glue)?;
     write::add_glue(&mut layer.output, &Object::parse(&compiled)?);
     let mut object = layer.output.object;
     write::add_versions(&mut object, &inputs.facts.exports);
@@ -142,18 +159,29 @@ pub fn build(inputs: &Inputs<'_>, glue: &dyn CompileGlue) -> Result<Built, Build
     })
 }
 
-fn sides<'k>(inputs: &Inputs<'k>) -> Result<Vec<Side<'k>>, BuildError> {
+fn sides<'k>(inputs: &Inputs<'k>, compile: &dyn Compile) -> Result<Vec<Side<'k>>, BuildError> {
     let mut sides = Vec::new();
     for pair in inputs.pairs {
-        let comparison = Comparison::of(&pair.before, &pair.after).map_err(|source| BuildError::Compare {
+        let failed = |source| BuildError::Compare {
             file: pair.source.clone(),
             source,
-        })?;
+        };
+        let comparison = Comparison::of(&pair.before, &pair.after).map_err(failed)?;
         let shipped = match &pair.module {
             None => Shipped::kernel(inputs.facts)?,
             Some(name) => Shipped::module(inputs.facts, name)?,
         };
-        let places = Places::find(&comparison.before, &shipped);
+        let mut places = Places::find(&comparison.before, &shipped);
+        if !places.are_complete(&comparison.before) {
+            let object = compile
+                .as_shipped(&pair.source)
+                .map_err(|reason| BuildError::AsShipped {
+                    file: pair.source.clone(),
+                    reason,
+                })?;
+            let unit = Unit::plain(&object).map_err(failed)?;
+            places.complete(&comparison.before, &unit, &shipped);
+        }
         sides.push(Side {
             source: pair.source.clone(),
             has_ftrace: pair.has_ftrace,
@@ -169,13 +197,9 @@ fn sides<'k>(inputs: &Inputs<'k>) -> Result<Vec<Side<'k>>, BuildError> {
 fn old_code(sides: &[Side<'_>], selection: &Selection) -> Vec<OldCode> {
     let old = selection.replaced.iter().filter_map(|replaced| {
         let side = sides.get(replaced.new.0)?;
-        let unit = &side.comparison.before;
-        let item = unit.item(replaced.old);
-        let code = side.shipped.bytes(replaced.found.address, item.size)?;
-        replaced.found.is_same.then(|| {
-            let code = pattern(unit, replaced.old, &code);
-            OldCode::new(&item.name, replaced.found.sympos, side.shipped.name(), code)
-        })
+        let name = &side.comparison.before.item(replaced.old).name;
+        let code = side.places.code(replaced.old)?.clone();
+        Some(OldCode::new(name, replaced.found.sympos, side.shipped.name(), code))
     });
     old.collect()
 }

@@ -4,14 +4,13 @@ use std::collections::BTreeSet;
 
 use guest_core::module::Note;
 
-use crate::build::{self, Built, Inputs};
+use crate::build::{self, Built, Compile, Inputs};
 use crate::cache::Cache;
 use crate::facts::{self, KernelFacts, Sources};
 use crate::select::Risk;
 use crate::source::change::{self, Change};
 use crate::target::{self, Own, Target};
 use crate::tree::{self, Tree};
-use crate::write::CompileGlue;
 use crate::{compile, touched};
 
 /// Longest name of a module (include/linux/moduleparam.h, `MODULE_NAME_LEN` of 64-bit kernels, without the zero byte).
@@ -145,8 +144,8 @@ pub fn build(cache: &Cache, request: &Request, progress: &dyn Fn(&str)) -> Resul
         symvers: &target.symvers,
         modules: target.modules.clone(),
     })?;
-    let units = touched::units(&tree, &facts, &change, progress)?;
-    let pairs = compile::after(&tree, units, &change.files, progress)?;
+    let touched = touched::find(&tree, &facts, &change, progress)?;
+    let pairs = compile::after(&tree, touched.units, &change.files, progress)?;
     progress("comparing");
     let mut sources = target.packages;
     for source in change.sources {
@@ -167,15 +166,19 @@ pub fn build(cache: &Cache, request: &Request, progress: &dyn Fn(&str)) -> Resul
         facts: &facts,
         about: &about,
         allow: &request.allow,
-        not_compiled: &[],
+        not_compiled: &touched.not_compiled,
     };
     Ok(build::build(&inputs, &tree)?)
 }
 
-impl CompileGlue for Tree {
-    fn compile(&self, module_name: &str, c_text: &str) -> Result<Vec<u8>, String> {
+impl Compile for Tree {
+    fn glue(&self, module_name: &str, c_text: &str) -> Result<Vec<u8>, String> {
         self.compile_extra(module_name, c_text)
             .map_err(|error| error.to_string())
+    }
+
+    fn as_shipped(&self, source: &str) -> Result<Vec<u8>, String> {
+        compile::as_shipped(self, source).map_err(|error| error.to_string())
     }
 }
 

@@ -118,6 +118,7 @@ fn items(note: &Note, sides: &[Side<'_>], selection: &Selection) -> Vec<SheetIte
         let noted = note.functions.iter().find(|noted| {
             Some(noted.name.as_str()) == old.map(|old| old.name.as_str())
                 && noted.object.as_deref() == side.shipped.name()
+                && Some(noted.sympos) == replaced.map(|replaced| replaced.found.sympos)
         });
         let (why, detail) = match why {
             Why::Changed(what) => ("changed", what.clone()),
@@ -130,7 +131,7 @@ fn items(note: &Note, sides: &[Side<'_>], selection: &Selection) -> Vec<SheetIte
             name: new.name.clone(),
             why: why.to_owned(),
             detail,
-            old_size: old.map(|old| old.size),
+            old_size: noted.map(|noted| noted.size).or(old.map(|old| old.size)),
             new_size: new.size,
             object: side.shipped.name().map(str::to_owned),
             sympos: replaced.map(|replaced| replaced.found.sympos),

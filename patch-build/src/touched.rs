@@ -1,4 +1,4 @@
-//! Which of the kernel's C files a change gets into.
+//! Which of the kernel's C files a change gets into: none that can have a copy of changed code in it is left out unsaid.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -7,9 +7,10 @@ use std::path::Path;
 use object::{Object, ObjectSymbol, SymbolKind};
 
 use crate::compile::{self, Unit};
-use crate::facts::{KernelFacts, ModuleError};
+use crate::facts::{Config, KernelFacts, ModuleError};
+use crate::source::c_text;
 use crate::source::change::Change;
-use crate::source::{c_text, includers};
+use crate::source::includers::{self, Includers};
 use crate::tree::Tree;
 use crate::{cache, facts};
 
@@ -57,6 +58,20 @@ pub enum Error {
         /// How many files include them.
         found: usize,
     },
+    /// The header is read for every file.
+    #[error("{} gets into every file of the kernel, as the compiler reads it first of all", headers.join(", "))]
+    Everything {
+        /// The changed headers.
+        headers: Vec<String>,
+    },
+    /// Code of any file may be in any other.
+    #[error("kernel {release} was optimised as a whole ({setting}): code of one file may be inlined in every other")]
+    Whole {
+        /// The kernel's release.
+        release: String,
+        /// The setting that says so.
+        setting: String,
+    },
     /// Nothing of the kernel is made of what was changed.
     #[error("no file of kernel {release} includes {}", headers.join(", "))]
     Nowhere {
@@ -67,14 +82,35 @@ pub enum Error {
     },
 }
 
-/// The C files that the change is in or that include a changed header, as far as this kernel is made of them; compiled as they
-/// are.
+/// Where a change gets into.
+#[derive(Debug)]
+pub struct Touched {
+    /// The C files, compiled as they are.
+    pub units: Vec<Unit>,
+    /// Places that may have changed code in them, and could not be compiled: file, and why.
+    pub not_compiled: Vec<(String, String)>,
+}
+
+/// Finds the C files that the change is in or that include a changed file, as far as this kernel is made of them, and compiles them
+/// as they are.
+///
+/// Code of a file is inlined in that file, or where the file is included; nowhere else, as long as the linker does not
+/// optimise. So no debug information of the whole kernel is needed to find inlined copies.
 ///
 /// `progress` is told what takes time.
-pub fn units(tree: &Tree, facts: &KernelFacts, change: &Change, progress: &dyn Fn(&str)) -> Result<Vec<Unit>, Error> {
-    let is_header = |file: &&str| file.ends_with(".h");
-    let (headers, files): (Vec<&str>, Vec<&str>) = change.files.keys().map(String::as_str).partition(is_header);
-    let mut units = compile::before(tree, &files, progress)?;
+pub fn find(tree: &Tree, facts: &KernelFacts, change: &Change, progress: &dyn Fn(&str)) -> Result<Touched, Error> {
+    check_link(&facts.config, &facts.release)?;
+    let changed: Vec<&str> = change.files.keys().map(String::as_str).collect();
+    progress("looking for files that include what changed");
+    let includers = includers::find(tree.source(), &changed)?;
+    if includers.everything {
+        let headers = changed.iter().map(|file| (*file).to_owned()).collect();
+        return Err(Error::Everything { headers });
+    }
+    // A file that others include may have no object of its own.
+    let is_alone = |file: &&str| file.ends_with(".c") && !includers.included.contains(*file);
+    let (alone, included): (Vec<&str>, Vec<&str>) = changed.iter().partition(|file| is_alone(file));
+    let mut units = compile::before(tree, &alone, progress)?;
     for unit in &units {
         if let Some(reason) = missing(unit, facts)? {
             return Err(Error::NotInKernel {
@@ -84,49 +120,89 @@ pub fn units(tree: &Tree, facts: &KernelFacts, change: &Change, progress: &dyn F
             });
         }
     }
-    if !headers.is_empty() {
-        units.extend(including(tree, facts, &headers, &files, progress)?);
-    }
-    if units.is_empty() {
+    let mut touched = including(tree, facts, &included, &includers, progress)?;
+    units.retain(|unit| touched.units.iter().all(|other| other.source != unit.source));
+    touched.units.splice(0..0, units);
+    if touched.units.is_empty() {
         return Err(Error::Nowhere {
-            headers: headers.iter().map(|header| (*header).to_owned()).collect(),
+            headers: changed.iter().map(|file| (*file).to_owned()).collect(),
             release: facts.release.clone(),
         });
     }
-    Ok(units)
+    Ok(touched)
 }
 
-/// The C files beside `known` ones that include the headers.
+/// Refuses a kernel whose files were not compiled one by one (Kconfig of 6.1: `LTO_CLANG_FULL`, `LTO_CLANG_THIN`).
+fn check_link(config: &Config, release: &str) -> Result<(), Error> {
+    let whole = ["LTO_CLANG", "LTO_CLANG_FULL", "LTO_CLANG_THIN", "LTO_GCC", "LTO"];
+    match whole.iter().find(|setting| config.enabled(setting)) {
+        None => Ok(()),
+        Some(setting) => Err(Error::Whole {
+            release: release.to_owned(),
+            setting: format!("CONFIG_{setting}"),
+        }),
+    }
+}
+
+/// Of the files that others include: those that include them, and themselves where they are compiled by themselves, too.
 fn including(
     tree: &Tree,
     facts: &KernelFacts,
-    headers: &[&str],
-    known: &[&str],
+    included: &[&str],
+    includers: &Includers,
     progress: &dyn Fn(&str),
-) -> Result<Vec<Unit>, Error> {
-    progress(&format!("looking for files that include {}", headers.join(", ")));
-    let all = includers::find(tree.source(), headers)?;
+) -> Result<Touched, Error> {
     let folders = module_folders(facts)?;
-    let mut files = Vec::new();
-    for file in all.iter().filter(|file| !known.contains(&file.as_str())) {
+    let themselves = included.iter().copied().filter(|file| file.ends_with(".c"));
+    let mut files: BTreeSet<&str> = themselves.collect();
+    for file in &includers.c {
         if may_be_in_kernel(tree.source(), facts, &folders, file)? {
-            files.push(file.as_str());
+            files.insert(file);
         }
     }
     if files.len() > FILES_MAX {
         return Err(Error::TooMany {
-            headers: headers.iter().map(|header| (*header).to_owned()).collect(),
+            headers: included.iter().map(|file| (*file).to_owned()).collect(),
             found: files.len(),
         });
     }
-    let mut units = Vec::new();
-    for unit in compile::before_where_possible(tree, &files, progress)? {
-        let includes = headers.iter().any(|header| unit.includes(tree, header));
-        if includes && missing(&unit, facts)?.is_none() {
-            units.push(unit);
+    let files: Vec<&str> = files.into_iter().collect();
+    let mut units = compile::before_where_possible(tree, &files, progress)?;
+    let mut not_compiled = Vec::new();
+    for file in files {
+        let compiled = included.contains(&file) || units.iter().any(|unit| unit.source == file);
+        if !compiled && is_of_kernel(&functions(tree.source(), file)?, facts) {
+            not_compiled.push((
+                file.to_owned(),
+                "it includes what changed, and does not compile here".to_owned(),
+            ));
         }
     }
-    Ok(units)
+    let not_running = |file: &&String| {
+        ["arch/x86/boot/", "arch/x86/realmode/", "arch/x86/purgatory/"]
+            .iter()
+            .any(|folder| file.starts_with(folder))
+    };
+    let assembly = includers.assembly.iter().filter(|file| !not_running(file));
+    not_compiled.extend(assembly.map(|file| {
+        (
+            file.clone(),
+            "it includes what changed, and assembly is not compared".to_owned(),
+        )
+    }));
+    let mut in_kernel = Vec::new();
+    for unit in units.drain(..) {
+        let concerned = included
+            .iter()
+            .any(|file| unit.source == *file || unit.includes(tree, file));
+        if concerned && missing(&unit, facts)?.is_none() {
+            in_kernel.push(unit);
+        }
+    }
+    Ok(Touched {
+        units: in_kernel,
+        not_compiled,
+    })
 }
 
 /// What the kernel lacks of a file that was compiled for it; `None` where it is part of the kernel.
@@ -186,10 +262,51 @@ fn may_be_in_kernel(
         }
         folder = above;
     }
+    let functions = functions(source, file)?;
+    // What macros make, or another file has that this one includes, has other names.
+    let is_plain = |function: &(String, bool)| !function.1;
+    Ok(!functions.iter().any(is_plain)
+        || functions
+            .iter()
+            .any(|(name, is_made)| *is_made || is_symbol(facts, name)))
+}
+
+/// The functions that a file's text defines: name, and whether a macro makes it.
+fn functions(source: &Path, file: &str) -> Result<Vec<(String, bool)>, cache::Error> {
     let path = source.join(file);
     let text = fs::read(&path).map_err(cache::Error::io("read", &path))?;
     let text = String::from_utf8_lossy(&text);
-    Ok(c_text::functions(&text)
+    let functions = c_text::functions(&text);
+    Ok(functions
         .iter()
-        .any(|function| is_symbol(facts, function.name)))
+        .map(|function| (function.name.to_owned(), function.made_by.is_some()))
+        .collect())
+}
+
+/// Whether most of a file's functions are the kernel's: then it is part of it. Names of static functions are not rare enough to
+/// go by one of them.
+fn is_of_kernel(functions: &[(String, bool)], facts: &KernelFacts) -> bool {
+    let plain: Vec<&String> = functions
+        .iter()
+        .filter(|(_, is_made)| !is_made)
+        .map(|(name, _)| name)
+        .collect();
+    let found = plain.iter().filter(|name| is_symbol(facts, name)).count();
+    found > 0 && found * 2 >= plain.len()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_kernel_that_was_optimised_as_a_whole_is_refused_by_the_setting() {
+        let check = |text: &str| check_link(&Config::parse(text), "6.1.0-x").map_err(|error| error.to_string());
+        assert_eq!(check("CONFIG_LTO_NONE=y\nCONFIG_ARCH_SUPPORTS_LTO_CLANG=y\n"), Ok(()));
+        let error = check("CONFIG_LTO=y\nCONFIG_LTO_CLANG=y\nCONFIG_LTO_CLANG_THIN=y\n").unwrap_err();
+        assert!(
+            error.contains("6.1.0-x was optimised as a whole (CONFIG_LTO_CLANG)"),
+            "{error}"
+        );
+    }
 }

@@ -13,7 +13,7 @@ use crate::{command, digest};
 
 /// What the kernel's own flags are extended with: a section for every function and object, so that they can be compared
 /// and taken one by one.
-const SECTIONS: &str = "KCFLAGS=-ffunction-sections -fdata-sections";
+pub(crate) const SECTIONS: [&str; 2] = ["-ffunction-sections", "-fdata-sections"];
 /// What settings begin with that say something of the tools on the machine that made the configuration. Where they differ, so may
 /// code that asks for them, which is then not compiled; see [`Tree::other_settings`].
 const OF_THE_TOOLS: [&str; 7] = [
@@ -93,7 +93,7 @@ impl Tree {
             format!("KERNELRELEASE={}", target.release),
             format!("CC={}", compiler),
             format!("HOSTCC={}", host_compiler(&toolchain)),
-            SECTIONS.to_owned(),
+            format!("KCFLAGS={}", SECTIONS.join(" ")),
         ];
         // A Rust compiler that the kernel's makers had not would change the configuration.
         if Config::parse(&config)
@@ -106,9 +106,12 @@ impl Tree {
         if Config::parse(&config).enabled("X86_KERNEL_IBT") {
             make.push("objtool-enabled=y".to_owned());
         }
+        // As make spells it, where the cache is behind a link: commands that make notes down are changed by it later.
+        let source = &target.source.folder;
+        let source = fs::canonicalize(source).map_err(cache::Error::io("find", source))?;
         let mut tree = Self {
             folder,
-            source: target.source.folder.clone(),
+            source,
             make,
             compiler: toolchain.version().to_owned(),
             search_path: toolchain.search_path(),

@@ -17,6 +17,7 @@
 //! - [`monitor`] talks to QEMU behind vmpatch's back;
 //! - [`moving`] is what the tests of moves into another QEMU share;
 //! - [`processes`] finds processes of the host and signals them;
+//! - [`rules`] are changes that show what `vmpatch build` does with each kind;
 //! - [`selfcheck`] compares compiled source files with what a guest runs;
 //! - [`ram`] compares all of a guest's memory, or its kernel, before and after.
 
@@ -35,6 +36,7 @@ pub mod probe;
 pub mod processes;
 pub mod ram;
 pub mod report;
+pub mod rules;
 pub mod selfcheck;
 pub mod sleeper;
 pub mod vmpatch;

@@ -11,11 +11,11 @@ use guest_core::kernel::Live;
 use guest_core::memory::VirtMemory;
 use images::kernel::Kernel;
 use patch_build::cache::Cache;
-use patch_build::compare::{Comparison, Verdict};
-use patch_build::compile::{self, Unit};
+use patch_build::compare::{Comparison, Unit, Verdict, is_of_boot};
+use patch_build::compile;
 use patch_build::facts::{KernelFacts, Sources};
 use patch_build::pair::ObjectPair;
-use patch_build::running::{Places, Shipped, pattern};
+use patch_build::running::{Places, Shipped};
 use patch_build::target::Target;
 use patch_build::tree::Tree;
 
@@ -98,7 +98,7 @@ impl Source {
             let files: Vec<&str> = files.iter().map(String::as_str).collect();
             let units = compile::before_where_possible(&self.tree, &files, &|_| {})?;
             // Modules are not in the image; what is in neither has no code in the guest.
-            let units: Vec<Unit> = units.into_iter().filter(|unit| unit.module.is_none()).collect();
+            let units: Vec<compile::Unit> = units.into_iter().filter(|unit| unit.module.is_none()).collect();
             let mut changed = BTreeMap::new();
             for unit in &units {
                 let text = fs::read_to_string(self.tree.source().join(&unit.source))?;
@@ -132,6 +132,8 @@ pub struct Tally {
     pub same: usize,
     /// Files in which lines in front changed something: file, and what.
     pub not_null: Vec<String>,
+    /// Functions in whose place the kernel has those of another file, for they are weak.
+    pub weak: Vec<String>,
     /// Functions whose shipped code is not the compiled one.
     pub other: Vec<String>,
     /// Functions whose code in the guest is neither.
@@ -139,46 +141,50 @@ pub struct Tally {
 }
 
 impl Tally {
+    /// True where every function that the kernel took from these files is what the guest runs, and lines in front changed nothing.
+    pub fn is_clean(&self) -> bool {
+        self.not_null.is_empty() && self.other.is_empty() && self.differ.is_empty()
+    }
+
     /// Adds a file; returns a line about it. A file without a function in the kernel does not count.
     fn file(&mut self, pair: &ObjectPair, source: &Source, live: &Live<'_>, slide: u64) -> Result<String, Error> {
         let comparison = Comparison::of(&pair.before, &pair.after)?;
         let unit = &comparison.before;
         let shipped = Shipped::kernel(&source.facts)?;
-        let places = Places::find(unit, &shipped);
-        let (mut same, mut other) = (0, Vec::new());
+        let mut places = Places::find(unit, &shipped);
+        if !places.are_complete(unit) {
+            let as_shipped = Unit::plain(&compile::as_shipped(&source.tree, &pair.source)?)?;
+            places.complete(unit, &as_shipped, &shipped);
+        }
+        let (mut same, mut weak, mut other) = (0, Vec::new(), Vec::new());
         for (id, item) in unit.items.iter().enumerate() {
-            let is_of_boot =
-                unit.section_of(item).name.starts_with(".init") || unit.section_of(item).name.starts_with(".exit");
-            if !item.is_function || item.size == 0 || is_of_boot {
+            if !item.is_function || item.size == 0 || is_of_boot(&unit.section_of(item).name) {
                 continue;
             }
             let name = format!("{}: {}", pair.source, item.name);
-            let Some(found) = places.get(id) else {
-                other.push(format!("{name}: {} symbols of that name", places.count(id)));
+            let (Some(found), Some(code)) = (places.get(id), places.code(id)) else {
+                match places.count(id) {
+                    1 if unit.is_weak(item) => weak.push(name),
+                    1 => other.push(format!("{name}: other code")),
+                    count => other.push(format!("{name}: {count} symbols of that name")),
+                }
                 continue;
             };
-            let code = shipped.bytes(found.address, item.size).unwrap_or_default();
-            if !found.is_same {
-                let mismatch = pattern(unit, id, &unit.bytes(item)).mismatch(&code);
-                other.push(format!(
-                    "{name}: as shipped it differs at {:#x}",
-                    mismatch.map_or(0, |m| m.offset)
-                ));
-                continue;
-            }
             let mut running = vec![0; code.len()];
             live.read(Gva(found.address.wrapping_add(slide)), &mut running)?;
-            match pattern(unit, id, &code).mismatch(&running) {
+            match code.mismatch(&running) {
                 None => same += 1,
                 Some(mismatch) => self.differ.push(format!("{name}: {mismatch:x?}")),
             }
         }
-        if same == 0 {
+        // Some names of functions are in every file.
+        if same <= other.len() {
             return Ok(format!("{}: not in this kernel", pair.source));
         }
         self.files += 1;
         self.same += same;
-        let line = format!("{}: {same} functions, {} others", pair.source, other.len());
+        let line = format!("{}: {same} functions, {} others", pair.source, weak.len() + other.len());
+        self.weak.append(&mut weak);
         self.other.append(&mut other);
         if !comparison.is_null() {
             let changed = comparison.after.items.iter().zip(&comparison.verdicts);
@@ -196,16 +202,18 @@ impl fmt::Display for Tally {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(
             f,
-            "{} files, {} functions as in the guest; {} files where lines in front changed something, {} functions shipped otherwise, \
-             {} that differ in the guest",
+            "{} files, {} functions as in the guest; {} files where lines in front changed something, {} weak functions that others \
+             took the place of, {} functions shipped otherwise, {} that differ in the guest",
             self.files,
             self.same,
             self.not_null.len(),
+            self.weak.len(),
             self.other.len(),
             self.differ.len()
         )?;
         let lists = [
             ("lines in front changed", &self.not_null),
+            ("weak", &self.weak),
             ("shipped otherwise", &self.other),
             ("differs in the guest", &self.differ),
         ];

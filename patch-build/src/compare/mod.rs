@@ -16,7 +16,7 @@ pub use differ::Difference;
 pub(crate) use differ::{is_by_contents, replacement, unnamed_piece, width};
 pub use pairs::Pairs;
 pub use tables::TableError;
-pub use unit::{Item, ItemId, Target, Unit};
+pub use unit::{Item, ItemId, Target, Unit, is_of_boot};
 
 use std::collections::BTreeMap;
 
@@ -92,7 +92,13 @@ impl Comparison {
             lines: &lines,
         };
         let verdict = |a: ItemId| match pairs.to_before(a) {
-            Some(b) => differ.items(b, a).map_or(Verdict::Equal, Verdict::Changed),
+            Some(b) => {
+                let found = differ.items(b, a).or_else(|| {
+                    let (old, new) = (before.item(b).at, after.item(a).at);
+                    retyped(old_types.of_variable(old)?, new_types.of_variable(new)?)
+                });
+                found.map_or(Verdict::Equal, Verdict::Changed)
+            }
             None => Verdict::New,
         };
         let verdicts = (0..after.items.len()).map(verdict).collect();
@@ -142,6 +148,11 @@ impl Comparison {
         };
         !self.verdicts.iter().enumerate().any(counts)
     }
+}
+
+/// What to say of a variable whose type became another one of the same size.
+fn retyped(before: &str, after: &str) -> Option<Difference> {
+    (before != after).then(|| format!("its type was {before}, and is {after}"))
 }
 
 fn read(bytes: &[u8]) -> Result<(Unit, Statics, Layouts), CompareError> {

@@ -49,10 +49,13 @@ pub(crate) fn variable(name: &str) -> &str {
     }
 }
 
-/// A file-wide static's name without the compiler's number, nor that of `__UNIQUE_ID()`.
+/// Names of macros that end in a line or a count: `__UNIQUE_ID()` (include/linux/compiler.h), `BTF_ID()` (include/linux/btf_ids.h).
+const NUMBERED: [&str; 2] = ["__UNIQUE_ID_", "__BTF_ID__"];
+
+/// A file-wide static's name without the compiler's number, nor that of such a macro.
 pub(crate) fn unnumbered(name: &str) -> String {
     let plain = variable(name);
-    if plain.starts_with("__UNIQUE_ID_") {
+    if NUMBERED.iter().any(|prefix| plain.starts_with(prefix)) {
         return plain.trim_end_matches(|c: char| c.is_ascii_digit()).to_owned();
     }
     plain.to_owned()
@@ -97,6 +100,11 @@ mod tests {
         assert_eq!(variable("warned.3"), "warned");
         assert_eq!(variable("cpu_info"), "cpu_info");
         assert_eq!(variable("a.b"), "a.b");
+        assert_eq!(
+            unnumbered("__BTF_ID__struct__sk_buff__10884593"),
+            "__BTF_ID__struct__sk_buff__"
+        );
+        assert_eq!(unnumbered("name5"), "name5");
     }
 
     #[test]

@@ -47,6 +47,16 @@ fn the_line_of_a_warning_does_not_matter() {
 }
 
 #[test]
+fn the_line_of_a_warning_does_not_matter_where_a_header_has_the_first_function() {
+    let text = |line: u32| {
+        format!(
+            "# 1 \"first.h\"\nint h(int a) {{ return a; }}\n# {line} \"x.c\"\nvoid g(void) {{ sleepy(__FILE__, __LINE__); }}\n"
+        )
+    };
+    assert_eq!(changes("header-first", &text(100), &text(103)), [""; 0]);
+}
+
+#[test]
 fn a_number_that_is_no_line_matters() {
     let before = "void g(void) { sleepy(0, 5); }\n";
     assert_eq!(
@@ -103,6 +113,19 @@ fn changed_data_and_changed_layouts_are_seen() {
     let comparison = compared("layout", before, &before.replace("{ int a; }", "{ int a; int b; }"));
     let names: Vec<&str> = comparison.types.iter().map(|(name, _, _)| name.as_str()).collect();
     assert_eq!(names, ["struct s"]);
+}
+
+#[test]
+fn a_variable_of_another_type_is_changed_though_its_bytes_are_the_same() {
+    let before = "int size;\nint f(void) { static int last; return size + ++last; }\n";
+    assert_eq!(
+        changes("retyped", before, &before.replace("int size", "unsigned size")),
+        ["size changed"]
+    );
+    let found = changes("retyped-local", before, &before.replace("static int", "static float"));
+    assert!(found.contains(&"last.0 changed".to_owned()), "{found:?}");
+    let renamed = format!("typedef int number;\n{}", before.replace("int size", "number size"));
+    assert_eq!(changes("typedef", before, &renamed), [""; 0]);
 }
 
 #[test]

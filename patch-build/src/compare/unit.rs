@@ -2,10 +2,10 @@
 
 use std::collections::BTreeMap;
 
-use object::elf::{R_X86_64_NONE, R_X86_64_PC32, R_X86_64_PLT32};
+use object::elf::{R_X86_64_NONE, R_X86_64_PC32, R_X86_64_PLT32, STB_WEAK};
 
-use super::names;
 use super::tables::{self, Entry, TableError};
+use super::{CompareError, names};
 use crate::elf::code::Code;
 use crate::elf::{At, Object, Place, Relocation, Section};
 use crate::types::Statics;
@@ -98,6 +98,13 @@ impl Unit {
         Ok(unit)
     }
 
+    /// Takes a file apart without its debug information: keys of static locals do not say whose they are.
+    ///
+    /// Errors: as of [`Comparison::of`](super::Comparison::of).
+    pub fn plain(bytes: &[u8]) -> Result<Self, CompareError> {
+        Ok(Self::new(Object::parse(bytes)?, &Statics::default())?)
+    }
+
     /// The item of an index. Indexes come from this unit.
     pub fn item(&self, id: ItemId) -> &Item {
         &self.items[id]
@@ -111,6 +118,12 @@ impl Unit {
     /// The section that an item is in.
     pub fn section_of(&self, item: &Item) -> &Section {
         &self.object.sections[item.at.section]
+    }
+
+    /// True for what the linker only takes where no other file has it.
+    pub fn is_weak(&self, item: &Item) -> bool {
+        let symbol = self.object.symbols.get(item.symbol);
+        symbol.is_some_and(|symbol| symbol.binding == STB_WEAK.0)
     }
 
     /// Bytes of an item: zeros for one that has none in the file.
@@ -213,6 +226,13 @@ impl Unit {
         let place = self.code.get(&section).and_then(|code| code.place(relocation));
         place.is_some_and(|place| place.is_branch)
     }
+}
+
+/// Code that is gone, or never runs again, once the system is up.
+pub fn is_of_boot(section: &str) -> bool {
+    [".init.", ".exit.", ".meminit.", ".head."]
+        .iter()
+        .any(|prefix| section.starts_with(prefix))
 }
 
 /// The text constant at an offset of its section, with the zero byte that ends it.

@@ -2,6 +2,8 @@
 
 use std::path::Path;
 
+use crate::tree::SECTIONS;
+
 /// A command for the shell, run in the tree's folder, that makes one object file.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct SavedCommand {
@@ -47,20 +49,30 @@ impl SavedCommand {
 
     /// The same command with another source folder and another object; the list of headers goes to `OBJECT.d`.
     pub(super) fn redirected(&self, from: &Path, to: &Path, object: &Path) -> String {
-        let old = |path: &Path| format!("{}/", path.display());
+        let [from, to] = [from, to].map(|path| format!("{}/", path.display()));
+        self.for_object(object, |word| Some(word.replace(&from, &to)))
+    }
+
+    /// The same command for another object, without the flags that only comparing takes; the list of headers goes to `OBJECT.d`.
+    pub(super) fn as_shipped(&self, object: &Path) -> String {
+        self.for_object(object, |word| (!SECTIONS.contains(&word)).then(|| word.to_owned()))
+    }
+
+    /// The same command for another object; what becomes of all other words, `other` says.
+    fn for_object(&self, object: &Path, other: impl Fn(&str) -> Option<String>) -> String {
         let object = object.display().to_string();
         let (folder, name) = self.object.rsplit_once('/').unwrap_or(("", &self.object));
         let depends = format!("-Wp,-MMD,{folder}/.{name}.d");
         let word = |word: &str| {
             if word == self.object {
-                object.clone()
+                Some(object.clone())
             } else if word == depends {
-                format!("-Wp,-MMD,{object}.d")
+                Some(format!("-Wp,-MMD,{object}.d"))
             } else {
-                word.replace(&old(from), &old(to))
+                other(word)
             }
         };
-        self.text.split(' ').map(word).collect::<Vec<_>>().join(" ")
+        self.text.split(' ').filter_map(word).collect::<Vec<_>>().join(" ")
     }
 }
 
@@ -97,6 +109,18 @@ mod tests {
         assert_eq!(saved().module(), Some("af_alg"));
         let builtin = SAVED.replace("-DMODULE ", "");
         assert_eq!(SavedCommand::parse("crypto/af-alg.o", &builtin).unwrap().module(), None);
+    }
+
+    #[test]
+    fn as_shipped_it_is_compiled_without_sections_for_all_that_is_in_it() {
+        let with = SAVED.replace("-pg", "-pg -ffunction-sections -fdata-sections");
+        let command = SavedCommand::parse("crypto/af-alg.o", &with).unwrap();
+        let text = command.as_shipped(Path::new("/tmp/x.o"));
+        assert!(
+            text.contains(" -pg -mfentry ") && text.contains("-o /tmp/x.o /src/crypto/af-alg.c"),
+            "{text}"
+        );
+        assert!(!text.contains("sections"), "{text}");
     }
 
     #[test]

@@ -5,7 +5,9 @@ mod overlay;
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::panic::resume_unwind;
 use std::path::{Path, PathBuf};
+use std::thread;
 
 use crate::cache;
 use crate::command as host;
@@ -122,6 +124,27 @@ pub fn before_where_possible(tree: &Tree, files: &[&str], progress: &dyn Fn(&str
     files.iter().filter(is_there).map(|file| unit(tree, file)).collect()
 }
 
+/// Compiles a file that [`before`] compiled once more, as the kernel's own build does: without a section for each function. In the
+/// sections of a whole file jumps are shorter here and there, and loops are aligned otherwise. Of a source that can't change it is
+/// compiled once.
+pub fn as_shipped(tree: &Tree, file: &str) -> Result<Vec<u8>, Error> {
+    let unit = unit(tree, file)?;
+    let path = tree
+        .folder()
+        .join(object_name(file)?)
+        .with_extension("vmpatch-as-shipped.o");
+    if !tree.is_fixed() || !path.exists() {
+        let partial = path.with_extension("partial");
+        tree.shell(&unit.command.as_shipped(&partial))
+            .map_err(|source| Error::Before {
+                files: vec![file.to_owned()],
+                source,
+            })?;
+        fs::rename(&partial, &path).map_err(cache::Error::io("rename", &partial))?;
+    }
+    Ok(fs::read(&path).map_err(cache::Error::io("read", &path))?)
+}
+
 /// Compiles the same files again, with `changed` files in place of the source's.
 pub fn after(
     tree: &Tree,
@@ -135,20 +158,47 @@ pub fn after(
     }
     let files: Vec<&str> = units.iter().map(|unit| unit.source.as_str()).collect();
     overlay::make(tree.source(), &root, changed, &files)?;
+    let objects = in_parallel(
+        &units,
+        |number, unit| {
+            let object = root.join(format!("vmpatch-object-{number}.o"));
+            recompile(tree, &root, unit, &object, changed)
+        },
+        &|unit| progress(&format!("compiling the changed {}", unit.source)),
+    );
     let mut pairs = Vec::new();
-    for unit in units {
-        progress(&format!("compiling the changed {}", unit.source));
-        let after = recompile(tree, &root, &unit, changed)?;
+    for (unit, after) in units.into_iter().zip(objects) {
         pairs.push(ObjectPair {
             source: unit.source,
             module: unit.module,
             has_ftrace: unit.command.has_ftrace(),
             before: unit.object,
-            after,
+            after: after?,
         });
     }
     fs::remove_dir_all(&root).map_err(cache::Error::io("remove", &root))?;
     Ok(pairs)
+}
+
+/// Does the work for each unit, for as many at a time as there are processors. `said` is told of each that begins.
+fn in_parallel<T: Send>(units: &[Unit], work: impl Fn(usize, &Unit) -> T + Sync, said: &dyn Fn(&Unit)) -> Vec<T> {
+    let jobs = thread::available_parallelism().map_or(1, usize::from);
+    let numbered: Vec<(usize, &Unit)> = units.iter().enumerate().collect();
+    let mut done = Vec::new();
+    for some in numbered.chunks(jobs) {
+        some.iter().for_each(|(_, unit)| said(unit));
+        done.extend(thread::scope(|scope| {
+            let work = &work;
+            let threads: Vec<_> = some
+                .iter()
+                .map(|(number, unit)| scope.spawn(move || work(*number, unit)))
+                .collect();
+            let ends = threads.into_iter().map(|thread| thread.join());
+            ends.map(|end| end.unwrap_or_else(|panic| resume_unwind(panic)))
+                .collect::<Vec<T>>()
+        }));
+    }
+    done
 }
 
 /// The objects that have to be made.
@@ -210,14 +260,19 @@ fn object_name(file: &str) -> Result<String, Error> {
     Ok(format!("{stem}.o"))
 }
 
-fn recompile(tree: &Tree, root: &Path, unit: &Unit, changed: &BTreeMap<String, String>) -> Result<Vec<u8>, Error> {
-    let object = root.join("vmpatch-object.o");
-    let shell = unit.command.redirected(tree.source(), root, &object);
+fn recompile(
+    tree: &Tree,
+    root: &Path,
+    unit: &Unit,
+    object: &Path,
+    changed: &BTreeMap<String, String>,
+) -> Result<Vec<u8>, Error> {
+    let shell = unit.command.redirected(tree.source(), root, object);
     tree.shell(&shell).map_err(|source| Error::After {
         file: unit.source.clone(),
         source,
     })?;
-    let list = root.join("vmpatch-object.o.d");
+    let list = object.with_extension("o.d");
     let rule = fs::read_to_string(&list).map_err(cache::Error::io("read", &list))?;
     if let Some(header) = old_header(tree.source(), &rule, changed) {
         return Err(Error::OldHeader {
@@ -225,7 +280,7 @@ fn recompile(tree: &Tree, root: &Path, unit: &Unit, changed: &BTreeMap<String, S
             header: header.to_owned(),
         });
     }
-    Ok(fs::read(&object).map_err(cache::Error::io("read", &object))?)
+    Ok(fs::read(object).map_err(cache::Error::io("read", object))?)
 }
 
 /// The first of the changed files that was read in its old form.

@@ -3,10 +3,13 @@
 //! Names do not tell: hundreds of statics share one. Code does: a function is where the kernel has its very code, and a variable
 //! where the code that uses it says.
 
+use std::collections::BTreeMap;
+
+use guest_core::pattern::Pattern;
 use object::elf::{R_X86_64_32, R_X86_64_32S, R_X86_64_64, R_X86_64_PC32, R_X86_64_PLT32};
 
 use super::{Shipped, pattern};
-use crate::compare::{ItemId, Target, Unit};
+use crate::compare::{ItemId, Target, Unit, is_of_boot};
 use crate::elf::{Place, Relocation};
 
 /// More rounds than a chain of items is long of which each is only found through the one before it.
@@ -28,6 +31,7 @@ pub struct Found {
 pub struct Places {
     found: Vec<Option<Found>>,
     counts: Vec<usize>,
+    codes: BTreeMap<ItemId, Pattern>,
 }
 
 impl Places {
@@ -49,6 +53,7 @@ impl Places {
                 *slot = Some(*only);
             }
         }
+        neighbours(unit, shipped, &candidates, &mut addresses);
         if shipped.is_linked() {
             for _ in 0..ROUNDS_MAX {
                 if !follow(unit, shipped, &candidates, &mut addresses) {
@@ -56,6 +61,11 @@ impl Places {
                 }
             }
         }
+        let codes: BTreeMap<ItemId, Pattern> = addresses
+            .iter()
+            .enumerate()
+            .filter_map(|(id, address)| Some((id, code(unit, id, shipped, (*address)?)?)))
+            .collect();
         let found = addresses
             .iter()
             .zip(&candidates)
@@ -67,13 +77,46 @@ impl Places {
                 Some(Found {
                     address,
                     sympos: u64::try_from(sympos).ok()?,
-                    is_same: has_code(unit, id, shipped, address),
+                    is_same: codes.contains_key(&id),
                 })
             });
         Self {
             found: found.collect(),
             counts: candidates.iter().map(Vec::len).collect(),
+            codes,
         }
+    }
+
+    /// False where a function's shipped code is not the compiled one, or it is not known which of several it is. Functions that
+    /// are gone when the system runs do not count, nor weak ones: another file has what the kernel took instead.
+    pub fn are_complete(&self, unit: &Unit) -> bool {
+        let mut functions = unit.items.iter().enumerate().filter(|(_, item)| {
+            item.is_function && item.size > 0 && !unit.is_weak(item) && !is_of_boot(&unit.section_of(item).name)
+        });
+        functions.all(|(id, _)| self.count(id) == 0 || self.get(id).is_some_and(|found| found.is_same))
+    }
+
+    /// Adds what is only found by the same file as the kernel's own build compiles it.
+    pub fn complete(&mut self, unit: &Unit, as_shipped: &Unit, shipped: &Shipped<'_>) {
+        let others = Self::find(as_shipped, shipped);
+        for (id, item) in unit.items.iter().enumerate() {
+            let known = self.get(id).is_some_and(|found| found.is_same || !item.is_function);
+            let other = as_shipped.named(&item.name).filter(|_| !known);
+            let Some((other, found)) = other.and_then(|other| Some((other, others.get(other)?))) else {
+                continue;
+            };
+            if let Some(slot) = self.found.get_mut(id) {
+                *slot = Some(found);
+            }
+            if let Some(code) = others.codes.get(&other) {
+                self.codes.insert(id, code.clone());
+            }
+        }
+    }
+
+    /// The code of a function as it was shipped, masked; none where it is not the compiled one.
+    pub fn code(&self, id: ItemId) -> Option<&Pattern> {
+        self.codes.get(&id)
     }
 
     /// Where an item is; none where it is not in the kernel, or not known which of several it is.
@@ -89,12 +132,40 @@ impl Places {
 
 /// True where the code at an address is the one that was compiled.
 fn has_code(unit: &Unit, id: ItemId, shipped: &Shipped<'_>, at: u64) -> bool {
+    code(unit, id, shipped, at).is_some()
+}
+
+/// The code at an address, masked, where it is the one that was compiled.
+fn code(unit: &Unit, id: ItemId, shipped: &Shipped<'_>, at: u64) -> Option<Pattern> {
     let item = unit.item(id);
-    if !item.is_function {
-        return false;
+    let code = shipped.bytes(at, item.size).filter(|_| item.is_function)?;
+    let is_same = pattern(unit, id, &unit.bytes(item)).mismatch(&code).is_none();
+    is_same.then(|| pattern(unit, id, &code))
+}
+
+/// Finds functions by those of the same section: what the compiler put there lies as far apart in the kernel.
+fn neighbours(unit: &Unit, shipped: &Shipped<'_>, candidates: &[Vec<u64>], addresses: &mut [Option<u64>]) {
+    let mut starts: BTreeMap<usize, u64> = BTreeMap::new();
+    for (id, item) in unit.items.iter().enumerate() {
+        if let Some(Some(address)) = addresses.get(id)
+            && has_code(unit, id, shipped, *address)
+        {
+            starts
+                .entry(item.at.section)
+                .or_insert(address.wrapping_sub(item.at.offset));
+        }
     }
-    let code = shipped.bytes(at, item.size);
-    code.is_some_and(|code| pattern(unit, id, &unit.bytes(item)).mismatch(&code).is_none())
+    for (id, item) in unit.items.iter().enumerate() {
+        let start = starts.get(&item.at.section);
+        let (Some(start), Some(slot @ None)) = (start, addresses.get_mut(id)) else {
+            continue;
+        };
+        let address = start.wrapping_add(item.at.offset);
+        let is_named = candidates.get(id).is_some_and(|all| all.contains(&address));
+        if is_named && has_code(unit, id, shipped, address) {
+            *slot = Some(address);
+        }
+    }
 }
 
 /// Reads, from the code of functions that are known, where what they refer to is. True where something new was found.

@@ -3,10 +3,9 @@
 use std::fmt;
 use std::str::FromStr;
 
-use super::roots::is_of_boot;
 use super::{SelectError, Selection, Side};
 use crate::compare::tables::{ORC, TABLES};
-use crate::compare::{Target, Verdict, names};
+use crate::compare::{Target, Verdict, is_of_boot, names};
 use crate::elf::Section;
 
 /// Kinds of risk, each of which `--allow` can name.

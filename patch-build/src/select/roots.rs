@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use super::{Chosen, Finding, Replaced, Risk, SelectError};
-use crate::compare::{Comparison, ItemId, Verdict, names};
+use crate::compare::{Comparison, ItemId, Verdict, is_of_boot, names};
 use crate::running::{Places, Shipped};
 
 /// One source file: what changed in it, and where its first version is in the kernel.
@@ -68,13 +68,6 @@ pub(super) fn roots(sides: &[Side<'_>], findings: &mut Vec<Finding>) -> Vec<(Cho
         }
     }
     roots.into_iter().collect()
-}
-
-/// Code that is gone, or never runs again, once the system is up.
-pub(super) fn is_of_boot(section: &str) -> bool {
-    [".init.", ".exit.", ".meminit.", ".head."]
-        .iter()
-        .any(|prefix| section.starts_with(prefix))
 }
 
 /// What a changed function replaces; nothing for one that is new.

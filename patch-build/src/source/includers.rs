@@ -1,4 +1,4 @@
-//! Which C files a changed header gets into.
+//! Which files a changed one gets into: those that include it.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fs;
@@ -17,26 +17,56 @@ const OUTSIDE: [&str; 7] = [
     ".git",
 ];
 
-/// The C files that include one of `headers`, directly or through other headers; in order. Includes are matched by the end of
-/// their path, so that a file may be named that finds another header of that name; conditions around them are not looked at.
+/// What the compiler reads before every C file: it is on its command line (Makefile and scripts/Makefile.lib of 6.1, `-include`).
+const BEFORE_ALL: [&str; 3] = [
+    "include/linux/kconfig.h",
+    "include/linux/compiler-version.h",
+    "include/linux/compiler_types.h",
+];
+
+/// The files that a change of other files gets into.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Includers {
+    /// C files.
+    pub c: BTreeSet<String>,
+    /// Files of assembly.
+    pub assembly: BTreeSet<String>,
+    /// Those of the changed files that others may include.
+    pub included: BTreeSet<String>,
+    /// True where every C file is reached, whatever it includes.
+    pub everything: bool,
+}
+
+/// The files that include one of `changed` (headers, or C files, some of which others include), directly or through others.
+/// Includes are matched by the end of their path, so that a file may be named that finds another header of that name;
+/// conditions around them are not looked at.
 ///
-/// All C files and headers of the source are read for it, or, for a header outside the include folders, those of its top folder.
-pub fn find(source: &Path, headers: &[&str]) -> Result<BTreeSet<String>, Error> {
-    let is_public = |header: &&str| header.starts_with("include/") || header.starts_with("arch/x86/include/");
-    let includes = if headers.iter().any(is_public) {
+/// All files of the source are read for it, or, for what lies outside the include folders, those of its part of the source.
+pub fn find(source: &Path, changed: &[&str]) -> Result<Includers, Error> {
+    let is_public = |file: &&str| file.starts_with("include/") || file.starts_with("arch/x86/include/");
+    let includes = if changed.iter().any(is_public) {
         includes_below(source, "")?
     } else {
-        let tops: BTreeSet<&str> = headers
-            .iter()
-            .map(|header| header.split('/').next().unwrap_or(""))
-            .collect();
+        let parts: BTreeSet<&str> = changed.iter().map(|file| part(file)).collect();
         let mut all = BTreeMap::new();
-        for top in tops {
-            all.extend(includes_below(source, top)?);
+        for part in parts {
+            all.extend(includes_below(source, part)?);
         }
         all
     };
-    Ok(reached(&includes, headers))
+    Ok(reached(&includes, changed))
+}
+
+/// The part of the source whose files may include what is no public header. Drivers of one kind do not include those of another,
+/// and there are many.
+fn part(file: &str) -> &str {
+    let mut ends = file.match_indices('/').map(|(at, _)| at);
+    let (first, second) = (ends.next(), ends.next());
+    let end = match second {
+        Some(second) if file.starts_with("drivers/") || file.starts_with("sound/") => Some(second),
+        _ => first,
+    };
+    end.and_then(|end| file.get(..end)).unwrap_or("")
 }
 
 /// The files of a folder and of those below, each with the paths that it includes.
@@ -57,7 +87,7 @@ fn includes_below(source: &Path, top: &str) -> Result<BTreeMap<String, Vec<Strin
             };
             if kind.is_dir() && is_inside(&below) {
                 folders.push(below);
-            } else if kind.is_file() && (below.ends_with(".c") || below.ends_with(".h")) {
+            } else if kind.is_file() && [".c", ".h", ".S"].iter().any(|end| below.ends_with(end)) {
                 let text = fs::read(entry.path()).map_err(Error::io("read", &entry.path()))?;
                 let includes: Vec<String> = includes(&String::from_utf8_lossy(&text)).map(str::to_owned).collect();
                 all.insert(below, includes);
@@ -87,30 +117,39 @@ fn includes(text: &str) -> impl Iterator<Item = &str> {
     })
 }
 
-/// The C files from which one of `headers` is reached.
-fn reached(includes: &BTreeMap<String, Vec<String>>, headers: &[&str]) -> BTreeSet<String> {
+/// The files from which one of `changed` is reached.
+fn reached(includes: &BTreeMap<String, Vec<String>>, changed: &[&str]) -> Includers {
     let mut by_name: HashMap<&str, Vec<(&str, &str)>> = HashMap::new();
     for (file, included) in includes {
         for path in included {
             by_name.entry(base(path)).or_default().push((path, file));
         }
     }
-    let mut files = BTreeSet::new();
+    let mut found = Includers::default();
     let mut seen: BTreeSet<&str> = BTreeSet::new();
-    let mut wanted: Vec<&str> = headers.to_vec();
-    while let Some(header) = wanted.pop() {
-        for (path, file) in by_name.get(base(header)).into_iter().flatten() {
-            if !names(path, header) || !seen.insert(file) {
+    let mut wanted: Vec<&str> = changed.to_vec();
+    while let Some(one) = wanted.pop() {
+        found.everything |= BEFORE_ALL.contains(&one);
+        for (path, file) in by_name.get(base(one)).into_iter().flatten() {
+            if !names(path, one) {
+                continue;
+            }
+            if changed.contains(&one) {
+                found.included.insert(one.to_owned());
+            }
+            if !seen.insert(file) {
                 continue;
             }
             if file.ends_with(".c") {
-                files.insert((*file).to_owned());
+                found.c.insert((*file).to_owned());
+            } else if file.ends_with(".S") {
+                found.assembly.insert((*file).to_owned());
             }
             // Some C files are included, too.
             wanted.push(file);
         }
     }
-    files
+    found
 }
 
 fn base(path: &str) -> &str {
@@ -139,9 +178,36 @@ mod tests {
             file("net/x.c", &["net/b.h"]),
             file("net/y.c", &["../include/net/a.h"]),
             file("net/z.c", &["other/a.h", "linux/list.h"]),
+            file("net/s.S", &["net/b.h"]),
         ]);
-        let found: Vec<String> = reached(&includes, &["include/net/a.h"]).into_iter().collect();
-        assert_eq!(found, ["net/x.c", "net/y.c"]);
+        let found = reached(&includes, &["include/net/a.h"]);
+        assert_eq!(found.c.into_iter().collect::<Vec<_>>(), ["net/x.c", "net/y.c"]);
+        assert_eq!(found.assembly.into_iter().collect::<Vec<_>>(), ["net/s.S"]);
+        assert!(!found.everything);
+    }
+
+    #[test]
+    fn a_c_file_gets_into_the_one_that_includes_it() {
+        let includes = BTreeMap::from([("fs/compat_binfmt_elf.c".to_owned(), vec!["binfmt_elf.c".to_owned()])]);
+        let found = reached(&includes, &["fs/binfmt_elf.c"]);
+        assert_eq!(found.c.into_iter().collect::<Vec<_>>(), ["fs/compat_binfmt_elf.c"]);
+        assert!(found.included.contains("fs/binfmt_elf.c"));
+    }
+
+    #[test]
+    fn what_the_compiler_reads_first_of_all_gets_into_everything() {
+        let includes = BTreeMap::from([(
+            "include/linux/compiler_types.h".to_owned(),
+            vec!["linux/own.h".to_owned()],
+        )]);
+        assert!(reached(&includes, &["include/linux/own.h"]).everything);
+    }
+
+    #[test]
+    fn only_drivers_of_one_kind_are_read_for_a_driver() {
+        assert_eq!(part("drivers/net/virtio_net.c"), "drivers/net");
+        assert_eq!(part("fs/proc/internal.h"), "fs");
+        assert_eq!((part("drivers/x.c"), part("x.c")), ("drivers", ""));
     }
 
     #[test]

@@ -4,8 +4,9 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use gimli::{AttributeValue, UnitOffset};
 
-use super::DebugError;
-use super::load::{self, DebugInfo, Slice};
+use super::load::{self, DebugInfo, MainFile, Slice};
+use super::{DebugError, statics};
+use crate::elf::At;
 
 /// More levels of a type than any has (arrays of pointers to structures in unions …): ends what would not end.
 const DEPTH_MAX: usize = 32;
@@ -21,6 +22,8 @@ pub struct Layouts {
     own: BTreeSet<String>,
     /// By function: the structures that it reaches through a variable of its own, or of one that is inlined there.
     reached: BTreeMap<String, BTreeSet<String>>,
+    /// The types of variables, by their places.
+    variables: BTreeMap<At, Shape>,
 }
 
 impl Layouts {
@@ -39,6 +42,7 @@ impl Layouts {
     }
 
     fn read_unit(&mut self, dwarf: &Dwarf<'_>, unit: &Unit<'_>) -> Result<(), DebugError> {
+        let main = MainFile::of(dwarf, unit);
         let mut function: Option<(isize, String)> = None;
         let mut entries = unit.entries();
         while let Some(entry) = entries.next_dfs()? {
@@ -46,12 +50,15 @@ impl Layouts {
                 function = None;
             }
             match entry.tag() {
-                gimli::DW_TAG_structure_type | gimli::DW_TAG_union_type => self.read_shape(dwarf, unit, entry)?,
+                gimli::DW_TAG_structure_type | gimli::DW_TAG_union_type => {
+                    self.read_shape(dwarf, unit, entry, &main)?
+                }
                 gimli::DW_TAG_subprogram => {
                     let name = load::name(dwarf, unit, entry).unwrap_or_default();
                     function = Some((entry.depth(), name));
                 }
                 gimli::DW_TAG_variable | gimli::DW_TAG_formal_parameter => {
+                    self.read_variable(dwarf, unit, entry)?;
                     if let (Some((_, function)), Some(structure)) = (&function, pointee(dwarf, unit, entry)) {
                         self.reached.entry(function.clone()).or_default().insert(structure);
                     }
@@ -62,18 +69,41 @@ impl Layouts {
         Ok(())
     }
 
+    fn read_variable(
+        &mut self,
+        dwarf: &Dwarf<'_>,
+        unit: &Unit<'_>,
+        entry: &gimli::DebuggingInformationEntry<Slice<'_>>,
+    ) -> Result<(), DebugError> {
+        let Some(at) = statics::location(unit, entry) else {
+            return Ok(());
+        };
+        // One that was declared before has its type there.
+        let kind = reference(entry).or_else(|| reference(&load::origin(unit, entry)?));
+        if let Some(kind) = kind {
+            self.variables.insert(at, type_text(dwarf, unit, kind, 0)?);
+        }
+        Ok(())
+    }
+
+    /// The type of the variable at a place, as text.
+    pub fn of_variable(&self, at: At) -> Option<&str> {
+        self.variables.get(&at).map(String::as_str)
+    }
+
     fn read_shape(
         &mut self,
         dwarf: &Dwarf<'_>,
         unit: &Unit<'_>,
         entry: &gimli::DebuggingInformationEntry<Slice<'_>>,
+        main: &MainFile,
     ) -> Result<(), DebugError> {
         let Some(name) = structure_name(dwarf, unit, entry) else {
             return Ok(());
         };
         if entry.attr_value(gimli::DW_AT_declaration).is_none() {
             let shape = shape(dwarf, unit, entry.offset(), 0)?;
-            if load::is_of_main_file(entry) {
+            if main.has(entry) {
                 self.own.insert(name.clone());
             }
             self.shapes.entry(name).or_insert(shape);

@@ -1,6 +1,7 @@
 //! The debug sections of an object file, with their relocations done.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::PathBuf;
 
 use gimli::{Dwarf, EndianSlice, LittleEndian, SectionId};
 use object::elf::{R_X86_64_32, R_X86_64_64, R_X86_64_PC32};
@@ -123,14 +124,44 @@ pub(super) fn origin<'d>(
     unit.entry(offset).ok()
 }
 
-/// The file that is compiled, among those that debug information numbers (DWARF 4 and 5, as GCC counts them).
-const MAIN_FILE: u64 = 1;
+/// Which of the files that debug information numbers is the one that is compiled: the same path may have several numbers, and
+/// the first ones may be headers.
+#[derive(Debug, Default)]
+pub(super) struct MainFile {
+    numbers: BTreeSet<u64>,
+}
 
-/// True for what the compiled file itself declares, not a header.
-pub(super) fn is_of_main_file(entry: &gimli::DebuggingInformationEntry<Slice<'_>>) -> bool {
-    let file = match entry.attr_value(gimli::DW_AT_decl_file) {
-        Some(gimli::AttributeValue::FileIndex(index)) => Some(index),
-        other => other.and_then(|value| value.udata_value()),
-    };
-    file == Some(MAIN_FILE)
+impl MainFile {
+    /// Of a unit. With DWARF 5, number 0 is that file; before, the unit's own name is.
+    pub fn of(dwarf: &Dwarf<Slice<'_>>, unit: &gimli::Unit<Slice<'_>>) -> Self {
+        let Some(program) = &unit.line_program else {
+            return Self::default();
+        };
+        let header = program.header();
+        let path = |number: u64| -> Option<PathBuf> {
+            let file = header.file(number)?;
+            let text = |value| Some(dwarf.attr_string(unit, value).ok()?.to_string_lossy().into_owned());
+            // Each may be told relative to the one before.
+            let base = text(header.directory(0)?)?;
+            let folder = text(file.directory(header)?)?;
+            Some(PathBuf::from(base).join(folder).join(text(file.path_name())?))
+        };
+        let Some(main) = path(0) else {
+            return Self::default();
+        };
+        let count = u64::try_from(header.file_names().len()).unwrap_or_default();
+        let numbers = (0..=count).filter(|number| path(*number).as_ref() == Some(&main));
+        Self {
+            numbers: numbers.collect(),
+        }
+    }
+
+    /// True for what the compiled file itself declares, not a header.
+    pub fn has(&self, entry: &gimli::DebuggingInformationEntry<Slice<'_>>) -> bool {
+        let file = match entry.attr_value(gimli::DW_AT_decl_file) {
+            Some(gimli::AttributeValue::FileIndex(index)) => Some(index),
+            other => other.and_then(|value| value.udata_value()),
+        };
+        file.is_some_and(|file| self.numbers.contains(&file))
+    }
 }

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use gimli::{AttributeValue, Operation};
 
 use super::DebugError;
-use super::load::{self, DebugInfo, Slice};
+use super::load::{self, DebugInfo, MainFile, Slice};
 use crate::elf::At;
 
 /// The functions that static local variables belong to, by the variables' places, and where functions start.
@@ -32,6 +32,7 @@ impl Statics {
     }
 
     fn read_unit(&mut self, dwarf: &gimli::Dwarf<Slice<'_>>, unit: &gimli::Unit<Slice<'_>>) -> Result<(), DebugError> {
+        let main = MainFile::of(dwarf, unit);
         let mut functions: Vec<(isize, String)> = Vec::new();
         let mut entries = unit.entries();
         while let Some(entry) = entries.next_dfs()? {
@@ -44,7 +45,7 @@ impl Statics {
                     // A function's body may stand apart from its declaration, which has the name.
                     let name = load::name(dwarf, unit, entry).unwrap_or_default();
                     let number = |what| entry.attr_value(what).and_then(|value| value.udata_value());
-                    if let Some(line) = number(gimli::DW_AT_decl_line).filter(|_| load::is_of_main_file(entry)) {
+                    if let Some(line) = number(gimli::DW_AT_decl_line).filter(|_| main.has(entry)) {
                         self.lines.entry(name.clone()).or_insert(line);
                     }
                     functions.push((depth, name));
@@ -75,7 +76,10 @@ impl Statics {
 }
 
 /// Where a variable is, where that is one place for the whole program.
-fn location(unit: &gimli::Unit<Slice<'_>>, entry: &gimli::DebuggingInformationEntry<Slice<'_>>) -> Option<At> {
+pub(super) fn location(
+    unit: &gimli::Unit<Slice<'_>>,
+    entry: &gimli::DebuggingInformationEntry<Slice<'_>>,
+) -> Option<At> {
     let AttributeValue::Exprloc(expression) = entry.attr_value(gimli::DW_AT_location)? else {
         return None;
     };

@@ -10,12 +10,6 @@ use crate::elf::{At, Object, Place, Relocation, Symbol};
 
 use super::output::{Kind, Output};
 
-/// Compiles a C text as a file of a module for the kernel, without linking it.
-pub trait CompileGlue {
-    /// The object file's bytes. The error is for people: what the compiler said.
-    fn compile(&self, module_name: &str, c_text: &str) -> Result<Vec<u8>, String>;
-}
-
 /// What stands for a new function in the C text.
 const NEW: &str = "vmpatch_new_";
 

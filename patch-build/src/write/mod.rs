@@ -8,7 +8,6 @@ mod glue;
 mod layer;
 mod output;
 
-pub use glue::CompileGlue;
 pub(crate) use glue::{Named, ObjectOf, add_glue, text};
 pub(crate) use layer::Layer;
 

@@ -38,5 +38,5 @@ fn run() -> Result<bool, Error> {
     let session = Session::open(&Target::from_options(&options)?, &Progress::new(0))?;
     let tally = source.check(&session.live(), &source.files(count)?, &|line| println!("{line}"))?;
     println!("{tally}");
-    Ok(tally.not_null.is_empty() && tally.differ.is_empty())
+    Ok(tally.is_clean())
 }

@@ -1,0 +1,194 @@
+//! What `vmpatch build` does with each kind of change, on the kernel's real source and in a guest.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use e2e::own_livepatch::OwnLivepatch;
+use e2e::rules::{self, Edit};
+use e2e::vmpatch::Vmpatch;
+use e2e::{bed, kit};
+use images::guest::Guest;
+use images::kernel::Kernel;
+use serde_json::Value;
+
+/// A folder of a test's own.
+fn folder(name: &str) -> PathBuf {
+    let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("rules-{name}-{}", std::process::id()));
+    fs::create_dir_all(&folder).unwrap();
+    folder
+}
+
+/// What is in the module, as `file: why name`, and what speaks against it, as `risk: place`; both sorted.
+fn of_sheet(sheet: &Value) -> (Vec<String>, Vec<String>) {
+    let texts = |list: &str, text: &dyn Fn(&Value) -> String| {
+        let mut texts: Vec<String> = sheet[list].as_array().unwrap().iter().map(text).collect();
+        texts.sort();
+        texts
+    };
+    let word = |value: &Value, key: &str| value[key].as_str().unwrap().to_owned();
+    (
+        texts("items", &|item| {
+            format!("{}: {} {}", word(item, "file"), word(item, "why"), word(item, "name"))
+        }),
+        texts("findings", &|found| {
+            format!("{}: {}", word(found, "risk"), word(found, "place"))
+        }),
+    )
+}
+
+fn edits(parts: &[&[Edit]]) -> Vec<Edit> {
+    parts.concat()
+}
+
+/// What a shell in the guest says, errors and all.
+fn shell(guest: &Guest, text: &str) -> String {
+    guest.text(&["sh", "-c", &format!("({text}) 2>&1 || true")]).unwrap()
+}
+
+/// Whether the guest's kernel has the changes; `first` is what the first write to drop_caches says.
+fn assert_changed(guest: &Guest) {
+    let version = shell(guest, "cat /proc/version");
+    assert!(version.ends_with("\nmark 4"), "{version}");
+    let load = shell(guest, "cat /proc/loadavg");
+    assert!(load.starts_with("mark 25\nmarks 5\n"), "{load}");
+    assert!(shell(guest, "cat /proc/version").ends_with("\nmark 31"));
+    // The running kernel's variable was set before; the new one counts from 0 in every module.
+    let write = || shell(guest, "echo 4 >/proc/sys/vm/drop_caches");
+    let (first, second) = (write(), write());
+    assert!(first.contains("not permitted"), "{first}");
+    assert!(second.contains("busy"), "{second}");
+    assert_eq!(shell(guest, MOUNT), "cpuinfo");
+    assert_eq!(shell(guest, NAME_LENGTH), "77");
+}
+
+fn assert_unchanged(guest: &Guest) {
+    assert!(!shell(guest, "cat /proc/version /proc/loadavg").contains("mark"));
+    // Sets the kernel's own variable.
+    assert_eq!(shell(guest, "echo 4 >/proc/sys/vm/drop_caches"), "");
+    assert_ne!(shell(guest, MOUNT), "cpuinfo");
+    assert_ne!(shell(guest, NAME_LENGTH), "77");
+}
+
+/// Mounts `proc` by the name that a change gives it, and looks for a file of it.
+const MOUNT: &str = "mkdir -p /tmp/rules; mount -t vmpatch none /tmp/rules && ls -d /tmp/rules/cpuinfo | sed 's,.*/,,'; umount /tmp/rules 2>/dev/null";
+/// The longest name of a file.
+const NAME_LENGTH: &str = "stat -f -c %l /proc";
+
+#[test]
+fn changes_of_many_kinds_work_from_outside_and_in_the_guests_own_livepatch() {
+    let folder = folder("good");
+    let all = edits(&[
+        rules::STATIC_LOCALS,
+        rules::USED_BY_TWO_FILES,
+        rules::INLINED_HELPER,
+        rules::COLD_PART,
+        rules::SPLIT_AND_SHORTENED,
+        rules::NOTHING,
+    ]);
+    let module = folder.join("livepatch-rules.ko");
+    let built = rules::build(&rules::write_diff(&all, &folder), &module, &[]).expect(0);
+    let (items, findings) = of_sheet(&built.json()["sheet"]);
+    let expected = [
+        "fs/drop_caches.c: changed drop_caches_sysctl_handler",
+        "fs/drop_caches.c: new refused.0",
+        "fs/drop_caches.c: part drop_caches_sysctl_handler.cold",
+        "fs/filesystems.c: changed __get_fs_type",
+        "fs/filesystems.c: changed get_fs_type",
+        "fs/filesystems.c: changed register_filesystem",
+        "fs/filesystems.c: part get_fs_type.cold",
+        "fs/proc/loadavg.c: changed loadavg_proc_show",
+        "fs/proc/version.c: changed version_proc_show",
+        "fs/proc/version.c: copy CSWTCH.7",
+        "fs/proc/version.c: new vmpatch_mark",
+        "fs/proc/version.c: new vmpatch_marks",
+        "fs/statfs.c: changed vfs_statfs.part.0.isra.0",
+    ];
+    assert_eq!(items, expected);
+    assert_eq!(findings, [""; 0]);
+    let module = module.display().to_string();
+    let guest = bed::lend(kit::guest(Kernel::CLOUD_6_1));
+    assert_unchanged(&guest);
+    let vmpatch = Vmpatch::on(&guest);
+    vmpatch.apply(&module);
+    assert_changed(&guest);
+    vmpatch.revert_all();
+    assert_unchanged(&guest);
+    let own = OwnLivepatch::load(&guest, &module, "livepatch-rules");
+    assert_changed(&guest);
+    own.unload();
+    assert_unchanged(&guest);
+    fs::remove_dir_all(&folder).unwrap();
+}
+
+#[test]
+fn lines_in_front_of_warnings_and_another_name_for_a_function_are_nothing_to_do() {
+    let folder = folder("nothing");
+    let module = folder.join("never.ko");
+    let answer = rules::build(&rules::write_diff(rules::NOTHING, &folder), &module, &[]).expect(3);
+    assert!(answer.to_string().contains("changes no code and no data"), "{answer}");
+    assert!(!module.exists());
+    fs::remove_dir_all(&folder).unwrap();
+}
+
+#[test]
+fn a_changed_header_or_c_file_gets_into_every_file_that_includes_it() {
+    let folder = folder("header");
+    let module = folder.join("livepatch-header.ko");
+    let all = edits(&[rules::HEADER, rules::INCLUDED_FILE]);
+    let built = rules::build(&rules::write_diff(&all, &folder), &module, &[]).expect(0);
+    let (items, findings) = of_sheet(&built.json()["sheet"]);
+    let expected = [
+        "fs/binfmt_elf.c: changed elf_map",
+        "fs/binfmt_elf.c: part elf_map.cold",
+        "fs/compat_binfmt_elf.c: changed elf_map.isra.0",
+        "fs/compat_binfmt_elf.c: part elf_map.isra.0.cold",
+        "lib/bitmap.c: changed bitmap_parselist",
+        "lib/bitmap.c: new bitmap_getnum",
+        "lib/kstrtox.c: changed _kstrtoull",
+        "lib/kstrtox.c: changed _parse_integer_limit",
+        "lib/vsprintf.c: changed simple_strntoull",
+    ];
+    assert_eq!(items, expected);
+    assert_eq!(findings, [""; 0]);
+    fs::remove_dir_all(&folder).unwrap();
+}
+
+#[test]
+fn what_a_patch_cannot_change_is_refused_by_name_and_what_is_allowed_goes_along_as_a_warning() {
+    let folder = folder("refused");
+    let module = folder.join("livepatch-allowed.ko");
+    let diff = rules::write_diff(rules::REFUSED, &folder);
+    let refused = rules::build(&diff, &module, &[]).expect(3);
+    let (_, findings) = of_sheet(&refused.json()["sheet"]);
+    let expected = [
+        "changed-data: fs/drop_caches.c: stfu.0",
+        "changed-data: fs/eventfd.c: eventfd_fops",
+        "init: fs/proc/version.c: proc_version_init",
+        "layout: fs/eventfd.c: struct eventfd_ctx",
+        "removed-global: fs/drop_caches.c: sysctl_drop_caches",
+        "static-key: fs/proc/version.c: vmpatch_key",
+    ];
+    assert_eq!(findings, expected);
+    assert!(!module.exists(), "{refused}");
+    let mut allow = Vec::new();
+    for risk in ["changed-data", "init", "layout", "removed-global", "static-key"] {
+        // All but one are not enough.
+        rules::build(&diff, &module, &allow).expect(3);
+        allow.extend(["--allow", risk]);
+    }
+    rules::build(&diff, &module, &allow).expect(0);
+    let guest = bed::lend(kit::guest(Kernel::CLOUD_6_1));
+    let check = Vmpatch::on(&guest)
+        .run(&["check", "--json", &module.display().to_string()])
+        .expect(0)
+        .json();
+    let warnings = check["patches"][0]["warnings"].to_string();
+    for finding in &findings {
+        let (risk, place) = finding.split_once(": ").unwrap();
+        assert!(
+            warnings.contains(&format!("built with --allow {risk}: {place}")),
+            "{warnings}"
+        );
+    }
+    fs::remove_dir_all(&folder).unwrap();
+}
