@@ -95,6 +95,11 @@ impl Change {
         self.old.is_empty()
     }
 
+    /// True where old and new are the same: it only says what must be there for other changes to be made.
+    pub fn is_check(&self) -> bool {
+        self.old == self.new
+    }
+
     /// The change that takes this one back.
     pub fn undone(&self) -> Self {
         Self {

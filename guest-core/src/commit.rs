@@ -346,7 +346,10 @@ fn attempt(
 fn write(live: &Live<'_>, paused: &mut dyn Paused, changes: &[Change]) -> Result<(), CommitError> {
     let mut writes = Vec::with_capacity(changes.len());
     for change in changes {
-        writes.push((change.gpa(), change.prepare(live.memory)?));
+        let bytes = change.prepare(live.memory)?;
+        if !change.is_check() {
+            writes.push((change.gpa(), bytes));
+        }
     }
     let written = paused.write(&writes).map_err(CommitError::from);
     let verified = written.and_then(|()| Ok(changes.iter().try_for_each(|change| change.verify(live.memory))?));

@@ -13,6 +13,7 @@ pub mod memory;
 pub mod module;
 pub mod paging;
 pub mod pattern;
+pub mod per_cpu;
 pub mod place;
 pub mod plan;
 pub mod redirect;

@@ -29,6 +29,11 @@ enum {
 	TAIL_CALL,
 	STATIC_CALL,	/* .static_call_sites, and a trampoline of the module's own */
 	PERCPU,		/* a variable of the kernel's for each CPU */
+	OWN_PERCPU,	/* .data..percpu */
+	RO_AFTER_INIT,	/* .data..ro_after_init */
+	ONCE,		/* .data..once */
+	WEAK,		/* a weak symbol that nobody defines */
+	DEBUG_PRINT,	/* __dyndbg, and the static key in it */
 	CHECKS
 };
 
@@ -178,6 +183,67 @@ static bool percpu_holds(void)
 	return holds;
 }
 
+#define OWN 7
+
+static DEFINE_PER_CPU(unsigned long, own) = OWN;
+static DEFINE_PER_CPU(unsigned long[24], own_zeroes) __aligned(64);
+static unsigned long __percpu *own_pointer = &own;
+
+static bool own_percpu_holds(void)
+{
+	unsigned long misaligned, mine, sum = 0, wrong = 0;
+	int cpu, i;
+
+	preempt_disable();
+	this_cpu_add(own, 1);
+	mine = *this_cpu_ptr(own_pointer);
+	misaligned = (unsigned long)this_cpu_ptr(&own_zeroes) % 64;
+	for_each_possible_cpu(cpu) {
+		wrong += per_cpu(own, cpu) - OWN > 1;
+		for (i = 0; i < ARRAY_SIZE(own_zeroes); i++)
+			sum += per_cpu(own_zeroes, cpu)[i];
+	}
+	this_cpu_sub(own, 1);
+	preempt_enable();
+	return mine == OWN + 1 && !misaligned && !wrong && !sum;
+}
+
+static unsigned long ro_after_init __ro_after_init = 13;
+
+static bool ro_after_init_holds(void)
+{
+	return READ_ONCE(ro_after_init) == 13;
+}
+
+static bool once_holds(void)
+{
+	int i, times = 0;
+
+	for (i = 0; i < 3; i++) {
+		static bool __section(".data..once") done;
+
+		times += !READ_ONCE(done);
+		WRITE_ONCE(done, true);
+		pr_info_once("vmpatch test: said once\n");
+	}
+	return times <= 1;
+}
+
+extern void vmpatch_test_absent(void) __weak;
+
+static bool weak_holds(void)
+{
+	return !vmpatch_test_absent;
+}
+
+static bool debug_print_holds(void)
+{
+	bool evaluated = false;
+
+	pr_debug("vmpatch test: never said %d\n", evaluated = true);
+	return !evaluated;
+}
+
 static bool spinlock_holds(void)
 {
 	bool locked;
@@ -211,7 +277,12 @@ static long livepatch_sysinfo(const struct pt_regs *regs)
 			 switch_holds() << SWITCH |
 			 (added_in_the_tail(5, 3) == 9) << TAIL_CALL |
 			 static_call_holds() << STATIC_CALL |
-			 percpu_holds() << PERCPU;
+			 percpu_holds() << PERCPU |
+			 own_percpu_holds() << OWN_PERCPU |
+			 ro_after_init_holds() << RO_AFTER_INIT |
+			 once_holds() << ONCE |
+			 weak_holds() << WEAK |
+			 debug_print_holds() << DEBUG_PRINT;
 	return sysinfo_reply(regs, &info);
 }
 

@@ -71,6 +71,11 @@ impl Modules {
         hand_written::target(&self.tree).expect("the module builds")
     }
 
+    /// The ordinary module that needs much per-CPU memory.
+    pub fn percpu(&self) -> PathBuf {
+        hand_written::percpu(&self.tree).expect("the module builds")
+    }
+
     /// One of our own that is to be refused.
     pub fn refused(&self, module: Refused) -> String {
         text(module.build(&self.tree).expect("the module builds"))

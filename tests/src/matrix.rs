@@ -10,6 +10,7 @@ use images::guest::{Guest, GuestConfig, Ram};
 use images::kernel::Kernel;
 
 use crate::bed;
+use crate::ftrace::Ftrace;
 use crate::kit::{self, Modules};
 use crate::monitor::Monitor;
 use crate::probe::{Seen, see};
@@ -19,6 +20,8 @@ use crate::vmpatch::Vmpatch;
 const IN_USER_MODE: &str = "while :; do :; done";
 /// The zero device fills the buffer, so nearly all of it is one copy in the kernel after another.
 const IN_THE_KERNEL: &str = "exec dd if=/dev/zero of=/dev/null bs=1M";
+/// The function that the module `faults` brings along.
+const NEW_FUNCTION: &str = "livepatch_sysinfo";
 /// Under load the default of the command line may be short: each vCPU shares the host's processors with vmpatch.
 const TIMEOUT_SECONDS: &str = "30";
 
@@ -194,7 +197,7 @@ fn resolves_symbols(stage: &Stage<'_>) -> Outcome {
 }
 
 /// Listed as a module, and faults of its code on a user's address are fixed up: the guest has found the module, and its table of
-/// exceptions, by the code's address.
+/// exceptions, by the code's address. Its new function is traced.
 fn is_known_to_the_guest(stage: &Stage<'_>) -> Outcome {
     let (program, vmpatch) = (Applied::Faults.program(), Vmpatch::on(stage.guest));
     assert_eq!(see(stage.guest, program), Seen::Flawed);
@@ -206,7 +209,15 @@ fn is_known_to_the_guest(stage: &Stage<'_>) -> Outcome {
         "not the first of the modules: {listed}"
     );
     assert_eq!(see(stage.guest, program), Seen::Fixed);
+    let tracing = Ftrace::of(stage.guest);
+    tracing.set("set_ftrace_filter", NEW_FUNCTION);
+    tracing.start("function");
+    assert_eq!(see(stage.guest, program), Seen::Fixed);
+    let trace = tracing.trace();
+    assert!(trace.contains(NEW_FUNCTION), "{trace}");
+    tracing.reset();
     vmpatch.revert_all();
+    tracing.assert_alive();
     assert_eq!(see(stage.guest, program), Seen::Flawed);
     Outcome::Holds
 }

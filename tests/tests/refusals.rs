@@ -136,7 +136,7 @@ fn a_module_that_does_not_fit_is_refused_by_name() {
         refused(Refused::Ambiguous, "function c_start: 3 symbols of that name"),
         refused(Refused::NoSuchPosition, "function c_start: symbol position 99"),
         refused(Refused::TooShort, "too short to redirect"),
-        refused(Refused::PercpuData, ".data..percpu"),
+        refused(Refused::PercpuData, "wants 16000 bytes of per-CPU memory in one piece"),
         refused(Refused::Callbacks, "callbacks are not handled"),
         refused(Refused::TooBig, "does not fit"),
         refused(Refused::NoLivepatch, "is not a livepatch module"),

@@ -185,6 +185,100 @@ fn a_kprobe_where_the_jump_would_stand_is_a_refusal() {
     assert_eq!(see(&guest, PROGRAM), Seen::Fixed);
 }
 
+/// The new functions are in ftrace's records like those of any module, in a group between the kernel's own and those of modules
+/// that the guest loads afterwards.
+#[test]
+fn new_functions_are_traced_and_probed_and_hold_the_patch_while_they_are() {
+    const CALLER: &str = "livepatch_sysinfo";
+    const CALLEE: &str = "livepatch_si_meminfo";
+    let guest = guest();
+    let vmpatch = Vmpatch::on(&guest);
+    let tracing = Ftrace::of(&guest);
+    let is_held = |by: &str| {
+        let refused = vmpatch.run(&["revert", "--all"]).expect(3);
+        let complaint = refused.complaint();
+        assert!(
+            complaint.contains(by) && complaint.contains("traced or probed"),
+            "{complaint}"
+        );
+    };
+    vmpatch.apply(&MODULES.applied(Applied::Pair));
+    guest
+        .push(
+            "/tmp/vmpatch_target.ko",
+            &std::fs::read(MODULES.target()).unwrap(),
+            0o644,
+        )
+        .unwrap();
+    guest.text(&["insmod", "/tmp/vmpatch_target.ko"]).unwrap();
+
+    tracing.set("set_ftrace_filter", CALLEE);
+    tracing.start("function");
+    assert_eq!(see(&guest, "pair"), Seen::Fixed);
+    let trace = tracing.trace();
+    assert!(trace.contains(&format!("{CALLEE} <-{CALLER}")), "{trace}");
+    is_held(CALLEE);
+    tracing.reset();
+
+    tracing.set("set_graph_function", CALLER);
+    tracing.start("function_graph");
+    assert_eq!(see(&guest, "pair"), Seen::Fixed);
+    let trace = tracing.trace();
+    assert!(trace.contains(&format!("{CALLER} [test_pair]() {{")), "{trace}");
+    assert!(trace.contains(&format!("  {CALLEE} [test_pair]()")), "{trace}");
+    tracing.reset();
+
+    let hits = |event| {
+        assert_eq!(see(&guest, "pair"), Seen::Fixed);
+        tracing.kprobe_hits(event)
+    };
+    tracing.probe("new", CALLEE);
+    assert!(hits("new") > 0, "the kprobe is not hit");
+    // The kprobe also holds a reference to the module.
+    let refused = vmpatch.run(&["revert", "--all"]).expect(3);
+    assert!(
+        refused.complaint().contains("kprobe") || refused.complaint().contains("in use"),
+        "{refused}"
+    );
+    tracing.reset();
+
+    // The guest's module that came later stays traceable when the patch goes, and the other way round.
+    vmpatch.revert_all();
+    assert_eq!(see(&guest, "pair"), Seen::Flawed);
+    tracing.set("set_ftrace_filter", "vmpatch_target_get");
+    tracing.start("function");
+    guest
+        .text(&["cat", "/sys/module/vmpatch_target/parameters/value"])
+        .unwrap();
+    assert!(tracing.trace().contains("vmpatch_target_get"));
+    vmpatch.apply(&MODULES.applied(Applied::Pair));
+    tracing.reset();
+    guest.text(&["rmmod", "vmpatch_target"]).unwrap();
+    tracing.set("set_ftrace_filter", CALLEE);
+    tracing.start("function");
+    assert_eq!(see(&guest, "pair"), Seen::Fixed);
+    assert!(tracing.trace().contains(CALLEE));
+    tracing.reset();
+    vmpatch.revert_all();
+    tracing.assert_alive();
+}
+
+/// A tracer that was there first has not been counted in the new functions' records, and does not see them.
+#[test]
+fn a_patch_that_is_applied_while_all_functions_are_traced_does_no_harm() {
+    let guest = guest();
+    let vmpatch = Vmpatch::on(&guest);
+    let tracing = Ftrace::of(&guest);
+    tracing.start("function");
+    vmpatch.apply(&MODULES.applied(Applied::Pair));
+    assert_eq!(see(&guest, "pair"), Seen::Fixed);
+    tracing.set("current_tracer", "nop");
+    bed::assert_healthy(&guest);
+    vmpatch.revert_all();
+    tracing.assert_alive();
+    assert_eq!(see(&guest, "pair"), Seen::Flawed);
+}
+
 #[test]
 fn a_function_without_an_ftrace_site_is_patched_at_its_entry() {
     let guest = guest();

@@ -1,6 +1,7 @@
 //! Where everything that the guest knows of a module lies in this kernel.
 
 use super::rb_tree::NodeLayout;
+use super::traced::Groups;
 use crate::addr::Gva;
 use crate::btf::{Btf, BtfError, Struct};
 use crate::kernel::{KernelError, Live};
@@ -43,6 +44,8 @@ pub struct Layout {
     /// 0 where modules can't be unloaded, so that they have no users.
     pub(super) use_bytes: u64,
     pub(super) bug_bytes: u64,
+    /// None where the kernel has no ftrace.
+    pub(super) groups: Option<Groups>,
     /// Heads of the lists: of modules, and of modules that may have BUGs.
     pub(super) modules: Gva,
     pub(super) bugs: Gva,
@@ -90,6 +93,7 @@ impl Layout {
                 None => 0,
             },
             bug_bytes: btf.structure("bug_entry")?.size(),
+            groups: Groups::find(live)?,
             modules,
             bugs: live.kernel.symbol("module_bug_list")?,
             memories,
@@ -104,9 +108,15 @@ impl Layout {
     }
 
     /// Bytes of the objects that a patch has in its data, aligned to [`ALIGN`].
-    pub(super) fn object_bytes(&self, uses: usize) -> u64 {
-        let users = (uses as u64).saturating_add(1);
-        self.module_bytes.saturating_add(self.use_bytes.saturating_mul(users))
+    pub(super) fn object_bytes(&self, uses: usize, sites: usize) -> u64 {
+        self.group_at(Gva(0), uses)
+            .0
+            .saturating_add(self.groups.map_or(0, |groups| groups.bytes(sites)))
+    }
+
+    /// Where the records of the sites of the module at `at` are, that uses `uses` other modules.
+    pub(super) fn group_at(&self, at: Gva, uses: usize) -> Gva {
+        Gva(self.use_at(at, uses.saturating_add(1)).0.next_multiple_of(8))
     }
 
     /// Where the `struct module_use` of the module at `at` is that keeps itself loaded (0), or the other modules that it uses.

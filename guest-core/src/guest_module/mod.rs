@@ -18,6 +18,7 @@ mod list;
 mod object;
 mod rb_tree;
 mod static_keys;
+mod traced;
 mod words;
 
 #[cfg(test)]
@@ -26,6 +27,7 @@ mod tests;
 pub use layout::Layout;
 pub use object::Description;
 pub use static_keys::{ListedKey, layout as jump_layout, list as list_at_keys, unlist};
+pub use traced::Traced;
 
 use crate::addr::Gva;
 use crate::change::Change;
@@ -33,6 +35,7 @@ use crate::kernel::modules::GuestModule;
 use crate::kernel::{KernelError, Live};
 use crate::memory::VirtMemory;
 use crate::module::{PlacedSymbol, Table};
+use crate::per_cpu::Piece;
 use layout::Memory;
 use object::Symbols;
 use rb_tree::Tree;
@@ -43,6 +46,8 @@ use words::{Words, damaged, unreadable};
 const TREE: &str = "the guest's tree of modules";
 /// What the changes of the lists are called.
 const LISTS: &str = "the guest's lists of modules";
+/// What the changes of ftrace's chain of records are called.
+const RECORDS: &str = "the guest's chain of ftrace records";
 /// More modules than a patch uses.
 const USES_MAX: usize = 4096;
 /// Latches: each change of the tree counts twice (include/linux/rbtree_latch.h, `latch_tree_insert`).
@@ -62,6 +67,12 @@ pub struct Known {
     /// How many modules of the guest it keeps loaded.
     #[serde(default)]
     pub uses: usize,
+    /// The ftrace records of its functions.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub traced: Option<Traced>,
+    /// Its variables on each CPU.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub per_cpu: Option<Piece>,
     /// The static keys that its branches hang on.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub keys: Vec<ListedKey>,
@@ -94,14 +105,15 @@ pub struct Room {
 }
 
 impl Layout {
-    /// The room behind `rodata` and `data` bytes of a patch's own, for one that uses `uses` modules of the guest.
-    pub fn room(&self, symbols: &[PlacedSymbol<'_>], uses: usize, rodata: u64, data: u64) -> Room {
+    /// The room behind `rodata` and `data` bytes of a patch's own, for one that uses `uses` modules of the guest and has `sites`
+    /// ftrace sites.
+    pub fn room(&self, symbols: &[PlacedSymbol<'_>], (uses, sites): (usize, usize), rodata: u64, data: u64) -> Room {
         let (tables, module) = (rodata.next_multiple_of(8), object::behind(data));
         Room {
             symbols: tables,
             rodata: tables.saturating_add(Symbols::len(symbols)),
             module,
-            data: module.saturating_add(self.object_bytes(uses)),
+            data: module.saturating_add(self.object_bytes(uses, sites)),
         }
     }
 
@@ -128,7 +140,9 @@ impl Layout {
         }
         list::add_first(&mut lists, self.modules, in_module("list")?)?;
         list::add_first(&mut lists, self.bugs, in_module("bug_list")?)?;
-        let (bytes, mut changes) = lists.finish(live, LISTS)?;
+        let (mut bytes, mut changes) = lists.finish(live, LISTS)?;
+        let (traced, linked) = self.trace(live, at, &mut bytes, description)?;
+        changes.extend(linked);
 
         let mut tree = Words::new(live, at, bytes);
         let mut inserted = 0;
@@ -160,6 +174,8 @@ impl Layout {
             bounds,
             tree,
             uses: description.uses.len(),
+            per_cpu: None,
+            traced,
             keys: Vec::new(),
         };
         let symbols = symbols.bytes;
@@ -169,6 +185,35 @@ impl Layout {
             changes,
             known,
         })
+    }
+
+    /// Adds the records of the module's ftrace sites to `bytes`, which are going to be at `at`, and to the guest's.
+    fn trace(
+        &self,
+        live: &Live<'_>,
+        at: Gva,
+        bytes: &mut Vec<u8>,
+        description: &Description<'_>,
+    ) -> Result<(Option<Traced>, Vec<Change>), KernelError> {
+        let (Some(groups), [_, ..]) = (self.groups, description.sites) else {
+            return Ok((None, Vec::new()));
+        };
+        let (uses, sites) = (description.uses.len(), description.sites.len());
+        let group = self.group_at(at, uses);
+        bytes.resize(
+            usize::try_from(self.object_bytes(uses, sites)).unwrap_or(bytes.len()),
+            0,
+        );
+        let mut words = Words::new(live, at, std::mem::take(bytes));
+        let same = groups.add(live, &mut words, group, description.sites)?;
+        let (filled, mut changes) = words.finish(live, RECORDS)?;
+        *bytes = filled;
+        changes.extend(same);
+        let traced = Traced {
+            group: group.0,
+            sites: sites as u64,
+        };
+        Ok((Some(traced), changes))
     }
 
     /// Lets the module at `at` have itself as its only user, and be a user of others, which can't be unloaded then
@@ -246,6 +291,11 @@ impl Known {
             list::remove(&mut lists, layout.use_at(at, index).wrapping_add(node))?;
         }
         let (_, mut changes) = lists.finish(live, LISTS)?;
+        if let (Some(traced), Some(groups)) = (self.traced, layout.groups) {
+            let mut records = Words::new(live, Gva(0), Vec::new());
+            groups.remove(&mut records, Gva(traced.group))?;
+            changes.extend(records.finish(live, RECORDS)?.1);
+        }
         let sequence = layout.sequence(live)?;
         if self.sequence.contains(&sequence) {
             // Nobody has changed the tree since: every word of it is as it was before or after.

@@ -42,8 +42,12 @@ pub struct Description<'a> {
     pub bugs: Table,
     /// Its branches on static keys: where the table is, and its rows.
     pub jumps: (Gva, u64),
+    /// What a per-CPU pointer to its variables on each CPU is; none where it has none.
+    pub per_cpu: Option<Gva>,
     /// Modules of the guest that it uses or patches, and that must stay loaded therefore.
     pub uses: &'a [GuestModule],
+    /// Its functions' ftrace sites, in ascending order.
+    pub sites: &'a [Gva],
     /// Its symbols.
     pub symbols: Vec<PlacedSymbol<'a>>,
 }
@@ -90,7 +94,7 @@ impl Symbols {
                 AreaKind::Text => (description.bases.text, b't'),
                 AreaKind::RoData => (description.bases.rodata, b'r'),
                 AreaKind::Data => (description.bases.data, b'd'),
-                AreaKind::Scratch => continue,
+                AreaKind::PerCpu | AreaKind::Scratch => continue,
             };
             let kind = if symbol.is_function { FUNCTION } else { OBJECT };
             let at = u32::try_from(names.len()).unwrap_or(0);
@@ -206,6 +210,10 @@ pub(super) fn module(
     if count != 0 {
         module.put("jump_entries", jumps.0)?;
         module.put("num_jump_entries", count)?;
+    }
+    if let Some(at) = description.per_cpu {
+        // The size says that it has them, and is written when it has (per_cpu).
+        module.put("percpu", at.0)?;
     }
     let out_of_tree = if description.in_tree { 0 } else { TAINT_OUT_OF_TREE };
     module.put("taints", TAINT_LIVEPATCH | out_of_tree)?;

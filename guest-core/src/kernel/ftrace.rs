@@ -5,6 +5,7 @@
 
 use super::{KernelError, Live};
 use crate::addr::Gva;
+use crate::btf::Btf;
 use crate::memory::VirtMemory;
 
 /// Page groups walked at the most: a kernel has a few hundred.
@@ -20,13 +21,38 @@ const USERS: u64 = 0xffff;
 
 /// Bits of `dyn_ftrace.flags`, as the guest's kernel numbers them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Flags {
+pub struct Meaning {
     /// `FTRACE_FL_ENABLED`: the site holds a call.
     pub enabled: u64,
     /// `FTRACE_FL_DISABLED`: ftrace leaves the record alone.
     pub disabled: u64,
     /// `FTRACE_FL_IPMODIFY`: somebody redirects the function.
     pub ip_modify: u64,
+}
+
+impl Meaning {
+    /// As this kernel's types have it.
+    pub fn of(btf: &Btf) -> Result<Self, KernelError> {
+        let flag = |name| match btf.enumerator(name)?.cast_unsigned() {
+            flag if flag.is_power_of_two() => Ok(flag),
+            flag => Err(KernelError::Disagrees {
+                what: name,
+                found: format!("{flag:#x}"),
+                expected: "one bit".to_owned(),
+            }),
+        };
+        Ok(Self {
+            enabled: flag("FTRACE_FL_ENABLED")?,
+            disabled: flag("FTRACE_FL_DISABLED")?,
+            ip_modify: flag("FTRACE_FL_IPMODIFY")?,
+        })
+    }
+
+    /// True where a tracer, kprobe, BPF program or livepatch of the guest uses a site with these flags, or would if tracing were
+    /// not switched off (`kernel.ftrace_enabled`).
+    pub fn is_held(&self, flags: u64) -> bool {
+        flags & (self.enabled | USERS) != 0
+    }
 }
 
 /// One function's record.
@@ -39,14 +65,13 @@ pub struct FtraceRecord {
     /// `dyn_ftrace.flags`.
     pub flags: u64,
     /// What its bits mean.
-    pub meaning: Flags,
+    pub meaning: Meaning,
 }
 
 impl FtraceRecord {
-    /// True where a tracer, kprobe, BPF program or livepatch of the guest uses the site, or would if tracing were not
-    /// switched off (`kernel.ftrace_enabled`).
+    /// As [`Meaning::is_held`] says.
     pub fn is_held(&self) -> bool {
-        self.flags & (self.meaning.enabled | USERS) != 0
+        self.meaning.is_held(self.flags)
     }
 
     /// True where ftrace was told to leave the site alone.
@@ -63,19 +88,7 @@ pub fn record(live: &Live<'_>, function: Gva) -> Result<Option<FtraceRecord>, Ke
     let (group, record) = (btf.structure("ftrace_page")?, btf.structure("dyn_ftrace")?);
     let (next, records, index) = (group.offset("next")?, group.offset("records")?, group.offset("index")?);
     let (ip, flags, size) = (record.offset("ip")?, record.offset("flags")?, record.size());
-    let flag = |name| match btf.enumerator(name)?.cast_unsigned() {
-        flag if flag.is_power_of_two() => Ok(flag),
-        flag => Err(KernelError::Disagrees {
-            what: name,
-            found: format!("{flag:#x}"),
-            expected: "one bit".to_owned(),
-        }),
-    };
-    let meaning = Flags {
-        enabled: flag("FTRACE_FL_ENABLED")?,
-        disabled: flag("FTRACE_FL_DISABLED")?,
-        ip_modify: flag("FTRACE_FL_IPMODIFY")?,
-    };
+    let meaning = Meaning::of(btf)?;
     let start = live.kernel.symbol("ftrace_pages_start")?;
     let read = |at: Gva| {
         live.read_u64(at)

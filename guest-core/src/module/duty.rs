@@ -20,7 +20,7 @@ pub(crate) enum Duty {
     Refuse(&'static str),
 }
 
-use AreaKind::{Data, RoData, Text};
+use AreaKind::{Data, PerCpu, RoData, Text};
 use Duty::{Drop, Place, Refuse, Work};
 
 const INIT: &str = "code and data of module init and exit, which are not run: they only register the patch";
@@ -51,9 +51,12 @@ const TABLE: &[(&str, Duty)] = &[
     (".data..ro_after_init",    Place(RoData)),
 
     // Data.
-    (".data..percpu*",          Refuse("a copy for each CPU, from the guest's per-CPU allocator")),
+    (".data..percpu",           Place(PerCpu)),
+    (".data..percpu.*",         Refuse("a copy for each CPU, which the kernel's own loader gives to .data..percpu only")),
     (".data",                   Place(Data)),
     (".data.*",                 Place(Data)),     // also .data.once, .data..read_mostly, .data..cacheline_aligned
+    // Descriptors of pr_debug(): the guest does not list them, so each stays on or off as it was compiled.
+    ("__dyndbg*",               Place(Data)),
     (".bss",                    Place(Data)),
     (".bss.*",                  Place(Data)),
 
@@ -97,7 +100,6 @@ const TABLE: &[(&str, Duty)] = &[
     (".init_array*",            Refuse("functions to be run at load")),
 
     // What the guest has to know about the code before it can run.
-    ("__dyndbg*",               Refuse("pr_debug() sites, which the guest would have to list")),
     ("__tracepoints*",          Refuse("a tracepoint of the module's own, which the guest would have to know")),
     ("_ftrace_events",          Refuse("a trace event of the module's own, which the guest would have to know")),
     ("_ftrace_eval_map",        Refuse("a trace event of the module's own, which the guest would have to know")),
@@ -135,7 +137,7 @@ pub(crate) fn duty(section: &Section<'_>) -> Duty {
         Place(Text) if section.is_writable() || !section.is_executable() => {
             Refuse("code must be executable and not writable")
         }
-        Place(RoData | Data) if section.is_executable() => Refuse("data must not be executable"),
+        Place(RoData | Data | PerCpu) if section.is_executable() => Refuse("data must not be executable"),
         duty => duty,
     }
 }
@@ -165,10 +167,10 @@ mod tests {
 
     #[test]
     fn per_cpu_data_is_not_taken_for_data() {
-        assert!(matches!(
+        assert_eq!(
             duty(&section(".data..percpu", SHF_ALLOC.0 | SHF_WRITE.0)),
-            Refuse(_)
-        ));
+            Place(PerCpu)
+        );
         assert!(matches!(
             duty(&section(".data..percpu..read_mostly", SHF_ALLOC.0 | SHF_WRITE.0)),
             Refuse(_)
@@ -199,6 +201,14 @@ mod tests {
             duty(&section(".data", SHF_ALLOC.0 | SHF_WRITE.0 | SHF_EXECINSTR.0)),
             Refuse(_)
         ));
+    }
+
+    #[test]
+    fn operators_can_read_of_every_section() {
+        let docs = include_str!("../../../docs/modules.md");
+        for (pattern, _) in TABLE {
+            assert!(docs.contains(&format!("`{pattern}`")), "{pattern}");
+        }
     }
 
     #[test]

@@ -1,11 +1,12 @@
 //! Calls to `__fentry__` at the entries of new functions. The kernel turns them into NOPs when it loads a module, and
-//! later into calls when somebody traces the function (`ftrace_process_locs`, kernel/trace/ftrace.c). The guest does not
-//! know our functions, so nobody can trace them: the NOP stays.
+//! later into calls when somebody traces the function (`ftrace_process_locs`, kernel/trace/ftrace.c).
 
-use super::LinkError;
 use super::link::Linker;
 use super::nops::nops;
-use super::sites::Pointer;
+use super::sections::SectionOffset;
+use super::sites::{Pointer, TableError};
+use super::{LinkError, PatchModule};
+use crate::addr::Gva;
 use crate::kernel::nops::{IDEAL_NOPS, in_sites};
 
 /// The table of calls (include/linux/ftrace.h, `FTRACE_CALLSITE_SECTION`).
@@ -13,17 +14,22 @@ const TABLE: &str = "__mcount_loc";
 /// Bytes of the call, and of the NOP in its place.
 const SITE_LEN: usize = 5;
 
+impl PatchModule<'_> {
+    /// All calls of `__fentry__` that the module lists.
+    pub(super) fn fentry_sites(&self) -> Result<Vec<SectionOffset>, TableError> {
+        self.sites(TABLE, Pointer::Absolute)
+    }
+}
+
 impl Linker<'_, '_, '_> {
-    /// Puts NOPs in the place of the calls at function entries.
-    pub(super) fn silence_fentry(&mut self) -> Result<(), LinkError> {
+    /// Puts NOPs in the place of the calls at function entries, and gives their addresses, sorted as the loader does it.
+    pub(super) fn silence_fentry(&mut self) -> Result<Vec<Gva>, LinkError> {
         let ideal_nops = self.guest.symbols.any(None, IDEAL_NOPS, 0).ok();
         let nop = in_sites(self.guest.memory, ideal_nops).map_err(|error| LinkError::SiteNop {
             cause: error.to_string(),
         })?;
-        for at in self.image.module.sites(TABLE, Pointer::Absolute)? {
-            if !self.is_placed(at) {
-                continue;
-            }
+        let mut sites = Vec::new();
+        for at in self.image.fentry_sites.clone() {
             let found = self.bytes(at, SITE_LEN)?;
             // Since 5.18 objtool may have put the NOP there already (CONFIG_HAVE_OBJTOOL_NOP_MCOUNT).
             if found.first() != Some(&0xe8) && found != nops(SITE_LEN) {
@@ -31,8 +37,17 @@ impl Linker<'_, '_, '_> {
                 return Err(self.site_error(TABLE, at, SITE_LEN, expected));
             }
             self.write(at, &nop)?;
+            sites.push(Gva(self.address(at)?));
         }
-        Ok(())
+        sites.sort_unstable();
+        if let Some([twice, _]) = sites
+            .array_windows()
+            .find(|[site, next]| next.0 - site.0 < SITE_LEN as u64)
+        {
+            let found = format!("sites that overlap, at {twice}");
+            return Err(TableError::named(TABLE, 0, found, "each site once").into());
+        }
+        Ok(sites)
     }
 }
 

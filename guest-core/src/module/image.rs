@@ -30,6 +30,8 @@ pub struct Image<'m, 'd> {
     pub(crate) bugs: Rows,
     /// Branches on static keys in placed code.
     pub(crate) jump_rows: JumpRows,
+    /// Calls of `__fentry__` in placed code.
+    pub(crate) fentry_sites: Vec<SectionOffset>,
     layout: Layout,
     undefined: Vec<Undefined>,
 }
@@ -117,6 +119,8 @@ impl<'d> PatchModule<'d> {
         let is_text = |section| selection.needed.get(&section) == Some(&AreaKind::Text);
         let (fixups, bugs) = (fixups.place(&mut layout, is_text)?, bugs.place(&mut layout, is_text)?);
         let jump_rows = jump_rows.place(&mut layout, is_text)?;
+        let mut fentry_sites = self.fentry_sites()?;
+        fentry_sites.retain(|site| is_text(site.section));
         let mut places = vec![None; self.elf.sections.len()];
         for placed in &layout.sections {
             if let Some(place) = places.get_mut(placed.section.0) {
@@ -138,6 +142,7 @@ impl<'d> PatchModule<'d> {
             fixups,
             bugs,
             jump_rows,
+            fentry_sites,
             layout,
             undefined,
         })
@@ -155,12 +160,17 @@ impl Image<'_, '_> {
         !self.jump_rows.is_empty()
     }
 
+    /// How many functions that go into the guest have an ftrace site.
+    pub fn traceable(&self) -> usize {
+        self.fentry_sites.len()
+    }
+
     /// The symbols that the guest must provide, by name.
     pub fn undefined(&self) -> &[Undefined] {
         &self.undefined
     }
 
-    /// The symbols with a name in what goes into the guest, in the file's order.
+    /// The symbols with a name in what goes into the patch's own memory in the guest, in the file's order.
     pub fn symbols(&self) -> impl Iterator<Item = PlacedSymbol<'_>> {
         let symbols = self.module.elf.symbols.iter().filter(|symbol| !symbol.name.is_empty());
         symbols.filter_map(|symbol| {
@@ -169,18 +179,20 @@ impl Image<'_, '_> {
             };
             let section = self.module.section(at.section)?;
             let (area, start) = (*self.places.get(at.section.0)?)?;
-            (area != AreaKind::Scratch && at.offset < section.size).then_some(PlacedSymbol {
-                name: symbol.name,
-                area,
-                offset: start.checked_add(at.offset)?,
-                size: symbol.size,
-                is_function: symbol.is_function,
-            })
+            (!matches!(area, AreaKind::PerCpu | AreaKind::Scratch) && at.offset < section.size).then_some(
+                PlacedSymbol {
+                    name: symbol.name,
+                    area,
+                    offset: start.checked_add(at.offset)?,
+                    size: symbol.size,
+                    is_function: symbol.is_function,
+                },
+            )
         })
     }
 }
 
-/// A symbol of the module that goes into the guest.
+/// A symbol of the module that goes into the patch's own memory in the guest.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct PlacedSymbol<'d> {
     /// Its name.

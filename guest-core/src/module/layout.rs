@@ -16,12 +16,14 @@ pub enum AreaKind {
     RoData,
     /// Writable.
     Data,
+    /// Writable, with a copy for each CPU: at this address from the start of a CPU's own area.
+    PerCpu,
     /// Not in the guest: instructions that alternatives copy from, at an address behind the text.
     Scratch,
 }
 
 impl AreaKind {
-    const ALL: [Self; 4] = [Self::Text, Self::RoData, Self::Data, Self::Scratch];
+    const ALL: [Self; 5] = [Self::Text, Self::RoData, Self::Data, Self::PerCpu, Self::Scratch];
 }
 
 /// What one area needs.
@@ -63,6 +65,8 @@ pub struct Layout {
     pub rodata: Area,
     /// Variables, whether they have a value in the file or are zero.
     pub data: Area,
+    /// Variables that each CPU has a copy of: their initial values.
+    pub per_cpu: Area,
     /// The sections that were placed, in the file's order; those in [`AreaKind::Scratch`] not in the guest.
     pub sections: Vec<PlacedSection>,
     pub(crate) scratch: Area,
@@ -142,12 +146,13 @@ impl Layout {
             AreaKind::Text => self.text,
             AreaKind::RoData => self.rodata,
             AreaKind::Data => self.data,
+            AreaKind::PerCpu => self.per_cpu,
             AreaKind::Scratch => self.scratch,
         }
     }
 
     /// All areas, the one that is not in the guest among them.
-    pub(crate) fn areas(&self) -> [(AreaKind, Area); 4] {
+    pub(crate) fn areas(&self) -> [(AreaKind, Area); 5] {
         AreaKind::ALL.map(|kind| (kind, self.area(kind)))
     }
 
@@ -156,6 +161,7 @@ impl Layout {
             AreaKind::Text => &mut self.text,
             AreaKind::RoData => &mut self.rodata,
             AreaKind::Data => &mut self.data,
+            AreaKind::PerCpu => &mut self.per_cpu,
             AreaKind::Scratch => &mut self.scratch,
         }
     }

@@ -19,6 +19,8 @@ pub struct Bases {
     pub rodata: Gva,
     /// First byte of the data area.
     pub data: Gva,
+    /// What a per-CPU pointer to the first byte of the per-CPU area is; of no matter where that is empty.
+    pub per_cpu: Gva,
 }
 
 /// What linking asks of the guest.
@@ -46,6 +48,8 @@ pub struct Linked {
     pub rodata: Vec<u8>,
     /// Bytes of the data area.
     pub data: Vec<u8>,
+    /// Bytes of the per-CPU area, the same for each CPU.
+    pub per_cpu: Vec<u8>,
     /// Which new function stands for which old one.
     pub functions: Vec<LinkedFunction>,
     /// How to unwind through the text; the tables are in the read-only data area.
@@ -54,6 +58,8 @@ pub struct Linked {
     pub fixups: Table,
     /// Its places of WARN and BUG, in the data area.
     pub bugs: Table,
+    /// Its functions' ftrace sites, in ascending order.
+    pub sites: Vec<Gva>,
     /// Its branches on static keys.
     pub jump_labels: JumpLabels,
 }
@@ -86,11 +92,11 @@ impl Image<'_, '_> {
         linker.patch_indirect()?;
         linker.patch_returns()?;
         linker.apply_alternatives()?;
-        linker.silence_fentry()?;
+        let sites = linker.silence_fentry()?;
         let jump_labels = linker.link_jump_labels()?;
         let orc = linker.write_orc()?;
         let tables = (linker.write_rows(&self.fixups)?, linker.write_rows(&self.bugs)?);
-        linker.finish(orc, tables, jump_labels)
+        linker.finish(orc, tables, jump_labels, sites)
     }
 }
 
@@ -105,7 +111,7 @@ struct Buffer {
 pub(super) struct Linker<'i, 'd, 'g> {
     pub(super) image: &'i Image<'i, 'd>,
     pub(super) guest: &'i GuestContext<'g>,
-    buffers: [Buffer; 4],
+    buffers: [Buffer; 5],
     /// By symbol: the address found, so that each symbol is looked up once.
     addresses: Vec<Option<u64>>,
 }
@@ -124,6 +130,7 @@ impl<'i, 'd, 'g> Linker<'i, 'd, 'g> {
                 AreaKind::Text => bases.text,
                 AreaKind::RoData => bases.rodata,
                 AreaKind::Data => bases.data,
+                AreaKind::PerCpu => bases.per_cpu,
                 AreaKind::Scratch => scratch,
             };
             // Layout::place bounds the size.
@@ -173,6 +180,7 @@ impl<'i, 'd, 'g> Linker<'i, 'd, 'g> {
         orc: OrcTables,
         (fixups, bugs): (Table, Table),
         jump_labels: JumpLabels,
+        sites: Vec<Gva>,
     ) -> Result<Linked, LinkError> {
         let mut functions = Vec::new();
         for object in &self.image.patch.objects {
@@ -186,16 +194,18 @@ impl<'i, 'd, 'g> Linker<'i, 'd, 'g> {
                 });
             }
         }
-        let [text, rodata, data, _] = self.buffers.map(|buffer| buffer.bytes);
+        let [text, rodata, data, per_cpu, _] = self.buffers.map(|buffer| buffer.bytes);
         Ok(Linked {
             text,
             rodata,
             data,
+            per_cpu,
             functions,
             orc,
             fixups,
             bugs,
             jump_labels,
+            sites,
         })
     }
 

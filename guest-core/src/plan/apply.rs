@@ -12,6 +12,7 @@ use crate::module::{
     PatchModule, ResolveError,
 };
 use crate::paging::{PAGE_SIZE, entry};
+use crate::per_cpu::PerCpuError;
 use crate::place::{FILLER, Orc, Pages, PatchedFunction, Record, Registry, RegistryError, Span, State};
 use crate::redirect::{RedirectError, redirect};
 use sha2::{Digest, Sha256};
@@ -147,6 +148,9 @@ pub enum Refusal {
     /// It can't be redirected.
     #[error(transparent)]
     Redirect(#[from] RedirectError),
+    /// No per-CPU memory.
+    #[error(transparent)]
+    PerCpu(#[from] PerCpuError),
     /// No room.
     #[error(transparent)]
     Registry(#[from] RegistryError),
@@ -188,17 +192,25 @@ pub fn apply(live: &Live<'_>, registry: &Registry, file: &[u8], options: &ApplyO
     let guest = known::layout(live, &id)?;
     let named: Vec<_> = image.symbols().collect();
     let (uses, settled) = old::used(live, &symbols, &patch, image.undefined())?;
-    let room = guest.room(&named, uses.len(), layout.rodata.size, layout.data.size);
+    let room = guest.room(
+        &named,
+        (uses.len(), image.traceable()),
+        layout.rodata.size,
+        layout.data.size,
+    );
     let sizes = [layout.text.size, room.rodata, room.data];
     // The record's size is known last; linking needs the addresses first. So: areas in front, the record behind them.
     let (_, area) = registry.allocate(sizes.into_iter().map(pages).sum::<u64>() + 1)?;
     let rodata = area.first + pages(sizes[0]);
     let data = rodata + pages(sizes[1]);
     let record_page = data + pages(sizes[2]);
+    let data_at = registry.mapped(data);
+    let per_cpu = known::per_cpu(live, &layout.per_cpu, data_at.wrapping_add(room.module))?;
     let bases = Bases {
         text: registry.mapped(area.first),
         rodata: registry.mapped(rodata),
-        data: registry.mapped(data),
+        data: data_at,
+        per_cpu: Gva(per_cpu.map_or(0, |piece| piece.at)),
     };
     let capabilities = capabilities(live)?;
     let jump_labels = match image.has_jump_labels() {
@@ -225,14 +237,16 @@ pub fn apply(live: &Live<'_>, registry: &Registry, file: &[u8], options: &ApplyO
         fixups: linked.fixups,
         bugs: linked.bugs,
         jumps: (linked.jump_labels.table, linked.jump_labels.count),
+        per_cpu: per_cpu.map(|piece| Gva(piece.at)),
         uses: &uses,
+        sites: &linked.sites,
         symbols: named,
     };
     let others = registry.records().filter_map(|record| record.known.as_ref());
     let registration = guest.register(live, &description, &room, others)?;
     let module_at = Gva(registration.known.module);
-    let data_at = (bases.data, &mut linked.data);
-    let (keys, listed) = guest_module::list_at_keys(live, &linked.jump_labels, module_at, data_at)?;
+    let own_data = (bases.data, &mut linked.data);
+    let (keys, listed) = guest_module::list_at_keys(live, &linked.jump_labels, module_at, own_data)?;
     known::append(&mut linked.rodata, room.symbols, &registration.symbols);
     known::append(&mut linked.data, room.module, &registration.module);
     let Registration {
@@ -241,7 +255,11 @@ pub fn apply(live: &Live<'_>, registry: &Registry, file: &[u8], options: &ApplyO
         ..
     } = registration;
     known.keys = listed;
+    known.per_cpu = per_cpu;
     paused.extend(settled.into_iter().chain(keys));
+    if let Some(piece) = per_cpu {
+        paused.extend(piece.take(live, &linked.per_cpu, (data_at, registry.page(data)))?);
+    }
 
     let held = livepatch::held_functions(live)?;
     let note = module.note()?;

@@ -70,6 +70,7 @@ pub fn recovery(live: &Live<'_>, registry: &Registry) -> Result<Option<Plan>, Ke
         // Nobody can have added to the keys' lists what hangs on ours: the commit was cut off in its pause.
         paused.extend(guest_module::unlist(live, &module.keys)?.unwrap_or_default());
         paused.extend(known::forget(live, module)?);
+        paused.extend(known::give_back(live, module)?);
     }
     paused.push(registry.state_change(entry.slot, State::Applying, State::Reverted));
     let text = Gva(record.text.start)..Gva(record.text.start.saturating_add(record.text.len));

@@ -1,9 +1,12 @@
 //! What plans do about the module by which the guest knows a patch.
 
 use super::{Refusal, RevertError};
+use crate::addr::Gva;
 use crate::change::Change;
 use crate::guest_module::{self, Known, Layout};
 use crate::kernel::{KernelError, Live, modules};
+use crate::module::Area;
+use crate::per_cpu::{self, Piece};
 
 /// How this kernel keeps its modules, one of which the patch `id` is going to be.
 pub(super) fn layout(live: &Live<'_>, id: &str) -> Result<Layout, Refusal> {
@@ -11,6 +14,26 @@ pub(super) fn layout(live: &Live<'_>, id: &str) -> Result<Layout, Refusal> {
         return Err(Refusal::Loaded { id: other.name });
     }
     Layout::find(live)?.ok_or(Refusal::NoModules)
+}
+
+/// The per-CPU memory that a patch is to have whose module is going to be at `module`; none where it needs none.
+pub(super) fn per_cpu(live: &Live<'_>, area: &Area, module: Gva) -> Result<Option<Piece>, Refusal> {
+    if area.size == 0 {
+        return Ok(None);
+    }
+    let layout = live.kernel.btf.structure("module").map_err(KernelError::from)?;
+    let mark = layout.offset("percpu_size").map_err(KernelError::from)?;
+    Ok(Some(per_cpu::choose(
+        live,
+        area.size,
+        area.align,
+        module.wrapping_add(mark),
+    )?))
+}
+
+/// The changes that give back the patch's per-CPU memory.
+pub(super) fn give_back(live: &Live<'_>, known: &Known) -> Result<Vec<Change>, KernelError> {
+    known.per_cpu.map_or(Ok(Vec::new()), |piece| piece.give_back(live))
 }
 
 /// Puts `bytes` at `offset`, behind what is there, with zeroes between.
@@ -29,6 +52,31 @@ pub(super) fn unused(live: &Live<'_>, id: &str, known: &Known) -> Result<Option<
         }),
         None => Ok(None),
     }
+}
+
+/// What must be as it is for ftrace to forget the patch's functions, as changes that change nothing.
+pub(super) fn untraced(live: &Live<'_>, known: &Known) -> Result<Vec<Change>, RevertError> {
+    let Some(traced) = known.traced else {
+        return Ok(Vec::new());
+    };
+    let (used, same) = traced.in_use(live)?;
+    match used {
+        Some(site) => Err(RevertError::NewTraced {
+            function: function_at(live, site)?,
+        }),
+        None => Ok(same),
+    }
+}
+
+/// The name of a new function, as the guest has it.
+fn function_at(live: &Live<'_>, at: Gva) -> Result<String, KernelError> {
+    let Some(module) = modules::containing(live, at)? else {
+        return Ok(format!("the function at {at}"));
+    };
+    let symbols = modules::symbols(live, &module)?;
+    let before = symbols.into_iter().filter(|symbol| symbol.address <= at);
+    let nearest = before.max_by_key(|symbol| symbol.address);
+    Ok(nearest.map_or_else(|| format!("the function at {at}"), |symbol| symbol.name))
 }
 
 /// The changes that take the patch's branches from their static keys' lists.

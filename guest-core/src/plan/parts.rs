@@ -107,7 +107,7 @@ impl Parts {
         let variables = |patch: &Patch| {
             let image = module.image(patch, alternatives)?;
             let sections = image.layout().sections.iter().cloned();
-            let data = sections.filter(|placed| placed.area == AreaKind::Data);
+            let data = sections.filter(|placed| matches!(placed.area, AreaKind::Data | AreaKind::PerCpu));
             Ok::<Vec<_>, ImageError>(data.collect())
         };
         let (old, new) = (variables(&done)?, variables(patch)?);

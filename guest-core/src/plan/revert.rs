@@ -27,6 +27,12 @@ pub enum RevertError {
         /// The function.
         function: String,
     },
+    /// The guest traces or probes the new function: its site holds a call.
+    #[error("{function}, which the patch brought along, is traced or probed by the guest; end what traces it first")]
+    NewTraced {
+        /// The new function.
+        function: String,
+    },
     /// Somebody in the guest uses the patch's module.
     #[error(
         "{id} is in use: the guest holds {references} references to its module; end what traces or probes it first"
@@ -83,8 +89,10 @@ pub fn revert(live: &Live<'_>, registry: &Registry, id: &str) -> Result<Plan, Re
     paused.extend(undone.filter(|change| change.verify(live.memory).is_err()));
     if let Some(module) = &record.known {
         paused.extend(known::unused(live, id, module)?);
+        paused.extend(known::untraced(live, module)?);
         paused.extend(known::unlist(live, id, module)?);
         paused.extend(known::forget(live, module)?);
+        paused.extend(known::give_back(live, module)?);
     }
     paused.extend(wipe_text(live, registry, entry, record)?);
     paused.push(registry.state_change(entry.slot, State::Applied, State::Reverted));

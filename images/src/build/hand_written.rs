@@ -18,6 +18,14 @@ pub fn target(tree: &KernelTree) -> Result<PathBuf, Error> {
         .build(tree)
 }
 
+/// Builds the ordinary module `vmpatch_percpu`, which takes most of the memory that a guest reserves for modules' per-CPU
+/// variables. Returns the `.ko` in the cache.
+pub fn percpu(tree: &KernelTree) -> Result<PathBuf, Error> {
+    Module::new("vmpatch_percpu")
+        .source("vmpatch_percpu", text!("percpu"))
+        .build(tree)
+}
+
 /// A module that is to be applied. Its effect is seen by the program [`Applied::program`] (see [`super::programs`]).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Applied {
@@ -159,7 +167,7 @@ pub enum Refused {
     NoSuchPosition,
     /// Patches `srso_untrain_ret`, which has two bytes.
     TooShort,
-    /// Has `.data..percpu`.
+    /// Has more variables on each CPU than there is memory for.
     PercpuData,
     /// Wants a callback to run before it is applied.
     Callbacks,

@@ -1,0 +1,181 @@
+//! The ftrace records of a patch's functions, by which the guest traces and probes them as it does any module's.
+//!
+//! A group of records (`struct ftrace_page`) hangs at the end of a chain that starts at `ftrace_pages_start`, and whose last
+//! one `ftrace_pages` points at; the kernel's own loader adds one for each module (`ftrace_process_locs`,
+//! kernel/trace/ftrace.c; 5.10, 6.1, 6.12, 7.2). Who changes or counts records holds `ftrace_lock`.
+//!
+//! ftrace counts in each record who wants it. A tracer that was there before the record has not been counted, and would be
+//! counted below zero when it ends: a function that somebody wants already is left alone by ftrace (`FTRACE_FL_DISABLED`), as
+//! the patched ones are.
+
+use super::words::{WORD, Words, damaged, unreadable};
+use crate::addr::Gva;
+use crate::change::Change;
+use crate::kernel::ftrace::Meaning;
+use crate::kernel::{KernelError, Live, tracers};
+use crate::memory::VirtMemory;
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+
+/// Groups walked at the most: a kernel has a few hundred.
+const GROUPS_MAX: usize = 1 << 16;
+/// More sites than a patch has.
+const SITES_MAX: u64 = 1 << 16;
+/// What the changes are called.
+const TRACED: &str = "the guest's ftrace records";
+
+/// The group of a patch's records.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Traced {
+    /// Guest-virtual address of its `struct ftrace_page`; the records are behind it.
+    pub group: u64,
+    /// Number of records.
+    pub sites: u64,
+}
+
+/// How this kernel keeps its records.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Groups {
+    group_bytes: u64,
+    next: u64,
+    records: u64,
+    index: u64,
+    record_bytes: u64,
+    ip: u64,
+    flags: u64,
+    /// Address of the pointer to the first group, and of that to the last.
+    first: Gva,
+    last: Gva,
+}
+
+impl Groups {
+    /// Looks everything up; `None` for a kernel that was built without ftrace.
+    pub fn find(live: &Live<'_>) -> Result<Option<Self>, KernelError> {
+        let Some(last) = live.kernel.symbols.unique("ftrace_pages") else {
+            return Ok(None);
+        };
+        let btf = &live.kernel.btf;
+        let (group, record) = (btf.structure("ftrace_page")?, btf.structure("dyn_ftrace")?);
+        let (group_bytes, record_bytes) = (group.size(), record.size());
+        if group_bytes % WORD != 0 || record_bytes != 2 * WORD {
+            return Err(damaged(
+                format!("ftrace records of {record_bytes} bytes in groups of {group_bytes}"),
+                "records of an address and flags",
+            ));
+        }
+        Ok(Some(Self {
+            group_bytes,
+            next: group.offset("next")?,
+            records: group.offset("records")?,
+            index: group.offset("index")?,
+            record_bytes,
+            ip: record.offset("ip")?,
+            flags: record.offset("flags")?,
+            first: live.kernel.symbol("ftrace_pages_start")?,
+            last,
+        }))
+    }
+
+    /// Bytes of a group and its records.
+    pub fn bytes(&self, sites: usize) -> u64 {
+        match sites {
+            0 => 0,
+            some => (some as u64)
+                .saturating_mul(self.record_bytes)
+                .saturating_add(self.group_bytes),
+        }
+    }
+
+    /// Fills in the group that is going to be at `at`, of these sites in ascending order, and adds it to the chain. The changes
+    /// that are given make sure that nobody has begun to want a site meanwhile.
+    pub fn add(
+        &self,
+        live: &Live<'_>,
+        words: &mut Words<'_>,
+        at: Gva,
+        sites: &[Gva],
+    ) -> Result<Vec<Change>, KernelError> {
+        let disabled = Meaning::of(&live.kernel.btf)?.disabled;
+        let records = at.wrapping_add(self.group_bytes);
+        let count = sites.len() as u64;
+        words.set(at.wrapping_add(self.next), 0)?;
+        words.set(at.wrapping_add(self.records), records.0)?;
+        // `index` shares its word with the order of the pages that records otherwise have: 0.
+        words.set(at.wrapping_add(self.index), count)?;
+        let mut asked = BTreeMap::new();
+        for (index, site) in (0_u64..).zip(sites) {
+            let record = records.wrapping_add(index.saturating_mul(self.record_bytes));
+            let tracers = tracers::of(live, *site)?;
+            words.set(record.wrapping_add(self.ip), site.0)?;
+            words.set(
+                record.wrapping_add(self.flags),
+                if tracers.wanted { disabled } else { 0 },
+            )?;
+            asked.extend(tracers.words);
+        }
+        let last = Gva(words.get(self.last)?);
+        words.set(last.wrapping_add(self.next), at.0)?;
+        words.set(self.last, at.0)?;
+        asked
+            .into_iter()
+            .map(|(at, word)| unchanged(live, at, &word.to_le_bytes()))
+            .collect()
+    }
+
+    /// Takes a group out of the chain; where only a part of it is in, as after half of an addition or of a removal, that is all
+    /// that changes.
+    pub fn remove(&self, words: &mut Words<'_>, group: Gva) -> Result<(), KernelError> {
+        let mut at = self.first;
+        for _ in 0..GROUPS_MAX {
+            let next = Gva(words.get(at)?);
+            if next == group {
+                words.set(at, words.get(group.wrapping_add(self.next))?)?;
+                continue;
+            }
+            if next.0 != 0 {
+                at = next.wrapping_add(self.next);
+                continue;
+            }
+            if words.get(self.last)? == group.0 {
+                words.set(self.last, at.wrapping_offset(-self.next.cast_signed()).0)?;
+            }
+            return Ok(());
+        }
+        Err(damaged(
+            format!("more than {GROUPS_MAX} groups of ftrace records"),
+            "an end",
+        ))
+    }
+}
+
+impl Traced {
+    /// The first of the patch's functions that somebody in the guest traces or probes, by its site; and that all records stay as
+    /// they are, as changes that change nothing.
+    pub fn in_use(&self, live: &Live<'_>) -> Result<(Option<Gva>, Vec<Change>), KernelError> {
+        let Some(groups) = Groups::find(live)? else {
+            return Ok((None, Vec::new()));
+        };
+        let meaning = Meaning::of(&live.kernel.btf)?;
+        let at = Gva(self.group).wrapping_add(groups.group_bytes);
+        let len = self.sites.min(SITES_MAX).saturating_mul(groups.record_bytes);
+        let mut bytes = vec![0; usize::try_from(len).unwrap_or(0)];
+        live.read(at, &mut bytes).map_err(|source| unreadable(at, source))?;
+        let word = |record: &[u8], offset: u64| {
+            let word = record.get(usize::try_from(offset).ok()?..)?.first_chunk()?;
+            Some(u64::from_le_bytes(*word))
+        };
+        let mut records = bytes.chunks_exact(2 * WORD as usize);
+        let used = records.find_map(|record| {
+            let (ip, flags) = (word(record, groups.ip)?, word(record, groups.flags)?);
+            meaning.is_held(flags).then_some(Gva(ip))
+        });
+        // The pages of a patch's data follow one another in the guest's memory.
+        Ok((used, vec![unchanged(live, at, &bytes)?]))
+    }
+}
+
+/// That the bytes at `at` are what they are, as a change that changes nothing.
+fn unchanged(live: &Live<'_>, at: Gva, bytes: &[u8]) -> Result<Change, KernelError> {
+    let (gpa, _) = live.physical(at).map_err(|source| unreadable(at, source))?;
+    Ok(Change::replace(TRACED, gpa, bytes.to_vec(), bytes.to_vec()))
+}
