@@ -2,6 +2,7 @@
  * An ordinary module whose functions livepatches replace: its parameter value is
  * what vmpatch_target_get() says when it is read.
  */
+#include <linux/jump_label.h>
 #include <linux/kernel.h>
 #include <linux/module.h>
 #include <linux/moduleparam.h>
@@ -14,6 +15,18 @@ noinline int vmpatch_target_exported(void)
 	return 30;
 }
 EXPORT_SYMBOL_GPL(vmpatch_target_exported);
+
+/* Its first instruction behind the ftrace site is a branch on a static key. */
+static DEFINE_STATIC_KEY_FALSE(vmpatch_target_key);
+
+noinline int vmpatch_target_branch(void);
+noinline int vmpatch_target_branch(void)
+{
+	if (static_branch_unlikely(&vmpatch_target_key))
+		return 1;
+	return 8;
+}
+EXPORT_SYMBOL_GPL(vmpatch_target_branch);
 
 static int vmpatch_target_get(char *buffer, const struct kernel_param *param)
 {

@@ -4,6 +4,7 @@ use std::fs;
 use std::sync::LazyLock;
 
 use e2e::bed::{self, Lent};
+use e2e::ftrace::Ftrace;
 use e2e::kit::{self, Modules};
 use e2e::probe::{Seen, see};
 use e2e::report::states;
@@ -75,6 +76,28 @@ fn a_function_of_a_module_is_patched_and_the_module_stays_until_revert() {
 
     vmpatch.revert_all();
     assert_eq!(target_says(&guest), OLD);
+    unload_target(&guest).unwrap();
+}
+
+/// A kprobe holds the site, so the jump would have to stand behind it: where the module has a jump label.
+#[test]
+fn a_function_of_a_module_is_not_patched_over_that_modules_jump_label() {
+    let guest = guest();
+    let vmpatch = Vmpatch::on(&guest);
+    let tracing = Ftrace::of(&guest);
+    let module = MODULES.applied(Applied::ModuleBranch);
+    load_target(&guest);
+    tracing.probe("branch", "vmpatch_target:vmpatch_target_branch");
+    let refused = vmpatch.run(&["apply", &module]).expect(3);
+    let complaint = refused.complaint();
+    assert!(
+        complaint.contains("vmpatch_target_branch") && complaint.contains("a jump label at"),
+        "{complaint}"
+    );
+    tracing.reset();
+    let applied = vmpatch.apply(&module);
+    assert_eq!(applied["patches"][0]["functions"][0]["redirect"], "ftrace");
+    vmpatch.revert_all();
     unload_target(&guest).unwrap();
 }
 

@@ -1,7 +1,8 @@
-//! Places in the kernel's text that the kernel itself rewrites at run time: jump labels, static calls, kprobes.
+//! Places in the text of the kernel and of its modules that the kernel itself rewrites at run time: jump labels, static calls,
+//! lock prefixes (where it runs on one CPU and may get more), kprobes.
 
 use super::list::Walker;
-use super::{KernelError, Live};
+use super::{KernelError, Live, modules};
 use crate::addr::Gva;
 use crate::memory::VirtMemory;
 use std::ops::Range;
@@ -10,32 +11,77 @@ use std::ops::Range;
 const SITE_BYTES: u64 = 5;
 /// More bytes than a table of sites has; bounds memory.
 const TABLE_BYTES_MAX: u64 = 16 << 20;
+/// The list of tables of lock prefixes.
+const LOCK_LISTS: &str = "smp_alt_modules";
 /// Buckets of `kprobe_table` (`KPROBE_HASH_BITS` is 6 in kernel/kprobes.c).
 const KPROBE_BUCKETS: u64 = 64;
 
-/// What the kernel rewrites somewhere in `range`; `None` where nothing.
+/// What a table of sites is of, its ends among the kernel's symbols, its members in `struct module`, and the type of its rows.
+const TABLES: [(&str, [&str; 2], [&str; 2], &str); 2] = [
+    (
+        "jump label",
+        ["__start___jump_table", "__stop___jump_table"],
+        ["jump_entries", "num_jump_entries"],
+        "jump_entry",
+    ),
+    (
+        "static call",
+        ["__start_static_call_sites", "__stop_static_call_sites"],
+        ["static_call_sites", "num_static_call_sites"],
+        "static_call_site",
+    ),
+];
+
+/// What the kernel rewrites somewhere in `range`, code of the kernel or of a module; `None` where nothing.
 pub fn rewritten_in(live: &Live<'_>, range: &Range<Gva>) -> Result<Option<String>, KernelError> {
-    let tables = [
-        (
-            "jump label",
-            "__start___jump_table",
-            "__stop___jump_table",
-            "jump_entry",
-        ),
-        (
-            "static call",
-            "__start_static_call_sites",
-            "__stop_static_call_sites",
-            "static_call_site",
-        ),
-    ];
-    for (what, start, stop, entry) in tables {
-        if let Some(site) = place_relative(live, what, start, stop, entry)?.find(|site| overlaps(*site, range)) {
+    let module = match live.kernel.image.segment(range.start) {
+        Some(_) => None,
+        None => modules::containing(live, range.start)?,
+    };
+    for (what, ends, members, row) in TABLES {
+        let table = match &module {
+            None => image_table(live, ends),
+            Some(module) => module_table(live, what, module.at, members, row)?,
+        };
+        // A kernel without the table has no such sites.
+        let Some((start, len)) = table else { continue };
+        let row_bytes = live.kernel.btf.structure(row)?.size();
+        if let Some(site) = place_relative(live, what, start, len, row_bytes)?.find(|site| overlaps(*site, range)) {
             return Ok(Some(format!("a {what} at {site}")));
         }
     }
+    if let Some(site) = lock_prefixes(live)?.into_iter().find(|site| range.contains(site)) {
+        return Ok(Some(format!("a lock prefix at {site}")));
+    }
     let probe = kprobes(live)?.into_iter().find(|site| overlaps(*site, range));
     Ok(probe.map(|site| format!("a kprobe at {site}")))
+}
+
+/// Start and bytes of a table of the kernel's own.
+fn image_table(live: &Live<'_>, [start, stop]: [&str; 2]) -> Option<(Gva, u64)> {
+    let symbols = &live.kernel.symbols;
+    let (start, stop) = (symbols.unique(start)?, symbols.unique(stop)?);
+    Some((start, stop.0.saturating_sub(start.0)))
+}
+
+/// The same of a module's.
+fn module_table(
+    live: &Live<'_>,
+    what: &'static str,
+    module: Gva,
+    [start, count]: [&str; 2],
+    row: &str,
+) -> Result<Option<(Gva, u64)>, KernelError> {
+    let layout = live.kernel.btf.structure("module")?;
+    let (Some(start), Some(count)) = (layout.try_member(start), layout.try_member(count)) else {
+        return Ok(None);
+    };
+    let (start, count) = (module.wrapping_add(start.offset()), module.wrapping_add(count.offset()));
+    let unreadable = |at| move |source| KernelError::Unreadable { what, at, source };
+    let rows = live.read_u32(count).map_err(unreadable(count))?;
+    let start = Gva(live.read_u64(start).map_err(unreadable(start))?);
+    let bytes = live.kernel.btf.structure(row)?.size().saturating_mul(rows.into());
+    Ok(Some((start, bytes)))
 }
 
 /// The first kprobe that the guest has set in `range`.
@@ -47,30 +93,23 @@ fn overlaps(site: Gva, range: &Range<Gva>) -> bool {
     site < range.end && site.wrapping_add(SITE_BYTES) > range.start
 }
 
-/// The addresses in a table whose entries start with a place-relative 32-bit offset to the code (include/linux/
-/// jump_label.h since 4.19, static_call_types.h since 5.10). A kernel without the table has no such sites.
+/// The addresses in a table whose rows start with a place-relative 32-bit offset to the code (include/linux/jump_label.h since
+/// 4.19, static_call_types.h since 5.10; arch/x86/kernel/alternative.c).
 fn place_relative(
     live: &Live<'_>,
     what: &'static str,
-    start: &str,
-    stop: &str,
-    entry: &str,
+    start: Gva,
+    len: u64,
+    row_bytes: u64,
 ) -> Result<impl Iterator<Item = Gva> + use<>, KernelError> {
-    let symbols = &live.kernel.symbols;
-    let (start, len, size) = match (symbols.unique(start), symbols.unique(stop)) {
-        (Some(start), Some(stop)) => {
-            let len = stop.0.saturating_sub(start.0).min(TABLE_BYTES_MAX);
-            (start, len, live.kernel.btf.structure(entry)?.size().max(4))
-        }
-        _ => (Gva(0), 0, 4),
-    };
+    let len = len.min(TABLE_BYTES_MAX);
     let mut bytes = vec![0; usize::try_from(len).unwrap_or(0)];
     live.read(start, &mut bytes).map_err(|source| KernelError::Unreadable {
         what,
         at: start,
         source,
     })?;
-    let step = usize::try_from(size).unwrap_or(usize::MAX);
+    let step = usize::try_from(row_bytes.max(4)).unwrap_or(usize::MAX);
     let count = bytes.len() / step;
     Ok((0..count).filter_map(move |index| {
         let offset = i32::from_le_bytes(bytes.get(index * step..index * step + 4)?.try_into().ok()?);
@@ -80,6 +119,37 @@ fn place_relative(
                 .wrapping_offset(i64::from(offset)),
         )
     }))
+}
+
+/// The lock prefixes that the kernel may still put in or take out: `smp_alt_modules` lists their tables, of the kernel and its
+/// modules, as long as it runs on one CPU only (arch/x86/kernel/alternative.c, 5.10 to 7.2).
+fn lock_prefixes(live: &Live<'_>) -> Result<Vec<Gva>, KernelError> {
+    let Some(head) = live.kernel.symbols.unique(LOCK_LISTS) else {
+        return Ok(Vec::new());
+    };
+    let entry = live.kernel.btf.structure("smp_alt_module")?;
+    let (node, first, end) = (
+        entry.offset("next")?,
+        entry.offset("locks")?,
+        entry.offset("locks_end")?,
+    );
+    let mut sites = Vec::new();
+    for at in Walker::new(live).list(LOCK_LISTS, head, node)? {
+        let word = |at: Gva| {
+            let what = LOCK_LISTS;
+            live.read_u64(at)
+                .map_err(|source| KernelError::Unreadable { what, at, source })
+        };
+        let (start, end) = (word(at.wrapping_add(first))?, word(at.wrapping_add(end))?);
+        sites.extend(place_relative(
+            live,
+            LOCK_LISTS,
+            Gva(start),
+            end.saturating_sub(start),
+            4,
+        )?);
+    }
+    Ok(sites)
 }
 
 /// The addresses of all kprobes. A kernel without kprobes has none.

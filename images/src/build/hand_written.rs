@@ -47,6 +47,8 @@ pub enum Applied {
     KlpBuild,
     /// `vmpatch_target_get` of the module [`target`], with a variable and an exported function of that module.
     Module,
+    /// `vmpatch_target_branch` of the module [`target`], in which a static key's branch stands behind the ftrace site.
+    ModuleBranch,
     /// `__x64_sys_pause`, and `vmpatch_target_get` of the module [`target`].
     ModuleAndImage,
     /// `__x64_sys_sysinfo`, with branches on a static key of the kernel's and on one of its own.
@@ -64,7 +66,7 @@ pub enum Applied {
 
 impl Applied {
     /// All of them.
-    pub const ALL: [Self; 15] = [
+    pub const ALL: [Self; 16] = [
         Self::Pair,
         Self::Pause,
         Self::Kstrtoint,
@@ -74,6 +76,7 @@ impl Applied {
         Self::Kpatch,
         Self::KlpBuild,
         Self::Module,
+        Self::ModuleBranch,
         Self::ModuleAndImage,
         Self::StaticKey,
         Self::StaticKeyToo,
@@ -104,6 +107,7 @@ impl Applied {
             Self::Pause | Self::StaticCall | Self::Kpatch | Self::KlpBuild | Self::StaticKeyToo => &["__x64_sys_pause"],
             Self::Kstrtoint => &["kstrtoint"],
             Self::Module => &["vmpatch_target_get"],
+            Self::ModuleBranch => &["vmpatch_target_branch"],
             Self::ModuleAndImage => &["__x64_sys_pause", "vmpatch_target_get"],
             Self::Symbols | Self::Sections | Self::StaticKey | Self::Printk | Self::Faults | Self::Warns => {
                 &["__x64_sys_sysinfo"]
@@ -142,6 +146,7 @@ impl Applied {
             Self::StaticCall => ("static_call", text!("static_call")),
             Self::Kpatch => ("kpatch", text!("kpatch")),
             Self::Module => ("module", text!("module")),
+            Self::ModuleBranch => ("module_branch", text!("module_branch")),
             Self::StaticKey => ("static_key", text!("static_key")),
             Self::StaticKeyToo => ("static_key_too", text!("static_key_too")),
             Self::ModuleAndImage => ("module_and_image", text!("module_and_image")),
