@@ -137,7 +137,7 @@ fn a_module_that_does_not_fit_is_refused_by_name() {
         refused(Refused::NoSuchPosition, "function c_start: symbol position 99"),
         refused(Refused::TooShort, "too short to redirect"),
         refused(Refused::PercpuData, "wants 16000 bytes of per-CPU memory in one piece"),
-        refused(Refused::Callbacks, "callbacks are not handled"),
+        refused(Refused::Callbacks, "object vmlinux has a pre_patch callback"),
         refused(Refused::TooBig, "does not fit"),
         refused(Refused::NoLivepatch, "is not a livepatch module"),
     ]);

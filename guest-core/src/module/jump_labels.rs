@@ -177,6 +177,11 @@ impl Linker<'_, '_, '_> {
         for row in &rows.rows {
             labels.push(self.label(row)?);
         }
+        labels.sort_by_key(|label| label.from);
+        if let Some([_, second]) = labels.array_windows().find(|[first, second]| first.from == second.from) {
+            let found = format!("a second row for {}", self.image.module.place(second.site));
+            return Err(TableError::named(TABLE, 0, found, "one row for each branch").into());
+        }
         labels.sort_by_key(|label| (label.key, label.from));
         let table = self.base(AreaKind::RoData).wrapping_add(rows.table);
         let mut room = self.base(AreaKind::Data).wrapping_add(rows.room);

@@ -4,7 +4,7 @@
 //! file they are bytes with relocations for the pointers: see Documentation/livepatch/livepatch.rst, and
 //! samples/livepatch/livepatch-sample.c for what such a module looks like.
 
-use super::patch::{FUNCTIONS_MAX, OBJECTS_MAX};
+use super::patch::{FUNCTIONS_MAX, OBJECTS_MAX, callback};
 use super::sections::{Section, SectionOffset};
 use super::{KlpLayout, Patch, PatchError, PatchFormat, PatchFunction, PatchModule, PatchObject};
 use object::elf::{R_X86_64_32S, R_X86_64_64, R_X86_64_PC32, R_X86_64_PLT32};
@@ -164,6 +164,7 @@ impl PatchModule<'_> {
         match section.relocations_in(callbacks.offset, end).first() {
             Some(relocation) => Err(PatchError::Callback {
                 object: name.unwrap_or("vmlinux").into(),
+                callback: callback(relocation.offset.saturating_sub(callbacks.offset)),
                 at: self.place(SectionOffset {
                     offset: relocation.offset,
                     ..callbacks

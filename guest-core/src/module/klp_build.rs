@@ -3,7 +3,7 @@
 //!
 //! Format: include/linux/livepatch_external.h and tools/objtool/klp-diff.c of Linux 7.2 (new in 6.19).
 
-use super::patch::{FUNCTIONS_MAX, OBJECTS_MAX};
+use super::patch::{FUNCTIONS_MAX, OBJECTS_MAX, callback};
 use super::sections::{Section, SectionId, SectionOffset};
 use super::{Patch, PatchError, PatchFormat, PatchFunction, PatchModule, PatchObject};
 
@@ -62,10 +62,11 @@ impl PatchModule<'_> {
     ) -> Result<PatchObject, PatchError> {
         let name = self.name_at("klp_object_ext.name", at)?;
         let callbacks = section.relocations_in(at.plus(CALLBACKS).offset, at.plus(NR_FUNCS).offset);
-        if let Some(callback) = callbacks.first() {
-            let offset = callback.offset;
+        if let Some(pointer) = callbacks.first() {
+            let offset = pointer.offset;
             return Err(PatchError::Callback {
                 object: name.unwrap_or("vmlinux".into()),
+                callback: callback(offset.saturating_sub(at.plus(CALLBACKS).offset)),
                 at: self.place(SectionOffset { section: id, offset }),
             });
         }
@@ -161,6 +162,7 @@ mod tests {
             patch(&elf),
             Err(PatchError::Callback {
                 object: "af_alg".into(),
+                callback: "post_patch".into(),
                 at: ".init.klp_objects+0x58".into()
             })
         );

@@ -92,6 +92,7 @@ impl PatchModule<'_> {
                 let object = self.name_at("callback's objname", entry.plus(8));
                 return Err(PatchError::Callback {
                     object: object.ok().flatten().unwrap_or("of no name".into()),
+                    callback: section.name.trim_start_matches(CALLBACKS).to_owned(),
                     at: self.place(at),
                 });
             }
@@ -183,6 +184,7 @@ mod tests {
             patch(&elf),
             Err(PatchError::Callback {
                 object: "af_alg".into(),
+                callback: "post_unpatch".into(),
                 at: ".kpatch.callbacks.post_unpatch+0x0".into()
             })
         );

@@ -8,6 +8,15 @@ pub(super) const FUNCTIONS_MAX: usize = 10_000;
 /// Most objects.
 pub(super) const OBJECTS_MAX: usize = 1_000;
 
+/// The members of `struct klp_callbacks`, in their order (include/linux/livepatch.h, 4.15 to 7.2; 8 bytes each).
+pub(super) const CALLBACKS: [&str; 4] = ["pre_patch", "post_patch", "pre_unpatch", "post_unpatch"];
+
+/// The name of the callback whose pointer is so many bytes into the structure.
+pub(super) fn callback(offset: u64) -> String {
+    let name = usize::try_from(offset / 8).ok().and_then(|index| CALLBACKS.get(index));
+    name.copied().unwrap_or("nameless").to_owned()
+}
+
 /// Layouts of the livepatch structures in the guest's kernel, in bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct KlpLayout {
@@ -150,10 +159,12 @@ pub enum PatchError {
         max: usize,
     },
     /// Functions to be called before or after patching.
-    #[error("object {object} has a callback at {at}: callbacks are not handled")]
+    #[error("object {object} has a {callback} callback at {at}, which would have to be called in the guest")]
     Callback {
         /// The object's name.
         object: String,
+        /// When it is to be called: a member of `struct klp_callbacks`.
+        callback: String,
         /// Section and offset of the pointer.
         at: String,
     },

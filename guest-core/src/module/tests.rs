@@ -143,6 +143,7 @@ fn a_callback_is_refused_with_its_place() {
         patch_of(&elf.build()),
         Err(PatchError::Callback {
             object: "vmlinux".into(),
+            callback: "post_patch".into(),
             at: ".data+0xe0".into()
         })
     );
