@@ -8,8 +8,26 @@ use std::process::Command;
 use patch_build::cache::Cache;
 use patch_build::source::package;
 
-use crate::fixes::{FROM, KERNEL};
+use crate::fixes;
 use crate::vmpatch::{Answer, Vmpatch};
+
+/// A kernel to build for: the package that it comes in, and the one with its source.
+#[derive(Clone, Copy, Debug)]
+pub struct Target {
+    package: &'static str,
+    source: &'static str,
+}
+
+/// The kernel that most is tried on.
+pub const KERNEL_6_1: Target = Target {
+    package: fixes::KERNEL,
+    source: fixes::FROM,
+};
+/// One of a newer compiler, which is taken out of its package.
+pub const KERNEL_7_2: Target = Target {
+    package: "linux-image-7.2.13+deb14-cloud-amd64=7.2.13-1",
+    source: "linux-source-7.2=7.2.13-1",
+};
 
 /// A change: in the file, this text becomes that.
 pub type Edit = (&'static str, &'static str, &'static str);
@@ -79,6 +97,13 @@ pub const SPLIT_AND_SHORTENED: &[Edit] = &[(
     "\tif (!error) {\n\t\tbuf->f_flags = calculate_f_flags(path->mnt);\n\t\tbuf->f_namelen = 77;\n\t}\n",
 )];
 
+/// A clock that can't be moved by 4242 seconds, in a function whose loop gcc-16 aligns to more than the function itself.
+pub const ALIGNED_LOOP: &[Edit] = &[(
+    "kernel/time/namespace.c",
+    "off->val.tv_nsec >= NSEC_PER_SEC)\n",
+    "off->val.tv_nsec >= NSEC_PER_SEC || off->val.tv_sec == 4242)\n",
+)];
+
 /// Lines in front of warnings, and another name for a function.
 pub const NOTHING: &[Edit] = &[
     ("kernel/ucount.c", "#include", "/*\n * Three more lines.\n */\n#include"),
@@ -143,9 +168,9 @@ pub const REFUSED: &[Edit] = &[
 ///
 /// If the source can't be had, or does not have a text just once.
 #[track_caller]
-pub fn write_diff(edits: &[Edit], folder: &Path) -> PathBuf {
+pub fn write_diff(target: Target, edits: &[Edit], folder: &Path) -> PathBuf {
     let cache = Cache::from_env().expect("there is a cache");
-    let (name, version) = FROM.split_once('=').expect("a package and its version");
+    let (name, version) = target.source.split_once('=').expect("a package and its version");
     let source = package::whole(&cache, name, version)
         .expect("the source can be had")
         .folder;
@@ -181,8 +206,8 @@ pub fn write_diff(edits: &[Edit], folder: &Path) -> PathBuf {
 /// # Panics
 ///
 /// If vmpatch can't be built or started.
-pub fn build(diff: &Path, output: &Path, more: &[&str]) -> Answer {
+pub fn build(target: Target, diff: &Path, output: &Path, more: &[&str]) -> Answer {
     let (diff, output) = (diff.display().to_string(), output.display().to_string());
-    let args = ["build", "--kernel", KERNEL, &diff, "-o", &output, "--json"];
+    let args = ["build", "--kernel", target.package, &diff, "-o", &output, "--json"];
     Vmpatch::domain("none").run_bare(&[&args, more].concat())
 }

@@ -4,7 +4,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use e2e::own_livepatch::OwnLivepatch;
-use e2e::rules::{self, Edit};
+use e2e::rules::{self, Edit, KERNEL_6_1, KERNEL_7_2};
 use e2e::vmpatch::Vmpatch;
 use e2e::{bed, kit};
 use images::guest::Guest;
@@ -86,7 +86,7 @@ fn changes_of_many_kinds_work_from_outside_and_in_the_guests_own_livepatch() {
         rules::NOTHING,
     ]);
     let module = folder.join("livepatch-rules.ko");
-    let built = rules::build(&rules::write_diff(&all, &folder), &module, &[]).expect(0);
+    let built = rules::build(KERNEL_6_1, &rules::write_diff(KERNEL_6_1, &all, &folder), &module, &[]).expect(0);
     let (items, findings) = of_sheet(&built.json()["sheet"]);
     let expected = [
         "fs/drop_caches.c: changed drop_caches_sysctl_handler",
@@ -124,7 +124,13 @@ fn changes_of_many_kinds_work_from_outside_and_in_the_guests_own_livepatch() {
 fn lines_in_front_of_warnings_and_another_name_for_a_function_are_nothing_to_do() {
     let folder = folder("nothing");
     let module = folder.join("never.ko");
-    let answer = rules::build(&rules::write_diff(rules::NOTHING, &folder), &module, &[]).expect(3);
+    let answer = rules::build(
+        KERNEL_6_1,
+        &rules::write_diff(KERNEL_6_1, rules::NOTHING, &folder),
+        &module,
+        &[],
+    )
+    .expect(3);
     assert!(answer.to_string().contains("changes no code and no data"), "{answer}");
     assert!(!module.exists());
     fs::remove_dir_all(&folder).unwrap();
@@ -135,7 +141,7 @@ fn a_changed_header_or_c_file_gets_into_every_file_that_includes_it() {
     let folder = folder("header");
     let module = folder.join("livepatch-header.ko");
     let all = edits(&[rules::HEADER, rules::INCLUDED_FILE]);
-    let built = rules::build(&rules::write_diff(&all, &folder), &module, &[]).expect(0);
+    let built = rules::build(KERNEL_6_1, &rules::write_diff(KERNEL_6_1, &all, &folder), &module, &[]).expect(0);
     let (items, findings) = of_sheet(&built.json()["sheet"]);
     let expected = [
         "fs/binfmt_elf.c: changed elf_map",
@@ -157,8 +163,8 @@ fn a_changed_header_or_c_file_gets_into_every_file_that_includes_it() {
 fn what_a_patch_cannot_change_is_refused_by_name_and_what_is_allowed_goes_along_as_a_warning() {
     let folder = folder("refused");
     let module = folder.join("livepatch-allowed.ko");
-    let diff = rules::write_diff(rules::REFUSED, &folder);
-    let refused = rules::build(&diff, &module, &[]).expect(3);
+    let diff = rules::write_diff(KERNEL_6_1, rules::REFUSED, &folder);
+    let refused = rules::build(KERNEL_6_1, &diff, &module, &[]).expect(3);
     let (_, findings) = of_sheet(&refused.json()["sheet"]);
     let expected = [
         "changed-data: fs/drop_caches.c: stfu.0",
@@ -173,10 +179,10 @@ fn what_a_patch_cannot_change_is_refused_by_name_and_what_is_allowed_goes_along_
     let mut allow = Vec::new();
     for risk in ["changed-data", "init", "layout", "removed-global", "static-key"] {
         // All but one are not enough.
-        rules::build(&diff, &module, &allow).expect(3);
+        rules::build(KERNEL_6_1, &diff, &module, &allow).expect(3);
         allow.extend(["--allow", risk]);
     }
-    rules::build(&diff, &module, &allow).expect(0);
+    rules::build(KERNEL_6_1, &diff, &module, &allow).expect(0);
     let guest = bed::lend(kit::guest(Kernel::CLOUD_6_1));
     let check = Vmpatch::on(&guest)
         .run(&["check", "--json", &module.display().to_string()])
@@ -190,5 +196,30 @@ fn what_a_patch_cannot_change_is_refused_by_name_and_what_is_allowed_goes_along_
             "{warnings}"
         );
     }
+    fs::remove_dir_all(&folder).unwrap();
+}
+
+#[test]
+fn a_kernel_of_a_newer_compiler_is_built_for_and_its_code_is_verified() {
+    let folder = folder("newer");
+    let module = folder.join("livepatch-newer.ko");
+    let diff = rules::write_diff(KERNEL_7_2, rules::ALIGNED_LOOP, &folder);
+    rules::build(KERNEL_7_2, &diff, &module, &[]).expect(0);
+    let module = module.display().to_string();
+    let guest = bed::lend(kit::guest(Kernel::CLOUD_7_2));
+    // The namespace that the system started with can't be changed, but values are looked at first.
+    let move_clock = || shell(&guest, "echo monotonic 4242 0 >/proc/self/timens_offsets");
+    let is_changed = || move_clock().contains("Invalid argument");
+    assert!(move_clock().contains("Permission denied"), "{}", move_clock());
+    let vmpatch = Vmpatch::on(&guest);
+    let report = vmpatch.apply(&module);
+    assert!(is_changed(), "{}", move_clock());
+    assert_eq!(report["patches"][0]["verified"], "all", "{report}");
+    vmpatch.revert_all();
+    assert!(!is_changed());
+    let own = OwnLivepatch::load(&guest, &module, "livepatch-newer");
+    assert!(is_changed(), "{}", move_clock());
+    own.unload();
+    assert!(!is_changed());
     fs::remove_dir_all(&folder).unwrap();
 }

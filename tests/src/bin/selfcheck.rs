@@ -1,6 +1,6 @@
 //! Whether patches are built from what guests run, over many source files.
 //!
-//! usage: cargo run --release -p e2e --bin selfcheck [FILES]
+//! usage: cargo run --release -p e2e --bin selfcheck [FILES [KERNEL]]
 
 use std::process::ExitCode;
 
@@ -31,7 +31,9 @@ fn main() -> ExitCode {
 
 fn run() -> Result<bool, Error> {
     let count = std::env::args().nth(1).map_or(Ok(FILES_DEFAULT), |text| text.parse())?;
-    let kernel = Kernel::CLOUD_6_1;
+    let kernel = std::env::args()
+        .nth(2)
+        .map_or(Kernel::CLOUD_6_1, |name| Kernel::named(&name));
     let source = Source::of(&kernel)?;
     let guest = Guest::boot(kit::guest(kernel).name(NAME))?;
     let options = Cli::parse_from(["vmpatch", "--domain", guest.name()]).options;
