@@ -8,8 +8,8 @@ use common::patch::{carry_out, mend, patched, plan, plan_for, refusal, registry,
 use guest_core::module::note::{Note, OldCode};
 use guest_core::module::{NoteError, ResolveError};
 use guest_core::pattern::Pattern;
-use guest_core::place::{Redirect, RegistryError, State};
-use guest_core::plan::{Refusal, RevertError, revert};
+use guest_core::place::{Record, Redirect, RegistryError, State};
+use guest_core::plan::{ApplyOptions, Refusal, RevertError, apply, revert};
 use guest_core::redirect::RedirectError;
 use guest_core::{Gva, VirtMemory};
 
@@ -261,6 +261,49 @@ fn a_patch_is_applied_once_and_a_function_is_patched_once() {
     assert_eq!(plan.record.order, 2);
     carry_out(&guest, &kernel, &plan).unwrap();
     assert_eq!(registry(&guest, &kernel).entries.len(), 2);
+}
+
+#[test]
+fn a_patch_whose_record_is_too_long_for_a_gap_is_laid_as_a_whole_elsewhere() {
+    let guest = Guest::new();
+    let kernel = guest.kernel();
+    for (id, old) in [("first", "victim"), ("second", "vfs_read")] {
+        let file = livepatch(id, &[Function::returning_one(old)]);
+        carry_out(&guest, &kernel, &plan(&guest, &kernel, &file).unwrap()).unwrap();
+    }
+    let pages = |id: &str| {
+        let registry = registry(&guest, &kernel);
+        let mut entries = registry.entries.iter();
+        let of = |record: &Record| record.id == id;
+        entries
+            .find(|entry| entry.record.as_ref().is_some_and(of))
+            .unwrap()
+            .pages
+    };
+    let gap = pages("first");
+    let out = revert(&kernel.live(&guest.ram), &registry(&guest, &kernel), "first").unwrap();
+    carry_out(&guest, &kernel, &out).unwrap();
+    mend(&guest, &kernel);
+    // text, rodata and data as before; the record has some pages more, more than those that records get at first
+    for (id, chars) in [("third", 8 * 4096), ("fourth", 4096)] {
+        let options = ApplyOptions {
+            model: "m".repeat(chars),
+            now: 7,
+        };
+        let file = livepatch(id, &[Function::returning_one("victim")]);
+        let live = kernel.live(&guest.ram);
+        let long = apply(&live, &registry(&guest, &kernel), &file, &options).unwrap();
+        carry_out(&guest, &kernel, &long).unwrap();
+        let (taken, new) = (pages(id), target(&guest, guest.symbol("victim") + 4));
+        assert!(taken.first >= gap.first + gap.count && taken.count > gap.count);
+        assert_eq!(Gva(new), registry(&guest, &kernel).mapped(taken.first));
+        let mut code = [0; 10];
+        live.read(Gva(new), &mut code).unwrap();
+        assert_eq!(code.to_vec(), Function::returning_one("victim").code);
+        let out = revert(&live, &registry(&guest, &kernel), id).unwrap();
+        carry_out(&guest, &kernel, &out).unwrap();
+        mend(&guest, &kernel);
+    }
 }
 
 #[test]

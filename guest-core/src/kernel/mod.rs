@@ -3,6 +3,7 @@
 //! The way in: interrupt table → [`image`] → [`kallsyms`] → `banner`, `vmcoreinfo`, BTF. Each step is checked against
 //! another; a kernel that is not understood is refused.
 
+pub mod alternatives;
 pub mod exports;
 pub mod ftrace;
 pub mod image;

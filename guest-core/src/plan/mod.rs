@@ -2,16 +2,20 @@
 //! Everything that can fail for a reason known beforehand fails here, when the guest has not been touched.
 
 mod apply;
+mod areas;
 mod cleanup;
+mod fit;
 mod known;
 mod old;
 mod old_code;
-mod orc_header;
 mod parts;
+mod redirects;
+mod refusal;
 mod revert;
 
-pub use apply::{ApplyOptions, Refusal, apply};
+pub use apply::{ApplyOptions, apply};
 pub use cleanup::{cleanup, recovery};
+pub use refusal::Refusal;
 pub use revert::{RevertError, revert};
 
 use crate::addr::Gva;

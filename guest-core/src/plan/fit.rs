@@ -1,0 +1,96 @@
+//! Whether a module was made for the guest's kernel.
+
+use super::Refusal;
+use crate::kernel::{KernelError, Live, exports, livepatch};
+use crate::memory::VirtMemory;
+use crate::module::PatchModule;
+use crate::place::Registry;
+
+/// Longest `vermagic` read.
+const VERMAGIC_BYTES_MAX: usize = 256;
+/// Bytes of a SHA-1.
+const DIGEST_BYTES: usize = 20;
+/// Where the image has the digest of its ORC format.
+const ORC_HEADER: &str = "__start_orc_header";
+
+/// Demands that the module was made for this kernel: its `vermagic`, the types of what it uses, its format of ORC.
+pub(super) fn check(live: &Live<'_>, module: &PatchModule<'_>) -> Result<(), Refusal> {
+    check_vermagic(live, module.info().get("vermagic").unwrap_or_default())?;
+    check_versions(live, module)?;
+    check_orc_header(live, module)
+}
+
+/// What replaces all other patches can only be applied where there are none.
+pub(super) fn refuse_beside_others(live: &Live<'_>, registry: &Registry) -> Result<(), Refusal> {
+    let mut others: Vec<_> = registry.records().map(|record| record.id.clone()).collect();
+    if !livepatch::held_functions(live)?.is_empty() {
+        others.push("a livepatch of the guest's own".to_owned());
+    }
+    if others.is_empty() {
+        return Ok(());
+    }
+    let others = others.join(", ");
+    Err(Refusal::Replace { others })
+}
+
+/// The module's `vermagic` must be the kernel's own, where the kernel has it among its symbols; the release at least.
+fn check_vermagic(live: &Live<'_>, module: &str) -> Result<(), Refusal> {
+    let own = live.kernel.symbols.unique("vermagic").and_then(|at| {
+        let mut bytes = [0; VERMAGIC_BYTES_MAX];
+        live.read(at, &mut bytes).ok()?;
+        let text = bytes.split(|byte| *byte == 0).next()?;
+        Some(String::from_utf8_lossy(text).trim_end().to_owned())
+    });
+    let fits = match &own {
+        Some(own) => own == module.trim_end(),
+        None => module.split(' ').next() == Some(live.kernel.release.as_str()),
+    };
+    let guest = own.unwrap_or_else(|| live.kernel.release.clone());
+    if fits {
+        Ok(())
+    } else {
+        Err(Refusal::Vermagic {
+            module: module.to_owned(),
+            guest,
+        })
+    }
+}
+
+/// Where module and kernel both have checksums of types, they must be the same, as the kernel's own loader demands.
+fn check_versions(live: &Live<'_>, module: &PatchModule<'_>) -> Result<(), Refusal> {
+    for (symbol, crc) in module.versions() {
+        let guest = exports::find(live, symbol)?.and_then(|export| export.crc);
+        if let Some(guest) = guest.filter(|guest| *guest != crc) {
+            return Err(Refusal::Version {
+                symbol: symbol.to_owned(),
+                module: crc,
+                guest,
+            });
+        }
+    }
+    Ok(())
+}
+
+/// Where module and kernel both have the digest of their ORC format, it must be the same: new functions would be unwound wrongly
+/// else.
+///
+/// `.orc_header` (arch/x86/include/asm/orc_header.h, since 6.4) is a SHA-1 of the text that describes the format
+/// (scripts/orc_hash.sh), in the kernel image as in each module.
+fn check_orc_header(live: &Live<'_>, module: &PatchModule<'_>) -> Result<(), Refusal> {
+    let (Some(found), Some(at)) = (module.orc_header(), live.kernel.symbols.unique(ORC_HEADER)) else {
+        return Ok(());
+    };
+    let mut own = [0; DIGEST_BYTES];
+    live.read(at, &mut own).map_err(|source| KernelError::Unreadable {
+        what: ORC_HEADER,
+        at,
+        source,
+    })?;
+    if found == own {
+        return Ok(());
+    }
+    Err(Refusal::OrcHeader {
+        module: crate::change::hex::encode(found.get(..DIGEST_BYTES).unwrap_or(found)),
+        guest: crate::change::hex::encode(&own),
+    })
+}
