@@ -314,19 +314,18 @@ fn attempt(
     let mut paused = machine.pause()?;
     let registers = paused.registers()?;
     let at_check = Instant::now();
-    let mut verdict = match (locks.held(live)?, stacks) {
+    let is_over = || paused.elapsed() > options.pause_max;
+    let verdict = match (locks.held(live)?, stacks) {
         (Some(held), _) => Some(NotSafe::Held(held)),
         (None, None) => None,
-        (None, Some(survey)) => Some(survey.recheck(live, &registers, &|| paused.elapsed() > options.pause_max)?)
-            .filter(|v| !v.is_safe())
-            .map(NotSafe::Stacks),
+        (None, Some(survey)) => match survey.recheck(live, &registers, &is_over)? {
+            Some(verdict) if verdict.is_safe() => None,
+            Some(verdict) => Some(NotSafe::Stacks(verdict)),
+            None => Some(too_long(paused.elapsed(), options)),
+        },
     };
+    let verdict = verdict.or_else(|| is_over().then(|| too_long(paused.elapsed(), options)));
     let at_write = Instant::now();
-    let took = paused.elapsed();
-    if verdict.is_none() && took > options.pause_max {
-        let (took_us, allowed_us) = (micros(took), micros(options.pause_max));
-        verdict = Some(NotSafe::TooLong { took_us, allowed_us });
-    }
     if verdict.is_none() {
         write(live, paused.as_mut(), &plan.paused)?;
     }
@@ -340,6 +339,13 @@ fn attempt(
         None => Attempt::Done(times),
         Some(why) => Attempt::NotSafe(why, times),
     })
+}
+
+fn too_long(took: Duration, options: &CommitOptions) -> NotSafe {
+    NotSafe::TooLong {
+        took_us: micros(took),
+        allowed_us: micros(options.pause_max),
+    }
 }
 
 /// Writes all changes in the pause and reads them back; on any failure puts the old bytes back, still in the pause.

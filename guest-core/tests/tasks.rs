@@ -26,7 +26,7 @@ fn judge(guest: &Guest, kernel: &Kernel) -> Result<Verdict, SetupError> {
     guest.ram.count_from_here();
     let found = Quiescence::find(&live).and_then(|finder| {
         let mut survey = finder.survey(&live, victim(), Vec::new())?;
-        survey.recheck(&live, &guest.vcpus, &|| false)
+        survey.recheck(&live, &guest.vcpus, &|| false).map(Option::unwrap)
     });
     assert!(guest.ram.counted().0 < 8_000_000, "{:?}", guest.ram.counted());
     assert!(guest.ram.largest_read() <= 1 << 20, "{}", guest.ram.largest_read());

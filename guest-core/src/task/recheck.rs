@@ -11,8 +11,7 @@ use crate::vcpu::Registers;
 impl Survey<'_> {
     /// Says whether any context is in an old function, now that all vCPUs are stopped. `vcpus`: the registers of every
     /// vCPU. Work grows with the CPUs and with what ran since [`Survey::settle`]; where anything ran at all, two words
-    /// of every task are compared, too. Where `is_over` says that the pause has lasted long enough, the rest is not looked at, and
-    /// the verdict is not safe.
+    /// of every task are compared, too. None where `is_over` says that the pause has lasted long enough, before all were seen.
     ///
     /// Error: something that every look rests on could not be read. Nothing is known then.
     pub fn recheck(
@@ -20,7 +19,7 @@ impl Survey<'_> {
         view: &dyn KernelView,
         vcpus: &[Registers],
         is_over: &dyn Fn() -> bool,
-    ) -> Result<Verdict, SetupError> {
+    ) -> Result<Option<Verdict>, SetupError> {
         let mut verdict = Verdict::default();
         self.frames_left.set(FRAMES_MAX);
         if self.code.refresh(view, &self.patches)? {
@@ -30,7 +29,7 @@ impl Survey<'_> {
             });
             // what is known rests on the code there was
             self.tasks.clear();
-            return Ok(verdict);
+            return Ok(Some(verdict));
         }
         let running = self.look_at_cpus(view, vcpus, &mut verdict)?;
         let changed = self.look_at_changed_in_pause(view, &running, is_over)?;
@@ -39,9 +38,7 @@ impl Survey<'_> {
             None => false,
         };
         if !all_seen {
-            let why = Why::OutOfTime;
-            verdict.unsure.push(Unsure { task: None, why });
-            return Ok(verdict);
+            return Ok(None);
         }
         for task in self
             .tasks
@@ -56,7 +53,7 @@ impl Survey<'_> {
             };
             self.report(view, task.at, state, &mut verdict);
         }
-        Ok(verdict)
+        Ok(Some(verdict))
     }
 
     /// Looks at every CPU. Gives the tasks that are running, or being switched to or from, sorted.

@@ -51,9 +51,6 @@ pub enum Why {
         /// The address.
         word: u64,
     },
-    /// More tasks ran since they were looked at than can be looked at in a pause.
-    #[error("too many tasks ran since they were looked at: the pause was over before all were seen")]
-    OutOfTime,
     /// The stacks of the tasks before it took all that a look may take.
     #[error("the guest has more stacks to unwind than are looked at")]
     TooManyFrames,
