@@ -153,8 +153,12 @@ fn including(
     progress: &dyn Fn(&str),
 ) -> Result<Touched, Error> {
     let folders = module_folders(facts)?;
-    let themselves = included.iter().copied().filter(|file| file.ends_with(".c"));
-    let mut files: BTreeSet<&str> = themselves.collect();
+    let mut files: BTreeSet<&str> = BTreeSet::new();
+    for file in included {
+        if includers::has_own_object(tree.source(), file)? {
+            files.insert(file);
+        }
+    }
     for file in &includers.c {
         if may_be_in_kernel(tree.source(), facts, &folders, file)? {
             files.insert(file);
@@ -170,7 +174,7 @@ fn including(
     let mut units = compile::before_where_possible(tree, &files, progress)?;
     let mut not_compiled = Vec::new();
     for file in files {
-        let compiled = included.contains(&file) || units.iter().any(|unit| unit.source == file);
+        let compiled = units.iter().any(|unit| unit.source == file);
         if !compiled && is_of_kernel(&functions(tree.source(), file)?, facts) {
             not_compiled.push((
                 file.to_owned(),

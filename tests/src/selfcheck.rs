@@ -4,7 +4,6 @@
 use std::collections::BTreeMap;
 use std::fmt;
 use std::fs;
-use std::path::Path;
 
 use guest_core::addr::Gva;
 use guest_core::kernel::Live;
@@ -16,6 +15,7 @@ use patch_build::compile;
 use patch_build::facts::{KernelFacts, Sources};
 use patch_build::pair::ObjectPair;
 use patch_build::running::{Places, Shipped};
+use patch_build::source::includers;
 use patch_build::target::Target;
 use patch_build::tree::Tree;
 
@@ -80,8 +80,9 @@ impl Source {
         for folder in FOLDERS {
             for entry in fs::read_dir(self.tree.source().join(folder))? {
                 let name = entry?.file_name().to_string_lossy().into_owned();
-                if Path::new(&name).extension().is_some_and(|extension| extension == "c") {
-                    files.push(format!("{folder}/{name}"));
+                let file = format!("{folder}/{name}");
+                if includers::has_own_object(self.tree.source(), &file)? {
+                    files.push(file);
                 }
             }
         }

@@ -89,6 +89,16 @@ pub enum SelectError {
         /// How many there are.
         count: usize,
     },
+    /// A function of the kernel that two files have.
+    #[error("{name} of the kernel is in {first} and in {second}: only one of them can be what the kernel is made of")]
+    Twice {
+        /// The function.
+        name: String,
+        /// A source file.
+        first: String,
+        /// The other one.
+        second: String,
+    },
     /// Something that is nowhere.
     #[error("{file}: {needed_by} needs {name}, which the kernel does not have")]
     Unknown {
@@ -124,6 +134,7 @@ impl Selection {
         for (chosen, _) in &roots {
             replaced.extend(roots::replaced(sides, *chosen)?);
         }
+        roots::check_once(sides, &replaced)?;
         let patched: BTreeSet<Chosen> = roots.iter().map(|(chosen, _)| *chosen).collect();
         let resolver = reference::Resolver {
             sides,

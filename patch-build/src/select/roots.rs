@@ -86,3 +86,19 @@ pub(super) fn replaced(sides: &[Side<'_>], new: Chosen) -> Result<Option<Replace
         (None, count) => Err(SelectError::Ambiguous { file, name, count }),
     }
 }
+
+/// Refuses to replace one function by two.
+pub(super) fn check_once(sides: &[Side<'_>], replaced: &[Replaced]) -> Result<(), SelectError> {
+    let mut seen: BTreeMap<(Option<&str>, u64), &Side<'_>> = BTreeMap::new();
+    for one in replaced {
+        let Some(side) = sides.get(one.new.0) else { continue };
+        if let Some(first) = seen.insert((side.shipped.name(), one.found.address), side) {
+            return Err(SelectError::Twice {
+                name: side.comparison.before.item(one.old).name.clone(),
+                first: first.source.clone(),
+                second: side.source.clone(),
+            });
+        }
+    }
+    Ok(())
+}

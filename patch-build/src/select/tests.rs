@@ -25,6 +25,20 @@ fn a_changed_inline_helper_brings_all_who_have_it_inside() {
 }
 
 #[test]
+fn a_function_is_not_replaced_by_two() {
+    let before = "int f(int a) { return a + 1; }\n";
+    let chosen = selected("twice", before, &before.replace("+ 1", "+ 2"));
+    let mut replaced = chosen.selection.as_ref().unwrap().replaced.clone();
+    assert_eq!(super::roots::check_once(&chosen.side, &replaced), Ok(()));
+    replaced.extend(replaced.clone());
+    let error = super::roots::check_once(&chosen.side, &replaced).unwrap_err();
+    assert!(
+        error.to_string().starts_with("f of the kernel is in x.c and in x.c"),
+        "{error}"
+    );
+}
+
+#[test]
 fn a_new_function_is_carried_and_an_old_one_is_called() {
     let before = "static noinline int old(int a) { return printk(\"%d\", a); }\nint f(int a) { return old(a); }\n";
     let after = "static noinline int old(int a) { return printk(\"%d\", a); }\n\

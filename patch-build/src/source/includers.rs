@@ -57,6 +57,29 @@ pub fn find(source: &Path, changed: &[&str]) -> Result<Includers, Error> {
     Ok(reached(&includes, changed))
 }
 
+/// Whether the kernel's build makes an object of a C file by itself: the Makefile of its folder, or of one above, names it. Some
+/// files that others include could be compiled, but never are (the scheduler's).
+pub fn has_own_object(source: &Path, file: &str) -> Result<bool, Error> {
+    let Some(object) = file.strip_suffix(".c").map(|stem| format!("{stem}.o")) else {
+        return Ok(false);
+    };
+    let mut folder = file;
+    while let Some((above, _)) = folder.rsplit_once('/') {
+        folder = above;
+        let name = object.get(folder.len() + 1..).unwrap_or_default();
+        for makefile in ["Makefile", "Kbuild"] {
+            let path = source.join(folder).join(makefile);
+            if path.is_file() {
+                let text = fs::read_to_string(&path).map_err(Error::io("read", &path))?;
+                if text.split_whitespace().any(|word| word == name) {
+                    return Ok(true);
+                }
+            }
+        }
+    }
+    Ok(false)
+}
+
 /// The part of the source whose files may include what is no public header. Drivers of one kind do not include those of another,
 /// and there are many.
 fn part(file: &str) -> &str {
@@ -201,6 +224,22 @@ mod tests {
             vec!["linux/own.h".to_owned()],
         )]);
         assert!(reached(&includes, &["include/linux/own.h"]).everything);
+    }
+
+    #[test]
+    fn a_file_has_an_object_of_its_own_where_a_makefile_names_it() {
+        let root = std::env::temp_dir().join(format!("vmpatch-makefile-{}", std::process::id()));
+        fs::create_dir_all(root.join("kernel/sched")).unwrap();
+        fs::write(
+            root.join("kernel/sched/Makefile"),
+            "obj-y += core.o\nobj-y += build_policy.o\n",
+        )
+        .unwrap();
+        fs::write(root.join("kernel/Makefile"), "obj-y = fork.o sched/clock.o\n").unwrap();
+        let own = |file: &str| has_own_object(&root, file).unwrap();
+        assert!(own("kernel/sched/core.c") && own("kernel/fork.c") && own("kernel/sched/clock.c"));
+        assert!(!own("kernel/sched/rt.c") && !own("kernel/sched/fork.c"));
+        fs::remove_dir_all(&root).unwrap();
     }
 
     #[test]
