@@ -11,6 +11,7 @@
 //! - [`ftrace`] turns the guest's own tracing on and off;
 //! - [`matrix`] is what is shown on a guest of every kind;
 //! - [`own_livepatch`] loads livepatches as the guest's own;
+//! - [`spoil`] damages modules where it hurts;
 //! - [`sleeper`] is a task that sleeps inside a function;
 //! - [`health`] finds the guest kernel's own complaints;
 //! - [`load`] keeps a guest busy, and talks to it over the network;
@@ -39,4 +40,5 @@ pub mod report;
 pub mod rules;
 pub mod selfcheck;
 pub mod sleeper;
+pub mod spoil;
 pub mod vmpatch;
