@@ -4,7 +4,7 @@ mod common;
 
 use common::guest::{CAVE, Choice, DIRECT, ETEXT, FUNCTIONS, Guest, SITE_NOP, gpa};
 use common::machine::{Stopped, Vm};
-use common::patch::{OPTIONS, carry_out, mend, patched, plan, plan_for, registry, target, two};
+use common::patch::{OPTIONS, carry_out, mend, patched, plan, plan_for, registry, target, two, two_with_duties};
 use common::ram::Fault;
 use common::tasks::{START, process, write};
 use guest_core::change::Change;
@@ -26,7 +26,7 @@ fn a_write_that_fails_anywhere_leaves_the_guest_as_it_was() {
     let (sound, kernel) = (Guest::new(), Guest::new().kernel());
     let (applied, _) = patched();
     let plans = [
-        plan(&sound, &kernel, &two()).unwrap(),
+        plan(&sound, &kernel, &two_with_duties()).unwrap(),
         revert(&kernel.live(&applied.ram), &registry(&applied, &kernel), "fix").unwrap(),
     ];
     for (start, plan) in [&sound, &applied].into_iter().zip(plans) {
@@ -50,7 +50,7 @@ fn a_death_at_any_write_is_made_harmless_by_the_supervisor() {
     let (sound, kernel) = (Guest::new(), Guest::new().kernel());
     let (applied, _) = patched();
     let plans = [
-        plan(&sound, &kernel, &two()).unwrap(),
+        plan(&sound, &kernel, &two_with_duties()).unwrap(),
         revert(&kernel.live(&applied.ram), &registry(&applied, &kernel), "fix").unwrap(),
     ];
     for (start, plan) in [&sound, &applied].into_iter().zip(plans) {
@@ -116,6 +116,52 @@ fn a_revert_whose_vmpatch_and_supervisor_died_at_any_write_can_be_made_again() {
         guest.ram.set_fault(None);
         assert!(carry_on(&guest) == whole, "write {write}");
     }
+}
+
+/// Any writes fail, in applying as in taking back, some of them halfway; the supervisor then takes back what is left to do.
+#[test]
+fn whatever_writes_fail_the_guest_is_as_before_once_it_is_taken_back() {
+    let (sound, kernel) = (Guest::new(), Guest::new().kernel());
+    let plan = plan(&sound, &kernel, &two_with_duties()).unwrap();
+    let journal = guest_core::machine::Journal {
+        before: plan.before.clone(),
+        paused: plan.paused.clone(),
+    };
+    let (mut at_once, mut by_supervisor, mut committed) = (0, 0, 0);
+    for seed in 1..=600 {
+        let guest = sound.clone();
+        // From a fault in most commits to one in every fourth write.
+        let chance = [4, 16, 64][seed as usize % 3];
+        guest
+            .ram
+            .set_fault(Some(Fault::Random(seed << 32 | 0x9e37_79b9, chance)));
+        let result = carry_out(&guest, &kernel, &plan);
+        guest.ram.set_fault(None);
+        match result {
+            Ok(()) => {
+                committed += 1;
+                assert_eq!(registry(&guest, &kernel).entries[0].state, State::Applied, "{seed}");
+            }
+            Err(CommitError::HalfDone { .. }) => {
+                by_supervisor += 1;
+                let mut stopped = Stopped {
+                    ram: &guest.ram,
+                    vcpus: &guest.vcpus,
+                    elapsed: Duration::ZERO,
+                };
+                let complete = take_back(&guest.ram, &mut stopped, &journal).unwrap();
+                assert!(complete || guest.ram.differences().is_empty(), "{seed}");
+            }
+            Err(_) => {
+                at_once += 1;
+                assert!(guest.ram.differences().is_empty(), "{seed}");
+            }
+        }
+    }
+    assert!(
+        at_once > 100 && by_supervisor > 100 && committed > 10,
+        "{at_once} {by_supervisor} {committed}"
+    );
 }
 
 #[test]

@@ -2,10 +2,10 @@
 
 mod common;
 
-use common::guest::{CAVE, Guest};
+use common::guest::{CAVE, Guest, heap};
 use common::machine::Vm;
 use common::module::{Function, livepatch};
-use common::patch::{OPTIONS, carry_out, mend, plan, registry};
+use common::patch::{OPTIONS, carry_out, mend, plan, registry, two_with_duties};
 use guest_core::Kernel;
 use guest_core::commit::{CommitError, NotSafe, commit, lay};
 use guest_core::guest_module::Known;
@@ -250,4 +250,90 @@ fn a_patch_that_was_cut_off_is_forgotten_also_where_the_guest_went_on() {
     for which in [0, 1] {
         assert!(nodes(&guest, &kernel, which).is_empty());
     }
+}
+
+/// The bits of the reserve of per-CPU memory that are set, and the bytes that it says are free.
+fn reserve(guest: &Guest) -> (u32, u64) {
+    let chunk = guest.u64_at(guest.symbol("pcpu_reserved_chunk"));
+    let map = guest.u64_at(chunk + 80);
+    let used = (0..32).map(|word| guest.u64_at(map + 8 * word).count_ones()).sum();
+    (used, guest.u64_at(chunk + 16) & 0xffff_ffff)
+}
+
+#[test]
+fn variables_on_each_cpu_are_taken_from_the_guests_reserve_and_given_back() {
+    let guest = Guest::new();
+    let kernel = guest.kernel();
+    let before = reserve(&guest);
+    assert_eq!(before, (256, 4 * 1792));
+    let chunk = guest.u64_at(guest.symbol("pcpu_reserved_chunk"));
+    let hints = || [chunk + 24, chunk + 0x600, chunk + 0x628].map(|at| guest.bytes_at(at, 40));
+    let old_hints = hints();
+
+    let plan = plan(&guest, &kernel, &two_with_duties()).unwrap();
+    carry_out(&guest, &kernel, &plan).unwrap();
+    let known = plan.record.known.unwrap();
+    let piece = known.per_cpu.unwrap();
+    assert_eq!(piece.bytes, 24);
+    assert_eq!(reserve(&guest), (before.0 + 6, before.1 - 24));
+    // The last place: 1018 of the second page's 1024 units are left, and both pages are one run but for these.
+    assert_eq!(guest.u64_at(chunk + 0x628 + 20) & 0xffff_ffff, 1018);
+    for cpu in 0..2 {
+        let offset = guest.u64_at(guest.symbol("__per_cpu_offset") + 8 * cpu);
+        let at = piece.at.wrapping_add(offset);
+        assert_eq!(guest.bytes_at(at, 24), [7; 24], "CPU {cpu}");
+    }
+
+    take_out(&guest, &kernel, "fix");
+    assert_eq!(reserve(&guest), before);
+    assert_eq!(hints(), old_hints);
+}
+
+#[test]
+fn a_piece_that_is_given_back_already_is_not_given_back_again() {
+    let guest = Guest::new();
+    let kernel = guest.kernel();
+    let before = reserve(&guest);
+    let plan = plan(&guest, &kernel, &two_with_duties()).unwrap();
+    carry_out(&guest, &kernel, &plan).unwrap();
+    let known = plan.record.known.unwrap();
+    let mark = physical(&guest, &kernel, known.module) + 752;
+    assert_eq!(guest.ram.u64_at(mark) & 0xffff_ffff, 24);
+    // As where vmpatch was killed in the pause of a revert, when the piece was no longer the patch's.
+    guest.ram.put(mark, &[0; 4]);
+    take_out(&guest, &kernel, "fix");
+    assert_eq!(
+        reserve(&guest),
+        (before.0 + 6, before.1 - 24),
+        "may be the guest's by now"
+    );
+}
+
+#[test]
+fn new_functions_are_the_last_of_ftraces_records_until_the_patch_goes() {
+    let guest = Guest::new();
+    let kernel = guest.kernel();
+    let last = guest.symbol("ftrace_pages");
+    let before = guest.u64_at(last);
+    let plan = plan(&guest, &kernel, &two_with_duties()).unwrap();
+    carry_out(&guest, &kernel, &plan).unwrap();
+    let traced = plan.record.known.unwrap().traced.unwrap();
+    assert_eq!((guest.u64_at(last), guest.u64_at(before)), (traced.group, traced.group));
+    let group = |offset: u64| word(&guest, &kernel, traced.group + offset);
+    let [first, second] = [0, 1].map(|index| word(&guest, &kernel, group(8) + 24 * index));
+    let code = plan.record.text.start;
+    assert_eq!((group(0), group(16), first, second), (0, 2, code + 4, code + 36));
+
+    // A group that comes later hangs on ours, and stays.
+    let later = heap(0x5_0000);
+    guest.ram.put_u64(physical(&guest, &kernel, traced.group), later);
+    guest.put_u64(last, later);
+    // While somebody traces a new function the patch stays.
+    let flags = physical(&guest, &kernel, group(8)) + 8;
+    guest.ram.put_u64(flags, 1);
+    let held = revert(&kernel.live(&guest.ram), &registry(&guest, &kernel), "fix").unwrap_err();
+    assert!(matches!(held, RevertError::NewTraced { .. }), "{held}");
+    guest.ram.put_u64(flags, 0);
+    take_out(&guest, &kernel, "fix");
+    assert_eq!((guest.u64_at(last), guest.u64_at(before)), (later, later));
 }

@@ -57,7 +57,7 @@ impl Groups {
         let btf = &live.kernel.btf;
         let (group, record) = (btf.structure("ftrace_page")?, btf.structure("dyn_ftrace")?);
         let (group_bytes, record_bytes) = (group.size(), record.size());
-        if group_bytes % WORD != 0 || record_bytes != 2 * WORD {
+        if group_bytes % WORD != 0 || record_bytes % WORD != 0 || record_bytes < 2 * WORD {
             return Err(damaged(
                 format!("ftrace records of {record_bytes} bytes in groups of {group_bytes}"),
                 "records of an address and flags",
@@ -164,7 +164,7 @@ impl Traced {
             let word = record.get(usize::try_from(offset).ok()?..)?.first_chunk()?;
             Some(u64::from_le_bytes(*word))
         };
-        let mut records = bytes.chunks_exact(2 * WORD as usize);
+        let mut records = bytes.chunks_exact(usize::try_from(groups.record_bytes).unwrap_or(usize::MAX));
         let used = records.find_map(|record| {
             let (ip, flags) = (word(record, groups.ip)?, word(record, groups.flags)?);
             meaning.is_held(flags).then_some(Gva(ip))

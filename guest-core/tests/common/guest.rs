@@ -318,6 +318,7 @@ impl Build {
             ("nr_threads", 4),
             ("__cpu_online_mask", 3),
             ("ftrace_pages_start", FTRACE),
+            ("ftrace_pages", FTRACE + 32),
             ("ftrace_ops_list", LISTS + 0x800),
             // an int: what is behind it is no part of it
             ("system_state", 0xdead_0000_0000_0003),
@@ -345,6 +346,8 @@ impl Build {
             "jump_label_mutex",
             "kprobe_mutex",
             "cpu_hotplug_lock",
+            "pcpu_lock",
+            "pcpu_alloc_mutex",
         ];
         for (index, name) in locks.into_iter().enumerate() {
             self.name('d', name, LISTS + 0x1000 + 0x100 * index as u64);
@@ -369,6 +372,61 @@ impl Build {
         for cpu in 0..2 {
             self.put_u64(table + 8 * cpu, per_cpu_area(cpu).wrapping_sub(base));
         }
+        if !old {
+            self.name('D', "__per_cpu_start", PERCPU);
+        }
+        self.per_cpu_reserve();
+    }
+
+    /// Two pages for modules' variables on each CPU, at the end of the areas; a quarter of the first page is the kernel's own.
+    fn per_cpu_reserve(&mut self) {
+        const UNITS: u64 = 2 * 1024;
+        const USED: u64 = 256;
+        let chunk = LISTS + 0x5000;
+        let (map, bounds, blocks) = (chunk + 0x200, chunk + 0x400, chunk + 0x600);
+        for (index, (name, word)) in [
+            ("pcpu_reserved_chunk", chunk),
+            ("pcpu_base_addr", per_cpu_area(0)),
+            ("__cpu_possible_mask", 3),
+        ]
+        .into_iter()
+        .enumerate()
+        {
+            let at = LISTS + 0x4000 + 16 * index as u64;
+            self.name('D', name, at);
+            self.put_u64(at, word);
+        }
+        let base = per_cpu_area(0) + PERCPU_BYTES - 0x2000;
+        for (offset, word) in [
+            (16, 4 * (UNITS - USED)),
+            (64, bounds),
+            (72, base),
+            (80, map),
+            (88, blocks),
+            (96, 2 | 1 << 32),
+        ] {
+            self.put_u64(chunk + offset, word);
+        }
+        for word in 0..USED / 64 {
+            self.put_u64(map + 8 * word, u64::MAX);
+        }
+        self.put_u64(bounds, 1);
+        self.put_u64(bounds + USED / 8, 1);
+        let mut hints = |at: u64, units: u64, used: u64| {
+            let free = units - used;
+            let words = [
+                units | used << 32,
+                free | if used == 0 { units << 32 } else { 0 },
+                used | free << 32,
+                0,
+            ];
+            for (index, word) in words.into_iter().enumerate() {
+                self.put_u64(at + 8 * index as u64, word);
+            }
+        };
+        hints(chunk + 24, UNITS, USED);
+        hints(blocks, UNITS / 2, USED);
+        hints(blocks + 40, UNITS / 2, 0);
     }
 
     /// Two groups with a record for every function but `notrace_victim` and the tiny ones.

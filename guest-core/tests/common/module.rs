@@ -58,6 +58,34 @@ pub fn livepatch_made_for(name: &str, note: &[u8], functions: &[Function]) -> Ve
     make(name, VERMAGIC, functions, &[(".note.vmpatch", note)])
 }
 
+/// A module called `name` whose new functions can be traced, and count in a variable on each CPU.
+pub fn livepatch_with_duties(name: &str, functions: &[&'static str]) -> Vec<u8> {
+    // endbr64; the NOP of the ftrace site; incq %gs:calls; ret
+    let code = [
+        &[0xf3, 0x0f, 0x1e, 0xfa][..],
+        &[0x0f, 0x1f, 0x44, 0, 0],
+        &COUNT,
+        &[0xc3],
+    ]
+    .concat();
+    let functions: Vec<_> = functions
+        .iter()
+        .map(|old| Function {
+            code: code.clone(),
+            ..Function::returning_one(old)
+        })
+        .collect();
+    let sites = vec![0; 8 * functions.len()];
+    make(name, VERMAGIC, &functions, &[(SITES, &sites), (PERCPU, &[7; 24])])
+}
+
+/// Tables of [`livepatch_with_duties`].
+const SITES: &str = "__mcount_loc";
+const PERCPU: &str = ".data..percpu";
+/// `incq %gs:0`, and where its address stands.
+const COUNT: [u8; 9] = [0x65, 0x48, 0xff, 0x04, 0x25, 0, 0, 0, 0];
+const COUNTED: u64 = 4 + 5 + 5;
+
 fn make(name: &str, vermagic: &str, functions: &[Function], more: &[(&str, &[u8])]) -> Vec<u8> {
     let mut elf = Elf::default();
     let (mut text, mut names, mut starts) = (Vec::new(), Vec::new(), Vec::new());
@@ -83,13 +111,15 @@ fn make(name: &str, vermagic: &str, functions: &[Function], more: &[(&str, &[u8]
     elf.section(".gnu.linkonce.this_module", ALLOC | WRITE, &[0; 64]);
     elf.section(".modinfo", ALLOC, info.as_bytes());
     for (name, data) in more {
-        elf.section(name, ALLOC, data);
+        elf.section(name, if *name == PERCPU { ALLOC | WRITE } else { ALLOC }, data);
     }
     for section in 1..=5 {
         elf.symbol("", 3, section, 0, 0);
     }
     let this_module = elf.symbol("__this_module", 0x11, 5, 0, 64);
     let enable = elf.symbol("klp_enable_patch", 0x10, 0, 0, 0);
+    let has_duties = more.iter().any(|(name, _)| *name == SITES);
+    let calls = if has_duties { elf.symbol("calls", 1, 8, 8, 8) } else { 0 };
     elf.relocation(3, 0, R_64, this_module, 0);
     elf.relocation(3, 8, R_64, 3, PATCH);
     elf.relocation(3, PATCH + 8, R_64, 3, funcs_at);
@@ -107,6 +137,10 @@ fn make(name: &str, vermagic: &str, functions: &[Function], more: &[(&str, &[u8]
         elf.relocation(3, at, R_64, 2, name);
         elf.relocation(3, at + 8, R_64, 1, start);
         elf.sections[2].data[at as usize + 16..at as usize + 24].copy_from_slice(&function.sympos.to_le_bytes());
+        if has_duties {
+            elf.relocation(7, 8 * index as u64, R_64, 1, start + 4);
+            elf.relocation(1, start + COUNTED, R_32S, calls, 0);
+        }
         if let Some((offset, symbol)) = function.calls {
             let symbol = elf.symbol(symbol, 0x10, 0, 0, 0);
             elf.relocation(1, start + offset, R_PLT32, symbol, (-4_i64).cast_unsigned());

@@ -2,7 +2,7 @@
 
 use super::guest::Guest;
 use super::machine::Vm;
-use super::module::{Function, livepatch};
+use super::module::{Function, livepatch, livepatch_with_duties};
 use guest_core::Kernel;
 use guest_core::commit::{CommitError, CommitOptions, Model, commit, lay};
 use guest_core::place::{Registry, cave};
@@ -58,6 +58,11 @@ pub fn two() -> Vec<u8> {
             Function::returning_one("notrace_victim"),
         ],
     )
+}
+
+/// The same with tables for the loader, and variables on each CPU.
+pub fn two_with_duties() -> Vec<u8> {
+    livepatch_with_duties("fix", &["victim", "notrace_victim"])
 }
 
 /// A guest with those two patched, as the state that differences are told from.

@@ -17,6 +17,8 @@ pub enum Fault {
     Death(u64),
     /// The same, and half of that one is written.
     TornDeath(u64),
+    /// Each fails with that chance in 256, some of them halfway; the first word is the seed.
+    Random(u64, u64),
 }
 
 /// RAM from guest-physical 0 on. Copies share what neither has written.
@@ -143,6 +145,13 @@ impl Ram {
     }
 }
 
+/// The next number of a sequence (xorshift64).
+fn next(mut state: u64) -> u64 {
+    state ^= state << 13;
+    state ^= state >> 7;
+    state ^ state << 17
+}
+
 fn failed(at: Gpa, bytes: &[u8]) -> MemoryError {
     let cause = "a fault of the test's".to_owned();
     MemoryError::Host {
@@ -175,6 +184,15 @@ impl PhysMemory for Ram {
                 self.fault.set(Some(Fault::Death(0)));
                 self.put(at.0, &bytes[..bytes.len() / 2]);
                 return Err(failed(at, bytes));
+            }
+            Some(Fault::Random(state, chance)) => {
+                let state = next(state);
+                self.fault.set(Some(Fault::Random(state, chance)));
+                if state >> 8 & 0xff < chance {
+                    let written = bytes.len() * (state >> 16 & 3) as usize / 4;
+                    self.put(at.0, &bytes[..written]);
+                    return Err(failed(at, bytes));
+                }
             }
             Some(Fault::Once(left)) => self.fault.set(Some(Fault::Once(left - 1))),
             Some(Fault::Death(left)) => self.fault.set(Some(Fault::Death(left - 1))),
