@@ -150,6 +150,8 @@ pub enum Command {
         was_running: bool,
         /// The guest's QMP socket
         socket: PathBuf,
+        /// Its tap devices
+        taps: String,
     },
 }
 

@@ -65,7 +65,8 @@ fn run(cli: &Cli, progress: &Progress) -> Result<(), Failure> {
             old,
             was_running,
             socket,
-        }) => upgrade::watch::watch(*old, *was_running, socket),
+            taps,
+        }) => upgrade::watch::watch(*old, *was_running, socket, taps),
     }
 }
 

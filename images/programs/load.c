@@ -4,7 +4,7 @@
  *
  *   load MIB DISK PORT   writes and checks that much memory again and again,
  *                        writes and checks blocks of the disk, and echoes TCP
- *                        at the port; 0, - and 0 leave a part out. Says
+ *                        and UDP at the port; 0, - and 0 leave a part out. Says
  *                        "started", and at SIGTERM what it has done:
  *                        "memory N wrong N disk N wrong N"
  *
@@ -110,6 +110,25 @@ static void *echo(void *unused)
 	return unused;
 }
 
+static void *echo_datagrams(void *unused)
+{
+	struct sockaddr_in at = { .sin_family = AF_INET, .sin_port = htons(port) }, from;
+	int server = socket(AF_INET, SOCK_DGRAM, 0);
+	socklen_t from_len;
+	char bytes[2048];
+	ssize_t len;
+
+	if (bind(server, (struct sockaddr *)&at, sizeof(at)))
+		cannot_tell("the port");
+	for (;;) {
+		from_len = sizeof(from);
+		len = recvfrom(server, bytes, sizeof(bytes), 0, (struct sockaddr *)&from, &from_len);
+		if (len > 0)
+			sendto(server, bytes, len, 0, (struct sockaddr *)&from, from_len);
+	}
+	return unused;
+}
+
 static void start(void *(*part)(void *))
 {
 	pthread_t thread;
@@ -135,8 +154,10 @@ int main(int argc, char **argv)
 		start(write_memory);
 	if (strcmp(disk, "-"))
 		start(write_disk);
-	if (port)
+	if (port) {
 		start(echo);
+		start(echo_datagrams);
+	}
 	puts("started");
 	fflush(stdout);
 	sigwait(&end, &signal);

@@ -16,12 +16,13 @@
 //! - [`health`] finds the guest kernel's own complaints;
 //! - [`load`] keeps a guest busy, and talks to it over the network;
 //! - [`monitor`] talks to QEMU behind vmpatch's back;
-//! - [`moving`] is what the tests of moves into another QEMU share;
+//! - [`moving`] is what the tests of moves into another QEMU share, and [`bare`] such a move without vmpatch;
 //! - [`processes`] finds processes of the host and signals them;
 //! - [`rules`] are changes that show what `vmpatch build` does with each kind;
 //! - [`selfcheck`] compares compiled source files with what a guest runs;
 //! - [`ram`] compares all of a guest's memory, or its kernel, before and after.
 
+pub mod bare;
 pub mod bed;
 pub mod cut;
 pub mod fixes;

@@ -2,7 +2,7 @@
 //! the other end of a TCP connection who notices every pause.
 
 use std::io::{Read, Write};
-use std::net::TcpStream;
+use std::net::{TcpStream, UdpSocket};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
@@ -22,6 +22,9 @@ const RESULT: &str = "/tmp/load";
 const BEAT: Duration = Duration::from_millis(1);
 /// How long an echo may take; a TCP connection whose packets are lost again and again, as a guest moves, takes half a minute.
 const ECHO_LIMIT: Duration = Duration::from_secs(120);
+/// How long a guest is tried to be reached in one go, and in all.
+const REACH_TIME: Duration = Duration::from_millis(200);
+const REACH_LIMIT: Duration = Duration::from_secs(5);
 /// How long the guest may take to end its work.
 const END_LIMIT: Duration = Duration::from_secs(20);
 
@@ -78,10 +81,23 @@ impl Outfit {
     ///
     /// If the guest can't.
     pub fn start_work(&self, guest: &Guest, mib: u32) {
+        self.start_load(guest, mib, "/dev/vda");
+    }
+
+    /// Starts the echo alone in a guest that is idle otherwise.
+    ///
+    /// # Panics
+    ///
+    /// If the guest can't.
+    pub fn start_echo(&self, guest: &Guest) {
+        self.start_load(guest, 0, "-");
+    }
+
+    fn start_load(&self, guest: &Guest, mib: u32, disk: &str) {
         let address = self.address(2);
         let script = format!(
-            "ip addr add {address}/30 dev eth0 && ip link set eth0 up && \
-             (setsid /opt/load {mib} /dev/vda {PORT} >{RESULT} 2>&1 </dev/null & echo $! >{RESULT}.pid) && \
+            "(ip addr show dev eth0 | grep -q {address}/ || ip addr add {address}/30 dev eth0) && ip link set eth0 up && \
+             (setsid /opt/load {mib} {disk} {PORT} >{RESULT} 2>&1 </dev/null & echo $! >{RESULT}.pid) && \
              until grep -q started {RESULT}; do sleep 0.1; done"
         );
         guest.text(&["sh", "-c", &script]).expect("the guest starts to work");
@@ -108,6 +124,38 @@ impl Outfit {
     /// If the guest does not answer.
     pub fn talk(&self) -> Talk {
         Talk::start(&self.address(2))
+    }
+
+    /// A thousand datagrams a second to the guest and back, from now on.
+    ///
+    /// # Panics
+    ///
+    /// If the host can't send any.
+    pub fn beat(&self) -> Beat {
+        Beat::start(&self.address(2)).expect("the host sends datagrams")
+    }
+
+    /// Demands that the guest is reached over its network.
+    ///
+    /// # Panics
+    ///
+    /// If no datagram comes back.
+    #[track_caller]
+    pub fn assert_reached(&self, context: &str) {
+        let deadline = Instant::now() + REACH_LIMIT;
+        loop {
+            let beat = self.beat();
+            thread::sleep(REACH_TIME);
+            let gap = beat.end();
+            if gap.heard > 0 {
+                return;
+            }
+            assert!(
+                Instant::now() < deadline,
+                "none of {} datagrams came back: {context}",
+                gap.sent
+            );
+        }
     }
 
     /// The image of the disk.
@@ -186,6 +234,83 @@ impl Talk {
         let result = self.thread.join().expect("every echo is what was said");
         result.expect("the connection lasts")
     }
+}
+
+/// A thousand datagrams a second, which nobody sends again: how long none came back is how long the guest stood.
+pub struct Beat {
+    ended: Arc<AtomicBool>,
+    socket: UdpSocket,
+    sent: JoinHandle<u64>,
+    heard: JoinHandle<Gap>,
+}
+
+/// How the datagrams fared.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Gap {
+    /// Those that were sent.
+    pub sent: u64,
+    /// Those that came back.
+    pub heard: u64,
+    /// The longest time without one.
+    pub longest: Duration,
+}
+
+impl Beat {
+    fn start(address: &str) -> std::io::Result<Self> {
+        let socket = UdpSocket::bind("0.0.0.0:0")?;
+        socket.connect((address, PORT))?;
+        // So that the end is noticed.
+        socket.set_read_timeout(Some(Duration::from_millis(100)))?;
+        let ended = Arc::new(AtomicBool::new(false));
+        let (sender, sender_end) = (socket.try_clone()?, Arc::clone(&ended));
+        let (receiver, receiver_end) = (socket.try_clone()?, Arc::clone(&ended));
+        Ok(Self {
+            ended,
+            socket,
+            sent: thread::spawn(move || send(&sender, &sender_end)),
+            heard: thread::spawn(move || hear(&receiver, &receiver_end)),
+        })
+    }
+
+    /// Ends it.
+    ///
+    /// # Panics
+    ///
+    /// If it has panicked.
+    pub fn end(self) -> Gap {
+        self.ended.store(true, Ordering::Relaxed);
+        drop(self.socket);
+        let sent = self.sent.join().expect("sending does not panic");
+        let gap = self.heard.join().expect("hearing does not panic");
+        Gap { sent, ..gap }
+    }
+}
+
+/// One each beat, by the clock: one that is late does not delay those after it.
+fn send(socket: &UdpSocket, end: &AtomicBool) -> u64 {
+    let (start, mut sent) = (Instant::now(), 0_u64);
+    let mut next = BEAT;
+    while !end.load(Ordering::Relaxed) {
+        // A guest that stands is no failure of the sender.
+        sent += u64::from(socket.send(&sent.to_be_bytes()).is_ok());
+        thread::sleep(next.saturating_sub(start.elapsed()));
+        next += BEAT;
+    }
+    sent
+}
+
+fn hear(socket: &UdpSocket, end: &AtomicBool) -> Gap {
+    let mut gap = Gap::default();
+    let (mut last, mut bytes) = (None::<Instant>, [0; 8]);
+    while !end.load(Ordering::Relaxed) {
+        if socket.recv(&mut bytes).is_ok() {
+            let now = Instant::now();
+            gap.heard += 1;
+            gap.longest = gap.longest.max(last.map_or(Duration::ZERO, |last| now - last));
+            last = Some(now);
+        }
+    }
+    gap
 }
 
 fn talk(mut stream: TcpStream, end: &AtomicBool) -> std::io::Result<Silence> {

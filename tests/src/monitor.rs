@@ -15,8 +15,8 @@ const ANSWER_LIMIT: Duration = Duration::from_secs(60);
 #[derive(Debug)]
 pub struct Monitor {
     stream: BufReader<UnixStream>,
-    /// Names of the events that have come and were not asked for yet.
-    events: Vec<String>,
+    /// The events that have come and were not asked for yet: their names, and when they were, as QEMU says.
+    events: Vec<(String, Duration)>,
 }
 
 impl Monitor {
@@ -79,22 +79,30 @@ impl Monitor {
     ///
     /// If the connection breaks.
     pub fn wait_for_event(&mut self, name: &str, limit: Duration) -> bool {
+        self.time_of_event(name, limit).is_some()
+    }
+
+    /// Waits for an event, forgets it and those before it, and gives the time since 1970 when QEMU says it was.
+    ///
+    /// # Panics
+    ///
+    /// If the connection breaks.
+    pub fn time_of_event(&mut self, name: &str, limit: Duration) -> Option<Duration> {
         let end = Instant::now() + limit;
         loop {
-            if let Some(index) = self.events.iter().position(|event| event == name) {
-                self.events.drain(..=index);
-                return true;
+            if let Some(index) = self.events.iter().position(|(event, _)| event == name) {
+                return self.events.drain(..=index).next_back().map(|(_, at)| at);
             }
             let left = end.saturating_duration_since(Instant::now());
             if left.is_zero() {
-                return false;
+                return None;
             }
             self.limit_answers(left);
             let line = self.line();
             self.limit_answers(ANSWER_LIMIT);
             match line {
                 Ok(event) => self.note(&event),
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return false,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return None,
                 Err(error) => panic!("waiting for {name}: {error}"),
             }
         }
@@ -109,7 +117,10 @@ impl Monitor {
 
     fn note(&mut self, message: &Value) {
         let name = message.get("event").and_then(Value::as_str);
-        self.events.extend(name.map(str::to_owned));
+        let number = |pointer| message.pointer(pointer).and_then(Value::as_u64).unwrap_or(0);
+        let at = Duration::from_secs(number("/timestamp/seconds"))
+            + Duration::from_micros(number("/timestamp/microseconds"));
+        self.events.extend(name.map(|name| (name.to_owned(), at)));
     }
 
     /// `running`, `paused`, …

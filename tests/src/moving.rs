@@ -2,11 +2,13 @@
 
 use std::fs;
 use std::io::Write;
+use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
-use images::guest::Guest;
+use images::guest::{Guest, GuestConfig, Ram};
 use serde_json::{Value, json};
 
 use crate::monitor::Monitor;
@@ -55,6 +57,39 @@ impl Drop for Keeper {
             drop(stdin.write_all(b"now\n"));
         }
         drop(self.0.wait());
+    }
+}
+
+/// A file for a guest's RAM, which both processes map; removed when it is dropped.
+pub struct RamFile(PathBuf);
+
+impl RamFile {
+    /// For the next guest of this program.
+    pub fn new() -> Self {
+        static COUNT: AtomicU32 = AtomicU32::new(0);
+        let number = COUNT.fetch_add(1, Ordering::Relaxed);
+        Self(format!("/dev/shm/vmpatch-ram-{}-{number}", std::process::id()).into())
+    }
+
+    /// A guest with its RAM there.
+    pub fn fit(&self, mut config: GuestConfig) -> GuestConfig {
+        let (size, path) = (config.memory_mib, self.0.display());
+        let backend = format!("memory-backend-file,id=file0,size={size}M,share=on,mem-path={path}");
+        config.ram = Ram::Private;
+        config.machine = format!("{},memory-backend=file0", config.machine);
+        config.qemu_arg("-object").qemu_arg(&backend)
+    }
+}
+
+impl Default for RamFile {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Drop for RamFile {
+    fn drop(&mut self) {
+        drop(fs::remove_file(&self.0));
     }
 }
 
@@ -124,7 +159,6 @@ pub fn wait_for_way(guest: &Guest) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use images::guest::GuestConfig;
 
     #[test]
     fn a_process_that_is_to_get_a_guest_ends_with_its_keeper_and_the_guests_own_does_not() {

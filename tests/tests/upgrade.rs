@@ -7,7 +7,7 @@ use e2e::bed::assert_healthy;
 use e2e::kit::{self, Modules};
 use e2e::load::Outfit;
 use e2e::monitor::Monitor;
-use e2e::moving::{INSTALLED, Keeper, temporary_names};
+use e2e::moving::{INSTALLED, Keeper, RamFile, temporary_names};
 use e2e::probe::{Seen, see};
 use e2e::report::states;
 use e2e::vmpatch::Vmpatch;
@@ -53,6 +53,7 @@ fn moves(config: GuestConfig, way: &str) {
         (Some("would move"), Some(way))
     );
     assert_eq!(guest.pid(), old);
+    outfit.assert_reached("after --check");
     let report = vmpatch
         .run(&["upgrade", "--qemu", INSTALLED, "--json"])
         .expect(0)
@@ -128,28 +129,5 @@ fn a_working_guest_whose_ram_is_a_file_moves_from_qemu_7_2_and_leaves_it_there()
     let file = RamFile::new();
     let mut config = config();
     config.qemu = qemu::bookworm().unwrap_or_else(|error| panic!("{error}"));
-    config.machine = "q35,memory-backend=file0".to_owned();
-    let backend = format!(
-        "memory-backend-file,id=file0,size={}M,share=on,mem-path={}",
-        config.memory_mib, file.0
-    );
-    moves(
-        config.ram(Ram::Private).qemu_arg("-object").qemu_arg(&backend),
-        "x-ignore-shared",
-    );
-}
-
-/// A file for a guest's RAM, removed when it is dropped.
-struct RamFile(String);
-
-impl RamFile {
-    fn new() -> Self {
-        Self(format!("/dev/shm/vmpatch-upgrade-{}", std::process::id()))
-    }
-}
-
-impl Drop for RamFile {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_file(&self.0);
-    }
+    moves(file.fit(config), "x-ignore-shared");
 }

@@ -118,6 +118,7 @@ impl Stage {
             self.guest.follow(pid).unwrap();
         }
         assert_eq!(see(&self.guest, PROGRAM), Seen::Fixed, "{context}");
+        self.outfit.assert_reached(context);
     }
 
     fn end(self) {

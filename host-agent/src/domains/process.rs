@@ -16,6 +16,9 @@ const DELETED: &[u8] = b" (deleted)";
 /// whether the guest ran, as `PID-START_TIME-running` or `…-paused`.
 pub(crate) const MARKER: &str = "VMPATCH_UPGRADE_OF";
 
+/// The variable with that process's tap devices, and how it uses them (`upgrade::tap`).
+pub(crate) const TAPS: &str = "VMPATCH_UPGRADE_TAPS";
+
 const RUNNING: &str = "running";
 const PAUSED: &str = "paused";
 
@@ -128,10 +131,20 @@ pub(crate) fn marker(pid: i32, start: u64, was_running: bool) -> String {
     format!("{pid}-{start}-{}", if was_running { RUNNING } else { PAUSED })
 }
 
-fn parse_marker(environment: &[u8]) -> Option<(i32, u64, bool)> {
+/// A process's tap devices as the vmpatch that started it knew them; nothing where there are none.
+pub(crate) fn taps(pid: i32) -> String {
+    let environment = fs::read(proc_path(pid, "environ")).unwrap_or_default();
+    variable(&environment, TAPS).unwrap_or_default().to_owned()
+}
+
+fn variable<'a>(environment: &'a [u8], name: &str) -> Option<&'a str> {
     let mut variables = environment.split(|byte| *byte == 0);
-    let value = variables.find_map(|variable| variable.strip_prefix(MARKER.as_bytes())?.strip_prefix(b"="))?;
-    let mut words = str::from_utf8(value).ok()?.split('-');
+    let value = variables.find_map(|variable| variable.strip_prefix(name.as_bytes())?.strip_prefix(b"="))?;
+    str::from_utf8(value).ok()
+}
+
+fn parse_marker(environment: &[u8]) -> Option<(i32, u64, bool)> {
+    let mut words = variable(environment, MARKER)?.split('-');
     let (pid, start, state) = (words.next()?, words.next()?, words.next()?);
     Some((pid.parse().ok()?, start.parse().ok()?, state == RUNNING))
 }

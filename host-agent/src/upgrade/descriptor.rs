@@ -12,19 +12,26 @@ const PARKING: RawFd = 1 << 12;
 ///
 /// Only for a process that has no descriptor of its own above 2, and is about to become another program.
 pub(super) fn inherit(pid: i32, numbers: &[i32]) -> io::Result<()> {
-    if numbers.is_empty() {
-        return Ok(());
-    }
-    let process = pidfd_open(pid)?;
-    let parked: Vec<(i32, OwnedFd)> = numbers
+    let copies = copies(pid, numbers)?;
+    let parked: Vec<(i32, OwnedFd)> = copies
         .iter()
-        .map(|number| Ok((*number, park(&pidfd_getfd(&process, *number)?)?)))
+        .map(|(number, copy)| Ok((*number, park(copy)?)))
         .collect::<io::Result<_>>()?;
-    drop(process);
+    drop(copies);
     for (number, parked) in &parked {
         place(parked, *number)?;
     }
     Ok(())
+}
+
+/// Copies of the descriptors `numbers` of process `pid`, with those numbers. Needs what [`inherit`] needs.
+pub(super) fn copies(pid: i32, numbers: &[i32]) -> io::Result<Vec<(i32, OwnedFd)>> {
+    if numbers.is_empty() {
+        return Ok(Vec::new());
+    }
+    let process = pidfd_open(pid)?;
+    let copy = |number: &i32| Ok((*number, pidfd_getfd(&process, *number)?));
+    numbers.iter().map(copy).collect()
 }
 
 /// The descriptor for a process.

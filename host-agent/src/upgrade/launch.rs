@@ -36,6 +36,8 @@ pub(super) struct Spec {
     pub(super) marker: String,
     /// The old one's descriptors that it needs.
     pub(super) descriptors: Vec<i32>,
+    /// Those that are tap devices, for whoever brings a move to an end that was cut off ([`process::TAPS`]).
+    pub(super) taps: String,
 }
 
 /// Why this process did not become another program.
@@ -95,6 +97,7 @@ fn become_it(spec: &Spec) -> Result<(), LaunchError> {
         .env_clear()
         .envs(variables(&spec.origin.environment))
         .env(process::MARKER, &spec.marker)
+        .env(process::TAPS, &spec.taps)
         .current_dir(&spec.folder)
         .stdin(Stdio::null())
         .exec();

@@ -23,6 +23,7 @@ mod run;
 mod settle;
 mod signals;
 mod successor;
+mod tap;
 pub mod watch;
 
 pub use binary::BinaryError;

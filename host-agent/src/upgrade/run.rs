@@ -10,6 +10,7 @@ use super::prepare::{Prepared, prepare};
 use super::settle;
 use super::signals::Wish;
 use super::successor::Successor;
+use super::tap::Taps;
 use super::watch::Watcher;
 use crate::cli::{Options, UpgradeOptions};
 use crate::domains::names::Name;
@@ -42,6 +43,7 @@ struct Move {
     prepared: Prepared,
     names: Vec<Name>,
     folder: ChannelFolder,
+    taps: Taps,
     limits: Limits,
     was_running: bool,
     wish: Wish,
@@ -67,16 +69,12 @@ pub fn run(options: &Options, wanted: &UpgradeOptions, progress: &Progress) -> R
     let check = wanted.check;
     let mut journey = Move::new(prepared, wanted, wish)?;
     let Prepared {
-        old,
-        socket,
-        lock,
-        shown,
-        ..
+        socket, lock, shown, ..
     } = &journey.prepared;
     let spec = journey.spec(check);
     progress.step(&format!("{shown}: starting {}", spec.program.display()));
     let mut new = Successor::start(&vmpatch, &spec)?;
-    let mut watcher = match Watcher::start(&vmpatch, old.pid, socket, journey.was_running, lock) {
+    let mut watcher = match Watcher::start(&vmpatch, &spec, socket, journey.was_running, lock) {
         Ok(watcher) => watcher,
         Err(error) => {
             new.discard(&journey.names);
@@ -105,6 +103,8 @@ impl Move {
         Ok(Self {
             names,
             folder: ChannelFolder::make(&prepared)?,
+            taps: Taps::of(prepared.old.pid, &prepared.line.descriptors)
+                .map_err(UpgradeError::host("copying descriptors of the old process"))?,
             limits: Limits {
                 downtime_ms: wanted.downtime,
                 bandwidth: wanted.bandwidth.map(|mib| mib.saturating_mul(1 << 20)),
@@ -143,6 +143,7 @@ impl Move {
             old: old.pid,
             marker: process::marker(old.pid, old.start_time, self.was_running),
             descriptors: line.descriptors.clone(),
+            taps: self.taps.spell(),
         }
     }
 
@@ -198,6 +199,7 @@ impl Move {
             prepared,
             names,
             folder,
+            taps,
             limits,
             wish,
             ..
@@ -213,10 +215,13 @@ impl Move {
         let pair = &mut prepared.pair;
         let main = folder.main();
         let start_time_max = START_TIME_MAX.min(limits.time_max);
-        if hands_over {
-            hand_over(pair, new, &folder.ram(), &main, start_time_max)?;
-        }
-        pair.connect(&socket.temporary, start_time_max, || new.is_alive() && !wish.is_there())?;
+        taps.kept(|| {
+            if hands_over {
+                hand_over(pair, new, &folder.ram(), &main, start_time_max)?;
+            }
+            pair.connect(&socket.temporary, start_time_max, || new.is_alive() && !wish.is_there())?;
+            Ok::<_, UpgradeError>(())
+        })?;
         if pair.destination_pid() != Some(new.pid) {
             return Err(UpgradeError::unfit(
                 format!("{} started another process", prepared.program.display()),
@@ -256,6 +261,7 @@ impl Move {
         let pair = &mut self.prepared.pair;
         let sent = pair.cancel(CANCEL_TIME_MAX);
         new.discard(&self.names);
+        self.taps.set_back();
         let stands = sent? == Status::Completed || (self.limits.standing && pair.source_state()? == RunState::Paused);
         if stands && self.was_running {
             pair.take_back(settle::TAKE_BACK_TIME_MAX)

@@ -7,6 +7,7 @@
 use super::error::UpgradeError;
 use super::line::{self, Context, Rewritten};
 use super::successor;
+use super::tap::Taps;
 use crate::domains::names::{Name, own};
 use crate::domains::{self, Domain, Successor, process};
 use crate::error::Failure;
@@ -165,6 +166,13 @@ pub(super) fn end_old(old: &Domain, new: i32) -> Result<(), UpgradeError> {
     })
 }
 
+/// Sets the tap devices of the old process to what it needs.
+pub(super) fn set_back(old: i32, taps: &str) -> Result<(), UpgradeError> {
+    let taps = Taps::spelled(old, taps).map_err(UpgradeError::host(format!("copying descriptors of process {old}")))?;
+    taps.set_back();
+    Ok(())
+}
+
 fn back(
     old: &Domain,
     new: &Domain,
@@ -174,7 +182,9 @@ fn back(
     names: &[Name],
 ) -> Result<Settled, UpgradeError> {
     let ending = UpgradeError::host(format!("ending the new process (pid {})", new.pid));
+    let taps = process::taps(new.pid);
     successor::end(new.pid, new.start_time).map_err(ending)?;
+    set_back(old.pid, &taps)?;
     names.iter().for_each(Name::remove_temporary);
     // A guest that is copied standing was stopped by the vmpatch that was killed.
     if was_running && (sent == Status::Completed || pair.source_state()? == RunState::Paused) {

@@ -2,6 +2,7 @@
 //! its own, with the domain's lock, and brings the move to an end where its worker does not.
 
 use super::error::UpgradeError;
+use super::launch::Spec;
 use super::settle::{self, Settled};
 use crate::domains;
 use crate::error::Failure;
@@ -33,10 +34,10 @@ pub(super) struct Watcher {
 }
 
 impl Watcher {
-    /// Starts `vmpatch` as watcher over the move from the process `old`.
+    /// Starts `vmpatch` as watcher over the move for which that process was started.
     pub(super) fn start(
         vmpatch: &Path,
-        old: i32,
+        spec: &Spec,
         socket: &Path,
         was_running: bool,
         lock: &DomainLock,
@@ -44,8 +45,9 @@ impl Watcher {
         let (ours, theirs) = UnixStream::pair()?;
         let child = Command::new(vmpatch)
             .arg("watch-move")
-            .args([old.to_string(), was_running.to_string()])
+            .args([spec.old.to_string(), was_running.to_string()])
             .arg(socket)
+            .arg(&spec.taps)
             .stdin(Stdio::from(OwnedFd::from(theirs)))
             // The lock is held for as long as any descriptor of it is open.
             .stdout(Stdio::from(lock.descriptor()?))
@@ -69,8 +71,8 @@ impl Watcher {
     }
 }
 
-/// The watcher's side: `vmpatch watch-move OLD RUNNING SOCKET`, with the worker's socket as standard input.
-pub fn watch(old: i32, was_running: bool, socket: &Path) -> Result<(), Failure> {
+/// The watcher's side: `vmpatch watch-move OLD RUNNING SOCKET TAPS`, with the worker's socket as standard input.
+pub fn watch(old: i32, was_running: bool, socket: &Path, taps: &str) -> Result<(), Failure> {
     supervisor::ignore_requests_to_end();
     let mut told = Vec::new();
     // Ends where the worker does.
@@ -83,14 +85,15 @@ pub fn watch(old: i32, was_running: bool, socket: &Path) -> Result<(), Failure> 
     let settled = match (found, survey.successor_of(old)) {
         (Some(domain), Some(new)) => settle::settle(domain, &new.domain, was_running)?,
         // The new process is gone, too: where the guest has not run there, it can go on here.
-        (Some(_), None) if !told.contains(&COMMITTING) => go_on(socket, was_running)?,
+        (Some(_), None) if !told.contains(&COMMITTING) => go_on(old, socket, was_running, taps)?,
         _ => return Ok(()),
     };
     eprintln!("vmpatch: its process was killed; {settled}");
     Ok(())
 }
 
-fn go_on(socket: &Path, was_running: bool) -> Result<Settled, UpgradeError> {
+fn go_on(old: i32, socket: &Path, was_running: bool, taps: &str) -> Result<Settled, UpgradeError> {
+    settle::set_back(old, taps)?;
     let mut pair = Pair::new(socket, CONNECT_TIME_MAX)?;
     let sent = pair.cancel(CONNECT_TIME_MAX)?;
     if was_running && (sent == Status::Completed || pair.source_state()? == RunState::Paused) {
