@@ -34,7 +34,7 @@ fn number(report: &Value, pointer: &str) -> u64 {
 }
 
 /// Moves a guest that works and is patched, and has all of it looked at in its new process.
-fn moves(config: GuestConfig, way: &str) {
+fn moves(config: GuestConfig, to: &str, way: &str) {
     let outfit = Outfit::new();
     let mut guest = Guest::boot(outfit.fit(config)).unwrap_or_else(|error| panic!("{error}"));
     let _keeper = Keeper::of(&guest);
@@ -45,7 +45,7 @@ fn moves(config: GuestConfig, way: &str) {
     let (old, banner) = (guest.pid(), vmpatch.inspect()["banner"].clone());
 
     let checked = vmpatch
-        .run(&["upgrade", "--qemu", INSTALLED, "--check", "--json"])
+        .run(&["upgrade", "--qemu", to, "--check", "--json"])
         .expect(0)
         .json();
     assert_eq!(
@@ -54,10 +54,7 @@ fn moves(config: GuestConfig, way: &str) {
     );
     assert_eq!(guest.pid(), old);
     outfit.assert_reached("after --check");
-    let report = vmpatch
-        .run(&["upgrade", "--qemu", INSTALLED, "--json"])
-        .expect(0)
-        .json();
+    let report = vmpatch.run(&["upgrade", "--qemu", to, "--json"]).expect(0).json();
     assert_eq!(
         (report["state"].as_str(), report["way"].as_str()),
         (Some("moved"), Some(way)),
@@ -114,14 +111,14 @@ fn a_working_guest_moves_from_qemu_7_2_and_its_patch_is_taken_out_in_10_0() {
     config.qemu = qemu::bookworm().unwrap_or_else(|error| panic!("{error}"));
     // An alias, which is another machine type in each version.
     config.machine = "q35".to_owned();
-    moves(config.ram(Ram::Private), "precopy");
+    moves(config.ram(Ram::Private), INSTALLED, "precopy");
 }
 
 #[test]
 fn a_working_guest_whose_ram_is_shared_moves_without_its_ram() {
     let mut config = config();
     config.machine = "q35,aux-ram-share=on".to_owned();
-    moves(config, "cpr-transfer");
+    moves(config, INSTALLED, "cpr-transfer");
 }
 
 #[test]
@@ -129,5 +126,5 @@ fn a_working_guest_whose_ram_is_a_file_moves_from_qemu_7_2_and_leaves_it_there()
     let file = RamFile::new();
     let mut config = config();
     config.qemu = qemu::bookworm().unwrap_or_else(|error| panic!("{error}"));
-    moves(file.fit(config), "x-ignore-shared");
+    moves(file.fit(config), INSTALLED, "x-ignore-shared");
 }
