@@ -154,13 +154,9 @@ fn including(
 ) -> Result<Touched, Error> {
     let folders = module_folders(facts)?;
     let mut files: BTreeSet<&str> = BTreeSet::new();
-    for file in included {
-        if includers::has_own_object(tree.source(), file)? {
-            files.insert(file);
-        }
-    }
-    for file in &includers.c {
-        if may_be_in_kernel(tree.source(), facts, &folders, file)? {
+    for file in included.iter().copied().chain(includers.c.iter().map(String::as_str)) {
+        let is_named = includers::has_own_object(tree.source(), file)?;
+        if is_named && may_be_in_kernel(tree.source(), facts, &folders, file)? {
             files.insert(file);
         }
     }

@@ -126,7 +126,7 @@ pub const INCLUDED_FILE: &[Edit] = &[(
 )];
 
 /// A function that has run, a new static key, a variable of the kernel that is gone, one of another type, constant data, and a
-/// structure that exists already.
+/// structure that exists already; and a header of assembly, which is not compared.
 pub const REFUSED: &[Edit] = &[
     (
         "fs/proc/version.c",
@@ -142,6 +142,11 @@ pub const REFUSED: &[Edit] = &[
         "fs/proc/version.c",
         "\treturn 0;\n}\n\nstatic int __init",
         "\tif (static_branch_unlikely(&vmpatch_key))\n\t\tseq_puts(m, \"keyed\\n\");\n\treturn 0;\n}\n\nstatic int __init",
+    ),
+    (
+        "arch/x86/entry/calling.h",
+        "#include <linux/jump_label.h>",
+        "#include <linux/jump_label.h>\n#define VMPATCH 1",
     ),
     ("fs/drop_caches.c", "int sysctl_drop_caches;\n", ""),
     (

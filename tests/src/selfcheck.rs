@@ -159,7 +159,7 @@ impl Tally {
         }
         let (mut same, mut weak, mut other) = (0, Vec::new(), Vec::new());
         for (id, item) in unit.items.iter().enumerate() {
-            if !item.is_function || item.size == 0 || is_of_boot(&unit.section_of(item).name) {
+            if !item.is_function || item.size == 0 || item.is_padding() || is_of_boot(&unit.section_of(item).name) {
                 continue;
             }
             let name = format!("{}: {}", pair.source, item.name);

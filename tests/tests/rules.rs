@@ -170,6 +170,12 @@ fn what_a_patch_cannot_change_is_refused_by_name_and_what_is_allowed_goes_along_
         "changed-data: fs/drop_caches.c: stfu.0",
         "changed-data: fs/eventfd.c: eventfd_fops",
         "init: fs/proc/version.c: proc_version_init",
+        "inlined: arch/x86/entry/entry_32.S",
+        "inlined: arch/x86/entry/entry_64.S",
+        "inlined: arch/x86/entry/entry_64_compat.S",
+        "inlined: arch/x86/entry/thunk_64.S",
+        "inlined: arch/x86/kernel/head_64.S",
+        "inlined: arch/x86/xen/xen-asm.S",
         "layout: fs/eventfd.c: struct eventfd_ctx",
         "removed-global: fs/drop_caches.c: sysctl_drop_caches",
         "static-key: fs/proc/version.c: vmpatch_key",
@@ -177,7 +183,14 @@ fn what_a_patch_cannot_change_is_refused_by_name_and_what_is_allowed_goes_along_
     assert_eq!(findings, expected);
     assert!(!module.exists(), "{refused}");
     let mut allow = Vec::new();
-    for risk in ["changed-data", "init", "layout", "removed-global", "static-key"] {
+    for risk in [
+        "changed-data",
+        "init",
+        "inlined",
+        "layout",
+        "removed-global",
+        "static-key",
+    ] {
         // All but one are not enough.
         rules::build(KERNEL_6_1, &diff, &module, &allow).expect(3);
         allow.extend(["--allow", risk]);

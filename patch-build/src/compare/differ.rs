@@ -12,6 +12,11 @@ use crate::elf::{At, Relocation, Section};
 const DEPTH_MAX: usize = 16;
 /// Where `pr_debug()` sites are described, with their lines.
 const DEBUG_SITES: &str = "__dyndbg";
+/// What the sanitizer of undefined behaviour says of a place in the code, each in a section of its own; first the place in the
+/// source: file, line and column (lib/ubsan.h, `struct source_location`).
+const SANITIZED: &str = ".data..Lubsan_data";
+/// Bytes of such a place in the source.
+const SOURCE_LOCATION_BYTES: u64 = 16;
 
 /// The first thing in which two pieces differ; for people.
 pub type Difference = String;
@@ -29,6 +34,20 @@ pub(crate) struct Differ<'u> {
 struct Piece {
     at: At,
     len: u64,
+}
+
+impl Piece {
+    /// The piece without the place in the source that it begins with.
+    fn behind_location(self) -> Self {
+        let skipped = SOURCE_LOCATION_BYTES.min(self.len);
+        Self {
+            at: At {
+                offset: self.at.offset + skipped,
+                ..self.at
+            },
+            len: self.len - skipped,
+        }
+    }
 }
 
 impl Differ<'_> {
@@ -62,6 +81,10 @@ impl Differ<'_> {
             return Some("constants that refer to one another without end".to_owned());
         }
         let (old, new) = (self.section(self.before, b.at)?, self.section(self.after, a.at)?);
+        let is_sanitized = |section: &Section| section.name.starts_with(SANITIZED);
+        if is_sanitized(old) && is_sanitized(new) && b.at.offset == 0 && a.at.offset == 0 {
+            return self.pieces(b.behind_location(), a.behind_location(), depth + 1);
+        }
         let relocations = self.relocations(old, b, new, a, depth);
         if relocations.is_some() {
             return relocations;

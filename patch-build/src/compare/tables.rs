@@ -11,12 +11,18 @@ use crate::elf::{At, Object, Section};
 /// A kind of table.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Table {
-    /// Its section.
+    /// Its section; one that ends in `_` stands for all that begin with it.
     pub name: &'static str,
     /// How long an entry may be, in bytes; the kernel's release decides.
     strides: &'static [u64],
     /// Bytes of code at the place that the running kernel may change; see [`Site`].
     pub site: Site,
+}
+
+impl Table {
+    fn is(&self, section: &str) -> bool {
+        self.name == section || (self.name.ends_with('_') && section.starts_with(self.name))
+    }
 }
 
 /// What of the code at a place that a table lists differs between the file and the running kernel.
@@ -51,6 +57,9 @@ pub(crate) const TABLES: &[Table] = &[
     Table { name: "__patchable_function_entries", strides: &[8], site: Site::Bytes(5) },
     Table { name: ".orc_unwind_ip",      strides: &[4],          site: Site::Fixed },
     Table { name: "_kprobe_blacklist",   strides: &[8],          site: Site::Fixed },
+    // Constants that the kernel writes into its code at boot; one section for each (asm/runtime-const.h, since 6.11).
+    Table { name: "runtime_ptr_",        strides: &[4],          site: Site::Bytes(8) },
+    Table { name: "runtime_shift_",      strides: &[4],          site: Site::Bytes(1) },
 ];
 
 /// The table that goes with `.orc_unwind_ip`, entry by entry: how to unwind at that place.
@@ -98,7 +107,7 @@ pub struct TableError {
 pub(crate) fn entries(object: &Object) -> Result<Vec<Entry>, TableError> {
     let mut entries = Vec::new();
     for (index, section) in object.sections.iter().enumerate() {
-        let Some(table) = TABLES.iter().position(|table| table.name == section.name) else {
+        let Some(table) = TABLES.iter().position(|table| table.is(&section.name)) else {
             continue;
         };
         if section.size == 0 {

@@ -57,6 +57,19 @@ fn the_line_of_a_warning_does_not_matter_where_a_header_has_the_first_function()
 }
 
 #[test]
+fn the_line_that_a_sanitizer_would_name_does_not_matter_but_what_it_checks_does() {
+    let text = |line: u32, kind: u32| {
+        format!(
+            "static struct {{ const char *file; unsigned line, column; int kind; }} site asm(\".Lsite\")\n\
+                 __attribute__((section(\".data..Lubsan_data1\"))) = {{ __FILE__, {line}, 7, {kind} }};\n\
+                 extern void handle(void *);\nvoid g(void) {{ handle(&site); }}\n"
+        )
+    };
+    assert_eq!(changes("sanitizer", &text(10, 1), &text(13, 1)), [""; 0]);
+    assert_eq!(changes("sanitizer-kind", &text(10, 1), &text(10, 2)), ["g changed"]);
+}
+
+#[test]
 fn a_number_that_is_no_line_matters() {
     let before = "void g(void) { sleepy(0, 5); }\n";
     assert_eq!(

@@ -32,6 +32,13 @@ pub struct Item {
     pub symbol: usize,
 }
 
+impl Item {
+    /// True for what objtool puts in front of a function, under the function's name (tools/objtool/elf.c of 6.2, `__pfx_`).
+    pub fn is_padding(&self) -> bool {
+        self.name.starts_with("__pfx_")
+    }
+}
+
 /// What a relocation refers to.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Target {

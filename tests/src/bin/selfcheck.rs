@@ -13,8 +13,6 @@ use host_agent::session::{Session, Target};
 use images::guest::Guest;
 use images::kernel::Kernel;
 
-/// The guest's name.
-const NAME: &str = "vmselfcheck";
 /// Files, unless the command line says otherwise.
 const FILES_DEFAULT: usize = 300;
 
@@ -35,7 +33,7 @@ fn run() -> Result<bool, Error> {
         .nth(2)
         .map_or(Kernel::CLOUD_6_1, |name| Kernel::named(&name));
     let source = Source::of(&kernel)?;
-    let guest = Guest::boot(kit::guest(kernel).name(NAME))?;
+    let guest = Guest::boot(kit::guest(kernel).name(&format!("vmselfcheck-{}", std::process::id())))?;
     let options = Cli::parse_from(["vmpatch", "--domain", guest.name()]).options;
     let session = Session::open(&Target::from_options(&options)?, &Progress::new(0))?;
     let tally = source.check(&session.live(), &source.files(count)?, &|line| println!("{line}"))?;
