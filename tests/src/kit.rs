@@ -76,6 +76,11 @@ impl Modules {
         hand_written::percpu(&self.tree).expect("the module builds")
     }
 
+    /// One that replaces each of these system calls.
+    pub fn many(&self, functions: &[String]) -> String {
+        text(hand_written::many(&self.tree, functions).expect("the module builds"))
+    }
+
     /// One of our own that is to be refused.
     pub fn refused(&self, module: Refused) -> String {
         text(module.build(&self.tree).expect("the module builds"))

@@ -1,6 +1,7 @@
 //! Livepatch modules of our own (`images/modules/`), each for one thing that patching must do or refuse. They fit every
 //! kernel that the tests boot.
 
+use std::fmt::Write as _;
 use std::path::PathBuf;
 
 use super::{Error, KernelTree, Module};
@@ -24,6 +25,22 @@ pub fn percpu(tree: &KernelTree) -> Result<PathBuf, Error> {
     Module::new("vmpatch_percpu")
         .source("vmpatch_percpu", text!("percpu"))
         .build(tree)
+}
+
+/// Builds a module `test_many` that replaces each of these system calls by a function of its own. Returns the `.ko` in the cache.
+pub fn many(tree: &KernelTree, functions: &[String]) -> Result<PathBuf, Error> {
+    let mut text = "#include \"livepatch.h\"\n\nstatic unsigned long calls;\n".to_owned();
+    let mut patches = Vec::new();
+    for (index, function) in functions.iter().enumerate() {
+        // Each is another function, and none is folded into another one. Writing to a string can't fail.
+        let _ = write!(
+            text,
+            "\nstatic long livepatch_{index}(const struct pt_regs *regs)\n{{\n\tWRITE_ONCE(calls, calls + {index});\n\treturn -ENOSYS;\n}}\n"
+        );
+        patches.push(format!("PATCH({function}, livepatch_{index})"));
+    }
+    let _ = write!(text, "\nLIVEPATCH({});\n", patches.join(",\n\t"));
+    Module::new("test-many").source("many", text).build(tree)
 }
 
 /// A module that is to be applied. Its effect is seen by the program [`Applied::program`] (see [`super::programs`]).

@@ -1,8 +1,10 @@
 //! The benchmark: how long a guest is paused, and how long an operator waits. One run on one guest; every figure stands beside
-//! what it is compared with, taken in the same run, turn by turn.
+//! what it is compared with, taken in the same run, turn by turn: the pause beside a bare one for several numbers of tasks, and
+//! that of modules with more to do beside that of a module with one function and little else.
 //!
 //! usage: cargo run --release -p e2e --bin bench [CYCLES]
 
+use std::collections::BTreeMap;
 use std::error::Error;
 use std::fs;
 use std::path::Path;
@@ -18,6 +20,7 @@ use host_agent::cli::Cli;
 use host_agent::progress::Progress;
 use host_agent::session::{Session, Target};
 use images::build::Cve;
+use images::build::hand_written::Applied;
 use images::guest::Guest;
 use images::kernel::Kernel;
 use serde_json::json;
@@ -30,6 +33,8 @@ const TASKS: [usize; 3] = [100, 1_000, 5_000];
 const CYCLES_DEFAULT: usize = 200;
 /// Whole `vmpatch` processes for each number of tasks.
 const PROCESSES: usize = 11;
+/// Functions of the big module.
+const MANY: usize = 300;
 /// Memory for 5,000 tasks' stacks and all else, MiB.
 const MEMORY_MIB: u32 = 1024;
 /// How long the guest may take to start its tasks.
@@ -54,13 +59,21 @@ fn run() -> Result<()> {
         .nth(1)
         .map_or(Ok(CYCLES_DEFAULT), |text| text.parse())?;
     let kernel = Kernel::CLOUD_6_1;
-    let module = Modules::of(&kernel).cve(Cve::Y2026N52928);
+    let modules = Modules::of(&kernel);
+    let module = modules.cve(Cve::Y2026N52928);
     let program = vmpatch::program()?;
     let guest = Guest::boot(kit::guest(kernel).name(NAME).memory_mib(MEMORY_MIB))?;
     let mut monitor = Monitor::second(&guest);
     let is_kvm = monitor.call("query-kvm", json!({}))?["enabled"].as_bool() == Some(true);
     let (release, accelerator) = (guest.kernel_release(), if is_kvm { "KVM" } else { "TCG" });
     println!("{release}, 2 vCPUs, shared RAM, {accelerator}; {cycles} apply/revert cycles each; µs: p50 / p99 / max");
+    let many = modules.many(&never_called(&guest)?);
+    let kinds = [
+        ("one function", modules.applied(Applied::Pause)),
+        ("one with all duties", modules.applied(Applied::Sections)),
+        ("300 functions", many),
+    ];
+    beside_one_function(&guest, &mut monitor, program, &kinds, cycles)?;
     for tasks in TASKS {
         let wanted = tasks.to_string();
         let sleepers = guest.spawn(&["/opt/tasks", &wanted])?;
@@ -83,10 +96,7 @@ fn pauses(guest: &Guest, monitor: &mut Monitor, program: &Path, module: &Path, c
     let bytes = fs::read(module)?;
     let (mut bare, mut warm, mut all) = (Vec::new(), Vec::new(), Vec::new());
     for _ in 0..cycles {
-        let start = Instant::now();
-        monitor.call("stop", json!({}))?;
-        monitor.call("cont", json!({}))?;
-        bare.push(micros(start.elapsed()));
+        bare.push(stop_and_cont(monitor)?);
         let start = Instant::now();
         let (record, applied) = session.apply(module, &bytes, &options)?;
         warm.push(micros(start.elapsed()));
@@ -113,6 +123,77 @@ fn pauses(guest: &Guest, monitor: &mut Monitor, program: &Path, module: &Path, c
     );
     println!("  {:<36}{}", "apply, kernel found before (warm)", Figures::of(warm));
     Ok(())
+}
+
+/// Functions of the kernel that nobody calls in a guest whose programs are all of 64 bits: its system calls for 32-bit ones.
+fn never_called(guest: &Guest) -> Result<Vec<String>> {
+    let listed = guest.text(&["grep", "-E", " [tT] __ia32_(compat_)?sys_", "/proc/kallsyms"])?;
+    let mut functions = BTreeMap::new();
+    for line in listed.lines() {
+        let mut words = line.split(' ');
+        if let (Some(at), Some(name)) = (words.next(), words.nth(1)) {
+            functions.insert(at.to_owned(), name.to_owned());
+        }
+    }
+    let functions: Vec<_> = functions.into_values().take(MANY).collect();
+    if functions.len() == MANY {
+        return Ok(functions);
+    }
+    Err(format!(
+        "the guest has only {} system calls for 32-bit programs",
+        functions.len()
+    )
+    .into())
+}
+
+/// Modules of several kinds, turn by turn in one process; each kind beside the first.
+fn beside_one_function(
+    guest: &Guest,
+    monitor: &mut Monitor,
+    program: &Path,
+    kinds: &[(&str, String)],
+    cycles: usize,
+) -> Result<()> {
+    let options = Cli::parse_from(["vmpatch", "--domain", guest.name()]).options;
+    let progress = Progress::new(0);
+    let mut session = Session::open(&Target::from_options(&options)?, &progress)?;
+    session.supervisor = program.to_owned();
+    let mut bare = Vec::new();
+    let mut all: Vec<[Vec<Committed>; 2]> = vec![Default::default(); kinds.len()];
+    for _ in 0..cycles {
+        bare.push(stop_and_cont(monitor)?);
+        for ((_, file), [applied, reverted]) in kinds.iter().zip(&mut all) {
+            let (record, there) = session.apply(Path::new(file), &fs::read(file)?, &options)?;
+            let (_, back) = session.revert(&record.id, &options)?;
+            applied.push(there);
+            reverted.push(back);
+        }
+    }
+    let bare = Figures::of(bare);
+    println!("\nmodules with more to do\n  {:<36}{bare}", "bare QMP stop + cont");
+    let mut first = None;
+    for ((name, _), [applied, reverted]) in kinds.iter().zip(all) {
+        for (what, commits) in [("apply", applied), ("revert", reverted)] {
+            let pick = |pick: fn(&Committed) -> u64| Figures::of(commits.iter().map(pick).collect());
+            let figures = pick(|c| c.pause_us_max);
+            let (check, write) = (pick(|c| c.pause.check_us).p50, pick(|c| c.pause.write_us).p50);
+            let beside: u64 = *first.get_or_insert(figures.p50);
+            let (bare, one) = (ratio(figures.p50, bare.p50), ratio(figures.p50, beside));
+            println!(
+                "  {:<36}{figures}   {bare:.2} × bare, {one:.2} × one; check {check}, write {write}",
+                format!("{name}: {what}")
+            );
+        }
+    }
+    Ok(())
+}
+
+/// How long a guest stands that is stopped and let go again at once.
+fn stop_and_cont(monitor: &mut Monitor) -> Result<u64> {
+    let start = Instant::now();
+    monitor.call("stop", json!({}))?;
+    monitor.call("cont", json!({}))?;
+    Ok(micros(start.elapsed()))
 }
 
 /// Whole processes, as an operator starts them.
