@@ -204,6 +204,30 @@ mod tests {
     }
 
     #[test]
+    fn every_section_that_kpatch_build_leaves_is_known() {
+        let lines = include_str!("golden/kpatch_build.txt").lines();
+        let mut known = 0;
+        for line in lines.filter(|line| !line.starts_with('#')) {
+            let [name, flags, _, expected] = line.split(' ').collect::<Vec<_>>()[..] else {
+                panic!("{line}")
+            };
+            let flag = |letter, bit| if flags.contains(letter) { bit } else { 0 };
+            let flags = SHF_ALLOC.0 | flag('W', SHF_WRITE.0) | flag('X', SHF_EXECINSTR.0);
+            let found = match duty(&section(name, flags)) {
+                Place(Text) => "text",
+                Place(RoData) => "rodata",
+                Place(Data) => "data",
+                Work => "work",
+                Drop(_) => "drop",
+                other => panic!("{name}: {other:?}"),
+            };
+            assert_eq!(found, expected, "{name}");
+            known += 1;
+        }
+        assert_eq!(known, 38);
+    }
+
+    #[test]
     fn operators_can_read_of_every_section() {
         let docs = include_str!("../../../docs/modules.md");
         for (pattern, _) in TABLE {
