@@ -9,9 +9,9 @@
 //!
 //! The module is on the list of modules and in the tree that addresses are looked up in (kernel/module/main.c,
 //! `add_unformed_module`; kernel/module/tree_lookup.c), and on the list that WARN and BUG are looked up in (lib/bug.c,
-//! `module_bug_finalize`). In sysfs it is not: that takes memory from the guest's allocators. Nothing in the kernel asks a
-//! module for its kobject that has no parameters, no user in another module, and is never unloaded; the last two are
-//! prevented by letting the module use itself.
+//! `module_bug_finalize`); its functions are in ftrace's chain of records. In sysfs it is not: that takes memory from the
+//! guest's allocators. Nothing in the kernel asks a module for its kobject that has no parameters, no user in another
+//! module, and is never unloaded; the last two are prevented by letting the module use itself.
 
 mod layout;
 mod list;
