@@ -173,7 +173,7 @@ pub struct UpgradeOptions {
     /// The most to copy in a second; without it, as much as there is
     #[arg(long, value_name = "MIB")]
     pub bandwidth: Option<u64>,
-    /// How long the guest may be on its way before the move is given up
+    /// How long the new process may take to begin, and then the guest to get there, before the move is given up
     #[arg(long, value_name = "SECONDS", default_value_t = 300.0, value_parser = seconds)]
     pub within: f64,
     /// Folder with the new QEMU's firmware (its -L), in place of those on the guest's command line
