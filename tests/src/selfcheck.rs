@@ -38,6 +38,8 @@ const FOLDERS: [&str; 16] = [
     "security",
     "drivers/base",
 ];
+/// Where the trampolines of static calls are, which the kernel rewrites as a whole; no patch replaces one.
+const TRAMPOLINES: &str = ".static_call.text";
 /// Lines put in front of a file: line numbers change, nothing else.
 const LINES: &str = "\n\n\n";
 /// Files compiled at a time, so that something is said in between.
@@ -159,7 +161,9 @@ impl Tally {
         }
         let (mut same, mut weak, mut other) = (0, Vec::new(), Vec::new());
         for (id, item) in unit.items.iter().enumerate() {
-            if !item.is_function || item.size == 0 || item.is_padding() || is_of_boot(&unit.section_of(item).name) {
+            let section = &unit.section_of(item).name;
+            let is_code = item.is_function && item.size > 0 && !item.is_padding();
+            if !is_code || is_of_boot(section) || section == TRAMPOLINES {
                 continue;
             }
             let name = format!("{}: {}", pair.source, item.name);

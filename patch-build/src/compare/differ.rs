@@ -12,6 +12,8 @@ use crate::elf::{At, Relocation, Section};
 const DEPTH_MAX: usize = 16;
 /// Where `pr_debug()` sites are described, with their lines.
 const DEBUG_SITES: &str = "__dyndbg";
+/// Where WARN() and BUG() are described, with their lines.
+const WARNINGS: &str = "__bug_table";
 /// What the sanitizer of undefined behaviour says of a place in the code, each in a section of its own; first the place in the
 /// source: file, line and column (lib/ubsan.h, `struct source_location`).
 const SANITIZED: &str = ".data..Lubsan_data";
@@ -140,6 +142,7 @@ impl Differ<'_> {
                 (!paired).then(text)
             }
             (Target::Text(x), Target::Text(y)) => (!self.lines.explain_text(x, y)).then(text),
+            (Target::Unnamed(x), Target::Unnamed(y)) if self.is_warning(*x) => (!self.same_warning(*x, *y)).then(text),
             (Target::Unnamed(x), Target::Unnamed(y)) => {
                 let (old, new) = (unnamed(self.before, *x), unnamed(self.after, *y));
                 match (old, new) {
@@ -151,6 +154,23 @@ impl Differ<'_> {
             _ if b == a => None,
             _ => Some(text()),
         }
+    }
+
+    /// True for a place in the table of warnings; code hands over the address of an entry since 6.19.
+    fn is_warning(&self, at: At) -> bool {
+        self.section(self.before, at)
+            .is_some_and(|section| section.name == WARNINGS)
+    }
+
+    /// True where two places in tables of warnings are in entries that say the same, of functions that are a pair.
+    fn same_warning(&self, b: At, a: At) -> bool {
+        let (Some((old, x)), Some((new, y))) = (self.before.entry_at(b), self.after.entry_at(a)) else {
+            return false;
+        };
+        let (old_at, new_at) = (self.before.item(old).at, self.after.item(new).at);
+        self.pairs.to_after(old) == Some(new)
+            && b.offset - x.at.offset == a.offset - y.at.offset
+            && self.entries(old_at, x, new_at, y).is_none()
     }
 
     /// In what the entries of two tables differ, of items at two places.

@@ -70,6 +70,18 @@ fn the_line_that_a_sanitizer_would_name_does_not_matter_but_what_it_checks_does(
 }
 
 #[test]
+fn code_that_hands_over_its_warning_is_the_same_where_only_the_line_moved() {
+    let text = |line: u32, flags: u32| {
+        format!(
+            "void f(int a) {{ if (a) asm volatile(\"lea 2f(%%rip), %%rdi\\n1: ud2\\n.pushsection __bug_table,\\\"aw\\\"\\n2: .long 1b - .\\n\
+             .long %c0 - .\\n.word {line}\\n.word {flags}\\n.org 2b+12\\n.popsection\" : : \"i\" (__FILE__)); }}\n"
+        )
+    };
+    assert_eq!(changes("warn-entry", &text(10, 1), &text(13, 1)), [""; 0]);
+    assert_eq!(changes("warn-entry-flags", &text(10, 1), &text(10, 2)), ["f changed"]);
+}
+
+#[test]
 fn a_number_that_is_no_line_matters() {
     let before = "void g(void) { sleepy(0, 5); }\n";
     assert_eq!(

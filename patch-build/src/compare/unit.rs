@@ -151,6 +151,16 @@ impl Unit {
         self.entries.get(&id).map(Vec::as_slice).unwrap_or_default()
     }
 
+    /// The entry of a table that a place is in, and the item that it is about.
+    pub(crate) fn entry_at(&self, at: At) -> Option<(ItemId, &Entry)> {
+        let holds = |entry: &&Entry| {
+            let past = at.offset.checked_sub(entry.at.offset);
+            entry.at.section == at.section && past.is_some_and(|past| past < entry.len)
+        };
+        let mut items = self.entries.iter();
+        items.find_map(|(id, entries)| Some((*id, entries.iter().find(holds)?)))
+    }
+
     /// The item that a place is in, and the bytes from its start. With `end`, the place may also be just behind an item.
     pub fn item_at(&self, at: At, end: bool) -> Option<(ItemId, i64)> {
         let ids = self.by_section.get(&at.section)?;
