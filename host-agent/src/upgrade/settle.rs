@@ -166,11 +166,11 @@ pub(super) fn end_old(old: &Domain, new: i32) -> Result<(), UpgradeError> {
     })
 }
 
-/// Sets the tap devices of the old process to what it needs.
-pub(super) fn set_back(old: i32, taps: &str) -> Result<(), UpgradeError> {
-    let taps = Taps::spelled(old, taps).map_err(UpgradeError::host(format!("copying descriptors of process {old}")))?;
-    taps.set_back();
-    Ok(())
+/// Sets the tap devices of the old process to what it needs. That it can't must not keep the guest from running there.
+pub(super) fn set_back(old: i32, taps: &str) {
+    if let Ok(taps) = Taps::spelled(old, taps) {
+        taps.set_back();
+    }
 }
 
 fn back(
@@ -184,7 +184,7 @@ fn back(
     let ending = UpgradeError::host(format!("ending the new process (pid {})", new.pid));
     let taps = process::taps(new.pid);
     successor::end(new.pid, new.start_time).map_err(ending)?;
-    set_back(old.pid, &taps)?;
+    set_back(old.pid, &taps);
     names.iter().for_each(Name::remove_temporary);
     // A guest that is copied standing was stopped by the vmpatch that was killed.
     if was_running && (sent == Status::Completed || pair.source_state()? == RunState::Paused) {
