@@ -317,11 +317,31 @@ fn quiet(live: &Live<'_>) -> Result<Vec<Change>, KernelError> {
     Ok(same)
 }
 
-/// The changes that make the bytes at `at`, whatever they are, those of `new`; none where they are.
+/// The changes that make the bytes at `at`, whatever they are, those of `new`: what is the same already is only checked.
 fn becomes(live: &Live<'_>, what: &str, at: Gva, new: &[u8]) -> Result<Vec<Change>, KernelError> {
     let mut old = vec![0; new.len()];
     live.read(at, &mut old).map_err(unreadable(at))?;
-    pieces(live, what, at, &old, new)
+    let unlike = unlike(&old, new);
+    let mut changes = Vec::new();
+    for part in [0..unlike.start, unlike.clone(), unlike.end..new.len()] {
+        let at = at.wrapping_add(part.start as u64);
+        let of = |bytes: &[u8]| bytes.get(part.clone()).unwrap_or_default().to_vec();
+        changes.extend(pieces(live, what, at, &of(&old), &of(new))?);
+    }
+    Ok(changes)
+}
+
+/// From the first byte that differs to the last one; nothing, at the end, where none does.
+fn unlike(old: &[u8], new: &[u8]) -> Range<usize> {
+    let differs = |(old, new): (&u8, &u8)| old != new;
+    let len = old.len().min(new.len());
+    let first = old.iter().zip(new).position(differs).unwrap_or(len);
+    let last = old
+        .iter()
+        .zip(new)
+        .rposition(differs)
+        .map_or(len, |last| last.saturating_add(1));
+    first..last
 }
 
 /// The change of bytes at a guest-virtual address, one for each part that lies in one piece in the guest's memory.
@@ -351,5 +371,18 @@ fn damaged(found: String, expected: &str) -> KernelError {
         what: WHAT,
         found,
         expected: expected.to_owned(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_what_differs_is_written() {
+        assert_eq!(unlike(&[1, 2, 3, 4, 5], &[1, 9, 3, 8, 5]), 1..4);
+        assert_eq!(unlike(&[1, 2], &[9, 8]), 0..2);
+        assert_eq!(unlike(&[1, 2], &[1, 2]), 2..2);
+        assert_eq!(unlike(&[], &[]), 0..0);
     }
 }
