@@ -49,7 +49,8 @@ fn run() -> Result<()> {
     vmpatch::program()?;
     println!(
         "Medians of {moves} moves each, in ms. \"stood\": STOP to RESUME; \"echo\": the longest time without a datagram, of one \
-         sent each ms; \"move\": from the new process's start until the guest runs there; \"command\": all of vmpatch.\n"
+         sent each ms; \"move\": from the new process's start until the guest runs there; \"command\": all of vmpatch. Bare QMP has QEMU's own downtime \
+         limit, 300 ms, where vmpatch begins with 20; that matters for precopy alone.\n"
     );
     println!(
         "| way | RAM, MiB | guest | stood: bare | vmpatch | ratio | echo: bare | vmpatch | move: bare | vmpatch | ratio | command |"
