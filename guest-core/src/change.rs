@@ -42,6 +42,9 @@ pub struct Change {
     new: Vec<u8>,
     #[serde(with = "hex", default, skip_serializing_if = "Vec::is_empty")]
     mask: Vec<u8>,
+    /// True where it is known that no CPU runs what lies there.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    data: bool,
 }
 
 impl Change {
@@ -56,6 +59,7 @@ impl Change {
             old,
             new,
             mask: Vec::new(),
+            data: false,
         }
     }
 
@@ -72,7 +76,19 @@ impl Change {
             old: vec![0],
             new: vec![mask],
             mask: vec![mask],
+            data: false,
         }
+    }
+
+    /// The same, of bytes that no CPU runs: they need not be written such that running code changes, too.
+    #[must_use]
+    pub fn of_data(self) -> Self {
+        Self { data: true, ..self }
+    }
+
+    /// True where no CPU runs the bytes.
+    pub fn is_data(&self) -> bool {
+        self.data
     }
 
     /// What the bytes are, for a person.
@@ -130,10 +146,15 @@ impl Change {
     /// Checks, writes and reads back.
     pub fn make(&self, memory: &dyn PhysMemory) -> Result<(), ChangeError> {
         let bytes = self.prepare(memory)?;
-        memory
-            .write(self.gpa(), &bytes)
-            .map_err(|source| self.memory_error(source))?;
+        self.write(memory, &bytes)?;
         self.verify(memory)
+    }
+
+    /// Writes what [`Change::prepare`] gave.
+    pub(crate) fn write(&self, memory: &dyn PhysMemory, bytes: &[u8]) -> Result<(), ChangeError> {
+        memory
+            .write(self.gpa(), bytes)
+            .map_err(|source| self.memory_error(source))
     }
 
     /// Puts the old state back, as [`Change::restored`] says; writes nothing where it is there.
@@ -142,9 +163,7 @@ impl Change {
         if bytes == self.read(memory)? {
             return Ok(());
         }
-        memory
-            .write(self.gpa(), &bytes)
-            .map_err(|source| self.memory_error(source))
+        self.write(memory, &bytes)
     }
 
     /// The bytes that put the old state back over whatever of this change is there: all of it, a part, or nothing.

@@ -148,7 +148,7 @@ fn disable(live: &Live<'_>, name: &str, record: &ftrace::FtraceRecord) -> Result
     let bit = u64::from(record.meaning.disabled.trailing_zeros());
     let at = record.flags_at.wrapping_add(bit / 8);
     let (gpa, _) = physical(live, at)?;
-    Ok(Change::set_bits(format!("ftrace flags of {name}"), gpa, 1 << (bit % 8)))
+    Ok(Change::set_bits(format!("ftrace flags of {name}"), gpa, 1 << (bit % 8)).of_data())
 }
 
 /// The address behind an `endbr64` at `at`, which indirect calls need; else `at`.

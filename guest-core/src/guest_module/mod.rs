@@ -272,7 +272,7 @@ impl Layout {
             .physical(self.sequence)
             .map_err(|source| unreadable(self.sequence, source))?;
         let (old, new) = (old.to_le_bytes().into(), new.to_le_bytes().into());
-        Ok(Change::replace(TREE, gpa, old, new))
+        Ok(Change::replace(TREE, gpa, old, new).of_data())
     }
 }
 

@@ -87,7 +87,7 @@ fn word_change(live: &Live<'_>, what: &str, at: Gva, old: u64, new: u64) -> Resu
             expected: "the address of a whole word".to_owned(),
         });
     }
-    Ok(Change::word(what, gpa, old, new))
+    Ok(Change::word(what, gpa, old, new).of_data())
 }
 
 /// What is read here, for errors.

@@ -134,7 +134,7 @@ impl Piece {
         reserve.free_bytes = reserve.free_bytes.saturating_sub(self.bytes);
         changes.extend(reserve.changes(live)?);
         let mark = data.1.wrapping_add(self.mark.wrapping_sub(data.0.0));
-        changes.push(Change::replace(MARK, mark, int(0), int(self.bytes)));
+        changes.push(Change::replace(MARK, mark, int(0), int(self.bytes)).of_data());
         Ok(changes)
     }
 
@@ -355,7 +355,7 @@ fn pieces(live: &Live<'_>, what: &str, at: Gva, mut old: &[u8], mut new: &[u8]) 
             .min(new.len())
             .min(old.len());
         let ((now, old_rest), (then, new_rest)) = (old.split_at(len), new.split_at(len));
-        changes.push(Change::replace(what, gpa, now.to_vec(), then.to_vec()));
+        changes.push(Change::replace(what, gpa, now.to_vec(), then.to_vec()).of_data());
         (old, new) = (old_rest, new_rest);
         at = at.wrapping_add(len as u64);
     }

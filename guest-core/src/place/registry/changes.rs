@@ -56,7 +56,7 @@ impl Registry {
 
     /// The change of one slot's state.
     pub fn state_change(&self, slot: usize, from: State, to: State) -> Change {
-        Change::word(format!("state of slot {slot}"), self.slot(slot), from as u64, to as u64)
+        Change::word(format!("state of slot {slot}"), self.slot(slot), from as u64, to as u64).of_data()
     }
 
     /// The change that fills a free slot.
