@@ -42,8 +42,9 @@ pub(crate) struct Alternative {
     pub site: SectionOffset,
     /// Its bytes.
     pub site_len: u8,
-    /// The code to replace it with.
-    pub replacement: SectionOffset,
+    /// The code to replace it with; `None` for an empty one that nothing points to, as klp-build leaves them
+    /// (`arch_alt_ignore_new_reloc` in tools/objtool/arch/x86/special.c of 7.2).
+    pub replacement: Option<SectionOffset>,
     /// Its bytes.
     pub replacement_len: u8,
     /// The CPU feature asked for.
@@ -92,6 +93,13 @@ impl PatchModule<'_> {
                 if flags & !(FLAG_NOT | FLAG_DIRECT_CALL) != 0 {
                     return Err(TableError::new(table, at, format!("flags {flags:#x}"), "flags 0 to 3"));
                 }
+                let replacement_at = at.saturating_add(layout.repl_offset);
+                let replacement_len = byte(layout.replacementlen)?;
+                let replacement = if replacement_len == 0 && table.relocation_at(replacement_at).is_none() {
+                    None
+                } else {
+                    Some(self.site(table, replacement_at, Pointer::Relative)?)
+                };
                 let alternative = Alternative {
                     entry: SectionOffset {
                         section: id,
@@ -99,8 +107,8 @@ impl PatchModule<'_> {
                     },
                     site: self.site(table, at.saturating_add(layout.instr_offset), Pointer::Relative)?,
                     site_len: byte(layout.instrlen)?,
-                    replacement: self.site(table, at.saturating_add(layout.repl_offset), Pointer::Relative)?,
-                    replacement_len: byte(layout.replacementlen)?,
+                    replacement,
+                    replacement_len,
                     feature: if layout.flags.is_some() {
                         cpuid
                     } else {

@@ -267,7 +267,9 @@ impl<'m, 'd> Selection<'m, 'd> {
             }
             // A replacement takes part only where it may be copied into needed code.
             for alternative in self.alternatives.remove(&id).unwrap_or_default() {
-                let replacement = alternative.replacement;
+                let Some(replacement) = alternative.replacement else {
+                    continue;
+                };
                 let Some(section) = self.module.section(replacement.section) else {
                     continue;
                 };

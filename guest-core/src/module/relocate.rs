@@ -78,7 +78,9 @@ impl Linker<'_, '_, '_> {
         }
         let mut done = std::collections::BTreeSet::new();
         for alternative in &self.image.alternatives {
-            let from = alternative.replacement;
+            let Some(from) = alternative.replacement else {
+                continue;
+            };
             let Some(section) = module.section(from.section) else {
                 continue;
             };

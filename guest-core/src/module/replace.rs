@@ -66,15 +66,15 @@ impl Linker<'_, '_, '_> {
         let new_len = usize::from(alternative.replacement_len);
         // An empty replacement may be anywhere, even in a section that is not placed.
         let mut bytes = Vec::with_capacity(len);
-        if new_len > 0 {
-            let (from, to) = (self.address(alternative.replacement)?, self.address(alternative.site)?);
-            bytes.extend(self.bytes(alternative.replacement, new_len)?);
+        if let Some(replacement) = alternative.replacement.filter(|_| new_len > 0) {
+            let (from, to) = (self.address(replacement)?, self.address(alternative.site)?);
+            bytes.extend(self.bytes(replacement, new_len)?);
             relocate(&mut bytes, Gva(from), Gva(to)).map_err(|why| {
                 let expected = match why {
                     Immovable::Undecodable => "whole instructions",
                     Immovable::TooFar => "branches that reach as far from the code that they replace",
                 };
-                self.site_error(TABLE, alternative.replacement, new_len, expected.into())
+                self.site_error(TABLE, replacement, new_len, expected.into())
             })?;
         }
         bytes.resize(len, 0x90);
@@ -168,6 +168,7 @@ fn is_nop(instruction: &Instruction) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::module::PatchModule;
     use crate::module::testing::{ALT_6_1, ALT_6_12, TestElf, TestGuest};
     use object::elf::{R_X86_64_32S, R_X86_64_PC32, R_X86_64_PLT32, SHF_ALLOC, SHF_EXECINSTR};
 
@@ -257,6 +258,21 @@ mod tests {
             .alternatives(&ALT_6_1)
             .is_err();
         assert!(nowhere);
+    }
+
+    #[test]
+    fn an_empty_replacement_may_have_no_address_and_another_one_may_not() {
+        let linked = |len: u8| {
+            let mut elf = TestElf::livepatch(&[0xeb, 0x01, 0x90, 0xc3]);
+            let entry = [0, 0, 0, 0, 0, 0, 0, 0, 35, 0, 3, len];
+            let table = elf.section(".altinstructions", SHF_ALLOC.0, &entry);
+            elf.relocation(table, 0, R_X86_64_PC32, 1, 0);
+            elf.build()
+        };
+        assert_eq!(guest().link_text(&linked(0), &ALT_6_1), [0x0f, 0x1f, 0, 0xc3]);
+        let module = linked(1);
+        let error = PatchModule::parse(&module).unwrap().alternatives(&ALT_6_1).unwrap_err();
+        assert!(error.to_string().contains("found no relocation"), "{error}");
     }
 
     #[test]
