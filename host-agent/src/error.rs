@@ -6,7 +6,7 @@ use crate::domains::DomainError;
 use crate::lock::LockError;
 use crate::upgrade::UpgradeError;
 use crate::upgrade::launch::LaunchError;
-use guest_core::commit::CommitError;
+use guest_core::commit::{CommitError, NotSafe};
 use guest_core::kernel::KernelError;
 use guest_core::place::RegistryError;
 use guest_core::plan::{Refusal, RevertError};
@@ -180,10 +180,14 @@ impl Failure {
     pub fn hint(&self) -> Option<&'static str> {
         match self {
             Self::Commit { doing, source, .. } => match **source {
-                CommitError::NotSafe { .. } if *doing != APPLYING => Some("try again later or with a longer --timeout"),
-                CommitError::NotSafe { .. } => Some(
+                CommitError::NotSafe {
+                    why: NotSafe::Stacks(_),
+                    ..
+                } if *doing == APPLYING => Some(
                     "try again later or with a longer --timeout; --model none does not wait, for changes that may be mixed with the old code",
                 ),
+                // What else is in the way is so under every model.
+                CommitError::NotSafe { .. } => Some("try again later or with a longer --timeout"),
                 CommitError::HalfDone { .. } => {
                     Some("the guest may be half patched: run `vmpatch … status`, and plan a reboot of the guest")
                 }

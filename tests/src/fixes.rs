@@ -87,13 +87,9 @@ pub const FIXES: [Fix; 10] = [
 ];
 
 impl Fix {
-    /// Builds its module into the file `output`, with more options of `vmpatch build`.
-    ///
-    /// # Panics
-    ///
-    /// If vmpatch can't be built or started.
-    pub fn build(&self, output: &str, more: &[&str]) -> Answer {
-        let args = [
+    /// What `vmpatch` is to be told to build its module into the file `output`.
+    pub fn arguments<'a>(&'a self, output: &'a str) -> [&'a str; 13] {
+        [
             "build",
             "--kernel",
             KERNEL,
@@ -107,7 +103,15 @@ impl Fix {
             self.cve,
             "-o",
             output,
-        ];
-        Vmpatch::domain("none").run_bare(&[&args, more].concat())
+        ]
+    }
+
+    /// Builds its module into the file `output`, with more options of `vmpatch build`.
+    ///
+    /// # Panics
+    ///
+    /// If vmpatch can't be built or started.
+    pub fn build(&self, output: &str, more: &[&str]) -> Answer {
+        Vmpatch::domain("none").run_bare(&[&self.arguments(output), more].concat())
     }
 }

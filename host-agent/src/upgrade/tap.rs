@@ -88,11 +88,22 @@ impl Taps {
                     thread::sleep(POLL);
                 }
             });
+            // also where `work` panics: the scope waits for its thread
+            let over = Over(&over);
             let result = work();
-            over.store(true, Ordering::Relaxed);
+            drop(over);
             self.set_back();
             result
         })
+    }
+}
+
+/// Sets what it holds when it is dropped.
+struct Over<'a>(&'a AtomicBool);
+
+impl Drop for Over<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
     }
 }
 

@@ -62,19 +62,7 @@ fn measure(program: &Path, cache: &Path, own: &Path) -> Result<()> {
 fn build(program: &Path, cache: &Path, fix: &Fix, output: &Path) -> Result<Duration> {
     let start = Instant::now();
     let ended = Command::new(program)
-        .args([
-            "build",
-            "--kernel",
-            KERNEL,
-            "--from",
-            FROM,
-            "--to",
-            TO,
-            "--function",
-            fix.function,
-            "-o",
-        ])
-        .arg(output)
+        .args(fix.arguments(&output.display().to_string()))
         .env("VMPATCH_CACHE", cache)
         .output()?;
     if !ended.status.success() {
