@@ -1,5 +1,6 @@
-/* A new sysinfo() that warns, once for all calls (section __bug_table). */
+/* A new sysinfo() that warns twice, once for all calls each (section __bug_table): as it is, and with a text. */
 #include <linux/bug.h>
+#include <linux/sched.h>
 #include "livepatch.h"
 #include "sysinfo.h"
 
@@ -10,6 +11,7 @@ static long livepatch_sysinfo(const struct pt_regs *regs)
 	struct sysinfo info = { .pad = NEW, .mem_unit = 1 };
 
 	WARN_ON_ONCE(regs->di);
+	WARN_ONCE(regs->di, "vmpatch test: %s, %d\n", current->comm, 42);
 	return sysinfo_reply(regs, &info);
 }
 

@@ -1,4 +1,4 @@
-/* Calls sysinfo(), which warns once if it is that of the module warns. */
+/* Calls sysinfo(), which warns at its first call if it is that of the module warns. */
 #include "sysinfo.h"
 
 int main(void)

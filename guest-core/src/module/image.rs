@@ -213,8 +213,8 @@ struct Selection<'m, 'd> {
     patch: &'m Patch,
     /// The alternatives, by the section that their site is in.
     alternatives: BTreeMap<SectionId, Vec<Alternative>>,
-    /// What the guest will search for the address of an instruction.
-    tables: [&'m Rows; 2],
+    fixups: &'m Rows,
+    bugs: &'m Rows,
     jump_rows: &'m JumpRows,
     needed: BTreeMap<SectionId, AreaKind>,
     queue: VecDeque<SectionId>,
@@ -226,7 +226,7 @@ impl<'m, 'd> Selection<'m, 'd> {
         module: &'m PatchModule<'d>,
         patch: &'m Patch,
         alternatives: &[Alternative],
-        tables: [&'m Rows; 2],
+        [fixups, bugs]: [&'m Rows; 2],
         jump_rows: &'m JumpRows,
     ) -> Self {
         let mut by_section: BTreeMap<SectionId, Vec<Alternative>> = BTreeMap::new();
@@ -240,7 +240,8 @@ impl<'m, 'd> Selection<'m, 'd> {
             module,
             patch,
             alternatives: by_section,
-            tables,
+            fixups,
+            bugs,
             jump_rows,
             needed: BTreeMap::new(),
             queue: VecDeque::new(),
@@ -257,7 +258,7 @@ impl<'m, 'd> Selection<'m, 'd> {
             for relocation in &section.relocations {
                 self.follow(id, relocation)?;
             }
-            for table in self.tables {
+            for table in [self.fixups, self.bugs] {
                 for (from, relocation) in table.references(self.module, id) {
                     self.follow(from, relocation)?;
                 }
@@ -312,7 +313,12 @@ impl<'m, 'd> Selection<'m, 'd> {
             SymbolPlace::Absolute(_) => return Ok(()),
             // `klp_patch.mod`: the guest does not know the module, and the descriptor is not read any more.
             SymbolPlace::Defined(_) if Some(at) == self.patch.this_module => return Ok(()),
-            SymbolPlace::Defined(target) => return self.need(target.section, symbol.name, || module.place(at)),
+            SymbolPlace::Defined(target) => {
+                let bugs = self.bugs;
+                let row = bugs.referred(module, at, relocation)?.and_then(|row| bugs.site(row));
+                let needed = row.unwrap_or(target);
+                return self.need(needed.section, symbol.name, || module.place(at));
+            }
             SymbolPlace::Undefined { weak } => (None, weak),
             SymbolPlace::Livepatch { object, sympos, .. } => (Some((object.to_owned(), sympos)), false),
             SymbolPlace::Common => return Err(self.symbol_kind(at, symbol.name, SHN_COMMON.0)),

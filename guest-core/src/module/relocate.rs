@@ -136,9 +136,12 @@ impl Linker<'_, '_, '_> {
             kind: relocation.kind,
             symbol: symbol.into(),
         })?;
-        let target = self
-            .symbol_address(at, relocation)?
-            .wrapping_add_signed(relocation.addend);
+        let target = match self.bug_target(at, relocation)? {
+            Some(row) => row,
+            None => self
+                .symbol_address(at, relocation)?
+                .wrapping_add_signed(relocation.addend),
+        };
         let value = if form.relative {
             target.wrapping_sub(place)
         } else {

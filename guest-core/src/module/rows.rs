@@ -1,6 +1,9 @@
 //! Tables that the guest searches for the address of an instruction: fault fixups (`__ex_table`) and the places of WARN and
 //! BUG (`__bug_table`). Each row begins with a pointer to the instruction, relative to itself, as all its pointers are.
 //!
+//! Code may refer to its row of `__bug_table`: since 6.19 it hands it over where it warns with a text (`__WARN_printf()`,
+//! arch/x86/include/asm/bug.h).
+//!
 //! Formats: `struct exception_table_entry` (arch/x86/include/asm/extable.h; the third word is a handler's distance up to
 //! 5.15, and a number since) and `struct bug_entry` (include/asm-generic/bug.h; longer by a format since 6.19).
 
@@ -11,6 +14,7 @@ use super::sections::{Relocation, Section, SectionId, SectionOffset};
 use super::sites::{Pointer, TableError};
 use super::{LinkError, sections::SymbolPlace};
 use crate::addr::Gva;
+use object::elf::{R_X86_64_PC32, R_X86_64_PLT32, RelocationType};
 
 /// Fault fixups. Sorted by the loader (`sort_extable`, lib/extable.c), as they are found by bisection.
 pub(crate) const FIXUPS: Form = Form {
@@ -142,6 +146,43 @@ impl Rows {
         })
     }
 
+    /// The position of the row that a relocation at `at`, outside the table, means; none where it means no row of this table.
+    ///
+    /// Errors: it means a place that is no row's start.
+    pub(crate) fn referred(
+        &self,
+        module: &PatchModule<'_>,
+        at: SectionOffset,
+        relocation: &Relocation,
+    ) -> Result<Option<usize>, TableError> {
+        let Some(SymbolPlace::Defined(symbol)) = module.symbol(relocation).map(|symbol| symbol.place) else {
+            return Ok(None);
+        };
+        let Some(table) = module.section(symbol.section) else {
+            return Ok(None);
+        };
+        if table.name != self.form.table {
+            return Ok(None);
+        }
+        let target = module.target(relocation, field_bytes(relocation));
+        let position = target.and_then(|target| self.rows.binary_search_by_key(&target, |row| row.at).ok());
+        let refused = || {
+            let found = format!("a reference from {}", module.place(at));
+            TableError::new(
+                table,
+                target.map_or(0, |target| target.offset),
+                found,
+                "the start of a row",
+            )
+        };
+        position.map(Some).ok_or_else(refused)
+    }
+
+    /// The code that a row is for.
+    pub(crate) fn site(&self, position: usize) -> Option<SectionOffset> {
+        self.rows.get(position).map(|row| row.site)
+    }
+
     /// The rows whose code `is_placed`, with room reserved for them.
     pub(crate) fn place(
         &self,
@@ -158,7 +199,27 @@ impl Rows {
     }
 }
 
+/// Bytes from the field of a relocation to the end of its instruction, from where a distance counts: those of the field itself, as
+/// no row is ever referred to by an instruction with an operand behind it.
+fn field_bytes(relocation: &Relocation) -> i64 {
+    match RelocationType(relocation.kind) {
+        R_X86_64_PC32 | R_X86_64_PLT32 => 4,
+        _ => 0,
+    }
+}
+
 impl Linker<'_, '_, '_> {
+    /// What a relocation at `at` that refers to a row of `__bug_table` comes to, addend included; none for any other.
+    pub(super) fn bug_target(&self, at: SectionOffset, relocation: &Relocation) -> Result<Option<u64>, TableError> {
+        let bugs = &self.image.bugs;
+        let position = bugs.referred(self.image.module, at, relocation)?;
+        Ok(position.map(|position| {
+            let row = (position as u64).saturating_mul(bugs.row_bytes);
+            let start = self.base(bugs.form.area).wrapping_add(bugs.offset);
+            start.wrapping_add(row).wrapping_offset(-field_bytes(relocation)).0
+        }))
+    }
+
     /// Writes a table and says where it is.
     pub(super) fn write_rows(&mut self, table: &Rows) -> Result<Table, LinkError> {
         let image = self.image;
@@ -210,7 +271,7 @@ mod tests {
     use super::*;
     use crate::module::Linked;
     use crate::module::testing::{ALT_6_1, BASES, KLP_6_1, TestElf, TestGuest};
-    use object::elf::{R_X86_64_64, R_X86_64_PC32, SHF_ALLOC, SHF_WRITE};
+    use object::elf::{R_X86_64_32S, R_X86_64_64, SHF_ALLOC, SHF_WRITE};
 
     fn link(elf: &TestElf) -> Result<Linked, String> {
         let file = elf.build();
@@ -268,6 +329,40 @@ mod tests {
         assert_eq!(distance(&linked.data, BASES.data, 0), BASES.text.0 + 7);
         assert_eq!(distance(&linked.data, BASES.data, 4), BASES.rodata.0);
         assert_eq!(linked.data[8..12], [42, 0, 1, 0]);
+    }
+
+    /// Two rows of 16 bytes, for init code and for placed code, which refers to the place at `offset` of the table.
+    fn with_reference(kind: RelocationType, offset: i64) -> TestElf {
+        let mut elf = TestElf::livepatch(&[0; 16]);
+        let table = elf.section("__bug_table", SHF_ALLOC.0 | SHF_WRITE.0, &[0; 32]);
+        elf.relocation(table, 0, R_X86_64_PC32, 4, 0);
+        elf.relocation(table, 16, R_X86_64_PC32, 1, 7);
+        let rows = elf.symbol("", 3, table, 0, 0);
+        elf.relocation(1, 3, kind, rows, offset);
+        elf
+    }
+
+    #[test]
+    fn code_that_refers_to_its_own_row_gets_the_rows_place_in_the_guest() {
+        let linked = link(&with_reference(R_X86_64_PC32, 16 - 4)).unwrap();
+        assert_eq!((linked.bugs.count, linked.bugs.row_bytes), (1, 16));
+        let field = i32::from_le_bytes(linked.text[3..7].try_into().unwrap());
+        assert_eq!(BASES.text.wrapping_add(7).wrapping_offset(field.into()), linked.bugs.at);
+        let linked = link(&with_reference(R_X86_64_32S, 16)).unwrap();
+        let field = i32::from_le_bytes(linked.text[3..7].try_into().unwrap());
+        assert_eq!(i64::from(field), linked.bugs.at.0.cast_signed());
+    }
+
+    #[test]
+    fn a_reference_to_no_rows_start_is_refused() {
+        for offset in [-4, 11, 13, 16, 28, 1 << 40] {
+            let refused = link(&with_reference(R_X86_64_PC32, offset)).map(|linked| linked.bugs.count);
+            match offset {
+                // The row of code that does not go into the guest.
+                -4 => assert!(refused.unwrap_err().contains(".init.text"), "{offset}"),
+                _ => assert!(refused.unwrap_err().contains("the start of a row"), "{offset}"),
+            }
+        }
     }
 
     #[test]

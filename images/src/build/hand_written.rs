@@ -77,7 +77,8 @@ pub enum Applied {
     Printk,
     /// `__x64_sys_sysinfo`, with instructions that may fault on a user's address.
     Faults,
-    /// `__x64_sys_sysinfo`, which warns at its first call.
+    /// `__x64_sys_sysinfo`, which warns at its first call, and warns again with a text, in which `vmpatch test: `, the task's
+    /// command, and `, 42` stand.
     Warns,
 }
 
