@@ -23,7 +23,8 @@ pub(super) fn lookup(name: &str, version: Option<&str>) -> Result<Listed, Error>
         Err(command::Error::Failed { .. }) => String::new(),
         Ok(text) => String::from_utf8_lossy(&text).into_owned(),
     };
-    if text.trim().is_empty() {
+    // What has a dot in it and is no name, apt takes for a pattern.
+    if field(&text, "Package") != Some(name) {
         return Err(Error::Unknown {
             wanted,
             known: known_versions(name),
@@ -45,20 +46,25 @@ fn spelled(name: &str, version: Option<&str>) -> String {
     version.map_or_else(|| name.to_owned(), |version| format!("{name}={version}"))
 }
 
-/// The first paragraph of `apt-cache show`, in deb822 form.
+/// What the first paragraph of `apt-cache show` says, in deb822 form.
 fn parse(text: &str, wanted: &str) -> Result<Listed, Error> {
-    let paragraph = text.split("\n\n").next().unwrap_or_default();
-    let field = |field: &'static str| {
-        let value = |line: &str| Some(line.strip_prefix(field)?.strip_prefix(':')?.trim().to_owned());
-        paragraph.lines().find_map(value).ok_or_else(|| Error::NoField {
+    let needed = |name: &'static str| {
+        field(text, name).map(str::to_owned).ok_or_else(|| Error::NoField {
             wanted: wanted.to_owned(),
-            field,
+            field: name,
         })
     };
     Ok(Listed {
-        version: field("Version")?,
-        sha256: field("SHA256")?,
+        version: needed("Version")?,
+        sha256: needed("SHA256")?,
     })
+}
+
+/// A field of the first paragraph.
+fn field<'t>(text: &'t str, name: &str) -> Option<&'t str> {
+    let paragraph = text.split("\n\n").next()?;
+    let mut lines = paragraph.lines();
+    lines.find_map(|line| Some(line.strip_prefix(name)?.strip_prefix(':')?.trim()))
 }
 
 /// All versions of a package that apt knows, the newest first.

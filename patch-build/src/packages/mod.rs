@@ -288,6 +288,13 @@ mod tests {
         ));
     }
 
+    /// apt takes a dot in what is no name for any character, and would download all that fits.
+    #[test]
+    fn a_pattern_of_packages_names_is_no_package() {
+        let refused = fetch_into(&scratch("pattern"), "base.files", None);
+        assert!(matches!(refused, Err(Error::Unknown { .. })), "{refused:?}");
+    }
+
     #[test]
     fn a_package_in_the_cache_needs_no_apt() {
         let cache = scratch("cached");
