@@ -1,17 +1,14 @@
-//! A connection to the stub: packets out in a row, replies back in order.
+//! A connection to the stub: stop and registers, guest-physical memory, resume.
 
-use super::layout::{self, Layout, LayoutError};
-use super::packet::{self, Receiver};
+use super::error::StubError;
+use super::exchange::Exchange;
+use super::layout::{self, Layout};
+use super::packet;
 use crate::addr::Gpa;
 use crate::cpu::CpuState;
-use std::io::{self, Read, Write};
-use std::os::unix::net::UnixStream;
+use std::io;
 use std::path::Path;
 use std::time::{Duration, Instant};
-
-/// Bytes of packets sent before their replies are read. QEMU stops reading while a reply finds our socket full, so what
-/// we send must fit into the socket whole (208 KiB by default), or both would wait for each other.
-const BATCH_BYTES: usize = 64 << 10;
 
 /// Bytes of guest memory in one `M` or `m` packet: two digits each, with room for the address, below QEMU's limit.
 const MEMORY_BYTES_PER_PACKET: usize = (packet::PACKET_BYTES_MAX - 64) / 2;
@@ -28,49 +25,6 @@ const USUAL_FEATURE: &str = "i386-64bit.xml";
 /// Its chunks, in QEMU 7.2 and 10.0.
 const USUAL_FEATURE_CHUNKS: usize = 4;
 
-/// What can go wrong with the stub.
-#[derive(Debug, thiserror::Error)]
-pub enum StubError {
-    /// The socket failed, or the stub was silent for too long.
-    #[error("the connection to QEMU's GDB stub failed")]
-    Io(#[from] io::Error),
-    /// The stub closed the connection.
-    #[error("QEMU closed the connection to its GDB stub")]
-    Closed,
-    /// An exchange before this one failed, so replies can no longer be told apart.
-    #[error("the connection to QEMU's GDB stub is of no use any more")]
-    OutOfStep,
-    /// A reply of another form than asked for; a refusal is `E` with two digits.
-    #[error("QEMU's GDB stub was to send {expected}, and sent {found:?}")]
-    Reply {
-        /// What was asked for.
-        expected: &'static str,
-        /// What came.
-        found: String,
-    },
-    /// The stub lists other vCPUs than QMP does: one was plugged or unplugged.
-    #[error("QEMU's GDB stub has the vCPUs {found:?}, QMP named {expected:?}")]
-    Vcpus {
-        /// Thread numbers by QMP.
-        expected: Vec<u64>,
-        /// Thread numbers by the stub.
-        found: Vec<u64>,
-    },
-    /// The register description is not understood.
-    #[error(transparent)]
-    Layout(#[from] LayoutError),
-}
-
-impl StubError {
-    pub(super) fn bad_reply(expected: &'static str, found: &[u8]) -> Self {
-        let head = found.get(..80).unwrap_or(found);
-        Self::Reply {
-            expected,
-            found: String::from_utf8_lossy(head).into_owned(),
-        }
-    }
-}
-
 /// The registers of a stopped guest.
 #[derive(Debug)]
 pub struct Stopped {
@@ -83,24 +37,15 @@ pub struct Stopped {
 /// A connection to a stub, in physical memory mode once [`Connection::stop`] succeeded.
 #[derive(Debug)]
 pub struct Connection {
-    socket: UnixStream,
-    received: Receiver,
-    reply_timeout: Duration,
-    /// False once an exchange failed: replies to it may still come, and must not be taken for those to later packets.
-    in_step: bool,
+    exchange: Exchange,
 }
 
 impl Connection {
     /// Connects. The guest stops as soon as QEMU notices, which [`Connection::stop`] waits for. Any later exchange may
     /// take `reply_timeout`.
     pub fn open(path: &Path, reply_timeout: Duration) -> io::Result<Self> {
-        let socket = UnixStream::connect(path)?;
-        socket.set_write_timeout(Some(reply_timeout))?;
         Ok(Self {
-            socket,
-            received: Receiver::default(),
-            reply_timeout,
-            in_step: true,
+            exchange: Exchange::open(path, reply_timeout)?,
         })
     }
 
@@ -116,9 +61,9 @@ impl Connection {
             bodies.push(feature_request("target.xml", 0));
             bodies.extend((0..USUAL_FEATURE_CHUNKS).map(|chunk| feature_request(USUAL_FEATURE, chunk)));
         }
-        let mut stopped_at = None;
-        let replies = self.exchange(&bodies, &mut stopped_at)?;
-        let mut replies = replies.into_iter();
+        let replies = self.exchange.send(&bodies)?;
+        let stopped_at = replies.first_at;
+        let mut replies = replies.bodies.into_iter();
         let mut next = || replies.next().unwrap_or_default();
         expect_ok(&next())?;
         let listed: Vec<Vec<u8>> = std::iter::repeat_with(&mut next).take(threads.len() + 1).collect();
@@ -138,10 +83,7 @@ impl Connection {
             }
         };
         let vcpus = dumps.iter().map(|dump| layout.decode(dump)).collect::<Result<_, _>>()?;
-        Ok(Stopped {
-            vcpus,
-            stopped_at: stopped_at.unwrap_or_else(Instant::now),
-        })
+        Ok(Stopped { vcpus, stopped_at })
     }
 
     /// Makes the layout of a first chunk of `target.xml`, and of the usual file's chunks where that is what it includes.
@@ -170,7 +112,7 @@ impl Connection {
     fn feature(&mut self, file: &str) -> Result<String, StubError> {
         let mut chunks = Vec::new();
         for chunk in 0..FEATURE_CHUNKS_MAX {
-            chunks.extend(self.exchange(&[feature_request(file, chunk)], &mut None)?);
+            chunks.extend(self.exchange.send(&[feature_request(file, chunk)])?.bodies);
             if let Some(whole) = join_chunks(&chunks) {
                 return Ok(whole);
             }
@@ -192,9 +134,8 @@ impl Connection {
                 bodies.push(body);
             }
         }
-        self.exchange(&bodies, &mut None)?
-            .iter()
-            .try_for_each(|reply| expect_ok(reply))
+        let replies = self.exchange.send(&bodies)?;
+        replies.bodies.iter().try_for_each(|reply| expect_ok(reply))
     }
 
     /// Reads guest-physical memory.
@@ -203,7 +144,7 @@ impl Connection {
         let bodies: Vec<String> = sizes
             .map(|(gpa, chunk)| format!("m{gpa:x},{:x}", chunk.len()))
             .collect();
-        let replies = self.exchange(&bodies, &mut None)?;
+        let replies = self.exchange.send(&bodies)?.bodies;
         for (chunk, reply) in buf.chunks_mut(MEMORY_BYTES_PER_PACKET).zip(replies) {
             let bytes = packet::from_hex(&reply).filter(|bytes| bytes.len() == chunk.len());
             chunk.copy_from_slice(&bytes.ok_or_else(|| StubError::bad_reply("memory", &reply))?);
@@ -216,61 +157,13 @@ impl Connection {
     pub fn resume(&mut self) -> Result<(), StubError> {
         // The process number is that of all vCPUs of a PC. It must be given once any debugger asked for process numbers.
         let bodies = [String::from("Qqemu.PhyMemMode:0"), String::from("D;1")];
-        self.exchange(&bodies, &mut None)?
-            .iter()
-            .try_for_each(|reply| expect_ok(reply))
+        let replies = self.exchange.send(&bodies)?;
+        replies.bodies.iter().try_for_each(|reply| expect_ok(reply))
     }
 
     /// Leaves physical memory mode, and the guest stopped.
     pub fn leave_stopped(&mut self) -> Result<(), StubError> {
-        self.exchange(&[String::from("Qqemu.PhyMemMode:0")], &mut None)
-            .map(drop)
-    }
-
-    /// Sends packets and gives their replies, in order; `first_at` is set to when the first reply came.
-    fn exchange(&mut self, bodies: &[String], first_at: &mut Option<Instant>) -> Result<Vec<Vec<u8>>, StubError> {
-        if !std::mem::replace(&mut self.in_step, false) {
-            return Err(StubError::OutOfStep);
-        }
-        let deadline = Instant::now() + self.reply_timeout;
-        let mut replies = Vec::with_capacity(bodies.len());
-        let mut packets = Vec::new();
-        for (sent, body) in bodies.iter().enumerate() {
-            packet::frame(body, &mut packets);
-            if packets.len() < BATCH_BYTES - packet::PACKET_BYTES_MAX && sent + 1 < bodies.len() {
-                continue;
-            }
-            self.socket.write_all(&packets)?;
-            packets.clear();
-            while replies.len() <= sent {
-                replies.push(self.reply(deadline)?);
-                first_at.get_or_insert_with(Instant::now);
-            }
-        }
-        self.in_step = true;
-        Ok(replies)
-    }
-
-    /// The next reply that answers something. Stop replies come unasked, and start as no answer to us does.
-    fn reply(&mut self, deadline: Instant) -> Result<Vec<u8>, StubError> {
-        let mut bytes = [0; packet::PACKET_BYTES_MAX];
-        loop {
-            while let Some(body) = self.received.next()? {
-                if !matches!(body.first(), Some(b'T' | b'S')) {
-                    return Ok(body);
-                }
-            }
-            // A zero time-out would mean none.
-            let left = deadline
-                .saturating_duration_since(Instant::now())
-                .max(Duration::from_millis(1));
-            self.socket.set_read_timeout(Some(left))?;
-            let count = self.socket.read(&mut bytes)?;
-            if count == 0 {
-                return Err(StubError::Closed);
-            }
-            self.received.push(bytes.get(..count).unwrap_or_default());
-        }
+        self.exchange.send(&[String::from("Qqemu.PhyMemMode:0")]).map(drop)
     }
 }
 

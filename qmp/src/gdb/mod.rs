@@ -13,8 +13,11 @@
 //! - a physical write outside RAM is answered `OK`, or goes to a device: check the address beforehand.
 
 mod connection;
+mod error;
+mod exchange;
 mod layout;
 mod packet;
 
-pub use connection::{Connection, StubError};
+pub use connection::Connection;
+pub use error::StubError;
 pub use layout::{Layout, LayoutError};

@@ -1,6 +1,6 @@
 //! Packets: `$body#checksum`.
 
-use super::connection::StubError;
+use super::error::StubError;
 
 /// The longest packet QEMU takes, body and framing (`MAX_PACKET_LENGTH`; 7.2 and 10.0). Longer ones are dropped.
 pub const PACKET_BYTES_MAX: usize = 4096;
