@@ -37,6 +37,8 @@ pub struct Btf {
     offsets: Vec<u32>,
     /// `(hash of the name, type id)` of each named struct, union and typedef, sorted.
     names: Vec<(u32, u32)>,
+    /// The enums among the types, in ascending order.
+    enums: Vec<TypeId>,
 }
 
 impl Btf {
@@ -51,6 +53,7 @@ impl Btf {
             strings,
             offsets: Vec::new(),
             names: Vec::new(),
+            enums: Vec::new(),
         };
         btf.index()?;
         Ok(btf)
@@ -114,7 +117,7 @@ impl Btf {
     /// Error: there is none; or there are several with different values.
     pub fn enumerator(&self, name: &str) -> Result<i64, BtfError> {
         let mut found: Option<i64> = None;
-        for id in self.ids() {
+        for &id in &self.enums {
             let Some(record) = self.record(id) else { continue };
             let wide = match record.kind {
                 Kind::Enum => false,
@@ -161,15 +164,11 @@ impl Btf {
             })
     }
 
-    fn ids(&self) -> impl Iterator<Item = TypeId> {
-        (1..=u32::try_from(self.offsets.len()).unwrap_or(u32::MAX)).map(TypeId)
-    }
-
     /// Walks over all types once and fills the tables.
     fn index(&mut self) -> Result<(), BtfError> {
         let section = self.types.len();
         let (mut offset, mut id) = (0usize, 1u32);
-        let mut names = Vec::new();
+        let (mut names, mut enums) = (Vec::new(), Vec::new());
         // a kernel's records are some 24 bytes on average
         let mut offsets = Vec::with_capacity(section / 24);
         while offset < section {
@@ -186,12 +185,16 @@ impl Btf {
             if record.is_named_type() && record.name_off != 0 {
                 names.push((hash(self.name(record.name_off)), id));
             }
+            if matches!(record.kind, Kind::Enum | Kind::Enum64) {
+                enums.push(TypeId(id));
+            }
             offset = next;
             id += 1;
         }
         names.sort_unstable();
         self.offsets = offsets;
         self.names = names;
+        self.enums = enums;
         Ok(())
     }
 

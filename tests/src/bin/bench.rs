@@ -31,8 +31,8 @@ const NAME: &str = "vmbench";
 const TASKS: [usize; 3] = [100, 1_000, 5_000];
 /// Apply/revert cycles for each number of tasks, unless the command line says otherwise.
 const CYCLES_DEFAULT: usize = 200;
-/// The same for each kind of module at the most: planning one of 300 functions takes a second.
-const KIND_CYCLES_MAX: usize = 30;
+/// The same for each kind of module at the most: one of 300 functions takes its time.
+const KIND_CYCLES_MAX: usize = 100;
 /// Whole `vmpatch` processes for each number of tasks.
 const PROCESSES: usize = 11;
 /// Functions of the big module.
