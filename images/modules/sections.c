@@ -7,6 +7,7 @@
 #include <linux/kernel_stat.h>
 #include <linux/spinlock.h>
 #include <linux/static_call.h>
+#include <linux/tracepoint.h>
 #include <asm/alternative.h>
 #include <asm/cpufeature.h>
 #include "livepatch.h"
@@ -34,6 +35,7 @@ enum {
 	ONCE,		/* .data..once */
 	WEAK,		/* a weak symbol that nobody defines */
 	DEBUG_PRINT,	/* __dyndbg, and the static key in it */
+	TRACEPOINT,	/* __tracepoints, with a static key and a static call */
 	CHECKS
 };
 
@@ -244,6 +246,19 @@ static bool debug_print_holds(void)
 	return !evaluated;
 }
 
+/* Since 6.16 DECLARE_TRACE adds to the name. */
+#ifndef DECLARE_TRACE_EVENT
+#define DECLARE_TRACE_EVENT DECLARE_TRACE
+#endif
+DECLARE_TRACE_EVENT(vmpatch_test, TP_PROTO(int number), TP_ARGS(number));
+DEFINE_TRACE(vmpatch_test, TP_PROTO(int number), TP_ARGS(number));
+
+static bool tracepoint_holds(void)
+{
+	trace_vmpatch_test(42);
+	return !trace_vmpatch_test_enabled();
+}
+
 static bool spinlock_holds(void)
 {
 	bool locked;
@@ -282,7 +297,8 @@ static long livepatch_sysinfo(const struct pt_regs *regs)
 			 ro_after_init_holds() << RO_AFTER_INIT |
 			 once_holds() << ONCE |
 			 weak_holds() << WEAK |
-			 debug_print_holds() << DEBUG_PRINT;
+			 debug_print_holds() << DEBUG_PRINT |
+			 tracepoint_holds() << TRACEPOINT;
 	return sysinfo_reply(regs, &info);
 }
 

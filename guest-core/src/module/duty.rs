@@ -26,6 +26,7 @@ use Duty::{Drop, Place, Refuse, Work};
 const INIT: &str = "code and data of module init and exit, which are not run: they only register the patch";
 const GUEST_LIST: &str = "the guest would have to offer it to modules of its own";
 const NAMES: &str = "a list for people and tools";
+const TRACING: &str = "a list of tracepoints and trace events for the guest's tracers, which don't get to know those of a patch";
 const OWNED: &str = "tells the kernel's own loader about the module as a whole, which that loader never sees";
 
 /// Section name, or its beginning where the pattern ends in `*`, and its duty. The first line that fits decides.
@@ -57,6 +58,9 @@ const TABLE: &[(&str, Duty)] = &[
     (".data.*",                 Place(Data)),     // also .data.once, .data..read_mostly, .data..cacheline_aligned
     // Descriptors of pr_debug(): the guest does not list them, so each stays on or off as it was compiled.
     ("__dyndbg*",               Place(Data)),
+    // Tracepoints of the module's own: the guest does not list them, so each stays off.
+    ("__tracepoints",           Place(Data)),
+    ("__tracepoints_strings",   Place(RoData)),
     (".bss",                    Place(Data)),
     (".bss.*",                  Place(Data)),
 
@@ -92,6 +96,11 @@ const TABLE: &[(&str, Duty)] = &[
     (".note*",                  Drop(NAMES)),
     (".BTF*",                   Drop(NAMES)),
     (".printk_index",           Drop(NAMES)),
+    ("__tracepoints_ptrs",      Drop(TRACING)),
+    ("__tracepoint_check",      Drop(TRACING)),
+    ("_ftrace_events",          Drop(TRACING)),
+    ("_ftrace_eval_map",        Drop(TRACING)),
+    ("__bpf_raw_tp_map",        Drop(TRACING)),
     ("__kcrctab*",              Refuse(GUEST_LIST)),
     ("__ksymtab*",              Refuse(GUEST_LIST)),
     ("__kflagstab*",            Refuse(GUEST_LIST)),
@@ -100,11 +109,7 @@ const TABLE: &[(&str, Duty)] = &[
     (".init_array*",            Refuse("functions to be run at load")),
 
     // What the guest has to know about the code before it can run.
-    ("__tracepoints*",          Refuse("a tracepoint of the module's own, which the guest would have to know")),
-    ("_ftrace_events",          Refuse("a trace event of the module's own, which the guest would have to know")),
-    ("_ftrace_eval_map",        Refuse("a trace event of the module's own, which the guest would have to know")),
     ("__trace_printk_fmt",      Refuse("trace_printk() formats, which the guest would have to know")),
-    ("__bpf_raw_tp_map",        Refuse("a tracepoint of the module's own, which the guest would have to know")),
     ("___srcu_struct_ptrs",     Refuse("an SRCU domain of the module's own, which the guest would have to set up")),
     ("_kprobe_blacklist",       Drop("functions that the guest's root had better not probe; nothing else reads the list")),
     ("_error_injection_whitelist", Drop("functions that may be made to fail on purpose; the guest offers none of the patch's")),

@@ -218,14 +218,14 @@ fn a_new_function_that_refers_to_init_code_is_refused() {
 #[test]
 fn an_unhandled_section_is_refused_only_where_it_concerns_needed_code() {
     let mut elf = TestElf::livepatch(&[0; 16]);
-    let table = elf.section("__tracepoints_ptrs", SHF_ALLOC.0 | SHF_WRITE.0, &[0; 24]);
+    let table = elf.section("__ksymtab_gpl", SHF_ALLOC.0 | SHF_WRITE.0, &[0; 24]);
     elf.relocation(table, 0, R_X86_64_PC32, 4, 2);
     assert!(layout_of(&elf.build()).is_ok());
     elf.relocation(table, 12, R_X86_64_PC32, 1, 7);
     let error = layout_of(&elf.build()).unwrap_err();
     assert!(
         matches!(&error, ImageError::UnsupportedSection { section, concerns, .. }
-        if section == "__tracepoints_ptrs" && concerns == ".text+0x7"),
+        if section == "__ksymtab_gpl" && concerns == ".text+0x7"),
         "{error}"
     );
 }
