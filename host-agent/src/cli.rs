@@ -52,7 +52,7 @@ pub struct Options {
     /// How long to wait for a safe moment
     #[arg(long, value_name = "SECONDS", default_value_t = 10.0, value_parser = seconds, global = true)]
     pub timeout: f64,
-    /// When it is safe to switch functions
+    /// When it is safe to switch functions; revert always waits for clean-cut
     #[arg(long, value_enum, default_value_t = ModelName::CleanCut, global = true)]
     pub model: ModelName,
     /// Directory of modules for the bare command

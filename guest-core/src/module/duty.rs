@@ -26,7 +26,8 @@ use Duty::{Drop, Place, Refuse, Work};
 const INIT: &str = "code and data of module init and exit, which are not run: they only register the patch";
 const GUEST_LIST: &str = "the guest would have to offer it to modules of its own";
 const NAMES: &str = "a list for people and tools";
-const TRACING: &str = "a list of tracepoints and trace events for the guest's tracers, which don't get to know those of a patch";
+const TRACING: &str =
+    "a list of tracepoints and trace events for the guest's tracers, which don't get to know those of a patch";
 const OWNED: &str = "tells the kernel's own loader about the module as a whole, which that loader never sees";
 
 /// Section name, or its beginning where the pattern ends in `*`, and its duty. The first line that fits decides.

@@ -6,22 +6,15 @@
 //! each branch into its key's state, and puts keys of the module itself in touch with their rows (kernel/jump_label.c,
 //! `jump_label_add_module`; 5.10, 6.1, 6.12, 7.2). Other keys are the guest's, and are dealt with by whoever changes it.
 
-use super::layout::{AreaKind, Layout, LayoutError};
+use super::LinkError;
+use super::jump_rows::{KEY, NODES_BYTES, ROW_BYTES, Row, TABLE, TARGET};
+use super::layout::AreaKind;
 use super::link::Linker;
 use super::nops::nops;
-use super::sections::{Relocation, SectionId, SectionOffset, SymbolId};
+use super::sections::SectionOffset;
 use super::sites::{Pointer, TableError};
-use super::{LinkError, PatchModule};
 use crate::addr::Gva;
-use object::elf::R_X86_64_PC64;
-use std::collections::BTreeSet;
 
-const TABLE: &str = "__jump_table";
-/// Bytes of a row.
-const ROW_BYTES: u64 = 16;
-/// Offsets in a row.
-const TARGET: u64 = 4;
-const KEY: u64 = 8;
 /// Bits of the key's distance: the branch is a jump while the key is off; objtool has made it a NOP (since 5.14). The loader has
 /// another use for the second one: that the row is for code of module init.
 const BRANCH: u64 = 1;
@@ -29,10 +22,6 @@ const MARKED: u64 = 2;
 /// Opcodes of the jumps that a branch can be.
 const JMP8: u8 = 0xeb;
 const JMP32: u8 = 0xe9;
-/// Room for a key's nodes: two `struct static_key_mod` of three pointers each (kernel/jump_label.c), as a key may need one for
-/// the rows that it has beside that for ours.
-pub const NODES_BYTES: u64 = 48;
-
 /// Offsets in `struct static_key` in the guest's kernel, in bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct JumpLayout {
@@ -40,25 +29,6 @@ pub struct JumpLayout {
     pub enabled: u64,
     /// Offset of `static_key.entries`, which shares its place with `type` and `next`.
     pub entries: u64,
-}
-
-/// A row of the file's table.
-#[derive(Debug, Clone, PartialEq, Eq)]
-struct Row {
-    site: SectionOffset,
-    at: SectionOffset,
-    /// Symbol and addend that mean the key, with the bits.
-    key: (SymbolId, i64),
-}
-
-/// The rows for placed code, before they have addresses.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub(crate) struct JumpRows {
-    rows: Vec<Row>,
-    /// Offset of the sorted table in the read-only area.
-    table: u64,
-    /// Offset of the room for nodes in the data area.
-    room: u64,
 }
 
 /// The jump labels of linked code.
@@ -92,80 +62,6 @@ struct Label {
     to: u64,
     key: u64,
     is_jump_when_off: bool,
-}
-
-impl PatchModule<'_> {
-    /// The rows of the table.
-    pub(crate) fn jump_rows(&self) -> Result<JumpRows, TableError> {
-        let mut found = JumpRows::default();
-        for (id, section) in self.sections_named(TABLE) {
-            if section.size % ROW_BYTES != 0 {
-                let size = format!("{} bytes", section.size);
-                return Err(TableError::new(section, section.size, size, "a whole number of 16"));
-            }
-            let mut offset = 0;
-            while offset < section.size {
-                let site = self.site(section, offset, Pointer::Relative)?;
-                let target = self.site(section, offset + TARGET, Pointer::Relative)?;
-                for (at, place) in [(offset, site), (offset + TARGET, target)] {
-                    if !self.section(place.section).is_some_and(|code| code.is_executable()) {
-                        return Err(TableError::new(section, at, self.place(place), "a place in code"));
-                    }
-                }
-                let key = section.relocation_at(offset + KEY);
-                let key = key.filter(|relocation| relocation.kind == R_X86_64_PC64.0);
-                let key = key.ok_or_else(|| TableError::new(section, offset + KEY, "none", "a distance to a key"))?;
-                found.rows.push(Row {
-                    site,
-                    at: SectionOffset { section: id, offset },
-                    key: (key.symbol, key.addend),
-                });
-                offset += ROW_BYTES;
-            }
-        }
-        Ok(found)
-    }
-}
-
-impl JumpRows {
-    pub(crate) fn is_empty(&self) -> bool {
-        self.rows.is_empty()
-    }
-
-    /// Where the rows for code in `section` lead to, and their keys, with the table's own section.
-    pub(crate) fn references<'a>(
-        &'a self,
-        module: &'a PatchModule<'_>,
-        section: SectionId,
-    ) -> impl Iterator<Item = (SectionId, &'a Relocation)> {
-        let rows = self.rows.iter().filter(move |row| row.site.section == section);
-        rows.flat_map(move |row| {
-            let table = module.section(row.at.section);
-            let (from, to) = (row.at.plus(TARGET).offset, row.at.plus(ROW_BYTES).offset);
-            let references = table.map(|table| table.relocations_in(from, to));
-            let id = row.at.section;
-            references.unwrap_or_default().iter().map(move |one| (id, one))
-        })
-    }
-
-    /// The rows whose code `is_placed`, with room reserved for the table and the nodes.
-    pub(crate) fn place(
-        &self,
-        layout: &mut Layout,
-        is_placed: impl Fn(SectionId) -> bool,
-    ) -> Result<Self, LayoutError> {
-        let mut placed = self.clone();
-        placed.rows.retain(|row| is_placed(row.site.section));
-        if placed.rows.is_empty() {
-            return Ok(placed);
-        }
-        let size = (placed.rows.len() as u64).saturating_mul(ROW_BYTES);
-        placed.table = layout.reserve(TABLE, AreaKind::RoData, size, 8)?;
-        let keys: BTreeSet<_> = placed.rows.iter().map(|row| (row.key.0, row.key.1 & !3)).collect();
-        let nodes = (keys.len() as u64).saturating_mul(NODES_BYTES);
-        placed.room = layout.reserve("static_key_mod", AreaKind::Data, nodes, 8)?;
-        Ok(placed)
-    }
 }
 
 impl Linker<'_, '_, '_> {
@@ -307,8 +203,8 @@ impl Linker<'_, '_, '_> {
 mod tests {
     use super::*;
     use crate::module::testing::{ALT_6_1, BASES, KLP_6_1, TestElf, TestGuest};
-    use crate::module::{ImageError, Linked};
-    use object::elf::{R_X86_64_PC32, SHF_ALLOC, SHF_WRITE};
+    use crate::module::{ImageError, Linked, PatchModule};
+    use object::elf::{R_X86_64_PC32, R_X86_64_PC64, SHF_ALLOC, SHF_WRITE};
 
     const KEY_AT: u64 = 0xffff_ffff_8250_0000;
 

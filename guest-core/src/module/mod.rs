@@ -4,13 +4,13 @@
 //! - [`PatchModule`]: the file, checked ([`ModuleError`]);
 //! - [`Patch`]: the functions that it replaces ([`PatchError`]), read with the guest's [`KlpLayout`]; one file for each
 //!   [`PatchFormat`]: `klp.rs`, `kpatch.rs`, `klp_build.rs`;
-//! - [`Image`]: the sections that those functions need, and their [`Layout`] in memory ([`ImageError`]). What each
+//! - [`Image`]: the sections that those functions need, and their [`Layout`] in memory ([`ImageError`]): `selection.rs` follows what refers to what. What each
 //!   kind of section obliges a loader to is one table in `duty.rs`; what is not handled is refused here;
 //! - [`Linked`]: the finished bytes for given addresses ([`LinkError`]), after the work of the kernel's own loader.
 //!
 //! The work of the kernel's own loader is one file for each kind: `alternatives.rs` and `replace.rs`, `branches.rs` (return
 //! and indirect branch sites; `thunks.rs` finds out what this guest does with them), `paravirt.rs`, `fentry.rs`, `orc.rs`,
-//! `jump_labels.rs`, `rows.rs` (what the guest searches for an instruction: fault fixups, WARN and BUG).
+//! `jump_labels.rs` and `jump_rows.rs`, `rows.rs` (what the guest searches for an instruction: fault fixups, WARN and BUG).
 //!
 //! Nothing here writes to a guest. The file is treated as hostile: every length and offset in it is checked.
 
@@ -23,6 +23,7 @@ mod error;
 mod fentry;
 mod image;
 mod jump_labels;
+mod jump_rows;
 mod klp;
 mod klp_build;
 mod kpatch;
@@ -42,6 +43,7 @@ mod replace;
 mod resolve;
 mod rows;
 mod sections;
+mod selection;
 mod sites;
 #[cfg(test)]
 mod testing;
@@ -52,7 +54,8 @@ mod thunks;
 pub use alternatives::AltLayout;
 pub use error::ModuleError;
 pub use image::{Image, ImageError, PlacedSymbol, Undefined};
-pub use jump_labels::{JumpLabels, JumpLayout, NODES_BYTES, UsedKey};
+pub use jump_labels::{JumpLabels, JumpLayout, UsedKey};
+pub use jump_rows::NODES_BYTES;
 pub use layout::{Area, AreaKind, Layout, LayoutError, PlacedSection};
 pub use link::{Bases, GuestContext, Linked, LinkedFunction};
 pub use link_error::LinkError;

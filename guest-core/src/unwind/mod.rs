@@ -1,6 +1,6 @@
 //! Which functions a context of the guest's kernel is in: stacks, unwound by the kernel's own ORC tables.
 //!
-//! - [`OldCode`], [`scan`]: the cheap first pass over a stack's words;
+//! - [`OldCode`], [`mod@scan`]: the cheap first pass over a stack's words;
 //! - [`CodeMap`]: all known code, and its ORC tables;
 //! - [`Unwinder`]: the walk from frame to frame;
 //! - [`Returns`]: return addresses that a tracer has taken off the stack.
