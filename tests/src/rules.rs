@@ -97,12 +97,15 @@ pub const SPLIT_AND_SHORTENED: &[Edit] = &[(
     "\tif (!error) {\n\t\tbuf->f_flags = calculate_f_flags(path->mnt);\n\t\tbuf->f_namelen = 77;\n\t}\n",
 )];
 
-/// A clock that can't be moved by 4242 seconds, in a function whose loop gcc-16 aligns to more than the function itself.
+/// A clock that can't be moved by 4242 seconds, with a warning at the first try, in a function whose loop gcc-16 aligns to more than
+/// the function itself.
 pub const ALIGNED_LOOP: &[Edit] = &[(
     "kernel/time/namespace.c",
     "off->val.tv_nsec >= NSEC_PER_SEC)\n",
-    "off->val.tv_nsec >= NSEC_PER_SEC || off->val.tv_sec == 4242)\n",
+    "off->val.tv_nsec >= NSEC_PER_SEC ||\n\t\t    WARN_ONCE(off->val.tv_sec == 4242, \"no clock moves by %lld s\\n\", off->val.tv_sec))\n",
 )];
+/// Where it warns.
+pub const ALIGNED_LOOP_WARNS: &str = "kernel/time/namespace.c:";
 
 /// Lines in front of warnings, and another name for a function.
 pub const NOTHING: &[Edit] = &[

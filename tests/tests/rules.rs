@@ -228,11 +228,15 @@ fn a_kernel_of_a_newer_compiler_is_built_for_and_its_code_is_verified() {
     let report = vmpatch.apply(&module);
     assert!(is_changed(), "{}", move_clock());
     assert_eq!(report["patches"][0]["verified"], "all", "{report}");
+    assert!(is_changed());
+    let log = guest.text(&["dmesg"]).unwrap();
+    assert_eq!(log.matches("no clock moves by 4242 s").count(), 1, "once: {log}");
     vmpatch.revert_all();
     assert!(!is_changed());
     let own = OwnLivepatch::load(&guest, &module, "livepatch-newer");
     assert!(is_changed(), "{}", move_clock());
     own.unload();
     assert!(!is_changed());
+    guest.discard_after_complaints(rules::ALIGNED_LOOP_WARNS);
     fs::remove_dir_all(&folder).unwrap();
 }

@@ -257,7 +257,7 @@ impl Closure<'_, '_> {
 
     fn note(&mut self, reference: Reference, by: &str) {
         match reference {
-            Reference::Carried { item, .. } => {
+            Reference::Carried { item, .. } | Reference::Entry { item, .. } => {
                 let why = self.why(item, by);
                 self.carry(item, why);
             }

@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use super::{Chosen, Piece, SelectError, Side};
 use crate::compare::tables::Entry;
 use crate::compare::{ItemId, Target, Verdict, is_by_contents, names, replacement, unnamed_piece};
-use crate::elf::Relocation;
+use crate::elf::{At, Relocation};
 use crate::facts::Exports;
 use crate::running::Shipped;
 
@@ -58,6 +58,15 @@ pub enum Reference {
         /// Bytes from its start.
         offset: i64,
     },
+    /// A place in an entry of a table: code may hand over its own row of `__bug_table`.
+    Entry {
+        /// What the entry is about, which is carried.
+        item: Chosen,
+        /// Where the entry starts in the file.
+        at: At,
+        /// Bytes from its start.
+        offset: i64,
+    },
     /// A number.
     Number(i64),
 }
@@ -72,7 +81,7 @@ pub(crate) struct Resolver<'s, 'k> {
 
 impl Resolver<'_, '_> {
     /// The replacement that an entry names, where it is of alternatives.
-    pub fn replacement(&self, side: usize, entry: &Entry) -> Option<(crate::elf::At, u64)> {
+    pub fn replacement(&self, side: usize, entry: &Entry) -> Option<(At, u64)> {
         let of = self.sides.get(side)?;
         (entry.table().name == ".altinstructions")
             .then(|| replacement(&of.comparison.after, entry))
@@ -118,13 +127,22 @@ impl Resolver<'_, '_> {
         match unit.target(section, relocation) {
             Target::Number(number) => Ok(Reference::Number(number)),
             Target::Text(text) => Ok(Reference::Text(text)),
-            Target::Unnamed(at) => match unnamed_piece(unit, at) {
-                Some((at, len, inside)) => Ok(Reference::Piece {
-                    piece: Piece { side, at, len },
-                    offset: i64::try_from(inside).unwrap_or(0),
-                }),
-                None => Err(self.unknown(of, "a constant without a name", by)),
-            },
+            Target::Unnamed(at) => {
+                if let Some((item, entry)) = unit.entry_at(at) {
+                    return Ok(Reference::Entry {
+                        item: (side, item),
+                        at: entry.at,
+                        offset: i64::try_from(at.offset - entry.at.offset).unwrap_or(0),
+                    });
+                }
+                match unnamed_piece(unit, at) {
+                    Some((at, len, inside)) => Ok(Reference::Piece {
+                        piece: Piece { side, at, len },
+                        offset: i64::try_from(inside).unwrap_or(0),
+                    }),
+                    None => Err(self.unknown(of, "a constant without a name", by)),
+                }
+            }
             Target::Item(id, offset) => self.item((side, id), offset, is_branch, by),
             Target::Extern(name, offset) => {
                 let weak = unit

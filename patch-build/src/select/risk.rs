@@ -21,8 +21,6 @@ pub enum Risk {
     RemovedGlobal,
     /// A new static key.
     StaticKey,
-    /// A new per-CPU variable.
-    PerCpu,
     /// Old code stays in places that were not compiled.
     Inlined,
     /// The kernel's code is not the one that the source gives.
@@ -33,13 +31,12 @@ pub enum Risk {
     NewState,
 }
 
-const NAMES: [(Risk, &str); 10] = [
+const NAMES: [(Risk, &str); 9] = [
     (Risk::ChangedData, "changed-data"),
     (Risk::Layout, "layout"),
     (Risk::Init, "init"),
     (Risk::RemovedGlobal, "removed-global"),
     (Risk::StaticKey, "static-key"),
-    (Risk::PerCpu, "per-cpu"),
     (Risk::Inlined, "inlined"),
     (Risk::OtherCode, "other-code"),
     (Risk::FreshStatic, "fresh-static"),
@@ -223,13 +220,6 @@ fn new_data(index: usize, side: &Side<'_>, selection: &Selection, findings: &mut
     for (of, id) in selection.carried.keys() {
         let item = unit.items.get(*id).filter(|item| *of == index && !item.is_function);
         let Some(item) = item else { continue };
-        if unit.section_of(item).name.starts_with(".data..percpu") {
-            findings.push(Finding::new(
-                Risk::PerCpu,
-                side.place(&item.name),
-                "a new per-CPU variable, for which only the guest itself can find memory".to_owned(),
-            ));
-        }
         let same_key = |other: &&crate::compare::Item| !other.is_function && other.key == item.key;
         let was = side.comparison.before.items.iter().filter(same_key).count();
         if was > 0

@@ -104,12 +104,14 @@ fn changed_code_of_boot_is_a_finding_and_is_not_carried() {
 }
 
 #[test]
-fn a_new_per_cpu_variable_is_a_finding() {
+fn a_new_per_cpu_variable_is_one_that_the_loader_gives_each_cpu() {
     let before = "int f(int a) { return a; }\n";
     let after =
         "static __attribute__((section(\".data..percpu\"))) int mine = 1;\nint f(int a) { return a + mine++; }\n";
     let chosen = selected("per-cpu", before, after);
-    assert_eq!(chosen.findings()[0].risk, Risk::PerCpu);
+    assert_eq!(chosen.findings(), []);
+    let object = crate::testing::laid(&chosen);
+    assert_eq!(object.section_named(".data..percpu").unwrap().1.size, 4);
 }
 
 #[test]
@@ -130,6 +132,23 @@ fn a_pointer_to_a_changed_function_stays_the_old_one() {
     let object = crate::testing::laid(&chosen);
     let names: Vec<&str> = object.symbols.iter().map(|symbol| symbol.name.as_str()).collect();
     assert!(names.contains(&".klp.sym.m.f,0"), "{names:?}");
+}
+
+/// As WARN() with a text does it since 6.19; another function's row is before it in the table.
+#[test]
+fn a_function_that_hands_its_own_warning_over_brings_that_row_and_no_other() {
+    let warns = "asm volatile(\"lea 2f(%%rip), %%rdi\\n1: ud2\\n.pushsection __bug_table,\\\"aw\\\"\\n2: .long 1b - .\\n\
+                 .long %c0 - .\\n.word 7\\n.word 1\\n.org 2b+12\\n.popsection\" : : \"i\" (__FILE__));";
+    let before = format!("int g(int a) {{ {warns} return a; }}\nint f(int a) {{ {warns} return a + 1; }}\n");
+    let chosen = selected("own-row", &before, &before.replace("a + 1", "a + 2"));
+    assert_eq!(chosen.replaced(), ["f"]);
+    let object = crate::testing::laid(&chosen);
+    let (table, rows) = object.section_named("__bug_table").unwrap();
+    assert_eq!(rows.size, 12);
+    let (_, text) = object.section_named(".text").unwrap();
+    let to_table = |relocation: &&crate::elf::Relocation| matches!(object.symbol(relocation).unwrap().place, crate::elf::Place::In(at) if at.section == table);
+    let addends: Vec<i64> = text.relocations.iter().filter(to_table).map(|r| r.addend).collect();
+    assert_eq!(addends, [-4]);
 }
 
 #[test]

@@ -20,6 +20,8 @@ pub(crate) struct Layer<'s, 'k> {
     pub output: Output,
     items: BTreeMap<Chosen, (At, usize)>,
     pieces: BTreeMap<Piece, At>,
+    /// Entries of tables, by file and place there.
+    entries: BTreeMap<(usize, At), At>,
     /// What remains to be relocated: where from, where to, whether it is of a table, and whose it is.
     work: Vec<Work>,
 }
@@ -38,6 +40,7 @@ impl<'s, 'k> Layer<'s, 'k> {
             output: Output::new(),
             items: BTreeMap::new(),
             pieces: BTreeMap::new(),
+            entries: BTreeMap::new(),
             work: Vec::new(),
         }
     }
@@ -122,6 +125,7 @@ impl<'s, 'k> Layer<'s, 'k> {
             let bytes = section.bytes(entry.at.offset, entry.len).unwrap_or_default();
             let to = self.output.section(&kind(section));
             let at = self.output.append(to, &bytes, section.align.max(1), 0);
+            self.entries.insert((side, entry.at), at);
             self.work.push(Work {
                 from: Piece {
                     side,
@@ -227,6 +231,10 @@ impl<'s, 'k> Layer<'s, 'k> {
             Reference::Running { symbol, offset } => (self.output.out_symbol(&symbol), offset - bias),
             Reference::Carried { item, offset } => match self.items.get(&item) {
                 Some((_, symbol)) => (*symbol, offset - bias),
+                None => (0, 0),
+            },
+            Reference::Entry { item, at, offset } => match self.entries.get(&(item.0, at)) {
+                Some(at) => self.at(*at, offset - bias),
                 None => (0, 0),
             },
             Reference::Piece { piece, offset } => {

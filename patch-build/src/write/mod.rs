@@ -1,6 +1,6 @@
 //! Writing the module: a standard livepatch module, which a guest of that kernel can load itself.
 //!
-//! In this order: what was selected is laid into sections ([`Layer`]); the glue, a small C text compiled with the kernel's own
+//! In this order: what was selected is laid into sections (`Layer`); the glue, a small C text compiled with the kernel's own
 //! headers, adds the `struct module`, the `struct klp_patch` and the code that enables it; then come the symbols' checksums and
 //! the note.
 
