@@ -91,6 +91,9 @@ impl Exchange {
                     return Ok(body);
                 }
             }
+            if Instant::now() >= deadline {
+                return Err(io::Error::from(io::ErrorKind::TimedOut).into());
+            }
             let at_once = if is_awake {
                 self.receive_awake(&mut bytes)?
             } else {
@@ -114,7 +117,12 @@ impl Exchange {
             .saturating_duration_since(Instant::now())
             .max(Duration::from_millis(1));
         self.socket.set_read_timeout(Some(left))?;
-        self.socket.read(bytes)
+        loop {
+            match self.socket.read(bytes) {
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                done => return done,
+            }
+        }
     }
 
     /// Bytes received within [`AWAKE`], or none. QEMU writes each reply by itself, and waking who sleeps for it would take it as long
