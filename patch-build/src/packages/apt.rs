@@ -69,13 +69,17 @@ fn field<'t>(text: &'t str, name: &str) -> Option<&'t str> {
 
 /// All versions of a package that apt knows, the newest first.
 pub(super) fn versions(name: &str) -> Vec<String> {
-    // "NAME | VERSION | WHERE" for each.
     let text = command::output("apt-cache", &["madison", name], Path::new("/")).unwrap_or_default();
-    let text = String::from_utf8_lossy(&text);
-    let mut versions: Vec<String> = text
-        .lines()
-        .filter_map(|line| Some(line.split('|').nth(1)?.trim().to_owned()))
-        .collect();
+    versions_in(&String::from_utf8_lossy(&text), name)
+}
+
+/// Those of `apt-cache madison`: "NAME | VERSION | WHERE" for each.
+fn versions_in(text: &str, name: &str) -> Vec<String> {
+    let version = |line: &str| {
+        let mut fields = line.split('|').map(str::trim);
+        (fields.next()? == name).then(|| fields.next().map(str::to_owned))?
+    };
+    let mut versions: Vec<String> = text.lines().filter_map(version).collect();
     versions.dedup();
     versions
 }
@@ -107,6 +111,14 @@ mod tests {
                 sha256: "0a1b".into()
             }
         );
+    }
+
+    #[test]
+    fn versions_are_those_of_the_very_package() {
+        let text =
+            " base-files | 12.4 | here\n base-files | 12.4 | there\n base-files | 12 | there\n other | 3 | here\n";
+        assert_eq!(versions_in(text, "base-files"), ["12.4", "12"]);
+        assert_eq!(versions_in(text, "base.files"), [""; 0]);
     }
 
     #[test]

@@ -252,7 +252,11 @@ fn new_data(index: usize, side: &Side<'_>, selection: &Selection, findings: &mut
                     continue;
                 };
                 let key_section = &unit.section_of(unit.item(key)).name;
-                if selection.carried.contains_key(&(index, key)) && !key_section.starts_with("__dyndbg") {
+                // Those of pr_debug() and of tracepoints stay as they are.
+                let is_kept = ["__dyndbg", "__tracepoints"]
+                    .iter()
+                    .any(|name| key_section.starts_with(name));
+                if selection.carried.contains_key(&(index, key)) && !is_kept {
                     findings.push(Finding::new(
                         Risk::StaticKey,
                         side.place(&unit.item(key).name),

@@ -33,7 +33,8 @@ impl Side<'_> {
     }
 }
 
-/// The functions that changed, each with what changed in it. A part that was split off stands for the whole.
+/// The functions that changed, each with what changed in it. A part that was split off stands for the whole, and one name for all
+/// that a function has: system calls without arguments have three.
 pub(super) fn roots(sides: &[Side<'_>], findings: &mut Vec<Finding>) -> Vec<(Chosen, String)> {
     let mut roots = BTreeMap::new();
     for (index, side) in sides.iter().enumerate() {
@@ -67,7 +68,13 @@ pub(super) fn roots(sides: &[Side<'_>], findings: &mut Vec<Finding>) -> Vec<(Cho
             }
         }
     }
-    roots.into_iter().collect()
+    let mut by_place = BTreeMap::new();
+    for ((index, id), what) in roots {
+        let at = sides.get(index).map(|side| side.comparison.after.item(id).at);
+        // The last name is the one that a reference without a name means, too.
+        by_place.insert((index, at), ((index, id), what));
+    }
+    by_place.into_values().collect()
 }
 
 /// What a changed function replaces; nothing for one that is new.

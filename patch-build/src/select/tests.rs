@@ -39,6 +39,14 @@ fn a_function_is_not_replaced_by_two() {
 }
 
 #[test]
+fn a_function_of_several_names_is_replaced_once() {
+    let before = "static long of_do(int a) { return a + 1; }\nlong of_a(int a) __attribute__((alias(\"of_do\")));\n\
+                  long of_b(int a) __attribute__((alias(\"of_do\")));\n";
+    let chosen = selected("aliases", before, &before.replace("+ 1", "+ 2"));
+    assert_eq!(chosen.replaced(), ["of_do"]);
+}
+
+#[test]
 fn a_new_function_is_carried_and_an_old_one_is_called() {
     let before = "static noinline int old(int a) { return printk(\"%d\", a); }\nint f(int a) { return old(a); }\n";
     let after = "static noinline int old(int a) { return printk(\"%d\", a); }\n\

@@ -20,8 +20,8 @@ pub(crate) struct Layer<'s, 'k> {
     pub output: Output,
     items: BTreeMap<Chosen, (At, usize)>,
     pieces: BTreeMap<Piece, At>,
-    /// Entries of tables, by file and place there.
-    entries: BTreeMap<(usize, At), At>,
+    /// Entries of tables, by what they are about and where they are in the file.
+    entries: BTreeMap<(Chosen, At), At>,
     /// What remains to be relocated: where from, where to, whether it is of a table, and whose it is.
     work: Vec<Work>,
 }
@@ -125,7 +125,7 @@ impl<'s, 'k> Layer<'s, 'k> {
             let bytes = section.bytes(entry.at.offset, entry.len).unwrap_or_default();
             let to = self.output.section(&kind(section));
             let at = self.output.append(to, &bytes, section.align.max(1), 0);
-            self.entries.insert((side, entry.at), at);
+            self.entries.insert(((side, id), entry.at), at);
             self.work.push(Work {
                 from: Piece {
                     side,
@@ -231,17 +231,27 @@ impl<'s, 'k> Layer<'s, 'k> {
             Reference::Running { symbol, offset } => (self.output.out_symbol(&symbol), offset - bias),
             Reference::Carried { item, offset } => match self.items.get(&item) {
                 Some((_, symbol)) => (*symbol, offset - bias),
-                None => (0, 0),
+                None => return Err(self.not_laid(side, section, work)),
             },
-            Reference::Entry { item, at, offset } => match self.entries.get(&(item.0, at)) {
+            Reference::Entry { item, at, offset } => match self.entries.get(&(item, at)) {
                 Some(at) => self.at(*at, offset - bias),
-                None => (0, 0),
+                None => return Err(self.not_laid(side, section, work)),
             },
             Reference::Piece { piece, offset } => {
                 let at = self.piece(piece);
                 self.at(at, offset - bias)
             }
         })
+    }
+
+    /// Something in `section` is needed that selecting did not carry.
+    fn not_laid(&self, side: &Side<'_>, section: usize, work: &Work) -> SelectError {
+        let section = side.comparison.after.object.section(section);
+        SelectError::Unknown {
+            file: side.source.clone(),
+            name: section.map_or_else(String::new, |section| format!("what {} refers to", section.name)),
+            needed_by: work.by.clone(),
+        }
     }
 
     /// The replacement that a relocation of an entry of alternatives means.
