@@ -7,7 +7,6 @@
 #include <linux/kernel_stat.h>
 #include <linux/spinlock.h>
 #include <linux/static_call.h>
-#include <linux/tracepoint.h>
 #include <asm/alternative.h>
 #include <asm/cpufeature.h>
 #include "livepatch.h"
@@ -35,7 +34,7 @@ enum {
 	ONCE,		/* .data..once */
 	WEAK,		/* a weak symbol that nobody defines */
 	DEBUG_PRINT,	/* __dyndbg, and the static key in it */
-	TRACEPOINT,	/* __tracepoints, with a static key and a static call */
+	TRACEPOINT,	/* __tracepoints, with a static key and a static call; .ref.data, _ftrace_events */
 	CHECKS
 };
 
@@ -246,12 +245,9 @@ static bool debug_print_holds(void)
 	return !evaluated;
 }
 
-/* Since 6.16 DECLARE_TRACE adds to the name. */
-#ifndef DECLARE_TRACE_EVENT
-#define DECLARE_TRACE_EVENT DECLARE_TRACE
-#endif
-DECLARE_TRACE_EVENT(vmpatch_test, TP_PROTO(int number), TP_ARGS(number));
-DEFINE_TRACE(vmpatch_test, TP_PROTO(int number), TP_ARGS(number));
+enum { VMPATCH_TEST_ODD = 1 };
+#define CREATE_TRACE_POINTS
+#include "vmpatch_trace.h"
 
 static bool tracepoint_holds(void)
 {

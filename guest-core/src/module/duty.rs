@@ -56,6 +56,7 @@ const TABLE: &[(&str, Duty)] = &[
     (".data..percpu",           Place(PerCpu)),
     (".data..percpu.*",         Refuse("a copy for each CPU, which the kernel's own loader gives to .data..percpu only")),
     (".data",                   Place(Data)),
+    (".ref.data",               Place(Data)),     // classes of trace events: what may refer to init data
     (".data.*",                 Place(Data)),     // also .data.once, .data..read_mostly, .data..cacheline_aligned
     // Descriptors of pr_debug(): the guest does not list them, so each stays on or off as it was compiled.
     ("__dyndbg*",               Place(Data)),

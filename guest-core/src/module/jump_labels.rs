@@ -22,6 +22,7 @@ const MARKED: u64 = 2;
 /// Opcodes of the jumps that a branch can be.
 const JMP8: u8 = 0xeb;
 const JMP32: u8 = 0xe9;
+
 /// Offsets in `struct static_key` in the guest's kernel, in bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct JumpLayout {

@@ -4,8 +4,9 @@
 //! - [`PatchModule`]: the file, checked ([`ModuleError`]);
 //! - [`Patch`]: the functions that it replaces ([`PatchError`]), read with the guest's [`KlpLayout`]; one file for each
 //!   [`PatchFormat`]: `klp.rs`, `kpatch.rs`, `klp_build.rs`;
-//! - [`Image`]: the sections that those functions need, and their [`Layout`] in memory ([`ImageError`]): `selection.rs` follows what refers to what. What each
-//!   kind of section obliges a loader to is one table in `duty.rs`; what is not handled is refused here;
+//! - [`Image`]: the sections that those functions need (`selection.rs` follows what refers to what), and their [`Layout`] in
+//!   memory ([`ImageError`]). What each kind of section obliges a loader to is one table in `duty.rs`; what is not handled is
+//!   refused here;
 //! - [`Linked`]: the finished bytes for given addresses ([`LinkError`]), after the work of the kernel's own loader.
 //!
 //! The work of the kernel's own loader is one file for each kind: `alternatives.rs` and `replace.rs`, `branches.rs` (return

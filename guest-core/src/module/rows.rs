@@ -14,7 +14,7 @@ use super::sections::{Relocation, Section, SectionId, SectionOffset};
 use super::sites::{Pointer, TableError};
 use super::{LinkError, sections::SymbolPlace};
 use crate::addr::Gva;
-use object::elf::{R_X86_64_PC32, R_X86_64_PLT32, RelocationType};
+use object::elf::{R_X86_64_PC32, R_X86_64_PLT32};
 
 /// Fault fixups. Sorted by the loader (`sort_extable`, lib/extable.c), as they are found by bisection.
 pub(crate) const FIXUPS: Form = Form {
@@ -121,6 +121,16 @@ impl<'d> PatchModule<'d> {
         Err(TableError::new(table, offset, self.place(at), "an instruction"))
     }
 
+    /// What a distance at `at` in code counts from: the end of its instruction, which is that of the distance itself, as no
+    /// instruction that refers to a row has an operand behind it. In data it counts from where it is.
+    fn bias(&self, at: SectionOffset, relocation: &Relocation) -> i64 {
+        let is_distance = [R_X86_64_PC32.0, R_X86_64_PLT32.0].contains(&relocation.kind);
+        match self.section(at.section) {
+            Some(section) if is_distance && section.is_executable() => 4,
+            _ => 0,
+        }
+    }
+
     fn is_code(&self, relocation: &Relocation) -> bool {
         let Some(SymbolPlace::Defined(at)) = self.symbol(relocation).map(|symbol| symbol.place) else {
             return false;
@@ -146,7 +156,7 @@ impl Rows {
         })
     }
 
-    /// The position of the row that a relocation at `at`, outside the table, means; none where it means no row of this table.
+    /// The position of the row that a relocation at `at` means; none where it means no row of this table.
     ///
     /// Errors: it means a place that is no row's start.
     pub(crate) fn referred(
@@ -164,7 +174,7 @@ impl Rows {
         if table.name != self.form.table {
             return Ok(None);
         }
-        let target = module.target(relocation, field_bytes(relocation));
+        let target = module.target(relocation, module.bias(at, relocation));
         let position = target.and_then(|target| self.rows.binary_search_by_key(&target, |row| row.at).ok());
         let refused = || {
             let found = format!("a reference from {}", module.place(at));
@@ -199,15 +209,6 @@ impl Rows {
     }
 }
 
-/// Bytes from the field of a relocation to the end of its instruction, from where a distance counts: those of the field itself, as
-/// no row is ever referred to by an instruction with an operand behind it.
-fn field_bytes(relocation: &Relocation) -> i64 {
-    match RelocationType(relocation.kind) {
-        R_X86_64_PC32 | R_X86_64_PLT32 => 4,
-        _ => 0,
-    }
-}
-
 impl Linker<'_, '_, '_> {
     /// What a relocation at `at` that refers to a row of `__bug_table` comes to, addend included; none for any other.
     pub(super) fn bug_target(&self, at: SectionOffset, relocation: &Relocation) -> Result<Option<u64>, TableError> {
@@ -216,7 +217,8 @@ impl Linker<'_, '_, '_> {
         Ok(position.map(|position| {
             let row = (position as u64).saturating_mul(bugs.row_bytes);
             let start = self.base(bugs.form.area).wrapping_add(bugs.offset);
-            start.wrapping_add(row).wrapping_offset(-field_bytes(relocation)).0
+            let bias = self.image.module.bias(at, relocation);
+            start.wrapping_add(row).wrapping_offset(-bias).0
         }))
     }
 
@@ -271,7 +273,7 @@ mod tests {
     use super::*;
     use crate::module::Linked;
     use crate::module::testing::{ALT_6_1, BASES, KLP_6_1, TestElf, TestGuest};
-    use object::elf::{R_X86_64_32S, R_X86_64_64, SHF_ALLOC, SHF_WRITE};
+    use object::elf::{R_X86_64_32S, R_X86_64_64, RelocationType, SHF_ALLOC, SHF_WRITE};
 
     fn link(elf: &TestElf) -> Result<Linked, String> {
         let file = elf.build();
@@ -354,15 +356,36 @@ mod tests {
     }
 
     #[test]
-    fn a_reference_to_no_rows_start_is_refused() {
-        for offset in [-4, 11, 13, 16, 28, 1 << 40] {
-            let refused = link(&with_reference(R_X86_64_PC32, offset)).map(|linked| linked.bugs.count);
-            match offset {
-                // The row of code that does not go into the guest.
-                -4 => assert!(refused.unwrap_err().contains(".init.text"), "{offset}"),
-                _ => assert!(refused.unwrap_err().contains("the start of a row"), "{offset}"),
-            }
+    fn data_that_refers_to_a_row_gets_its_place_too() {
+        for (kind, bytes) in [(R_X86_64_PC32, 4), (R_X86_64_64, 8)] {
+            let mut elf = with_reference(R_X86_64_PC32, 16 - 4);
+            let data = elf.section(".data.rows", SHF_ALLOC.0 | SHF_WRITE.0, &[0; 8]);
+            let [data_symbol, rows] = [data, data - 1].map(|section| elf.section_symbol(section));
+            elf.relocation(data, 0, kind, rows, 16);
+            elf.relocation(1, 8, R_X86_64_32S, data_symbol, 0);
+            let linked = link(&elf).unwrap();
+            let at = linked.data.len() - 24;
+            let found = &linked.data[at..at + bytes];
+            let meant = match bytes {
+                4 => distance(&linked.data, BASES.data, at as u64),
+                _ => u64::from_le_bytes(found.try_into().unwrap()),
+            };
+            assert_eq!(Gva(meant), linked.bugs.at, "{bytes}");
         }
+    }
+
+    #[test]
+    fn a_reference_to_no_rows_start_is_refused() {
+        for offset in [11, 13, 16, 28, 1 << 40] {
+            let refused = link(&with_reference(R_X86_64_PC32, offset)).unwrap_err();
+            assert!(refused.contains("the start of a row"), "{offset}: {refused}");
+        }
+    }
+
+    #[test]
+    fn a_reference_to_the_row_of_code_that_is_not_placed_is_refused() {
+        let refused = link(&with_reference(R_X86_64_PC32, -4)).unwrap_err();
+        assert!(refused.contains(".init.text"), "{refused}");
     }
 
     #[test]

@@ -151,6 +151,10 @@ impl Applied {
         } else {
             module
         };
+        let module = match self {
+            Self::Sections => module.header("vmpatch_trace.h", include_str!("../../modules/vmpatch_trace.h")),
+            _ => module,
+        };
         module.build(tree)
     }
 

@@ -23,6 +23,7 @@ const FLAGS: &str = "-g0 -Werror";
 pub struct Module {
     name: String,
     sources: Vec<Source>,
+    headers: Vec<(&'static str, &'static str)>,
     undefined_allowed: bool,
 }
 
@@ -41,6 +42,7 @@ impl Module {
         Self {
             name: name.to_owned(),
             sources: Vec::new(),
+            headers: Vec::new(),
             undefined_allowed: false,
         }
     }
@@ -53,6 +55,13 @@ impl Module {
             text: text.into(),
             checked: true,
         });
+        self
+    }
+
+    /// Adds a header, which the kernel's headers can include, too.
+    #[must_use]
+    pub fn header(mut self, name: &'static str, text: &'static str) -> Self {
+        self.headers.push((name, text));
         self
     }
 
@@ -91,6 +100,7 @@ impl Module {
                 .iter()
                 .flat_map(|source| [source.stem.as_str(), &*source.text]),
         );
+        inputs.extend(self.headers.iter().flat_map(|(name, text)| [*name, *text]));
         let key = format!("modules/{}/{}-{}", tree.release(), self.name, digest(&inputs));
         let file = format!("{}.ko", self.name);
         let folder = tree.cache().folder(&key, |folder| {
@@ -113,7 +123,8 @@ impl Module {
             fs::write(&path, text).map_err(cache::Error::io("write", &path))
         };
         write("Kbuild", kbuild)?;
-        HEADERS.iter().try_for_each(|(name, text)| write(name, text))?;
+        let mut headers = HEADERS.iter().chain(&self.headers);
+        headers.try_for_each(|(name, text)| write(name, text))?;
         for source in &self.sources {
             write(&format!("{}.c", source.stem), &source.text)?;
         }
@@ -145,6 +156,9 @@ impl Module {
     /// The kernel build's description of the module (Documentation/kbuild/modules.rst).
     fn kbuild(&self) -> String {
         let mut text = format!("obj-m := {}.o\nccflags-y := {FLAGS}\n", self.name);
+        if !self.headers.is_empty() {
+            text.push_str("ccflags-y += -I$(src)\n");
+        }
         let is_whole = |source: &Source| source.stem == self.name;
         if !self.sources.iter().any(is_whole) {
             let objects: Vec<String> = self.sources.iter().map(|source| format!("{}.o", source.stem)).collect();
