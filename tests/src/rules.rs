@@ -97,6 +97,13 @@ pub const SPLIT_AND_SHORTENED: &[Edit] = &[(
     "\tif (!error) {\n\t\tbuf->f_flags = calculate_f_flags(path->mnt);\n\t\tbuf->f_namelen = 77;\n\t}\n",
 )];
 
+/// A system call without arguments, a function of three names: sync says so in the log.
+pub const THREE_NAMES: &[Edit] = &[(
+    "fs/sync.c",
+    "\tksys_sync();\n",
+    "\tksys_sync();\n\tpr_info(\"vmpatch test: synced\\n\");\n",
+)];
+
 /// A clock that can't be moved by 4242 seconds, with a warning at the first try, in a function whose loop gcc-16 aligns to more than
 /// the function itself.
 pub const ALIGNED_LOOP: &[Edit] = &[(

@@ -59,6 +59,7 @@ fn assert_changed(guest: &Guest) {
     assert!(second.contains("busy"), "{second}");
     assert_eq!(shell(guest, MOUNT), "cpuinfo");
     assert_eq!(shell(guest, NAME_LENGTH), "77");
+    assert_eq!(shell(guest, SYNC), "1");
 }
 
 fn assert_unchanged(guest: &Guest) {
@@ -67,10 +68,13 @@ fn assert_unchanged(guest: &Guest) {
     assert_eq!(shell(guest, "echo 4 >/proc/sys/vm/drop_caches"), "");
     assert_ne!(shell(guest, MOUNT), "cpuinfo");
     assert_ne!(shell(guest, NAME_LENGTH), "77");
+    assert_eq!(shell(guest, SYNC), "0");
 }
 
 /// Mounts `proc` by the name that a change gives it, and looks for a file of it.
 const MOUNT: &str = "mkdir -p /tmp/rules; mount -t vmpatch none /tmp/rules && ls -d /tmp/rules/cpuinfo | sed 's,.*/,,'; umount /tmp/rules 2>/dev/null";
+/// How often a sync is in the log.
+const SYNC: &str = "dmesg -c >/dev/null; sync; dmesg | grep -c 'vmpatch test: synced'";
 /// The longest name of a file.
 const NAME_LENGTH: &str = "stat -f -c %l /proc";
 
@@ -83,6 +87,7 @@ fn changes_of_many_kinds_work_from_outside_and_in_the_guests_own_livepatch() {
         rules::INLINED_HELPER,
         rules::COLD_PART,
         rules::SPLIT_AND_SHORTENED,
+        rules::THREE_NAMES,
         rules::NOTHING,
     ]);
     let module = folder.join("livepatch-rules.ko");
@@ -102,6 +107,7 @@ fn changes_of_many_kinds_work_from_outside_and_in_the_guests_own_livepatch() {
         "fs/proc/version.c: new vmpatch_mark",
         "fs/proc/version.c: new vmpatch_marks",
         "fs/statfs.c: changed vfs_statfs.part.0.isra.0",
+        "fs/sync.c: changed __x64_sys_sync",
     ];
     assert_eq!(items, expected);
     assert_eq!(findings, [""; 0]);
