@@ -6,7 +6,6 @@
 use std::collections::BTreeMap;
 
 use guest_core::pattern::Pattern;
-use object::elf::{R_X86_64_32, R_X86_64_32S, R_X86_64_64, R_X86_64_PC32, R_X86_64_PLT32};
 
 use super::{Shipped, pattern};
 use crate::compare::{ItemId, Target, Unit, is_of_boot};
@@ -54,11 +53,9 @@ impl Places {
             }
         }
         neighbours(unit, shipped, &candidates, &mut addresses);
-        if shipped.is_linked() {
-            for _ in 0..ROUNDS_MAX {
-                if !follow(unit, shipped, &candidates, &mut addresses) {
-                    break;
-                }
+        for _ in 0..ROUNDS_MAX {
+            if !follow(unit, shipped, &candidates, &mut addresses) {
+                break;
             }
         }
         let codes: BTreeMap<ItemId, Pattern> = addresses
@@ -72,6 +69,10 @@ impl Places {
             .enumerate()
             .map(|(id, (address, candidates))| {
                 let address = (*address)?;
+                // What a module needs to start only is gone later, and the rest then counted anew.
+                if candidates.len() > 1 && candidates.iter().any(|at| shipped.is_of_start(*at)) {
+                    return None;
+                }
                 let position = candidates.iter().position(|candidate| *candidate == address)? + 1;
                 let sympos = if candidates.len() == 1 { 0 } else { position };
                 Some(Found {
@@ -199,23 +200,9 @@ fn follow(unit: &Unit, shipped: &Shipped<'_>, candidates: &[Vec<u64>], addresses
     news
 }
 
-/// The address of item `target` by what the linker stored at `at` for a relocation that refers to it.
+/// The address of item `target` by what was shipped at `at` for a relocation that refers to it.
 fn value(unit: &Unit, shipped: &Shipped<'_>, relocation: &Relocation, at: u64, target: ItemId) -> Option<u64> {
-    let wide = relocation.kind == R_X86_64_64.0;
-    let bytes = shipped.bytes(at, if wide { 8 } else { 4 })?;
-    let stored = match (relocation.kind, wide) {
-        (_, true) => u64::from_le_bytes(bytes.try_into().ok()?),
-        (kind, _) => {
-            let short = i32::from_le_bytes(bytes.try_into().ok()?);
-            if kind == R_X86_64_32.0 || kind == R_X86_64_32S.0 {
-                i64::from(short).cast_unsigned()
-            } else if kind == R_X86_64_PC32.0 || kind == R_X86_64_PLT32.0 {
-                at.wrapping_add_signed(i64::from(short))
-            } else {
-                return None;
-            }
-        }
-    };
+    let stored = shipped.stored(at, relocation.kind)?;
     // Stored is symbol plus addend; the item lies in the symbol's section, as far from it as here.
     let symbol = stored.wrapping_sub(relocation.addend.cast_unsigned());
     let Place::In(base) = unit.object.symbol(relocation)?.place else {

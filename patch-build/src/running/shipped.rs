@@ -1,8 +1,10 @@
 //! The kernel image, or one of its modules, as the distribution shipped it.
 
 use guest_core::addr::Gva;
+use object::elf::{R_X86_64_32, R_X86_64_32S, R_X86_64_64, R_X86_64_PC32, R_X86_64_PLT32, RelocationType};
 use object::{Object as _, ObjectSection as _};
 
+use crate::compare::is_of_boot;
 use crate::elf::{At, ElfError, Object, Place};
 use crate::facts::{KernelFacts, ModuleError};
 
@@ -129,8 +131,8 @@ impl<'k> Shipped<'k> {
                 bytes.get(from..to).map(<[u8]>::to_vec)
             }),
             Self::Module { object, .. } => {
-                let section = object.section(usize::try_from(at >> OFFSET_BITS).ok()?)?;
-                section.bytes(at & ((1 << OFFSET_BITS) - 1), len)
+                let (section, offset) = place(at)?;
+                object.section(section)?.bytes(offset, len)
             }
         }
     }
@@ -146,10 +148,44 @@ impl<'k> Shipped<'k> {
         }
     }
 
-    /// True where the values in the bytes are final.
-    pub fn is_linked(&self) -> bool {
-        matches!(self, Self::Kernel { .. })
+    /// Symbol plus addend of the relocation of that kind at an address: in the image what the linker stored there, in a module
+    /// what its relocation says.
+    pub fn stored(&self, at: u64, kind: u32) -> Option<u64> {
+        let Self::Module { object, .. } = self else {
+            let wide = RelocationType(kind) == R_X86_64_64;
+            return decoded(&self.bytes(at, if wide { 8 } else { 4 })?, kind, at);
+        };
+        let (section, offset) = place(at)?;
+        let relocations = object.section(section)?.relocations_in(offset, offset + 1);
+        let relocation = relocations.first().filter(|relocation| relocation.kind == kind)?;
+        let symbol = address(object.symbol(relocation)?.place)?;
+        Some(symbol.wrapping_add_signed(relocation.addend))
     }
+
+    /// True for what a module needs only while it starts.
+    pub fn is_of_start(&self, at: u64) -> bool {
+        let Self::Module { object, .. } = self else {
+            return false;
+        };
+        let section = place(at).and_then(|(section, _)| object.section(section));
+        section.is_some_and(|section| is_of_boot(&section.name))
+    }
+}
+
+/// Symbol plus addend of a linked relocation at `at`.
+fn decoded(bytes: &[u8], kind: u32, at: u64) -> Option<u64> {
+    let short = || Some(i64::from(i32::from_le_bytes(bytes.try_into().ok()?)));
+    match RelocationType(kind) {
+        R_X86_64_64 => Some(u64::from_le_bytes(bytes.try_into().ok()?)),
+        R_X86_64_32 | R_X86_64_32S => Some(short()?.cast_unsigned()),
+        R_X86_64_PC32 | R_X86_64_PLT32 => Some(at.wrapping_add_signed(short()?)),
+        _ => None,
+    }
+}
+
+/// Section and offset that stand for an address in a module.
+fn place(at: u64) -> Option<(usize, u64)> {
+    Some((usize::try_from(at >> OFFSET_BITS).ok()?, at & ((1 << OFFSET_BITS) - 1)))
 }
 
 fn address(place: Place) -> Option<u64> {

@@ -1,6 +1,8 @@
 //! Changes of literal C, one for each rule of selecting.
 
 use super::{Risk, SelectError, Why};
+use crate::elf::Object;
+use crate::running::{Places, Shipped};
 use crate::testing::selected;
 
 #[test]
@@ -73,6 +75,32 @@ fn a_change_in_the_rare_part_alone_replaces_the_whole() {
     let chosen = selected("cold-alone", RARE, &RARE.replace("\"worse\"", "\"worst\""));
     assert_eq!(chosen.replaced(), ["f"]);
     assert_eq!(chosen.brought(), [("f.cold", Why::Part("f".to_owned()))]);
+}
+
+/// As files of a module have it that each have a static of that name.
+#[test]
+fn of_two_variables_of_one_name_in_a_module_its_code_says_which_one_is_meant() {
+    let text = "static int one, two;\nint g(void) { return ++one; }\nint f(int a) { return ++two + a; }\n";
+    let comparison = crate::testing::compared("namesakes", text, &text.replace("+ a", "- a"));
+    let mut object = Object::parse(&crate::testing::compiled("namesakes", text, false)).unwrap();
+    let place = |object: &Object, name: &str| -> Vec<_> {
+        let named = object.symbols.iter().filter(|symbol| symbol.name == name);
+        named.map(|symbol| symbol.place).collect()
+    };
+    let two = place(&object, "two");
+    for symbol in object.symbols.iter_mut().filter(|symbol| symbol.name == "one") {
+        symbol.name = "two".to_owned();
+    }
+    let namesakes = place(&object, "two");
+    let shipped = Shipped::Module {
+        name: "m".to_owned(),
+        object,
+    };
+    let places = Places::find(&comparison.before, &shipped);
+    let id = comparison.before.named("two").unwrap();
+    assert_eq!(places.count(id), 2);
+    let sympos = places.get(id).unwrap().sympos;
+    assert_eq!(namesakes[usize::try_from(sympos).unwrap() - 1], two[0]);
 }
 
 #[test]
