@@ -109,6 +109,20 @@ pub enum SelectError {
         /// Who needs it.
         needed_by: String,
     },
+    /// A branch that would have to follow a static key of the patched module.
+    #[error(
+        "{file}: {needed_by} hangs on {key}, a static key of module {module}, which a livepatch module learns of too late"
+    )]
+    ModuleKey {
+        /// The source file.
+        file: String,
+        /// The function.
+        needed_by: String,
+        /// The key.
+        key: String,
+        /// The module.
+        module: String,
+    },
     /// A section that says something of carried code, and is not understood.
     #[error(
         "{file}: section {section} says something about {name}, and a module's loader does not read such a section"
@@ -222,6 +236,9 @@ impl Closure<'_, '_> {
             let Some(section) = unit.object.section(entry.at.section) else {
                 continue;
             };
+            if self.resolver.is_left_out(side, entry, &item.name)? {
+                continue;
+            }
             if let Some((at, len)) = self.resolver.replacement(side, entry) {
                 self.piece(Piece { side, at, len }, &item.name)?;
                 continue;

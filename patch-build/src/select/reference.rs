@@ -88,6 +88,56 @@ impl Resolver<'_, '_> {
             .flatten()
     }
 
+    /// True for an entry that is left out: it names a static key or a static call of the patched module itself, which livepatch fills
+    /// in only after the kernel has read the table (kernel/livepatch/core.c, `klp_init_object_loaded`). Without it a static call
+    /// goes through its trampoline, and what a tracepoint or pr_debug() would do is not done, as it was compiled.
+    ///
+    /// Error: another static key, whose state the branch would have to follow.
+    pub fn is_left_out(&self, side: usize, entry: &Entry, by: &str) -> Result<bool, SelectError> {
+        let (is_call, key) = match entry.table().name {
+            ".static_call_sites" => (true, 4),
+            "__jump_table" => (false, 8),
+            _ => return Ok(false),
+        };
+        let Some(of) = self.sides.get(side) else {
+            return Ok(false);
+        };
+        let unit = &of.comparison.after;
+        let start = entry.at.offset + key;
+        let relocations = unit.object.section(entry.at.section);
+        let relocations = relocations.map_or(&[][..], |section| section.relocations_in(start, start + 1));
+        let Some(relocation) = relocations.first() else {
+            return Ok(false);
+        };
+        let reference = self.resolve_entry(side, entry.at.section, relocation, by)?;
+        let Reference::Running {
+            symbol: OutSymbol::Livepatch { object, name, .. },
+            ..
+        } = reference
+        else {
+            return Ok(false);
+        };
+        let stays_off = match unit.target(entry.at.section, relocation) {
+            Target::Item(id, _) => {
+                let section = &unit.section_of(unit.item(id)).name;
+                ["__dyndbg", "__tracepoints"]
+                    .iter()
+                    .any(|kept| section.starts_with(kept))
+            }
+            _ => name.starts_with("__tracepoint_"),
+        };
+        match object == "vmlinux" {
+            true => Ok(false),
+            false if is_call || stays_off => Ok(true),
+            false => Err(SelectError::ModuleKey {
+                file: of.source.clone(),
+                needed_by: by.to_owned(),
+                key: name,
+                module: object,
+            }),
+        }
+    }
+
     /// What a reference in section `section` of the second version of file `side` becomes; `by` is whose it is.
     pub fn resolve(
         &self,

@@ -160,6 +160,34 @@ fn a_new_static_key_is_a_finding() {
     assert_eq!(chosen.findings()[0].risk, Risk::StaticKey);
 }
 
+/// A function of a module that hangs on a key of that module, in the section of that name.
+fn with_own_key(section: &str) -> String {
+    format!(
+        "static struct {{ int n; long p; }} key __attribute__((used, section(\"{section}\"))) = {{ 1, 2 }};\n\
+         int f(int a) {{ asm goto(\"1: .byte 0x0f,0x1f,0x44,0,0\\n.pushsection __jump_table,\\\"aw\\\"\\n.long 1b - ., %l[on] - .\\n\
+         .quad %c0 - .\\n.popsection\" : : \"i\" (&key) : : on); return a + 1; on: return a; }}\n"
+    )
+}
+
+#[test]
+fn a_branch_on_a_key_of_the_patched_module_is_refused_by_name() {
+    let before = with_own_key(".data.keys");
+    let chosen = selected("module-key", &before, &before.replace("a + 1", "a + 2"));
+    assert!(
+        matches!(&chosen.selection, Err(SelectError::ModuleKey { key, module, .. }) if key == "key" && module == "m"),
+        "{:?}",
+        chosen.selection
+    );
+}
+
+#[test]
+fn what_pr_debug_of_the_patched_module_hangs_on_stays_as_it_was_compiled() {
+    let before = with_own_key("__dyndbg");
+    let chosen = selected("module-debug", &before, &before.replace("a + 1", "a + 2"));
+    assert_eq!(chosen.replaced(), ["f"]);
+    assert!(crate::testing::laid(&chosen).section_named("__jump_table").is_none());
+}
+
 #[test]
 fn a_pointer_to_a_changed_function_stays_the_old_one() {
     let before = "extern void *kept;\nint f(int a) { return a + 1; }\nvoid *g(void) { return f; }\n";

@@ -53,7 +53,7 @@ impl<'s, 'k> Layer<'s, 'k> {
             self.lay_item(*chosen);
         }
         for chosen in selection.carried.keys() {
-            self.lay_entries(*chosen);
+            self.lay_entries(*chosen)?;
         }
         // Relocating may need pieces without names, which have relocations in turn.
         while let Some(work) = self.work.pop() {
@@ -114,11 +114,14 @@ impl<'s, 'k> Layer<'s, 'k> {
     }
 
     /// Lays out what tables say of something that is carried.
-    fn lay_entries(&mut self, (side, id): Chosen) {
+    fn lay_entries(&mut self, (side, id): Chosen) -> Result<(), SelectError> {
         let sides = self.resolver.sides;
-        let Some(of) = sides.get(side) else { return };
+        let Some(of) = sides.get(side) else { return Ok(()) };
         let unit = &of.comparison.after;
         for entry in unit.entries(id) {
+            if self.resolver.is_left_out(side, entry, &unit.item(id).name)? {
+                continue;
+            }
             let Some(section) = unit.object.section(entry.at.section) else {
                 continue;
             };
@@ -141,6 +144,7 @@ impl<'s, 'k> Layer<'s, 'k> {
                 self.piece(Piece { side, at, len });
             }
         }
+        Ok(())
     }
 
     fn lay_row(&mut self, side: usize, entry: &Entry) {
