@@ -50,10 +50,16 @@ fn as_pid(pid: u32) -> Pid {
 mod tests {
     use super::*;
     use std::process::Command;
+    use std::time::{Duration, Instant};
 
     #[test]
     fn a_process_is_found_by_its_arguments_and_ended_by_a_signal() {
         let mut child = Command::new("sleep").arg("86399").spawn().unwrap();
+        // A program that has just been started has no arguments for an instant.
+        let start = Instant::now();
+        while with_arguments(&["86399"]).is_empty() && start.elapsed() < Duration::from_secs(5) {
+            std::thread::sleep(Duration::from_millis(1));
+        }
         assert_eq!(with_arguments(&["86399"]), [child.id()]);
         kill(child.id(), Signal::SIGKILL);
         assert_eq!(child.wait().unwrap().code(), None);
