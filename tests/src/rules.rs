@@ -114,6 +114,13 @@ pub const ALIGNED_LOOP: &[Edit] = &[(
 /// Where it warns.
 pub const ALIGNED_LOOP_WARNS: &str = "kernel/time/namespace.c:";
 
+/// A function of a module with a debug print, whose static key is the module's own: an unknown command is "busy", no longer "invalid".
+pub const DEBUG_PRINT_IN_MODULE: &[Edit] = &[(
+    "net/core/pktgen.c",
+    "\t\tgoto out;\n\t}\n\n\tret = -EINVAL;\nout:\n",
+    "\t\tgoto out;\n\t}\n\n\tret = -EBUSY;\nout:\n",
+)];
+
 /// Lines in front of warnings, and another name for a function.
 pub const NOTHING: &[Edit] = &[
     ("kernel/ucount.c", "#include", "/*\n * Three more lines.\n */\n#include"),

@@ -246,3 +246,35 @@ fn a_kernel_of_a_newer_compiler_is_built_for_and_its_code_is_verified() {
     guest.discard_after_complaints(rules::ALIGNED_LOOP_WARNS);
     fs::remove_dir_all(&folder).unwrap();
 }
+
+#[test]
+fn a_function_of_a_module_is_built_with_its_debug_prints() {
+    let folder = folder("module");
+    let module = folder.join("livepatch-pktgen.ko");
+    let diff = rules::write_diff(KERNEL_6_1, rules::DEBUG_PRINT_IN_MODULE, &folder);
+    let built = rules::build(KERNEL_6_1, &diff, &module, &[]).expect(0);
+    let (items, _) = of_sheet(&built.json()["sheet"]);
+    let expected = [
+        "net/core/pktgen.c: changed pktgen_thread_write",
+        "net/core/pktgen.c: copy __func__.100",
+        "net/core/pktgen.c: copy __func__.99",
+        "net/core/pktgen.c: part pktgen_thread_write.cold",
+    ];
+    assert_eq!(items, expected);
+    let module = module.display().to_string();
+    let guest = bed::lend(kit::guest(Kernel::CLOUD_6_1).module("pktgen"));
+    let command = || shell(&guest, "echo nonsense >/proc/net/pktgen/kpktgend_0");
+    let is_changed = || command().contains("busy");
+    assert!(command().contains("Invalid argument"), "{}", command());
+    let vmpatch = Vmpatch::on(&guest);
+    vmpatch.apply(&module);
+    assert!(is_changed(), "{}", command());
+    vmpatch.revert_all();
+    assert!(!is_changed());
+    // Its key lies in another module than the code: the guest's kernel reads the table before livepatch has relocated it.
+    let own = OwnLivepatch::load(&guest, &module, "livepatch-pktgen");
+    assert!(is_changed(), "{}", command());
+    own.unload();
+    assert!(!is_changed());
+    fs::remove_dir_all(&folder).unwrap();
+}
