@@ -19,6 +19,12 @@ pub enum Error {
     /// Its package could not be had.
     #[error(transparent)]
     Package(#[from] packages::Error),
+    /// A release in place of a package.
+    #[error("{release} is no package but a kernel's release; Debian's package of that kernel is linux-image-{release}")]
+    Release {
+        /// The release.
+        release: String,
+    },
     /// The package has no kernel, or more than one.
     #[error("package {package} has {found} kernels, not one: it is no kernel image")]
     NotOneImage {
@@ -58,6 +64,11 @@ pub struct KernelFiles {
 impl KernelFiles {
     /// Fetches the kernel package `name`, in that version if one is given, else in the one that apt would install.
     pub fn fetch(cache: &Cache, name: &str, version: Option<&str>) -> Result<Self, Error> {
+        if name.starts_with(|first: char| first.is_ascii_digit()) {
+            return Err(Error::Release {
+                release: name.to_owned(),
+            });
+        }
         let mut image = packages::fetch_into(cache, name, version)?;
         for _ in 0..HOPS_MAX {
             let tree = image.unpacked()?;
@@ -134,4 +145,20 @@ impl KernelFiles {
 fn spelled(packages: &[Package]) -> Vec<String> {
     let spelled = |package: &Package| format!("{}={}", package.name(), package.version());
     packages.iter().map(spelled).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What `uname -r` says is at hand sooner than the package's name.
+    #[test]
+    fn a_release_is_refused_with_the_name_of_its_package() {
+        let nowhere = Cache::at(PathBuf::from("/nonexistent"));
+        let refused = KernelFiles::fetch(&nowhere, "6.1.0-47-amd64", None).unwrap_err();
+        assert!(
+            refused.to_string().ends_with("is linux-image-6.1.0-47-amd64"),
+            "{refused}"
+        );
+    }
 }
