@@ -6,8 +6,9 @@ use std::fmt;
 use guest_core::module::Note;
 use serde::Serialize;
 
+use crate::compare::Item;
 use crate::elf::{Object, Place};
-use crate::select::{Finding, Selection, Side, Why};
+use crate::select::{Finding, Replaced, Selection, Side, Why};
 
 /// What is in a module and why.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -110,35 +111,53 @@ fn finding(finding: &Finding) -> SheetFinding {
 }
 
 fn items(note: &Note, sides: &[Side<'_>], selection: &Selection) -> Vec<SheetItem> {
-    let item = |(chosen, why): (&(usize, usize), &Why)| {
-        let side = sides.get(chosen.0)?;
-        let new = side.comparison.after.item(chosen.1);
-        let replaced = selection.replaced.iter().find(|replaced| replaced.new == *chosen);
-        let old = replaced.map(|replaced| side.comparison.before.item(replaced.old));
-        let noted = note.functions.iter().find(|noted| {
-            Some(noted.name.as_str()) == old.map(|old| old.name.as_str())
-                && noted.object.as_deref() == side.shipped.name()
-                && Some(noted.sympos) == replaced.map(|replaced| replaced.found.sympos)
-        });
-        let (why, detail) = match why {
-            Why::Changed(what) => ("changed", what.clone()),
-            Why::New(by) => ("new", format!("needed by {by}")),
-            Why::Part(of) => ("part", format!("split off {of}")),
-            Why::Copy(by) => ("copy", format!("needed by {by}")),
-        };
-        Some(SheetItem {
-            file: side.source.clone(),
-            name: new.name.clone(),
-            why: why.to_owned(),
-            detail,
-            old_size: noted.map(|noted| noted.size).or(old.map(|old| old.size)),
-            new_size: new.size,
-            object: side.shipped.name().map(str::to_owned),
-            sympos: replaced.map(|replaced| replaced.found.sympos),
-            digest: noted.map(|noted| noted.digest.clone()),
-        })
+    let of_chosen = |(chosen, why): (&(usize, usize), &Why)| {
+        let replaced = selection.replaced.iter().filter(|replaced| replaced.new == *chosen);
+        let replaced: Vec<_> = replaced.map(Some).collect();
+        let each = if replaced.is_empty() { vec![None] } else { replaced };
+        let items = each
+            .into_iter()
+            .filter_map(|replaced| item(note, sides, *chosen, why, replaced));
+        items.collect::<Vec<_>>()
     };
-    selection.carried.iter().filter_map(item).collect()
+    selection.carried.iter().flat_map(of_chosen).collect()
+}
+
+/// Something that is carried, and what it replaces.
+fn item(
+    note: &Note,
+    sides: &[Side<'_>],
+    chosen: (usize, usize),
+    why: &Why,
+    replaced: Option<&Replaced>,
+) -> Option<SheetItem> {
+    let side = sides.get(chosen.0)?;
+    let new = side.comparison.after.item(chosen.1);
+    let old = replaced.map(|replaced| side.comparison.before.item(replaced.old));
+    let noted = note.functions.iter().find(|noted| {
+        Some(noted.name.as_str()) == old.map(|old| old.name.as_str())
+            && noted.object.as_deref() == side.shipped.name()
+            && Some(noted.sympos) == replaced.map(|replaced| replaced.found.sympos)
+    });
+    let (why, detail) = match why {
+        Why::Changed(what) => ("changed", what.clone()),
+        Why::New(by) => ("new", format!("needed by {by}")),
+        Why::Part(of) => ("part", format!("split off {of}")),
+        Why::Copy(by) => ("copy", format!("needed by {by}")),
+    };
+    // Functions that became one are told by their old names.
+    let is_alias = |old: &&Item| side.comparison.after.named(&old.name).is_some();
+    Some(SheetItem {
+        file: side.source.clone(),
+        name: old.filter(is_alias).unwrap_or(new).name.clone(),
+        why: why.to_owned(),
+        detail,
+        old_size: noted.map(|noted| noted.size).or(old.map(|old| old.size)),
+        new_size: new.size,
+        object: side.shipped.name().map(str::to_owned),
+        sympos: replaced.map(|replaced| replaced.found.sympos),
+        digest: noted.map(|noted| noted.digest.clone()),
+    })
 }
 
 fn warnings(sides: &[Side<'_>], selection: &Selection) -> Vec<String> {

@@ -157,7 +157,8 @@ impl Unit {
             let past = at.offset.checked_sub(entry.at.offset);
             entry.at.section == at.section && past.is_some_and(|past| past < entry.len)
         };
-        let mut items = self.entries.iter();
+        // Of several names of one piece the last one is meant, as by `item_at`.
+        let mut items = self.entries.iter().rev();
         items.find_map(|(id, entries)| Some((*id, entries.iter().find(holds)?)))
     }
 
@@ -177,8 +178,9 @@ impl Unit {
         Some((id, offset))
     }
 
-    /// An item and all others that are but names for the same piece.
-    fn aliases(&self, id: ItemId) -> Vec<ItemId> {
+    /// An item and all others that are but names for the same piece: written as such, or functions whose code is the same, of which
+    /// the compiler makes one. The last of them is what [`Unit::item_at`] gives for all.
+    pub(crate) fn aliases(&self, id: ItemId) -> Vec<ItemId> {
         let item = self.item(id);
         let ids = self
             .by_section

@@ -99,6 +99,28 @@ pub enum SelectError {
         /// The other one.
         second: String,
     },
+    /// A function that the kernel has only once for two, of which one changed.
+    #[error(
+        "{file}: {name} changed and {other} did not, but the kernel has the same code for both: replacing it would change both"
+    )]
+    Shared {
+        /// The source file.
+        file: String,
+        /// The function that changed.
+        name: String,
+        /// The other one.
+        other: String,
+    },
+    /// A per-CPU variable of the patch's own that begins with an address.
+    #[error(
+        "{file}: the new per-CPU variable {name} begins with an address, which a kernel that loads the module itself may not fill in: set it at run time"
+    )]
+    PerCpuAddress {
+        /// The source file.
+        file: String,
+        /// The variable.
+        name: String,
+    },
     /// Something that is nowhere.
     #[error("{file}: {needed_by} needs {name}, which the kernel does not have")]
     Unknown {
@@ -145,11 +167,11 @@ impl Selection {
         let mut findings = Vec::new();
         let roots = roots::roots(sides, &mut findings);
         let mut replaced = Vec::new();
-        for (chosen, _) in &roots {
-            replaced.extend(roots::replaced(sides, *chosen)?);
+        for root in &roots {
+            replaced.extend(roots::replaced(sides, root)?);
         }
         roots::check_once(sides, &replaced)?;
-        let patched: BTreeSet<Chosen> = roots.iter().map(|(chosen, _)| *chosen).collect();
+        let patched: BTreeSet<Chosen> = roots.iter().map(|root| root.new).collect();
         let resolver = reference::Resolver {
             sides,
             exports,
@@ -162,8 +184,8 @@ impl Selection {
             queue: VecDeque::new(),
             findings,
         };
-        for (chosen, reason) in roots {
-            closure.carry(chosen, Why::Changed(reason));
+        for root in roots {
+            closure.carry(root.new, Why::Changed(root.what));
         }
         closure.close()?;
         let mut selection = Self {

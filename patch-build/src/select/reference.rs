@@ -88,15 +88,17 @@ impl Resolver<'_, '_> {
             .flatten()
     }
 
-    /// True for an entry that is left out: it names a static key or a static call of the patched module itself, which livepatch fills
-    /// in only after the kernel has read the table (kernel/livepatch/core.c, `klp_init_object_loaded`). Without it a static call
-    /// goes through its trampoline, and what a tracepoint or pr_debug() would do is not done, as it was compiled.
+    /// True for an entry that is left out. It names a static key or a static call of the patched module itself, which livepatch fills
+    /// in only after the kernel has read the table (kernel/livepatch/core.c, `klp_init_object_loaded`): without it a static call
+    /// goes through its trampoline, and a tracepoint or pr_debug() stays as it was compiled. Or it allows to seal the entry of a function
+    /// that is never reached indirectly, of which objtool judges by one file, where another may keep a pointer.
     ///
     /// Error: another static key, whose state the branch would have to follow.
     pub fn is_left_out(&self, side: usize, entry: &Entry, by: &str) -> Result<bool, SelectError> {
         let (is_call, key) = match entry.table().name {
             ".static_call_sites" => (true, 4),
             "__jump_table" => (false, 8),
+            ".ibt_endbr_seal" => return Ok(true),
             _ => return Ok(false),
         };
         let Some(of) = self.sides.get(side) else {
@@ -281,10 +283,11 @@ impl Resolver<'_, '_> {
                 return Ok(Reference::Carried { item: chosen, offset });
             }
         }
-        let symbol = self
-            .exported(of, name)
-            .or_else(|| global(&of.shipped, name))
-            .or_else(|| weak.then(|| OutSymbol::Weak(name.to_owned())));
+        let symbol = match self.exported(of, name) {
+            None => global(&of.shipped, &of.source, name)?,
+            exported => exported,
+        };
+        let symbol = symbol.or_else(|| weak.then(|| OutSymbol::Weak(name.to_owned())));
         match symbol {
             Some(symbol) => Ok(Reference::Running { symbol, offset }),
             None => Err(self.unknown(of, name, by)),
@@ -314,21 +317,28 @@ impl Resolver<'_, '_> {
 }
 
 /// A symbol that all files of the kernel image, or of a module, see.
-fn global(shipped: &Shipped<'_>, name: &str) -> Option<OutSymbol> {
+///
+/// Error: others of that name are gone once the module has started, and the rest then counted anew.
+fn global(shipped: &Shipped<'_>, file: &str, name: &str) -> Result<Option<OutSymbol>, SelectError> {
     let all = shipped.named(name);
     let address = match all.as_slice() {
-        [only] => *only,
-        _ => shipped.global(name)?,
+        [only] => Some(*only),
+        _ => shipped.global(name),
     };
-    let position = all.iter().position(|other| *other == address)? + 1;
-    let sympos = if all.len() == 1 {
-        0
-    } else {
-        u64::try_from(position).ok()?
+    let Some(position) = all.iter().position(|other| Some(*other) == address) else {
+        return Ok(None);
     };
-    Some(OutSymbol::Livepatch {
+    if all.len() > 1 && all.iter().any(|at| shipped.is_of_start(*at)) {
+        return Err(SelectError::Ambiguous {
+            file: file.to_owned(),
+            name: name.to_owned(),
+            count: all.len(),
+        });
+    }
+    let sympos = if all.len() == 1 { 0 } else { position + 1 };
+    Ok(Some(OutSymbol::Livepatch {
         object: shipped.name().unwrap_or("vmlinux").to_owned(),
         name: name.to_owned(),
-        sympos,
-    })
+        sympos: u64::try_from(sympos).unwrap_or(u64::MAX),
+    }))
 }

@@ -126,6 +126,7 @@ pub(super) fn look(sides: &[Side<'_>], selection: &mut Selection) -> Result<(), 
         if touched {
             layouts(side, &mut findings);
             new_data(index, side, selection, &mut findings);
+            per_cpu(index, side, selection)?;
             unknown_sections(index, side, selection)?;
         }
     }
@@ -265,6 +266,24 @@ fn new_data(index: usize, side: &Side<'_>, selection: &Selection, findings: &mut
                 }
             }
         }
+    }
+}
+
+/// Refuses new per-CPU variables that begin with an address: before 7.2 the kernel's loader relocates none of them (kernel/module.c
+/// of 5.10, `apply_relocations`), and livepatch would, where that section lay before each CPU got its copy.
+fn per_cpu(index: usize, side: &Side<'_>, selection: &Selection) -> Result<(), SelectError> {
+    let unit = &side.comparison.after;
+    let carried = selection.carried.keys().filter(|(of, _)| *of == index);
+    let mut items = carried.map(|(_, id)| unit.item(*id));
+    let has_address = |item: &&crate::compare::Item| {
+        unit.section_of(item).name.starts_with(".data..percpu") && !unit.relocations(item).is_empty()
+    };
+    match items.find(has_address) {
+        None => Ok(()),
+        Some(item) => Err(SelectError::PerCpuAddress {
+            file: side.source.clone(),
+            name: item.name.clone(),
+        }),
     }
 }
 

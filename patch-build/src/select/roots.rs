@@ -1,9 +1,11 @@
 //! Where a selection starts: the functions that changed.
 
-use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
+use std::collections::{BTreeMap, BTreeSet};
 
 use super::{Chosen, Finding, Replaced, Risk, SelectError};
 use crate::compare::{Comparison, ItemId, Verdict, is_of_boot, names};
+use crate::elf::At;
 use crate::running::{Places, Shipped};
 
 /// One source file: what changed in it, and where its first version is in the kernel.
@@ -33,10 +35,21 @@ impl Side<'_> {
     }
 }
 
-/// The functions that changed, each with what changed in it. A part that was split off stands for the whole, and one name for all
-/// that a function has: system calls without arguments have three.
-pub(super) fn roots(sides: &[Side<'_>], findings: &mut Vec<Finding>) -> Vec<(Chosen, String)> {
-    let mut roots = BTreeMap::new();
+/// A function that changed, and what changed in it.
+#[derive(Debug)]
+pub(super) struct Root {
+    /// The new one, by the last of its names.
+    pub new: Chosen,
+    /// What changed.
+    pub what: String,
+    /// Those of its names whose function changed.
+    names: BTreeSet<ItemId>,
+}
+
+/// The functions that changed. A part that was split off stands for the whole, and one name for all that a function has: system
+/// calls without arguments have three.
+pub(super) fn roots(sides: &[Side<'_>], findings: &mut Vec<Finding>) -> Vec<Root> {
+    let mut roots: BTreeMap<Chosen, Root> = BTreeMap::new();
     for (index, side) in sides.iter().enumerate() {
         let unit = &side.comparison.after;
         for (id, item) in unit.items.iter().enumerate() {
@@ -58,39 +71,72 @@ pub(super) fn roots(sides: &[Side<'_>], findings: &mut Vec<Finding>) -> Vec<(Cho
                 continue;
             }
             let whole = names::warm_part(&item.name).and_then(|name| unit.named(name));
-            let (id, what) = match whole {
+            let (named, what) = match whole {
                 Some(whole) => (whole, format!("{}: {what}", item.name)),
                 None => (id, what.clone()),
             };
-            // What changed in the function itself says more than what changed in a part of it.
-            if whole.is_none() || !roots.contains_key(&(index, id)) {
-                roots.insert((index, id), what);
+            let new = (index, unit.aliases(named).last().copied().unwrap_or(named));
+            match roots.entry(new) {
+                Entry::Vacant(slot) => {
+                    let names = BTreeSet::from([named]);
+                    slot.insert(Root { new, what, names });
+                }
+                Entry::Occupied(mut slot) => {
+                    let root = slot.get_mut();
+                    root.names.insert(named);
+                    // What changed in the function itself says more than what changed in a part of it.
+                    if whole.is_none() {
+                        root.what = what;
+                    }
+                }
             }
         }
     }
-    let mut by_place = BTreeMap::new();
-    for ((index, id), what) in roots {
-        let at = sides.get(index).map(|side| side.comparison.after.item(id).at);
-        // The last name is the one that a reference without a name means, too.
-        by_place.insert((index, at), ((index, id), what));
-    }
-    by_place.into_values().collect()
+    roots.into_values().collect()
 }
 
-/// What a changed function replaces; nothing for one that is new.
-pub(super) fn replaced(sides: &[Side<'_>], new: Chosen) -> Result<Option<Replaced>, SelectError> {
-    let Some(side) = sides.get(new.0) else {
-        return Ok(None);
+/// What a changed function replaces: nothing where it is new, several where the compiler has made one of them.
+pub(super) fn replaced(sides: &[Side<'_>], root: &Root) -> Result<Vec<Replaced>, SelectError> {
+    let Some(side) = sides.get(root.new.0) else {
+        return Ok(Vec::new());
     };
-    let Some(old) = side.before(new.1) else {
-        return Ok(None);
+    let before = &side.comparison.before;
+    // The last name of each place.
+    let olds = root.names.iter().filter_map(|name| side.before(*name));
+    let by_place: BTreeMap<At, ItemId> = olds.map(|old| (before.item(old).at, old)).collect();
+    let replaced = by_place.into_values().map(|old| {
+        check_all_names(side, old, root.new.1)?;
+        let name = before.item(old).name.clone();
+        let file = side.source.clone();
+        match (side.places.get(old), side.places.count(old)) {
+            (Some(found), _) => Ok(Replaced {
+                new: root.new,
+                old,
+                found,
+            }),
+            (None, 0) => Err(SelectError::NoSymbol { file, name }),
+            (None, count) => Err(SelectError::Ambiguous { file, name, count }),
+        }
+    });
+    replaced.collect()
+}
+
+/// Refuses to replace a function that is another one, too, which did not become the same: the compiler makes one of functions whose
+/// code is the same (gcc's `-fipa-icf`), and who calls the other one would get what the change makes of this one.
+fn check_all_names(side: &Side<'_>, old: ItemId, new: ItemId) -> Result<(), SelectError> {
+    let (before, after) = (&side.comparison.before, &side.comparison.after);
+    let stays_with = |other: &ItemId| match side.comparison.pairs.to_after(*other) {
+        Some(became) => after.item(became).at == after.item(new).at,
+        // Whoever called it changed, too.
+        None => before.item(*other).is_local && after.named(&before.item(*other).name).is_none(),
     };
-    let name = side.comparison.before.item(old).name.clone();
-    let file = side.source.clone();
-    match (side.places.get(old), side.places.count(old)) {
-        (Some(found), _) => Ok(Some(Replaced { new, old, found })),
-        (None, 0) => Err(SelectError::NoSymbol { file, name }),
-        (None, count) => Err(SelectError::Ambiguous { file, name, count }),
+    match before.aliases(old).into_iter().find(|other| !stays_with(other)) {
+        None => Ok(()),
+        Some(other) => Err(SelectError::Shared {
+            file: side.source.clone(),
+            name: before.item(old).name.clone(),
+            other: before.item(other).name.clone(),
+        }),
     }
 }
 

@@ -1,6 +1,6 @@
 //! Changes of literal C, one for each rule of selecting.
 
-use super::{Risk, SelectError, Why};
+use super::{Risk, SelectError, Selection, Side, Why};
 use crate::elf::Object;
 use crate::running::{Places, Shipped};
 use crate::testing::selected;
@@ -48,6 +48,46 @@ fn a_function_of_several_names_is_replaced_once() {
     assert_eq!(chosen.replaced(), ["of_do"]);
 }
 
+/// Two functions of one code, of which the compiler makes one.
+const SAME: &str = "static noinline int of_tcp(int a) { return printk(\"bad %d\", a) + 1; }\n\
+                    static noinline int of_udp(int a) { return printk(\"bad %d\", a) + 1; }\n\
+                    int f(int a) { return of_tcp(a) * 3; }\nint g(int a) { return of_udp(a) * 5; }\n";
+const SAME_CHANGED: &str = "static noinline int of_tcp(int a) { return printk(\"bad %d\", a) + 2; }\n\
+                            static noinline int of_udp(int a) { return printk(\"bad %d\", a) + 2; }\n\
+                            int f(int a) { return of_tcp(a) * 3; }\nint g(int a) { return of_udp(a) * 5; }\n";
+
+#[test]
+fn one_of_two_functions_that_the_kernel_has_as_one_is_not_replaced() {
+    for (test, other) in [("same-tcp", "of_udp"), ("same-udp", "of_tcp")] {
+        let changed = if other == "of_udp" { "of_tcp" } else { "of_udp" };
+        let old = format!("int {changed}(int a) {{ return printk(\"bad %d\", a) + 1");
+        assert!(SAME.contains(&old));
+        let chosen = selected(test, SAME, &SAME.replace(&old, &old.replace("+ 1", "+ 2")));
+        let Err(SelectError::Shared { name, other: found, .. }) = &chosen.selection else {
+            panic!("{:?}", chosen.selection)
+        };
+        assert_eq!([name, found], [changed, other]);
+    }
+}
+
+#[test]
+fn two_functions_that_are_one_before_and_after_are_replaced_once() {
+    let chosen = selected("same-both", SAME, SAME_CHANGED);
+    assert_eq!(chosen.replaced(), ["of_udp"]);
+}
+
+#[test]
+fn two_functions_that_became_one_are_both_replaced_by_it() {
+    let before = SAME.replace(
+        "of_udp(int a) { return printk(\"bad %d\", a) + 1",
+        "of_udp(int a) { return printk(\"bad %d\", a) + 7",
+    );
+    let chosen = selected("became-same", &before, SAME_CHANGED);
+    let replaced = &chosen.selection.as_ref().unwrap().replaced;
+    let new_of = |name: &str| replaced[chosen.replaced().iter().position(|old| *old == name).unwrap()].new;
+    assert_eq!(new_of("of_tcp"), new_of("of_udp"));
+}
+
 #[test]
 fn a_new_function_is_carried_and_an_old_one_is_called() {
     let before = "static noinline int old(int a) { return printk(\"%d\", a); }\nint f(int a) { return old(a); }\n";
@@ -77,6 +117,21 @@ fn a_change_in_the_rare_part_alone_replaces_the_whole() {
     assert_eq!(chosen.brought(), [("f.cold", Why::Part("f".to_owned()))]);
 }
 
+/// What is jumped to from the rare part is what a name stands for, whichever of its names the compiler calls the part by.
+#[test]
+fn a_change_in_the_rare_part_of_a_function_of_several_names_leads_back_into_the_new_one() {
+    let text = format!(
+        "{}long z(int a) __attribute__((alias(\"f\")));\n",
+        RARE.replace("int f(", "long f(")
+    )
+    .replace("panic(\"worse\");", "");
+    let chosen = selected("cold-alias", &text, &text.replace("\"bad %d\"", "\"bad: %d\""));
+    assert_eq!(chosen.replaced(), ["f"]);
+    let object = crate::testing::laid(&chosen);
+    let names: Vec<&str> = object.symbols.iter().map(|symbol| symbol.name.as_str()).collect();
+    assert!(!names.iter().any(|name| name.starts_with(".klp.sym.m")), "{names:?}");
+}
+
 /// As files of a module have it that each have a static of that name.
 #[test]
 fn of_two_variables_of_one_name_in_a_module_its_code_says_which_one_is_meant() {
@@ -101,6 +156,35 @@ fn of_two_variables_of_one_name_in_a_module_its_code_says_which_one_is_meant() {
     assert_eq!(places.count(id), 2);
     let sympos = places.get(id).unwrap().sympos;
     assert_eq!(namesakes[usize::try_from(sympos).unwrap() - 1], two[0]);
+}
+
+/// As where another file of the module has a static of that name for its start.
+#[test]
+fn a_symbol_of_a_module_whose_namesake_is_gone_after_the_start_is_refused() {
+    let text = "extern int shared;\nint f(int a) { return shared + a; }\n";
+    let comparison = crate::testing::compared("start-namesake", text, &text.replace("+ a", "- a"));
+    let module = "static __attribute__((used, section(\".init.data\"))) int gone = 1;\nint shared = 2;\n\
+                  int f(int a) { return shared + a; }\n";
+    let mut object = Object::parse(&crate::testing::compiled("start-namesake", module, false)).unwrap();
+    for symbol in object.symbols.iter_mut().filter(|symbol| symbol.name == "gone") {
+        symbol.name = "shared".to_owned();
+    }
+    let shipped = Shipped::Module {
+        name: "m".to_owned(),
+        object,
+    };
+    let side = [Side {
+        source: "x.c".to_owned(),
+        has_ftrace: true,
+        places: Places::find(&comparison.before, &shipped),
+        comparison,
+        shipped,
+    }];
+    let selection = Selection::of(&side, &crate::testing::exports());
+    assert!(
+        matches!(&selection, Err(SelectError::Ambiguous { name, count: 2, .. }) if name == "shared"),
+        "{selection:?}"
+    );
 }
 
 #[test]
@@ -151,6 +235,19 @@ fn a_new_per_cpu_variable_is_one_that_the_loader_gives_each_cpu() {
 }
 
 #[test]
+fn a_new_per_cpu_variable_that_begins_with_an_address_is_refused_by_name() {
+    let before = "int f(int a) { return a; }\n";
+    let after = "static __attribute__((section(\".data..percpu\"))) void *mine = &mine;\n\
+                 int f(int a) { return a + (mine == 0); }\n";
+    let chosen = selected("per-cpu-address", before, after);
+    assert!(
+        matches!(&chosen.selection, Err(SelectError::PerCpuAddress { name, .. }) if name == "mine"),
+        "{:?}",
+        chosen.selection
+    );
+}
+
+#[test]
 fn a_new_static_key_is_a_finding() {
     let jump = "asm goto(\"1: .byte 0x0f,0x1f,0x44,0,0\\n.pushsection __jump_table,\\\"aw\\\"\\n.long 1b - ., %l[on] - .\\n\
                 .quad %c0 - .\\n.popsection\" : : \"i\" (&key) : : on);";
@@ -186,6 +283,15 @@ fn what_pr_debug_of_the_patched_module_hangs_on_stays_as_it_was_compiled() {
     let chosen = selected("module-debug", &before, &before.replace("a + 1", "a + 2"));
     assert_eq!(chosen.replaced(), ["f"]);
     assert!(crate::testing::laid(&chosen).section_named("__jump_table").is_none());
+}
+
+/// objtool sees one file of several, and takes a function for one whose entry nobody reaches indirectly.
+#[test]
+fn no_entry_is_sealed() {
+    let before = "int f(int a) { return a + 1; }\nasm(\".pushsection .ibt_endbr_seal,\\\"a\\\"\\n.long f - .\\n.popsection\");\n";
+    let chosen = selected("seal", before, &before.replace("+ 1", "+ 2"));
+    assert_eq!(chosen.replaced(), ["f"]);
+    assert!(crate::testing::laid(&chosen).section_named(".ibt_endbr_seal").is_none());
 }
 
 #[test]
