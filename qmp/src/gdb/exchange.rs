@@ -3,9 +3,10 @@
 use super::error::StubError;
 use super::packet::{self, Receiver};
 use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{MsgFlags, recv};
-use std::io::{self, Read, Write};
-use std::os::fd::AsRawFd;
+use std::io::{self, Write};
+use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -45,12 +46,16 @@ impl Exchange {
     pub fn open(path: &Path, reply_timeout: Duration) -> io::Result<Self> {
         let socket = UnixStream::connect(path)?;
         socket.set_write_timeout(Some(reply_timeout))?;
-        Ok(Self {
+        Ok(Self::over(socket, reply_timeout))
+    }
+
+    fn over(socket: UnixStream, reply_timeout: Duration) -> Self {
+        Self {
             socket,
             received: Receiver::default(),
             reply_timeout,
             in_step: true,
-        })
+        }
     }
 
     /// Sends packets, and waits for the replies to all of them.
@@ -91,18 +96,7 @@ impl Exchange {
                     return Ok(body);
                 }
             }
-            if Instant::now() >= deadline {
-                return Err(io::Error::from(io::ErrorKind::TimedOut).into());
-            }
-            let at_once = if is_awake {
-                self.receive_awake(&mut bytes)?
-            } else {
-                None
-            };
-            let count = match at_once {
-                Some(count) => count,
-                None => self.receive(&mut bytes, deadline)?,
-            };
+            let count = self.receive(&mut bytes, deadline, is_awake)?;
             if count == 0 {
                 return Err(StubError::Closed);
             }
@@ -110,38 +104,99 @@ impl Exchange {
         }
     }
 
-    /// Bytes received by the deadline.
-    fn receive(&mut self, bytes: &mut [u8], deadline: Instant) -> io::Result<usize> {
-        // A zero time-out would mean none.
-        let left = deadline
-            .saturating_duration_since(Instant::now())
-            .max(Duration::from_millis(1));
-        self.socket.set_read_timeout(Some(left))?;
+    /// Bytes received by the deadline. What is there already is taken even past it: this process may have been stopped meanwhile.
+    /// QEMU writes
+    /// each reply by itself, and waking who sleeps for it would take it as long as the packet did: of many, each is waited for awake first.
+    fn receive(&self, bytes: &mut [u8], deadline: Instant, is_awake: bool) -> io::Result<usize> {
+        let awake_until = is_awake.then(|| Instant::now() + AWAKE);
         loop {
-            match self.socket.read(bytes) {
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                done => return done,
+            match recv(self.socket.as_raw_fd(), bytes, MsgFlags::MSG_DONTWAIT) {
+                Ok(count) => return Ok(count),
+                Err(Errno::EINTR) => continue,
+                Err(Errno::EAGAIN) => {}
+                Err(error) => return Err(error.into()),
+            }
+            let now = Instant::now();
+            if now >= deadline {
+                return Err(io::ErrorKind::TimedOut.into());
+            }
+            match awake_until {
+                Some(until) if now < until => wait_awake(),
+                _ => self.wait_asleep(deadline - now)?,
             }
         }
     }
 
-    /// Bytes received within [`AWAKE`], or none. QEMU writes each reply by itself, and waking who sleeps for it would take it as long
-    /// as the packet did.
-    fn receive_awake(&self, bytes: &mut [u8]) -> io::Result<Option<usize>> {
-        let start = Instant::now();
-        loop {
-            match recv(self.socket.as_raw_fd(), bytes, MsgFlags::MSG_DONTWAIT) {
-                Ok(count) => return Ok(Some(count)),
-                Err(Errno::EINTR) => {}
-                Err(Errno::EAGAIN) if start.elapsed() < AWAKE => {
-                    let look = Instant::now() + LOOK;
-                    while Instant::now() < look {
-                        std::hint::spin_loop();
-                    }
-                }
-                Err(Errno::EAGAIN) => return Ok(None),
-                Err(error) => return Err(error.into()),
-            }
+    /// Sleeps until there is something to receive, for so long at the most; or a signal comes.
+    fn wait_asleep(&self, within: Duration) -> io::Result<()> {
+        let mut sockets = [PollFd::new(self.socket.as_fd(), PollFlags::POLLIN)];
+        // Rounded up, or the last part of a millisecond would be waited for awake.
+        let timeout = PollTimeout::try_from(within + Duration::from_millis(1)).unwrap_or(PollTimeout::MAX);
+        match poll(&mut sockets, timeout) {
+            Ok(_) | Err(Errno::EINTR) => Ok(()),
+            Err(error) => Err(error.into()),
         }
+    }
+}
+
+/// Lets [`LOOK`] pass; QEMU may need this very processor.
+fn wait_awake() {
+    let look = Instant::now() + LOOK;
+    while Instant::now() < look {
+        std::thread::yield_now();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn exchange(reply_timeout: Duration) -> (Exchange, UnixStream) {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        (Exchange::over(ours, reply_timeout), theirs)
+    }
+
+    fn packets(count: usize) -> Vec<String> {
+        vec![String::from("X"); count]
+    }
+
+    /// As after this process was stopped for longer than a reply may take.
+    #[test]
+    fn replies_that_are_there_are_taken_past_the_deadline_too() {
+        for count in [1, MANY_PACKETS] {
+            let (mut exchange, mut stub) = exchange(Duration::ZERO);
+            stub.write_all("+$OK#9a".repeat(count).as_bytes()).unwrap();
+            assert_eq!(exchange.send(&packets(count)).unwrap().bodies.len(), count);
+        }
+    }
+
+    #[test]
+    fn a_stub_that_stays_silent_is_given_up_at_the_deadline_and_for_good() {
+        for count in [2, MANY_PACKETS] {
+            let (mut exchange, mut stub) = exchange(Duration::from_millis(20));
+            stub.write_all(b"+$OK#9a").unwrap();
+            let start = Instant::now();
+            let error = exchange.send(&packets(count)).unwrap_err();
+            assert!(
+                matches!(&error, StubError::Io(error) if error.kind() == io::ErrorKind::TimedOut),
+                "{error}"
+            );
+            assert!(start.elapsed() >= Duration::from_millis(20));
+            assert!(matches!(exchange.send(&[]), Err(StubError::OutOfStep)));
+        }
+    }
+
+    #[test]
+    fn a_reply_in_two_pieces_is_one_and_a_closed_socket_is_told() {
+        let (mut exchange, mut stub) = exchange(Duration::from_secs(60));
+        let rest = std::thread::spawn(move || {
+            stub.write_all(b"+$O").unwrap();
+            std::thread::sleep(Duration::from_millis(5));
+            stub.write_all(b"K#9a").unwrap();
+            stub
+        });
+        assert_eq!(exchange.send(&packets(1)).unwrap().bodies, [b"OK"]);
+        drop(rest.join().unwrap());
+        assert!(exchange.send(&packets(1)).is_err());
     }
 }
