@@ -74,6 +74,9 @@ pub trait Paused {
     /// Writes guest-physical memory such that running code changes too.
     fn write(&mut self, writes: &[(Gpa, Vec<u8>)]) -> Result<(), MachineError>;
 
+    /// After a write that failed: makes sure that none of it is on its way any more, so that memory stays as it is read now.
+    fn settle(&mut self) -> Result<(), MachineError>;
+
     /// Lets the vCPUs run, and tells how long that, the stop and the registers took, and all together; the times between
     /// are the caller's.
     fn resume(self: Box<Self>) -> Result<PauseTimes, MachineError>;

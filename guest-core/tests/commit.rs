@@ -65,11 +65,7 @@ fn a_death_at_any_write_is_made_harmless_by_the_supervisor() {
                 guest.ram.set_fault(Some(fault));
                 carry_out(&guest, &kernel, &plan).unwrap_err();
                 guest.ram.set_fault(None);
-                let mut stopped = Stopped {
-                    ram: &guest.ram,
-                    vcpus: &guest.vcpus,
-                    elapsed: Duration::ZERO,
-                };
+                let mut stopped = Stopped::new(&guest);
                 let complete = take_back(&guest.ram, &mut stopped, &journal).unwrap();
                 // Half of the last word is all of the state: everything else was written before.
                 assert!(!complete || fault == Fault::TornDeath(last), "{fault:?}");
@@ -118,7 +114,7 @@ fn a_revert_whose_vmpatch_and_supervisor_died_at_any_write_can_be_made_again() {
     }
 }
 
-/// Any writes fail, in applying as in taking back, some of them halfway; the supervisor then takes back what is left to do.
+/// Any writes fail, in applying as in taking back, some of them halfway; what is left to do is taken back later.
 #[test]
 fn whatever_writes_fail_the_guest_is_as_before_once_it_is_taken_back() {
     let (sound, kernel) = (Guest::new(), Guest::new().kernel());
@@ -127,7 +123,7 @@ fn whatever_writes_fail_the_guest_is_as_before_once_it_is_taken_back() {
         before: plan.before.clone(),
         paused: plan.paused.clone(),
     };
-    let (mut at_once, mut by_supervisor, mut committed) = (0, 0, 0);
+    let (mut at_once, mut later, mut committed) = (0, 0, 0);
     for seed in 1..=600 {
         let guest = sound.clone();
         // From a fault in most commits to one in every fourth write.
@@ -143,12 +139,8 @@ fn whatever_writes_fail_the_guest_is_as_before_once_it_is_taken_back() {
                 assert_eq!(registry(&guest, &kernel).entries[0].state, State::Applied, "{seed}");
             }
             Err(CommitError::HalfDone { .. }) => {
-                by_supervisor += 1;
-                let mut stopped = Stopped {
-                    ram: &guest.ram,
-                    vcpus: &guest.vcpus,
-                    elapsed: Duration::ZERO,
-                };
+                later += 1;
+                let mut stopped = Stopped::new(&guest);
                 let complete = take_back(&guest.ram, &mut stopped, &journal).unwrap();
                 assert!(complete || guest.ram.differences().is_empty(), "{seed}");
             }
@@ -159,9 +151,21 @@ fn whatever_writes_fail_the_guest_is_as_before_once_it_is_taken_back() {
         }
     }
     assert!(
-        at_once > 100 && by_supervisor > 100 && committed > 10,
-        "{at_once} {by_supervisor} {committed}"
+        at_once > 100 && later > 100 && committed > 10,
+        "{at_once} {later} {committed}"
     );
+}
+
+/// The VMM does not answer in time, but has what it was to write, and gets to it later.
+#[test]
+fn writes_that_come_late_are_taken_back_too() {
+    let (guest, kernel) = (Guest::new(), Guest::new().kernel());
+    let plan = plan(&guest, &kernel, &two_with_duties()).unwrap();
+    let mut vm = Vm::new(&guest);
+    vm.is_late = true;
+    let error = commit(&kernel.live(&guest.ram), &mut vm, &plan, &OPTIONS).unwrap_err();
+    assert!(matches!(error, CommitError::Machine(_)), "{error}");
+    assert!(guest.ram.differences().is_empty());
 }
 
 #[test]
@@ -274,11 +278,7 @@ fn undoing_leaves_alone_what_the_guest_wrote_meanwhile() {
         before: plan.before,
         paused: plan.paused,
     };
-    let mut stopped = Stopped {
-        ram: &guest.ram,
-        vcpus: &guest.vcpus,
-        elapsed: Duration::ZERO,
-    };
+    let mut stopped = Stopped::new(&guest);
     take_back(&guest.ram, &mut stopped, &journal).unwrap();
     assert!(guest.ram.differences() == before, "undone by the supervisor");
 }

@@ -17,6 +17,8 @@ use std::path::{Path, PathBuf};
 
 /// What [`Failure::Commit`] says where a patch was to be applied.
 pub const APPLYING: &str = "applying";
+/// And where one was to be taken out.
+pub const REVERTING: &str = "reverting";
 
 /// Why a command failed.
 #[derive(Debug, thiserror::Error)]

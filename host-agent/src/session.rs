@@ -11,7 +11,7 @@ use crate::upgrade::{self, UpgradeError};
 use guest_core::commit::{self, CommitError, CommitOptions, Committed, Model};
 use guest_core::kernel::Live;
 use guest_core::machine::Machine;
-use guest_core::place::{Cave, Record, Registry, cave};
+use guest_core::place::{Cave, Entry, Record, Registry, State, cave};
 use guest_core::plan::{self, ApplyOptions, Plan};
 use guest_core::{Kernel, Registers};
 use std::path::{Path, PathBuf};
@@ -195,14 +195,15 @@ impl Session {
     /// as that code is gone afterwards.
     pub fn revert(&mut self, id: &str, options: &Options) -> Result<(Record, Committed), Failure> {
         let chosen = commit_options(Model::CleanCut, options.timeout());
-        let reverted = self.carry_out("reverting", chosen, |session| {
+        let reverted = self.carry_out(error::REVERTING, chosen, |session| {
             Ok(plan::revert(&session.live(), &session.registry, id)?)
         })?;
         self.tidy()?;
         Ok(reverted)
     }
 
-    /// Plans and commits; where the guest is not any more as it was planned for, again.
+    /// Plans and commits; where the guest is not any more as it was planned for, again. So where taking back failed: what was cut off
+    /// is taken back by a commit of its own, of a revert the rest is done.
     fn carry_out(
         &mut self,
         doing: &'static str,
@@ -216,9 +217,29 @@ impl Session {
             match self.commit(&plan, doing, options) {
                 Err(Failure::Commit { source, .. })
                     if matches!(*source, CommitError::Changed(_)) && plans < PLANS_MAX => {}
+                Err(Failure::Commit { source, .. })
+                    if matches!(*source, CommitError::HalfDone { .. }) && plans < PLANS_MAX =>
+                {
+                    self.mend(&plan, doing, *source)?;
+                }
                 committed => return Ok((plan.record, committed?)),
             }
         }
+    }
+
+    /// Where taking back failed, in the pause: takes back what was cut off by a commit of its own.
+    ///
+    /// Ok where the change is to be planned anew: a revert, of which the rest is to be done.
+    fn mend(&mut self, plan: &Plan, doing: &'static str, half: CommitError) -> Result<(), Failure> {
+        let mended = self.reread().and_then(|()| self.tidy()).is_ok();
+        let is_it = |entry: &&Entry| entry.record().is_some_and(|record| record.id == plan.record.id);
+        let state = self.registry.entries.iter().find(is_it).map(|entry| entry.state);
+        let source = match (half, state) {
+            (_, Some(State::Applied)) if mended && doing == error::REVERTING => return Ok(()),
+            (CommitError::HalfDone { first, .. }, None) if mended => CommitError::TakenBack { first },
+            (half, _) => half,
+        };
+        Err(failed(plan, doing, source))
     }
 
     /// Carries out a plan, with a supervisor beside it, and reads the registry anew.

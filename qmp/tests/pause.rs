@@ -273,3 +273,26 @@ fn a_qemu_that_goes_silent_in_the_pause_runs_its_guest_when_it_is_back() {
     machine.pause().unwrap().resume().unwrap();
     assert_eq!(machine.run_state().unwrap(), RunState::Running);
 }
+
+/// QEMU is silent while the first packets are with it, and back when the bytes are to be put back.
+#[test]
+fn after_a_write_that_failed_nothing_is_on_its_way_and_the_guest_still_stopped() {
+    let qemu = Qemu::start(&["-M", "q35"]);
+    let mut machine = attach(&qemu);
+    machine.set_reply_timeout(Duration::from_millis(300));
+    let mut paused = machine.pause().unwrap();
+    qemu.signal("STOP");
+    let (at, half) = (Gpa(0x20_0000), [b'x'; 64]);
+    assert!(matches!(paused.write(&[(at, &half)]), Err(PauseError::Stub(_))));
+    qemu.signal("CONT");
+    assert!(paused.write(&[(at, b"old")]).is_err());
+    paused.settle().unwrap();
+    paused.write(&[(at, b"old")]).unwrap();
+    assert_eq!(paused.machine().run_state().unwrap(), RunState::Paused);
+    let mut bytes = [0; 3];
+    paused.read(at, &mut bytes).unwrap();
+    assert_eq!(&bytes, b"old");
+    assert!(!paused.resume().unwrap().left_paused);
+    assert_eq!(machine.run_state().unwrap(), RunState::Running);
+    machine.pause().unwrap().resume().unwrap();
+}

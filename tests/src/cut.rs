@@ -21,6 +21,8 @@ const NO_RESULT: u64 = (-38_i64).cast_unsigned();
 pub enum Call {
     /// It tells somebody this one byte.
     Tell(u8),
+    /// It has QEMU's GDB stub write memory.
+    WriteMemory,
     /// It renames a file.
     Rename,
     /// It kills a process.
@@ -44,6 +46,10 @@ impl Call {
             Self::Tell(byte) => {
                 let is_one = (number == WRITE || number == SENDTO) && registers.rdx == 1;
                 is_one && word(process, registers.rsi).to_ne_bytes().first() == Some(&byte)
+            }
+            Self::WriteMemory => {
+                let sends = number == WRITE || number == SENDTO;
+                sends && word(process, registers.rsi).to_ne_bytes().starts_with(b"$M")
             }
             Self::Rename => number == RENAME,
             Self::Kill => number == KILL,
@@ -89,4 +95,14 @@ pub fn run_to(child: &Child, call: Call, nth: usize, side: Side) {
         };
         ptrace::syscall(pid, signal).expect("it is stopped");
     }
+}
+
+/// Lets a program that [`run_to`] has stopped go on by itself.
+///
+/// # Panics
+///
+/// If it is not stopped.
+pub fn let_go(child: &Child) {
+    let pid = Pid::from_raw(child.id().try_into().expect("the host's pids are small"));
+    ptrace::detach(pid, None).expect("it is stopped");
 }

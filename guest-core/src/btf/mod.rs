@@ -4,7 +4,7 @@
 //! include/uapi/linux/btf.h and Documentation/bpf/btf.rst (kinds 1 to 19, Linux 4.18 to 7.2).
 //!
 //! A kernel's BTF has some 100,000 types in 4 to 6 MB, so what is kept beside the bytes is small: one offset a type,
-//! and a sorted table of name hashes for structs, unions and typedefs.
+//! a sorted table of name hashes for structs, unions and typedefs, and a list of the enums.
 
 mod error;
 mod layout;

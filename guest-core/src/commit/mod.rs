@@ -102,13 +102,20 @@ pub enum CommitError {
     /// Stacks can't be judged in this kernel at all.
     #[error("finding the guest's tasks")]
     Tasks(#[from] SetupError),
-    /// Taking back failed as well: the guest may be half patched. Nothing worse can happen.
+    /// Taking back failed as well: the guest may be half patched. The registry tells what is left to do: see
+    /// [`recovery`](crate::plan::recovery).
     #[error("taking back failed ({undo}) after: {first}")]
     HalfDone {
         /// What failed first.
         first: String,
         /// What failed in taking it back.
         undo: String,
+    },
+    /// Taking back failed at first, and was done by a commit of its own: the guest is as before.
+    #[error("{first}; what had been written was taken back")]
+    TakenBack {
+        /// What failed.
+        first: String,
     },
 }
 
@@ -145,8 +152,8 @@ pub fn commit(
             }
         })
     });
-    // The result says what the guest is like. A supervisor that can't be told has died, or takes back what was not complete,
-    // which is taken back already.
+    // The result says what the guest is like. A supervisor that can't be told has died, or takes back what was not complete:
+    // nothing, or what could not be taken back here.
     let _ = machine.guard(None);
     result
 }
@@ -185,8 +192,8 @@ fn put_back<T>(memory: &dyn PhysMemory, changes: &[Change], first: CommitError) 
     for change in changes.iter().rev() {
         if let Err(undo) = change.restore(memory) {
             return Err(CommitError::HalfDone {
-                first: first.to_string(),
-                undo: undo.to_string(),
+                first: chain(&first),
+                undo: chain(&undo),
             });
         }
     }

@@ -1,6 +1,6 @@
 //! The writes of a pause: all of them, read back, or none.
 
-use super::CommitError;
+use super::{CommitError, chain};
 use crate::change::Change;
 use crate::kernel::Live;
 use crate::machine::Paused;
@@ -20,8 +20,8 @@ pub(super) fn write(live: &Live<'_>, paused: &mut dyn Paused, changes: &[Change]
     match restore(live.memory, paused, changes) {
         Ok(()) => Err(first),
         Err(undo) => Err(CommitError::HalfDone {
-            first: first.to_string(),
-            undo: undo.to_string(),
+            first: chain(&first),
+            undo: chain(&undo),
         }),
     }
 }
@@ -46,6 +46,7 @@ fn write_some(live: &Live<'_>, paused: &mut dyn Paused, changes: Vec<(&Change, V
 
 /// Puts back the old bytes of `changes`, however much of them was made, last first.
 pub(super) fn restore(memory: &dyn PhysMemory, paused: &mut dyn Paused, changes: &[Change]) -> Result<(), CommitError> {
+    paused.settle()?;
     let mut writes = Vec::with_capacity(changes.len());
     for change in changes.iter().rev() {
         let bytes = change.restored(memory)?;

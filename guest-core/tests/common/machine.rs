@@ -16,6 +16,8 @@ pub struct Vm<'a> {
     pub pauses: u32,
     /// The supervisor dies with the commit: it can't be told that nothing is left to take back.
     pub supervisor_dies: bool,
+    /// The first write fails, and what it was to write comes later: when it is settled, or the guest runs.
+    pub is_late: bool,
     /// How long each pause is said to have taken up to the writes.
     pub elapsed: Duration,
 }
@@ -30,6 +32,7 @@ impl<'a> Vm<'a> {
             journal: None,
             pauses: 0,
             supervisor_dies: false,
+            is_late: false,
             elapsed: Duration::ZERO,
         }
     }
@@ -50,6 +53,7 @@ impl Machine for Vm<'_> {
             ram: self.ram,
             vcpus: &self.vcpus,
             elapsed: self.elapsed,
+            late: self.is_late.then(Vec::new),
         }))
     }
 }
@@ -59,6 +63,32 @@ pub struct Stopped<'a> {
     pub ram: &'a Ram,
     pub vcpus: &'a [Registers],
     pub elapsed: Duration,
+    /// Where the first write is late: what it was to write.
+    pub late: Option<Vec<(Gpa, Vec<u8>)>>,
+}
+
+impl<'a> Stopped<'a> {
+    /// A guest that stands already.
+    pub fn new(guest: &'a Guest) -> Self {
+        Self {
+            ram: &guest.ram,
+            vcpus: &guest.vcpus,
+            elapsed: Duration::ZERO,
+            late: None,
+        }
+    }
+
+    fn write_late(&mut self) {
+        for (at, bytes) in self.late.take().into_iter().flatten() {
+            self.ram.write(at, &bytes).unwrap();
+        }
+    }
+}
+
+impl Drop for Stopped<'_> {
+    fn drop(&mut self) {
+        self.write_late();
+    }
 }
 
 impl Paused for Stopped<'_> {
@@ -71,11 +101,20 @@ impl Paused for Stopped<'_> {
     }
 
     fn write(&mut self, writes: &[(Gpa, Vec<u8>)]) -> Result<(), MachineError> {
+        if let Some(late) = self.late.as_mut().filter(|_| !writes.is_empty()) {
+            late.extend_from_slice(writes);
+            return Err(MachineError::new("writing to the guest", "no answer"));
+        }
         for (at, bytes) in writes {
             self.ram
                 .write(*at, bytes)
                 .map_err(|error| MachineError::new("writing to the guest", error))?;
         }
+        Ok(())
+    }
+
+    fn settle(&mut self) -> Result<(), MachineError> {
+        self.write_late();
         Ok(())
     }
 

@@ -64,6 +64,11 @@ impl Paused for PausedGuest<'_> {
         write(&mut self.0, writes).map_err(|error| MachineError::new("writing through QEMU", error))
     }
 
+    fn settle(&mut self) -> Result<(), MachineError> {
+        let settled = self.0.settle();
+        settled.map_err(|error| MachineError::new("connecting to QEMU anew", error))
+    }
+
     fn resume(self: Box<Self>) -> Result<PauseTimes, MachineError> {
         let times = self
             .0
@@ -120,6 +125,11 @@ impl Paused for TakenOver<'_> {
         write(&mut paused, writes)
             .and_then(|()| paused.resume().map(drop))
             .map_err(|error| MachineError::new("writing through QEMU", error))
+    }
+
+    /// What was on its way ended with the stub that was left.
+    fn settle(&mut self) -> Result<(), MachineError> {
+        Ok(())
     }
 
     fn resume(self: Box<Self>) -> Result<PauseTimes, MachineError> {

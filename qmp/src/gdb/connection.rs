@@ -49,6 +49,11 @@ impl Connection {
         })
     }
 
+    /// False once an exchange failed: the connection is of no use any more.
+    pub fn is_in_step(&self) -> bool {
+        self.exchange.is_in_step()
+    }
+
     /// Waits until the guest has stopped, and reads the registers of all vCPUs, given by their thread numbers (index
     /// plus one). Fetches the register layout in the same go where it is not known yet.
     pub fn stop(&mut self, threads: &[u64], known: &mut Option<Layout>) -> Result<Stopped, StubError> {

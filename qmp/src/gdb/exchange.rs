@@ -30,7 +30,7 @@ pub struct Exchange {
     socket: UnixStream,
     received: Receiver,
     reply_timeout: Duration,
-    /// False once an exchange failed: replies to it may still come, and must not be taken for those to later packets.
+    /// Replies to an exchange that failed may still come, and must not be taken for those to later packets.
     in_step: bool,
 }
 
@@ -56,6 +56,11 @@ impl Exchange {
             reply_timeout,
             in_step: true,
         }
+    }
+
+    /// False once an exchange failed.
+    pub fn is_in_step(&self) -> bool {
+        self.in_step
     }
 
     /// Sends packets, and waits for the replies to all of them.

@@ -26,8 +26,8 @@ use std::time::Duration;
 use stub::ListeningStub;
 use tokio::runtime::{Builder, Runtime};
 
-/// How long each answer within a pause may take, in seconds, unless the caller says otherwise: stopping drains the
-/// guest's disks, which a slow one can hold up for seconds.
+/// How long the answers to what is sent at once within a pause may take, in seconds, unless the caller says otherwise: stopping
+/// drains the guest's disks, which a slow one can hold up for seconds.
 const REPLY_TIMEOUT_S: u64 = 10;
 
 /// How long closing the stub may take when the machine is dropped, in seconds: nobody waits for the result, and QEMU
@@ -148,7 +148,8 @@ impl Machine {
         Ok(info_registers::parse(&text)?)
     }
 
-    /// Bounds the time that each answer within a pause may take. Past it the pause is given up and the guest resumed.
+    /// Bounds the time that the answers to what is sent at once within a pause may take. Past it the pause is given up and the guest
+    /// resumed.
     pub fn set_reply_timeout(&mut self, within: Duration) {
         self.reply_timeout = within;
     }

@@ -108,10 +108,6 @@ impl<'a> Paused<'a> {
     pub(super) fn begin(machine: &'a mut Machine) -> Result<Self, PauseError> {
         machine.prepare_pause()?;
         let threads = machine.threads()?;
-        let Some(stub) = machine.stub.as_ref() else {
-            return Err(PauseError::Connect(io::ErrorKind::NotFound.into()));
-        };
-        let socket = stub.socket();
         let events = machine.client.events();
         let was_running = match machine.run_state()? {
             RunState::Running => true,
@@ -120,7 +116,7 @@ impl<'a> Paused<'a> {
         };
         let began = Instant::now();
         let began_at_us = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, as_us);
-        let connection = Connection::open(&socket, machine.reply_timeout).map_err(PauseError::Connect)?;
+        let connection = connect(machine)?;
         let times = PauseTimes::default();
         let vcpus = Vec::new();
         let finished = false;
@@ -159,7 +155,8 @@ impl<'a> Paused<'a> {
     }
 
     /// Writes guest-physical memory, code that QEMU has translated included. Each piece must lie in one range of RAM;
-    /// that is checked for all of them before the first is written. On another error some may be written.
+    /// that is checked for all of them before the first is written. On another error some may be written, or be on their way:
+    /// see [`Paused::settle`].
     pub fn write(&mut self, writes: &[(Gpa, &[u8])]) -> Result<(), PauseError> {
         for (at, bytes) in writes {
             self.check_ram(*at, bytes.len())?;
@@ -177,6 +174,22 @@ impl<'a> Paused<'a> {
     pub fn resume(mut self) -> Result<PauseTimes, PauseError> {
         self.finish()?;
         Ok(self.times)
+    }
+
+    /// After a write that failed: makes sure that none of it is on its way any more, and that the next one has a connection that works.
+    /// The guest stays stopped.
+    pub fn settle(&mut self) -> Result<(), PauseError> {
+        if self.connection.is_in_step() {
+            return Ok(());
+        }
+        // Closing the stub ends what is on its way through the old connection; QEMU leaves a stopped guest stopped then.
+        self.machine.close_stub()?;
+        self.machine.prepare_pause()?;
+        let threads = self.machine.threads()?;
+        let mut connection = connect(self.machine)?;
+        connection.stop(&threads, &mut self.machine.layout)?;
+        self.connection = connection;
+        Ok(())
     }
 
     fn timed(&mut self, work: impl FnOnce(&mut Connection) -> Result<(), StubError>) -> Result<(), PauseError> {
@@ -266,6 +279,14 @@ impl Drop for Paused<'_> {
         // Nobody is left to tell; the supervisor, or the next command, finds the guest's state in QEMU.
         let _ = self.finish();
     }
+}
+
+/// Connects to the stub, which is open.
+fn connect(machine: &Machine) -> Result<Connection, PauseError> {
+    let stub = machine.stub.as_ref();
+    let opened = stub.ok_or_else(|| io::ErrorKind::NotFound.into());
+    let connected = opened.and_then(|stub| Connection::open(&stub.socket(), machine.reply_timeout));
+    connected.map_err(PauseError::Connect)
 }
 
 /// True where the bytes lie in one range of RAM.
