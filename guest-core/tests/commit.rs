@@ -156,6 +156,18 @@ fn whatever_writes_fail_the_guest_is_as_before_once_it_is_taken_back() {
     );
 }
 
+/// Should the pause end in between, what leads into the new code must not outlive what the guest knows of it.
+#[test]
+fn a_revert_puts_the_code_back_before_the_guest_forgets_the_new_one() {
+    let (guest, kernel) = patched();
+    let live = kernel.live(&guest.ram);
+    let plan = revert(&live, &registry(&guest, &kernel), "fix").unwrap();
+    let before = guest.ram.differences();
+    let mut vm = Vm::new(&guest);
+    commit(&live, &mut vm, &plan, &OPTIONS).unwrap();
+    assert!(vm.before_code == Some(before));
+}
+
 /// The VMM does not answer in time, but has what it was to write, and gets to it later.
 #[test]
 fn writes_that_come_late_are_taken_back_too() {

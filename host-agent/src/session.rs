@@ -210,19 +210,33 @@ impl Session {
         options: CommitOptions,
         plan: impl Fn(&Self) -> Result<Plan, Failure>,
     ) -> Result<(Record, Committed), Failure> {
-        let mut plans = 0;
+        let (mut plans, mut half) = (0, None);
         loop {
             plans += 1;
-            let plan = plan(self)?;
-            match self.commit(&plan, doing, options) {
-                Err(Failure::Commit { source, .. })
-                    if matches!(*source, CommitError::Changed(_)) && plans < PLANS_MAX => {}
-                Err(Failure::Commit { source, .. })
+            let done = plan(self).and_then(|plan| {
+                let committed = self.commit(&plan, doing, options)?;
+                Ok((plan.record, committed))
+            });
+            let failure = match done {
+                Ok(done) => return Ok(done),
+                Err(failure) => failure,
+            };
+            match failure {
+                Failure::Commit { source, .. } if matches!(*source, CommitError::Changed(_)) && plans < PLANS_MAX => {}
+                Failure::Commit { source, id, .. }
                     if matches!(*source, CommitError::HalfDone { .. }) && plans < PLANS_MAX =>
                 {
-                    self.mend(&plan, doing, *source)?;
+                    half = Some((source.to_string(), id.clone()));
+                    self.mend(id, doing, *source)?;
                 }
-                committed => return Ok((plan.record, committed?)),
+                failure => {
+                    // The guest is as the earlier failure left it, not as before.
+                    let undo = failure.chain().join(": ");
+                    return Err(match half {
+                        Some((first, id)) => failed(id, doing, CommitError::HalfDone { first, undo }),
+                        None => failure,
+                    });
+                }
             }
         }
     }
@@ -230,16 +244,16 @@ impl Session {
     /// Where taking back failed, in the pause: takes back what was cut off by a commit of its own.
     ///
     /// Ok where the change is to be planned anew: a revert, of which the rest is to be done.
-    fn mend(&mut self, plan: &Plan, doing: &'static str, half: CommitError) -> Result<(), Failure> {
+    fn mend(&mut self, id: String, doing: &'static str, half: CommitError) -> Result<(), Failure> {
         let mended = self.reread().and_then(|()| self.tidy()).is_ok();
-        let is_it = |entry: &&Entry| entry.record().is_some_and(|record| record.id == plan.record.id);
+        let is_it = |entry: &&Entry| entry.record().is_some_and(|record| record.id == id);
         let state = self.registry.entries.iter().find(is_it).map(|entry| entry.state);
         let source = match (half, state) {
             (_, Some(State::Applied)) if mended && doing == error::REVERTING => return Ok(()),
             (CommitError::HalfDone { first, .. }, None) if mended => CommitError::TakenBack { first },
             (half, _) => half,
         };
-        Err(failed(plan, doing, source))
+        Err(failed(id, doing, source))
     }
 
     /// Carries out a plan, with a supervisor beside it, and reads the registry anew.
@@ -252,18 +266,26 @@ impl Session {
             .map_err(Failure::Supervisor)?;
         let result = commit::commit(&live, &mut machine as &mut dyn Machine, plan, &options);
         drop(machine);
-        let committed = result.map_err(|source| failed(plan, doing, source));
-        self.reread()?;
-        committed
+        let reread = self.reread();
+        let committed = result.map_err(|source| failed(plan.record.id.clone(), doing, source))?;
+        reread.map(|()| committed)
     }
 
     /// Wipes what a revert, or a vmpatch that was killed, has left; takes back what was half committed.
     pub fn tidy(&mut self) -> Result<(), Failure> {
         self.refuse_if_busy()?;
         self.attached.close_left_stub()?;
+        let mut plans = 0;
         while let Some(plan) = plan::recovery(&self.live(), &self.registry)? {
+            plans += 1;
             let options = commit_options(Model::CleanCut, Duration::from_secs(10));
-            self.commit(&plan, "taking back", options)?;
+            match self.commit(&plan, "taking back", options) {
+                Err(Failure::Commit { source, .. })
+                    if matches!(*source, CommitError::Changed(_)) && plans < PLANS_MAX => {}
+                taken => {
+                    taken?;
+                }
+            }
         }
         let live = self.kernel.live(self.attached.memory());
         let changes = plan::cleanup(&live, &self.registry)?;
@@ -307,10 +329,10 @@ fn commit_options(model: Model, timeout: Duration) -> CommitOptions {
     }
 }
 
-fn failed(plan: &Plan, doing: &'static str, source: commit::CommitError) -> Failure {
+fn failed(id: String, doing: &'static str, source: CommitError) -> Failure {
     Failure::Commit {
         doing,
-        id: plan.record.id.clone(),
+        id,
         source: Box::new(source),
     }
 }

@@ -296,3 +296,39 @@ fn after_a_write_that_failed_nothing_is_on_its_way_and_the_guest_still_stopped()
     assert_eq!(machine.run_state().unwrap(), RunState::Running);
     machine.pause().unwrap().resume().unwrap();
 }
+
+/// Pauses the guest and has a write fail by QEMU's silence, which is over then.
+fn fail_to_write<'a>(qemu: &Qemu, machine: &'a mut Machine) -> Paused<'a> {
+    machine.set_reply_timeout(Duration::from_millis(300));
+    let mut paused = machine.pause().unwrap();
+    qemu.signal("STOP");
+    assert!(paused.write(&[(Gpa(0x20_0000), b"x")]).is_err());
+    qemu.signal("CONT");
+    paused
+}
+
+#[test]
+fn what_was_written_is_not_taken_back_in_a_guest_that_somebody_has_let_go_on() {
+    let qemu = Qemu::start(&["-M", "q35"]);
+    let mut machine = attach(&qemu);
+    let mut paused = fail_to_write(&qemu, &mut machine);
+    let client = paused.machine().client();
+    paused.machine().block_on(client.execute(qapi::qmp::cont {})).unwrap();
+    assert!(matches!(paused.settle(), Err(PauseError::State(RunState::Running))));
+    drop(paused);
+    assert_eq!(machine.run_state().unwrap(), RunState::Running);
+}
+
+#[test]
+fn a_guest_that_its_operator_paused_stays_so_also_where_the_stub_is_of_no_use_any_more() {
+    let qemu = Qemu::start(&["-M", "q35"]);
+    let mut machine = attach(&qemu);
+    machine.block_on(machine.client().execute(qapi::qmp::stop {})).unwrap();
+    let paused = fail_to_write(&qemu, &mut machine);
+    assert!(paused.resume().unwrap().left_paused);
+    assert_eq!(machine.run_state().unwrap(), RunState::Paused);
+    assert!(
+        !chardevs(&machine).contains("vmpatch"),
+        "nothing is on its way any more"
+    );
+}

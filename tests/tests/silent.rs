@@ -18,10 +18,10 @@ use nix::sys::signal::Signal;
 static MODULE: LazyLock<String> = LazyLock::new(|| Modules::of(&Kernel::CLOUD_6_1).applied(Applied::Pair));
 /// The program in the guest that tells old, new, and mixed.
 const PROGRAM: &str = "pair";
-/// Longer than vmpatch waits for the answers to its writes, 10 s; it then connects anew, for 10 s more.
+/// Longer than vmpatch waits for the answers to its writes, 10 s; it then tries to connect anew, three times for 10 s.
 const BACK_FOR_TAKING_BACK: Duration = Duration::from_secs(12);
 /// So long that the writes can't be taken back in the pause.
-const BACK_LATER: Duration = Duration::from_secs(23);
+const BACK_LATER: Duration = Duration::from_secs(44);
 
 /// Runs vmpatch with a QEMU that is silent for that long from when it is to write code.
 fn run_silenced(guest: &Guest, args: &[&str], silence: Duration) -> Answer {

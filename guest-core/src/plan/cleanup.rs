@@ -67,8 +67,12 @@ pub fn recovery(live: &Live<'_>, registry: &Registry) -> Result<Option<Plan>, Ke
         }
     }
     if let Some(module) = &record.known {
-        // Nobody can have added to the keys' lists what hangs on ours: the commit was cut off in its pause.
-        paused.extend(guest_module::unlist(live, &module.keys)?.unwrap_or_default());
+        let unlisted = guest_module::unlist(live, &module.keys)?;
+        paused.extend(unlisted.map_err(|key| KernelError::Disagrees {
+            what: "the list of a static key",
+            found: format!("a module that the guest has loaded hangs on the key at {key}"),
+            expected: "only the patch that was cut off".to_owned(),
+        })?);
         paused.extend(known::forget(live, module)?);
         paused.extend(known::give_back(live, module)?);
     }

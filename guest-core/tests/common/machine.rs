@@ -6,6 +6,9 @@ use guest_core::machine::{Journal, Machine, MachineError, PauseTimes, Paused};
 use guest_core::{Gpa, PhysMemory, Registers};
 use std::time::Duration;
 
+/// What is in memory, by page.
+type Pages = Vec<(u64, Vec<u8>)>;
+
 /// The machine of a guest.
 pub struct Vm<'a> {
     pub ram: &'a Ram,
@@ -20,6 +23,8 @@ pub struct Vm<'a> {
     pub is_late: bool,
     /// How long each pause is said to have taken up to the writes.
     pub elapsed: Duration,
+    /// What memory held when the first code was written.
+    pub before_code: Option<Pages>,
 }
 
 impl<'a> Vm<'a> {
@@ -34,6 +39,7 @@ impl<'a> Vm<'a> {
             supervisor_dies: false,
             is_late: false,
             elapsed: Duration::ZERO,
+            before_code: None,
         }
     }
 }
@@ -54,6 +60,7 @@ impl Machine for Vm<'_> {
             vcpus: &self.vcpus,
             elapsed: self.elapsed,
             late: self.is_late.then(Vec::new),
+            before_code: Some(&mut self.before_code),
         }))
     }
 }
@@ -65,6 +72,8 @@ pub struct Stopped<'a> {
     pub elapsed: Duration,
     /// Where the first write is late: what it was to write.
     pub late: Option<Vec<(Gpa, Vec<u8>)>>,
+    /// Where to keep what memory holds at the first write.
+    pub before_code: Option<&'a mut Option<Pages>>,
 }
 
 impl<'a> Stopped<'a> {
@@ -75,6 +84,7 @@ impl<'a> Stopped<'a> {
             vcpus: &guest.vcpus,
             elapsed: Duration::ZERO,
             late: None,
+            before_code: None,
         }
     }
 
@@ -101,6 +111,9 @@ impl Paused for Stopped<'_> {
     }
 
     fn write(&mut self, writes: &[(Gpa, Vec<u8>)]) -> Result<(), MachineError> {
+        if let Some(kept) = self.before_code.take() {
+            kept.get_or_insert_with(|| self.ram.differences());
+        }
         if let Some(late) = self.late.as_mut().filter(|_| !writes.is_empty()) {
             late.extend_from_slice(writes);
             return Err(MachineError::new("writing to the guest", "no answer"));

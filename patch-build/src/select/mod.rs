@@ -99,9 +99,9 @@ pub enum SelectError {
         /// The other one.
         second: String,
     },
-    /// A function that the kernel has only once for two, of which one changed.
+    /// A function that the kernel has only once for two, which are not the same any more.
     #[error(
-        "{file}: {name} changed and {other} did not, but the kernel has the same code for both: replacing it would change both"
+        "{file}: the kernel has the same code for {name} and {other}, which differ now: to replace one would change both"
     )]
     Shared {
         /// The source file.

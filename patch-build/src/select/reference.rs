@@ -223,7 +223,9 @@ impl Resolver<'_, '_> {
         if patched && (is_branch || offset != 0) {
             return carried;
         }
-        let Some(before) = of.before(chosen.1) else {
+        // Of several names the last is meant, which may be new: then one that was there before.
+        let mut names = unit.aliases(chosen.1).into_iter().rev();
+        let Some(before) = names.find_map(|name| of.before(name)) else {
             return carried;
         };
         match self.running(of, before)? {

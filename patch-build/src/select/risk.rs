@@ -134,8 +134,12 @@ pub(super) fn look(sides: &[Side<'_>], selection: &mut Selection) -> Result<(), 
         let Some(side) = sides.get(replaced.new.0) else {
             continue;
         };
-        let new = &side.comparison.after.item(replaced.new.1).name;
-        for structure in side.comparison.new_behind_pointers.get(new).into_iter().flatten() {
+        let after = &side.comparison.after;
+        let new = &after.item(replaced.new.1).name;
+        // Debug information knows one of several names.
+        let names = after.aliases(replaced.new.1).into_iter();
+        let structures = names.filter_map(|name| side.comparison.new_behind_pointers.get(&after.item(name).name));
+        for structure in structures.flatten() {
             findings.push(Finding::new(
                 Risk::NewState,
                 side.place(new),

@@ -76,6 +76,22 @@ fn two_functions_that_are_one_before_and_after_are_replaced_once() {
     assert_eq!(chosen.replaced(), ["of_udp"]);
 }
 
+/// A new function whose code is an old one's: a pointer to the old one stays the kernel's.
+#[test]
+fn a_function_that_a_new_one_was_made_one_with_is_the_running_one() {
+    let before = "static noinline int of_tcp(int a) { return printk(\"bad %d\", a) + 1; }\n\
+                  void *f(int a) { return of_tcp(a) ? of_tcp : 0; }\n";
+    let after = "static noinline int of_tcp(int a) { return printk(\"bad %d\", a) + 1; }\n\
+                 static noinline int of_udp(int a) { return printk(\"bad %d\", a) + 1; }\n\
+                 void *f(int a) { return of_tcp(a) + of_udp(a) ? of_tcp : 0; }\n";
+    let chosen = selected("same-new", before, after);
+    assert_eq!(chosen.replaced(), ["f"]);
+    let object = crate::testing::laid(&chosen);
+    let names: Vec<&str> = object.symbols.iter().map(|symbol| symbol.name.as_str()).collect();
+    assert!(names.contains(&".klp.sym.m.of_tcp,0"), "{names:?}");
+    assert!(chosen.brought().is_empty(), "{:?}", chosen.brought());
+}
+
 #[test]
 fn two_functions_that_became_one_are_both_replaced_by_it() {
     let before = SAME.replace(

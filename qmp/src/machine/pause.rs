@@ -27,8 +27,8 @@ use tokio::time::timeout;
 /// it is there; a QEMU that sends none must not keep the guest stopped.
 const STOP_EVENT_MS: u64 = 20;
 
-/// Tries to resume through QMP, each with the client's own time-out.
-const RESUME_TRIES: u32 = 3;
+/// Tries through QMP where QEMU does not answer, each with the client's own time-out.
+const QMP_TRIES: u32 = 3;
 
 /// Why the guest was not paused, not written, or not resumed.
 #[derive(Debug, thiserror::Error)]
@@ -177,15 +177,34 @@ impl<'a> Paused<'a> {
     }
 
     /// After a write that failed: makes sure that none of it is on its way any more, and that the next one has a connection that works.
-    /// The guest stays stopped.
+    /// The guest stays stopped; that it was let go on by somebody else is an error.
     pub fn settle(&mut self) -> Result<(), PauseError> {
         if self.connection.is_in_step() {
             return Ok(());
         }
-        // Closing the stub ends what is on its way through the old connection; QEMU leaves a stopped guest stopped then.
+        let mut result = Ok(());
+        for _ in 0..QMP_TRIES {
+            result = self.connect_anew();
+            // Whoever does not answer here does not let the guest run either.
+            if !matches!(
+                result,
+                Err(PauseError::Command(_) | PauseError::Open(_) | PauseError::Stub(_))
+            ) {
+                break;
+            }
+        }
+        result
+    }
+
+    /// Closing the stub ends what is on its way through the old connection; QEMU leaves a stopped guest stopped then.
+    fn connect_anew(&mut self) -> Result<(), PauseError> {
         self.machine.close_stub()?;
         self.machine.prepare_pause()?;
         let threads = self.machine.threads()?;
+        match self.machine.run_state()? {
+            RunState::Paused => {}
+            other => return Err(PauseError::State(other)),
+        }
         let mut connection = connect(self.machine)?;
         connection.stop(&threads, &mut self.machine.layout)?;
         self.connection = connection;
@@ -216,7 +235,10 @@ impl<'a> Paused<'a> {
         let start = Instant::now();
         self.times.left_paused = !self.was_running || self.somebody_else_stopped_it();
         let result = if self.times.left_paused {
-            self.connection.leave_stopped().map_err(PauseError::from)
+            // Either way it stays stopped.
+            self.connection
+                .leave_stopped()
+                .or_else(|_| Ok(self.machine.close_stub()?))
         } else {
             self.connection.resume().or_else(|_| self.resume_by_qmp())
         };
@@ -253,7 +275,7 @@ impl<'a> Paused<'a> {
         self.machine.stub = None;
         let client = &self.machine.client;
         let mut state = String::new();
-        for _ in 0..RESUME_TRIES {
+        for _ in 0..QMP_TRIES {
             let attempt = async {
                 let closed = client.hmp("gdbserver none").await;
                 let continued = client.execute(qapi::qmp::cont {}).await;
