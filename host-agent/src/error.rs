@@ -93,6 +93,16 @@ pub enum Failure {
         /// Why.
         source: Box<CommitError>,
     },
+    /// A change was not made; taking it back failed in its pause, and was done by a commit of its own.
+    #[error("{doing} {id}: {first}; what had been written was taken back")]
+    TakenBack {
+        /// As in [`Failure::Commit`].
+        doing: &'static str,
+        /// The patch.
+        id: String,
+        /// What failed.
+        first: String,
+    },
     /// The worker that watches over a change can't be started.
     #[error("starting the supervisor")]
     Supervisor(#[source] std::io::Error),
@@ -174,7 +184,11 @@ impl Failure {
             Self::Build { .. } | Self::Cache(_) => 1,
             Self::Upgrade(error) if error.is_refusal() => 3,
             Self::Upgrade(_) | Self::Launch(_) => 1,
-            Self::File { .. } | Self::Commit { .. } | Self::Supervisor(_) | Self::Output(_) => 1,
+            Self::File { .. }
+            | Self::Commit { .. }
+            | Self::TakenBack { .. }
+            | Self::Supervisor(_)
+            | Self::Output(_) => 1,
         }
     }
 
@@ -190,9 +204,9 @@ impl Failure {
                 ),
                 // What else is in the way is so under every model.
                 CommitError::NotSafe { .. } => Some("try again later or with a longer --timeout"),
-                CommitError::HalfDone { .. } => {
-                    Some("the guest may be half patched: run `vmpatch … status`, and plan a reboot of the guest")
-                }
+                CommitError::HalfDone { .. } => Some(
+                    "the guest may be half patched: run the command again, which takes back what is left, or of a revert does the rest; where it says this again, plan a reboot of the guest",
+                ),
                 _ => None,
             },
             Self::NotAllowed { .. } => {

@@ -248,12 +248,11 @@ impl Session {
         let mended = self.reread().and_then(|()| self.tidy()).is_ok();
         let is_it = |entry: &&Entry| entry.record().is_some_and(|record| record.id == id);
         let state = self.registry.entries.iter().find(is_it).map(|entry| entry.state);
-        let source = match (half, state) {
-            (_, Some(State::Applied)) if mended && doing == error::REVERTING => return Ok(()),
-            (CommitError::HalfDone { first, .. }, None) if mended => CommitError::TakenBack { first },
-            (half, _) => half,
-        };
-        Err(failed(id, doing, source))
+        match (half, state) {
+            (_, Some(State::Applied)) if mended && doing == error::REVERTING => Ok(()),
+            (CommitError::HalfDone { first, .. }, None) if mended => Err(Failure::TakenBack { doing, id, first }),
+            (half, _) => Err(failed(id, doing, half)),
+        }
     }
 
     /// Carries out a plan, with a supervisor beside it, and reads the registry anew.

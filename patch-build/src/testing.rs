@@ -63,11 +63,14 @@ pub(crate) struct Chosen {
 
 /// Selects for a change of one file.
 pub(crate) fn selected(test: &str, before: &str, after: &str) -> Chosen {
-    let comparison = compared(test, before, after);
-    let shipped = Shipped::Module {
-        name: "m".to_owned(),
-        object: Object::parse(&compiled(test, before, false)).unwrap(),
-    };
+    let object = Object::parse(&compiled(test, before, false)).unwrap();
+    selected_of(compared(test, before, after), object)
+}
+
+/// Selects for a change of one file of a module that was shipped as that object.
+pub(crate) fn selected_of(comparison: Comparison, object: Object) -> Chosen {
+    let name = "m".to_owned();
+    let shipped = Shipped::Module { name, object };
     let side = [Side {
         source: "x.c".to_owned(),
         has_ftrace: true,

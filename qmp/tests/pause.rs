@@ -279,12 +279,8 @@ fn a_qemu_that_goes_silent_in_the_pause_runs_its_guest_when_it_is_back() {
 fn after_a_write_that_failed_nothing_is_on_its_way_and_the_guest_still_stopped() {
     let qemu = Qemu::start(&["-M", "q35"]);
     let mut machine = attach(&qemu);
-    machine.set_reply_timeout(Duration::from_millis(300));
-    let mut paused = machine.pause().unwrap();
-    qemu.signal("STOP");
-    let (at, half) = (Gpa(0x20_0000), [b'x'; 64]);
-    assert!(matches!(paused.write(&[(at, &half)]), Err(PauseError::Stub(_))));
-    qemu.signal("CONT");
+    let mut paused = fail_to_write(&qemu, &mut machine);
+    let at = Gpa(0x20_0000);
     assert!(paused.write(&[(at, b"old")]).is_err());
     paused.settle().unwrap();
     paused.write(&[(at, b"old")]).unwrap();
@@ -302,7 +298,8 @@ fn fail_to_write<'a>(qemu: &Qemu, machine: &'a mut Machine) -> Paused<'a> {
     machine.set_reply_timeout(Duration::from_millis(300));
     let mut paused = machine.pause().unwrap();
     qemu.signal("STOP");
-    assert!(paused.write(&[(Gpa(0x20_0000), b"x")]).is_err());
+    let failed = paused.write(&[(Gpa(0x20_0000), b"new")]);
+    assert!(matches!(failed, Err(PauseError::Stub(_))), "{failed:?}");
     qemu.signal("CONT");
     paused
 }

@@ -8,6 +8,8 @@ use nix::sys::signal::Signal;
 use nix::sys::wait::{WaitStatus, waitpid};
 use nix::unistd::Pid;
 
+use crate::processes::as_pid;
+
 /// System calls of x86-64 (`arch/x86/entry/syscalls/syscall_64.tbl`).
 const WRITE: u64 = 1;
 const SENDTO: u64 = 44;
@@ -72,7 +74,7 @@ fn word(process: Pid, address: u64) -> i64 {
 ///
 /// If it ends before.
 pub fn run_to(child: &Child, call: Call, nth: usize, side: Side) {
-    let pid = Pid::from_raw(child.id().try_into().expect("the host's pids are small"));
+    let pid = as_pid(child.id());
     ptrace::seize(pid, Options::PTRACE_O_TRACESYSGOOD).expect("a child can be traced");
     ptrace::interrupt(pid).expect("it is traced");
     let mut left = nth;
@@ -103,6 +105,6 @@ pub fn run_to(child: &Child, call: Call, nth: usize, side: Side) {
 ///
 /// If it is not stopped.
 pub fn let_go(child: &Child) {
-    let pid = Pid::from_raw(child.id().try_into().expect("the host's pids are small"));
+    let pid = as_pid(child.id());
     ptrace::detach(pid, None).expect("it is stopped");
 }

@@ -42,7 +42,8 @@ fn sent(result: nix::Result<()>) {
     assert!(matches!(result, Ok(()) | Err(Errno::ESRCH)), "{result:?}");
 }
 
-fn as_pid(pid: u32) -> Pid {
+/// A process as the kernel's interfaces take it.
+pub(crate) fn as_pid(pid: u32) -> Pid {
     Pid::from_raw(pid.try_into().expect("the host's pids are small"))
 }
 

@@ -111,12 +111,6 @@ pub enum CommitError {
         /// What failed in taking it back.
         undo: String,
     },
-    /// Taking back failed at first, and was done by a commit of its own: the guest is as before.
-    #[error("{first}; what had been written was taken back")]
-    TakenBack {
-        /// What failed.
-        first: String,
-    },
 }
 
 /// Carries out `plan`. On any error the guest is as before.

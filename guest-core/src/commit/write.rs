@@ -29,21 +29,24 @@ pub(super) fn write(live: &Live<'_>, paused: &mut dyn Paused, changes: &[Change]
 /// Writes data past the VMM, in a fraction of the time, and what may be code at once, where the first of it stands: a revert forgets
 /// what the guest knows of the new code only when nothing leads there any more, should the pause end in between.
 fn write_some(live: &Live<'_>, paused: &mut dyn Paused, changes: Vec<(&Change, Vec<u8>)>) -> Result<(), CommitError> {
-    let changes = changes.into_iter().filter(|(change, _)| !change.is_check());
-    let mut before = changes.collect::<Vec<_>>();
-    let first = before.iter().position(|(change, _)| !change.is_data());
-    let rest = before.split_off(first.unwrap_or(before.len()));
-    let (behind, code): (Vec<_>, Vec<_>) = rest.into_iter().partition(|(change, _)| change.is_data());
-    let data = |changes: Vec<(&Change, Vec<u8>)>| {
-        let mut changes = changes.into_iter();
-        changes.try_for_each(|(change, bytes)| change.write(live.memory, &bytes))
-    };
-    data(before)?;
+    let (mut code, mut behind) = (Vec::with_capacity(changes.len()), Vec::new());
+    for (change, bytes) in changes {
+        if change.is_check() {
+            continue;
+        }
+        match change.is_data() {
+            true if code.is_empty() => change.write(live.memory, &bytes)?,
+            true => behind.push((change, bytes)),
+            false => code.push((change.gpa(), bytes)),
+        }
+    }
     if !code.is_empty() {
-        let code: Vec<_> = code.into_iter().map(|(change, bytes)| (change.gpa(), bytes)).collect();
         paused.write(&code)?;
     }
-    Ok(data(behind)?)
+    for (change, bytes) in behind {
+        change.write(live.memory, &bytes)?;
+    }
+    Ok(())
 }
 
 /// Puts back the old bytes of `changes`, however much of them was made, last first.

@@ -69,15 +69,9 @@ impl Places {
             .enumerate()
             .map(|(id, (address, candidates))| {
                 let address = (*address)?;
-                // What a module needs to start only is gone later, and the rest then counted anew.
-                if candidates.len() > 1 && candidates.iter().any(|at| shipped.is_of_start(*at)) {
-                    return None;
-                }
-                let position = candidates.iter().position(|candidate| *candidate == address)? + 1;
-                let sympos = if candidates.len() == 1 { 0 } else { position };
                 Some(Found {
                     address,
-                    sympos: u64::try_from(sympos).ok()?,
+                    sympos: shipped.sympos(candidates, address)?,
                     is_same: codes.contains_key(&id),
                 })
             });

@@ -162,8 +162,19 @@ impl<'k> Shipped<'k> {
         Some(symbol.wrapping_add_signed(relocation.addend))
     }
 
+    /// The position of an address among all symbols of its name, from 1 on; 0 where it is the only one. None where some of them are
+    /// gone once the module has started, and the rest then counted anew.
+    pub fn sympos(&self, named: &[u64], address: u64) -> Option<u64> {
+        let position = named.iter().position(|other| *other == address)?;
+        match named {
+            [_] => Some(0),
+            _ if named.iter().any(|at| self.is_of_start(*at)) => None,
+            _ => u64::try_from(position + 1).ok(),
+        }
+    }
+
     /// True for what a module needs only while it starts.
-    pub fn is_of_start(&self, at: u64) -> bool {
+    fn is_of_start(&self, at: u64) -> bool {
         let Self::Module { object, .. } = self else {
             return false;
         };

@@ -120,12 +120,7 @@ impl Resolver<'_, '_> {
             return Ok(false);
         };
         let stays_off = match unit.target(entry.at.section, relocation) {
-            Target::Item(id, _) => {
-                let section = &unit.section_of(unit.item(id)).name;
-                ["__dyndbg", "__tracepoints"]
-                    .iter()
-                    .any(|kept| section.starts_with(kept))
-            }
+            Target::Item(id, _) => is_never_switched(&unit.section_of(unit.item(id)).name),
             _ => name.starts_with("__tracepoint_"),
         };
         match object == "vmlinux" {
@@ -318,6 +313,13 @@ impl Resolver<'_, '_> {
     }
 }
 
+/// True for a section of what has a static key that stays as it was compiled in a patch: pr_debug(), and tracepoints.
+pub(super) fn is_never_switched(section: &str) -> bool {
+    ["__dyndbg", "__tracepoints"]
+        .iter()
+        .any(|name| section.starts_with(name))
+}
+
 /// A symbol that all files of the kernel image, or of a module, see.
 ///
 /// Error: others of that name are gone once the module has started, and the rest then counted anew.
@@ -327,20 +329,15 @@ fn global(shipped: &Shipped<'_>, file: &str, name: &str) -> Result<Option<OutSym
         [only] => Some(*only),
         _ => shipped.global(name),
     };
-    let Some(position) = all.iter().position(|other| Some(*other) == address) else {
-        return Ok(None);
-    };
-    if all.len() > 1 && all.iter().any(|at| shipped.is_of_start(*at)) {
-        return Err(SelectError::Ambiguous {
-            file: file.to_owned(),
-            name: name.to_owned(),
-            count: all.len(),
-        });
-    }
-    let sympos = if all.len() == 1 { 0 } else { position + 1 };
+    let Some(address) = address else { return Ok(None) };
+    let sympos = shipped.sympos(&all, address).ok_or_else(|| SelectError::Ambiguous {
+        file: file.to_owned(),
+        name: name.to_owned(),
+        count: all.len(),
+    })?;
     Ok(Some(OutSymbol::Livepatch {
         object: shipped.name().unwrap_or("vmlinux").to_owned(),
         name: name.to_owned(),
-        sympos: u64::try_from(sympos).unwrap_or(u64::MAX),
+        sympos,
     }))
 }

@@ -3,6 +3,7 @@
 use std::fmt;
 use std::str::FromStr;
 
+use super::reference::is_never_switched;
 use super::{SelectError, Selection, Side};
 use crate::compare::tables::{ORC, TABLES};
 use crate::compare::{Target, Verdict, is_of_boot, names};
@@ -257,11 +258,7 @@ fn new_data(index: usize, side: &Side<'_>, selection: &Selection, findings: &mut
                     continue;
                 };
                 let key_section = &unit.section_of(unit.item(key)).name;
-                // Those of pr_debug() and of tracepoints stay as they are.
-                let is_kept = ["__dyndbg", "__tracepoints"]
-                    .iter()
-                    .any(|name| key_section.starts_with(name));
-                if selection.carried.contains_key(&(index, key)) && !is_kept {
+                if selection.carried.contains_key(&(index, key)) && !is_never_switched(key_section) {
                     findings.push(Finding::new(
                         Risk::StaticKey,
                         side.place(&unit.item(key).name),

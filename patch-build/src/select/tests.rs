@@ -1,6 +1,6 @@
 //! Changes of literal C, one for each rule of selecting.
 
-use super::{Risk, SelectError, Selection, Side, Why};
+use super::{Risk, SelectError, Why};
 use crate::elf::Object;
 use crate::running::{Places, Shipped};
 use crate::testing::selected;
@@ -185,18 +185,7 @@ fn a_symbol_of_a_module_whose_namesake_is_gone_after_the_start_is_refused() {
     for symbol in object.symbols.iter_mut().filter(|symbol| symbol.name == "gone") {
         symbol.name = "shared".to_owned();
     }
-    let shipped = Shipped::Module {
-        name: "m".to_owned(),
-        object,
-    };
-    let side = [Side {
-        source: "x.c".to_owned(),
-        has_ftrace: true,
-        places: Places::find(&comparison.before, &shipped),
-        comparison,
-        shipped,
-    }];
-    let selection = Selection::of(&side, &crate::testing::exports());
+    let selection = crate::testing::selected_of(comparison, object).selection;
     assert!(
         matches!(&selection, Err(SelectError::Ambiguous { name, count: 2, .. }) if name == "shared"),
         "{selection:?}"

@@ -110,8 +110,9 @@ impl Exchange {
     }
 
     /// Bytes received by the deadline. What is there already is taken even past it: this process may have been stopped meanwhile.
-    /// QEMU writes
-    /// each reply by itself, and waking who sleeps for it would take it as long as the packet did: of many, each is waited for awake first.
+    ///
+    /// QEMU writes each reply by itself, and waking who sleeps for it would take it as long as the packet did: of many, each is waited
+    /// for awake first.
     fn receive(&self, bytes: &mut [u8], deadline: Instant, is_awake: bool) -> io::Result<usize> {
         let awake_until = is_awake.then(|| Instant::now() + AWAKE);
         loop {

@@ -185,7 +185,7 @@ impl<'a> Paused<'a> {
         let mut result = Ok(());
         for _ in 0..QMP_TRIES {
             result = self.connect_anew();
-            // Whoever does not answer here does not let the guest run either.
+            // One loop of QEMU serves the stub and the monitor: where they don't answer, nothing lets the guest run either.
             if !matches!(
                 result,
                 Err(PauseError::Command(_) | PauseError::Open(_) | PauseError::Stub(_))
