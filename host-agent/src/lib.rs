@@ -5,6 +5,8 @@
 //!
 //! While something is changed, a [`supervisor`] in a process of its own stands ready to take it back.
 
+#![deny(clippy::print_stdout, clippy::print_stderr)]
+
 pub mod attach;
 pub mod cli;
 pub mod commands;
@@ -12,6 +14,7 @@ pub mod domains;
 pub mod error;
 pub mod lock;
 mod module_file;
+pub mod output;
 pub mod progress;
 pub mod report;
 pub mod session;

@@ -1,12 +1,13 @@
 //! The `vmpatch` program: reads the command line, runs a command, prints its report.
 
+#![deny(clippy::print_stdout, clippy::print_stderr)]
+
 use clap::Parser;
 use host_agent::cli::{Cli, Command};
 use host_agent::error::Failure;
 use host_agent::progress::Progress;
-use host_agent::{commands, supervisor, text, upgrade};
+use host_agent::{commands, output, supervisor, text, upgrade};
 use serde::Serialize;
-use std::io::Write;
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
@@ -77,12 +78,12 @@ fn print<R: Serialize>(
     text: impl Fn(&R) -> String,
 ) -> Result<(), Failure> {
     progress.clear();
-    let output = if json {
+    let text = if json {
         serde_json::to_string_pretty(report).map_err(|error| Failure::Output(error.into()))? + "\n"
     } else {
         text(report)
     };
-    std::io::stdout().write_all(output.as_bytes()).map_err(Failure::Output)
+    output::report(&text).map_err(Failure::Output)
 }
 
 /// The chain of causes once, in one line, and a hint where there is one.
@@ -91,10 +92,11 @@ fn report_failure(failure: &Failure, json: bool) {
     if json && !matches!(failure, Failure::Incomplete { .. } | Failure::NotAllowed { .. }) {
         let document =
             serde_json::json!({ "error": chain.join(": "), "causes": chain, "exit_code": failure.exit_code() });
-        println!("{document:#}");
+        // The exit code and standard error say the same.
+        let _ = output::report(&format!("{document:#}\n"));
     }
-    eprintln!("vmpatch: {}", chain.join(": "));
+    output::message(&format!("vmpatch: {}\n", chain.join(": ")));
     if let Some(hint) = failure.hint() {
-        eprintln!("hint: {hint}");
+        output::message(&format!("hint: {hint}\n"));
     }
 }

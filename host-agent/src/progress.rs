@@ -1,7 +1,8 @@
 //! What a person sees while vmpatch works: one line on a terminal that is overwritten, nothing in a pipe.
 
+use crate::output;
 use std::cell::Cell;
-use std::io::{IsTerminal, Write};
+use std::io::IsTerminal;
 
 /// Tells of steps on standard error.
 #[derive(Debug)]
@@ -24,10 +25,9 @@ impl Progress {
     /// A step has begun.
     pub fn step(&self, what: &str) {
         if self.verbose >= 2 {
-            eprintln!("{what}");
+            output::message(&format!("{what}\n"));
         } else if self.terminal {
-            eprint!("\r\x1b[K{what} …");
-            let _ = std::io::stderr().flush();
+            output::message(&format!("\r\x1b[K{what} …"));
             self.shown.set(true);
         }
     }
@@ -36,14 +36,14 @@ impl Progress {
     pub fn detail(&self, what: &str) {
         if self.verbose >= 1 {
             self.clear();
-            eprintln!("{what}");
+            output::message(&format!("{what}\n"));
         }
     }
 
     /// Takes the line away, before anything else is printed.
     pub fn clear(&self) {
         if self.shown.replace(false) {
-            eprint!("\r\x1b[K");
+            output::message("\r\x1b[K");
         }
     }
 }

@@ -9,6 +9,7 @@
 use crate::attach::Attached;
 use crate::error::Failure;
 use crate::lock::DomainLock;
+use crate::output;
 use guest_core::commit;
 use guest_core::machine::Journal;
 use nix::sys::signal::{SigSet, Signal};
@@ -148,7 +149,9 @@ fn recover(path: &Path, watch: &Watch) -> Result<(), Failure> {
                 } else {
                     "the change was taken back"
                 };
-                eprintln!("vmpatch: its process was killed; {what}, and the guest runs on");
+                output::message(&format!(
+                    "vmpatch: its process was killed; {what}, and the guest runs on\n"
+                ));
                 return Ok(());
             }
             Err(Failure::Attach(_)) if start.elapsed() < RECOVERY_TIME_MAX => std::thread::sleep(RECOVERY_WAIT),

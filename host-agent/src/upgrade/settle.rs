@@ -12,6 +12,7 @@ use crate::domains::names::{Name, own};
 use crate::domains::{self, Domain, Successor, process};
 use crate::error::Failure;
 use crate::lock::DomainLock;
+use crate::output;
 use crate::session::LOCK_TIME_MAX;
 use qmp::RunState;
 use qmp::migrate::{MigrateError, Pair, Status};
@@ -88,7 +89,9 @@ pub fn resume_cut_off(old: &Domain, new: &Successor) -> Result<(), Failure> {
     {
         let settled = settle(old, &new.domain, new.was_running)?;
         let (old, new) = (old.pid, new.domain.pid);
-        eprintln!("a move from process {old} to {new} had been cut off: {settled}");
+        output::message(&format!(
+            "a move from process {old} to {new} had been cut off: {settled}\n"
+        ));
     }
     drop(lock);
     Ok(())

@@ -7,6 +7,7 @@ use super::settle::{self, Settled};
 use crate::domains;
 use crate::error::Failure;
 use crate::lock::DomainLock;
+use crate::output;
 use crate::supervisor;
 use qmp::RunState;
 use qmp::migrate::{Pair, Status};
@@ -88,7 +89,7 @@ pub fn watch(old: i32, was_running: bool, socket: &Path, taps: &str) -> Result<(
         (Some(_), None) if !told.contains(&COMMITTING) => go_on(old, socket, was_running, taps)?,
         _ => return Ok(()),
     };
-    eprintln!("vmpatch: its process was killed; {settled}");
+    output::message(&format!("vmpatch: its process was killed; {settled}\n"));
     Ok(())
 }
 
