@@ -8,6 +8,7 @@ use crate::upgrade::UpgradeError;
 use crate::upgrade::launch::LaunchError;
 use guest_core::commit::{CommitError, NotSafe};
 use guest_core::kernel::KernelError;
+use guest_core::kernel::guard::Armed;
 use guest_core::place::RegistryError;
 use guest_core::plan::{Refusal, RevertError};
 use qmp::ConnectError;
@@ -83,6 +84,9 @@ pub enum Failure {
     /// A patch can't be taken out.
     #[error("can't revert")]
     Revert(#[from] RevertError),
+    /// What is left of a patch can't be wiped: the guest's integrity guard would stop the guest, or may.
+    #[error("wiping what is left of reverted patches")]
+    Guard(#[from] Armed),
     /// A change was not made.
     #[error("{doing} {id}")]
     Commit {
@@ -176,7 +180,8 @@ impl Failure {
             | Self::Registry(_)
             | Self::Packed { .. }
             | Self::Refused { .. }
-            | Self::Revert(_) => 3,
+            | Self::Revert(_)
+            | Self::Guard(_) => 3,
             Self::Commit { source, .. } if matches!(**source, CommitError::NotSafe { .. }) => 4,
             Self::Incomplete { code, .. } => *code,
             Self::Build { source, .. } if source.is_refusal() => 3,

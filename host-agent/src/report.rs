@@ -2,6 +2,7 @@
 //! ever added to.
 
 use guest_core::commit::Committed;
+use guest_core::kernel::guard::Guard;
 use guest_core::machine::PauseTimes;
 use guest_core::module::{Note, PatchModule};
 use guest_core::place::{PatchedFunction, Record, Redirect};
@@ -27,6 +28,31 @@ pub struct Guest {
     pub pid: i32,
     /// `uname -r` of its kernel.
     pub release: String,
+    /// The integrity guard that it runs, if any.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub integrity_guard: Option<IntegrityGuard>,
+}
+
+/// Software in the guest that checks whether its kernel was changed.
+#[derive(Debug, Clone, Serialize)]
+pub struct IntegrityGuard {
+    /// `LKRG`.
+    pub name: &'static str,
+    /// `off`, `logs`, `panics` or `unknown`: what it does when it finds a change.
+    pub reaction: &'static str,
+    /// The same as a sentence, for the text.
+    #[serde(skip)]
+    pub warning: Option<String>,
+}
+
+impl From<&Guard> for IntegrityGuard {
+    fn from(guard: &Guard) -> Self {
+        Self {
+            name: guard.name,
+            reaction: guard.reaction.name(),
+            warning: guard.warning(),
+        }
+    }
 }
 
 /// What `build` made.

@@ -10,6 +10,7 @@ use crate::report;
 use crate::upgrade::{self, UpgradeError};
 use guest_core::commit::{self, CommitError, CommitOptions, Committed, Model};
 use guest_core::kernel::Live;
+use guest_core::kernel::guard::{self, Guard};
 use guest_core::machine::Machine;
 use guest_core::place::{Cave, Entry, Record, Registry, State, cave};
 use guest_core::plan::{self, ApplyOptions, Plan};
@@ -103,6 +104,8 @@ pub struct Session {
     /// The program that is started as supervisor: this very one, unless an embedder that is not `vmpatch` says otherwise.
     pub supervisor: PathBuf,
     name: Option<String>,
+    /// The guest's integrity guard, as it was when the kernel was found. Each plan reads it again.
+    guard: Option<Guard>,
     lock: DomainLock,
 }
 
@@ -135,6 +138,7 @@ impl Session {
         let live = kernel.live(attached.memory());
         let caves = cave::find(&live)?;
         let registry = Registry::find(&live, &caves)?;
+        let guard = guard::find(&live)?;
         progress.detail(&kernel.banner);
         let name = target.name.clone().or(attached.name());
         Ok(Self {
@@ -145,6 +149,7 @@ impl Session {
             registry,
             supervisor: std::env::current_exe().map_err(Failure::Supervisor)?,
             name,
+            guard,
             lock,
         })
     }
@@ -155,6 +160,7 @@ impl Session {
             domain: self.name.clone(),
             pid: self.attached.pid(),
             release: self.kernel.release.clone(),
+            integrity_guard: self.guard.as_ref().map(report::IntegrityGuard::from),
         }
     }
 
@@ -288,6 +294,9 @@ impl Session {
         }
         let live = self.kernel.live(self.attached.memory());
         let changes = plan::cleanup(&live, &self.registry)?;
+        if let Some(guard) = guard::find(&live)?.filter(|_| !changes.is_empty()) {
+            guard.permits()?;
+        }
         let wiped = commit::lay(&live, &changes);
         self.reread()?;
         wiped.map_err(|source| Failure::Commit {

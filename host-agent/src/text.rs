@@ -34,6 +34,14 @@ pub fn patches(report: &Patches) -> String {
             )
         }
     };
+    if let Some(warning) = report
+        .guest
+        .integrity_guard
+        .as_ref()
+        .and_then(|guard| guard.warning.as_ref())
+    {
+        let _ = writeln!(text, "{guest}: {warning}");
+    }
     if let Some(due) = &report.upgrade_due {
         let _ = writeln!(text, "{guest}: {due}");
     }

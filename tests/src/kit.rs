@@ -76,6 +76,11 @@ impl Modules {
         hand_written::percpu(&self.tree).expect("the module builds")
     }
 
+    /// The ordinary module that has an integrity guard's name and settings.
+    pub fn lkrg(&self) -> PathBuf {
+        hand_written::lkrg(&self.tree).expect("the module builds")
+    }
+
     /// One that replaces each of these system calls.
     pub fn many(&self, functions: &[String]) -> String {
         text(hand_written::many(&self.tree, functions).expect("the module builds"))

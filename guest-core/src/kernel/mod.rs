@@ -6,6 +6,7 @@
 pub mod alternatives;
 pub mod exports;
 pub mod ftrace;
+pub mod guard;
 pub mod image;
 pub mod kallsyms;
 pub mod list;
@@ -15,6 +16,7 @@ pub mod modules;
 pub mod nops;
 pub mod resolve;
 pub mod sites;
+pub mod sysctl;
 pub mod tracers;
 
 use crate::addr::{Gpa, Gva};

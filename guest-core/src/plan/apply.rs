@@ -2,7 +2,7 @@
 
 use super::areas::Areas;
 use super::redirects::{self, Redirects};
-use super::{Plan, Refusal, fit, known, old, parts};
+use super::{Plan, Refusal, fit, guard, known, old, parts};
 use crate::addr::Gva;
 use crate::guest_module::{self, Description, Registration};
 use crate::kernel::resolve::GuestSymbols;
@@ -28,6 +28,7 @@ pub struct ApplyOptions {
 pub fn apply(live: &Live<'_>, registry: &Registry, file: &[u8], options: &ApplyOptions) -> Result<Plan, Refusal> {
     let module = PatchModule::parse(file)?;
     fit::check(live, &module)?;
+    let guard = guard::survived::<Refusal>(live)?;
     let mut patch = module.patch(&livepatch::layout(live)?)?;
     let alternatives = alternatives::layout(live)?;
     let digest = crate::change::hex::encode(&Sha256::digest(file));
@@ -52,7 +53,10 @@ pub fn apply(live: &Live<'_>, registry: &Registry, file: &[u8], options: &ApplyO
     let mut record_bytes = RECORD_BYTES_FIRST;
     loop {
         match part.place(options, record_bytes)? {
-            Placed::Whole(plan) => return Ok(*plan),
+            Placed::Whole(plan) => {
+                let paused = [guard, plan.paused].concat();
+                return Ok(Plan { paused, ..*plan });
+            }
             // more than there was room for, each time: it ends, with a plan or for want of room
             Placed::RecordOf(bytes) => record_bytes = bytes,
         }

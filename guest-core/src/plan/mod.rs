@@ -5,6 +5,7 @@ mod apply;
 mod areas;
 mod cleanup;
 mod fit;
+mod guard;
 mod known;
 mod old;
 mod old_code;

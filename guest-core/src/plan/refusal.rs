@@ -2,6 +2,7 @@
 
 use crate::addr::Gva;
 use crate::kernel::KernelError;
+use crate::kernel::guard::Armed;
 use crate::module::{ImageError, LinkError, ModuleError, NoteError, PatchError, ResolveError};
 use crate::per_cpu::PerCpuError;
 use crate::place::RegistryError;
@@ -50,6 +51,9 @@ pub enum Refusal {
         /// That of the kernel's.
         guest: String,
     },
+    /// The guest's integrity guard would stop the guest, or may.
+    #[error(transparent)]
+    Guard(#[from] Armed),
     /// `klp_patch.replace`, in a guest that has other patches.
     #[error("the module is to replace all other livepatches (klp_patch.replace); revert these first: {others}")]
     Replace {

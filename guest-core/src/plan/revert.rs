@@ -1,8 +1,9 @@
 //! The plan of taking a patch out.
 
-use super::{Plan, known};
+use super::{Plan, guard, known};
 use crate::addr::Gva;
 use crate::change::Change;
+use crate::kernel::guard::Armed;
 use crate::kernel::{KernelError, Live, ftrace, sites, tracers};
 use crate::paging::PAGE_SIZE;
 use crate::place::{Entry, FILLER, Record, Redirect, Registry, State};
@@ -61,6 +62,9 @@ pub enum RevertError {
         /// Where.
         at: Gva,
     },
+    /// The guest's integrity guard would stop the guest, or may.
+    #[error(transparent)]
+    Guard(#[from] Armed),
     /// The guest could not be read.
     #[error("reading the guest's kernel")]
     Kernel(#[from] KernelError),
@@ -83,7 +87,8 @@ pub fn revert(live: &Live<'_>, registry: &Registry, id: &str) -> Result<Plan, Re
     if let Some(at) = sites::probe_in(live, &text)? {
         return Err(RevertError::Probed { id: id.to_owned(), at });
     }
-    let mut paused = untraced(live, record)?;
+    let mut paused = guard::survived::<RevertError>(live)?;
+    paused.extend(untraced(live, record)?);
     // What is original already was put back by a vmpatch that was killed in this pause, and its supervisor with it.
     let undone = record.changes.iter().rev().map(Change::undone);
     paused.extend(undone.filter(|change| change.verify(live.memory).is_err()));

@@ -63,6 +63,7 @@ fn planned(prepared: &Prepared) -> Upgrade {
             domain: old.name.clone(),
             pid: old.pid,
             release: prepared.release.clone(),
+            integrity_guard: None,
         },
         state: "would move".to_owned(),
         old: Process {

@@ -27,6 +27,12 @@ pub fn percpu(tree: &KernelTree) -> Result<PathBuf, Error> {
         .build(tree)
 }
 
+/// Builds the ordinary module `lkrg`, which has the settings of that integrity guard and checks nothing. Returns the `.ko` in the
+/// cache.
+pub fn lkrg(tree: &KernelTree) -> Result<PathBuf, Error> {
+    Module::new("lkrg").source("lkrg_main", text!("lkrg")).build(tree)
+}
+
 /// Builds a module `test_many` that replaces each of these system calls by a function of its own. Returns the `.ko` in the cache.
 pub fn many(tree: &KernelTree, functions: &[String]) -> Result<PathBuf, Error> {
     let mut text = "#include \"livepatch.h\"\n\nstatic unsigned long calls;\n".to_owned();

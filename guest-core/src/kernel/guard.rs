@@ -1,0 +1,153 @@
+//! Integrity guards: software in the guest that checks whether its kernel was changed, and may stop the guest if so.
+//!
+//! LKRG (the Linux Kernel Runtime Guard, module `lkrg`, `p_lkrg` before 0.9.2) hashes `_stext.._etext` and compares the hash at
+//! intervals and at events. Its sysctl `lkrg.kint_validate` is 0 where it does not check; `lkrg.kint_enforce` says what it does
+//! about a difference: 0 logs it once and accepts it, 1 logs it, 2 panics (README of LKRG 1.0.1). It can hide its module from
+//! the guest's list, but not its sysctls.
+
+use super::sysctl::Directory;
+use super::{KernelError, Live, modules};
+use crate::addr::Gva;
+use crate::change::Change;
+use crate::memory::VirtMemory;
+
+/// LKRG's directory of sysctls.
+const LKRG: &str = "lkrg";
+/// Names that its module has had.
+const LKRG_MODULES: [&str; 2] = ["lkrg", "p_lkrg"];
+/// What the preconditions are called.
+const SETTING: &str = "a setting of the guest's integrity guard";
+
+/// A guard in the guest.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Guard {
+    /// Its name.
+    pub name: &'static str,
+    /// What it does when it finds the kernel changed.
+    pub reaction: Reaction,
+    /// The settings that this was read from: guest-virtual address of an int, and its value.
+    settings: Vec<(Gva, u32)>,
+}
+
+/// What a guard does when it finds the kernel changed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Reaction {
+    /// It does not check.
+    Off,
+    /// It writes to the guest's log.
+    Logs,
+    /// It stops the guest.
+    Panics,
+    /// Its settings were not found, so it may do anything.
+    Unknown,
+}
+
+impl Reaction {
+    /// The word for it in reports.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Off => "off",
+            Self::Logs => "logs",
+            Self::Panics => "panics",
+            Self::Unknown => "unknown",
+        }
+    }
+}
+
+/// A guard that would stop the guest, or may.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "the guest runs {name}, {why}; its tenant can set it to log only (`sysctl lkrg.kint_enforce=0`), and must leave it so for as long as the patch is applied"
+)]
+pub struct Armed {
+    /// The guard's name.
+    pub name: &'static str,
+    why: &'static str,
+}
+
+/// Finds the guard that the guest runs, if any.
+pub fn find(live: &Live<'_>) -> Result<Option<Guard>, KernelError> {
+    let directory = match Directory::root(live)? {
+        Some(root) => root.directory(live, LKRG)?,
+        None => None,
+    };
+    let listed = || {
+        let modules = modules::all(live)?;
+        let is_it = |module: &modules::GuestModule| LKRG_MODULES.contains(&module.name.as_str());
+        Ok::<_, KernelError>(modules.iter().any(is_it))
+    };
+    if directory.is_none() && !listed()? {
+        return Ok(None);
+    }
+    let mut settings = Vec::new();
+    let mut setting = |name| {
+        let Some(directory) = directory else { return Ok(None) };
+        let Some(at) = directory.value(live, name)? else {
+            return Ok(None);
+        };
+        let value = int(live, at)?;
+        settings.push((at, value));
+        Ok::<_, KernelError>(Some(value))
+    };
+    let reaction = match (setting("kint_validate")?, setting("kint_enforce")?) {
+        (Some(0), Some(_)) => Reaction::Off,
+        (Some(_), Some(0 | 1)) => Reaction::Logs,
+        (Some(_), Some(_)) => Reaction::Panics,
+        _ => Reaction::Unknown,
+    };
+    Ok(Some(Guard {
+        name: "LKRG",
+        reaction,
+        settings,
+    }))
+}
+
+impl Guard {
+    /// That a change of the kernel's text is survived: an error where the guard would stop the guest, or may.
+    pub fn permits(&self) -> Result<(), Armed> {
+        let why = match self.reaction {
+            Reaction::Off | Reaction::Logs => return Ok(()),
+            Reaction::Panics => "which panics when it finds the kernel's text changed",
+            Reaction::Unknown => {
+                "whose settings were not found, and which may panic when it finds the kernel's text changed"
+            }
+        };
+        Err(Armed { name: self.name, why })
+    }
+
+    /// That its settings stay as they were read, as preconditions of a commit.
+    pub fn unchanged(&self, live: &Live<'_>) -> Result<Vec<Change>, KernelError> {
+        let same = |(at, value): &(Gva, u32)| {
+            let (gpa, _) = live.physical(*at).map_err(|source| unreadable(*at, source))?;
+            let bytes = value.to_le_bytes().to_vec();
+            Ok(Change::replace(SETTING, gpa, bytes.clone(), bytes))
+        };
+        self.settings.iter().map(same).collect()
+    }
+
+    /// What an operator should know of it; nothing where it does not check.
+    pub fn warning(&self) -> Option<String> {
+        let Self { name, reaction, .. } = self;
+        match reaction {
+            Reaction::Off => None,
+            Reaction::Logs => Some(format!(
+                "{name} in the guest logs that the kernel's text was changed; it must not be set to panic while a patch is applied"
+            )),
+            Reaction::Panics | Reaction::Unknown => self.permits().err().map(|armed| armed.to_string()),
+        }
+    }
+}
+
+fn int(live: &Live<'_>, at: Gva) -> Result<u32, KernelError> {
+    let mut bytes = [0; 4];
+    live.read(at, &mut bytes).map_err(|source| unreadable(at, source))?;
+    Ok(u32::from_le_bytes(bytes))
+}
+
+fn unreadable(at: Gva, source: crate::memory::MemoryError) -> KernelError {
+    KernelError::Unreadable {
+        what: SETTING,
+        at,
+        source,
+    }
+}
