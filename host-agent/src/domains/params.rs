@@ -80,6 +80,11 @@ impl Params {
         self.0.iter().map(|(key, _)| key.as_slice())
     }
 
+    /// The values, in the order given.
+    pub(crate) fn values(&self) -> impl Iterator<Item = &[u8]> {
+        self.0.iter().map(|(_, value)| value.as_slice())
+    }
+
     /// As one string again, with every key written out.
     pub(crate) fn render(&self) -> Vec<u8> {
         let mut text = Vec::new();

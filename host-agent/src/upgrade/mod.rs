@@ -1,7 +1,7 @@
 //! Moving a running guest into another QEMU of the same host, patches intact.
 //!
-//! The way of a move: [`prepare`] finds out whether it can be done and how, and changes nothing; [`line`] makes the new process's
-//! command line; [`successor`] starts it, [`launch`] being what it is until it becomes QEMU; [`compare`] demands that both make
+//! The way of a move: [`prepare`] finds out whether it can be done and how, and changes nothing ([`files`] and [`named`] see that
+//! names still lead to what the old process has); [`line`] makes the new process's command line; [`successor`] starts it, [`launch`] being what it is until it becomes QEMU; [`compare`] demands that both make
 //! the same machine; QEMU moves the guest, which then stands in both; [`identity`] demands that what arrived is what was sent.
 //! Only then is it let run in the new process, which takes over the old one's [`names`](crate::domains::names), and the old one is
 //! ended. Until then every failure leaves the guest in the old process; [`watch`] and [`settle`] see to it where vmpatch itself
@@ -13,10 +13,12 @@ mod compare;
 mod descriptor;
 pub mod due;
 mod error;
+mod files;
 mod folder;
 mod identity;
 pub mod launch;
 mod line;
+mod named;
 mod origin;
 mod prepare;
 mod run;

@@ -2,10 +2,13 @@
 
 use super::binary::{self, Version};
 use super::error::UpgradeError;
+use super::files::{self, OpenFiles};
 use super::identity::Identity;
 use super::line::{self, Context, Rewritten};
+use super::named;
 use super::origin::{self, Origin};
 use crate::cli::{Options, UpgradeOptions, WayName};
+use crate::domains::names::Name;
 use crate::domains::{self, Domain};
 use crate::error::Failure;
 use crate::lock::DomainLock;
@@ -54,6 +57,10 @@ pub(super) struct Prepared {
     pub(super) line: Rewritten,
     /// The new working folder.
     pub(super) folder: PathBuf,
+    /// Its names in the file system, the socket at which both are reached last: it changes hands last.
+    pub(super) names: Vec<Name>,
+    /// The files that the old process has open.
+    pub(super) files: OpenFiles,
     /// What the new process runs as.
     pub(super) origin: Origin,
     /// How the memory gets there.
@@ -113,6 +120,11 @@ pub(super) fn prepare(options: &Options, wanted: &UpgradeOptions, progress: &Pro
         ));
     }
     let ram = pair.source_ram(pid).map_err(UpgradeError::from)?;
+    let mut names: Vec<Name> = line.names.iter().map(|name| name.in_folder(&folder)).collect();
+    names.sort_by_key(|name| is_same(&name.own, &target.socket));
+    let files = OpenFiles::of(pid, &ram, files::real(&names))?;
+    files.check_names(pid)?;
+    named::check_unchanged(pid, &line::arguments(&words), &folder, &files)?;
     let way = choose_way(&pair, &facts, version, &ram, wanted.way)?;
     if way == Way::Precopy {
         check_room(&ram)?;
@@ -137,6 +149,8 @@ pub(super) fn prepare(options: &Options, wanted: &UpgradeOptions, progress: &Pro
         pair,
         line,
         folder,
+        names,
+        files,
         origin: Origin::of(pid).map_err(UpgradeError::from)?,
         way,
         standing,
@@ -261,6 +275,12 @@ fn kept_files(ram: &RamMap) -> Option<usize> {
         }
     }
     Some(count)
+}
+
+/// Whether two paths lead to the same file.
+pub(super) fn is_same(path: &Path, other: &Path) -> bool {
+    let identity = |path: &Path| fs::metadata(path).ok().map(|found| (found.dev(), found.ino()));
+    path == other || identity(path).is_some_and(|found| identity(other) == Some(found))
 }
 
 /// Whether the host has room for the guest's RAM once more.

@@ -3,17 +3,17 @@
 use super::arrived;
 use super::compare;
 use super::error::UpgradeError;
+use super::files::{self, OpenFiles};
 use super::folder::ChannelFolder;
 use super::identity;
 use super::launch::Spec;
-use super::prepare::{Prepared, prepare};
+use super::prepare::{Prepared, is_same, prepare};
 use super::settle;
 use super::signals::Wish;
 use super::successor::Successor;
 use super::tap::Taps;
 use super::watch::Watcher;
 use crate::cli::{Options, UpgradeOptions};
-use crate::domains::names::Name;
 use crate::domains::process;
 use crate::error::Failure;
 use crate::progress::Progress;
@@ -21,7 +21,6 @@ use crate::report::Upgrade;
 use guest_core::PhysMemory;
 use qmp::RunState;
 use qmp::migrate::{Arrival, Limits, MigrateError, Pair, Status, Way};
-use std::fs;
 use std::os::unix::ffi::OsStringExt;
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -41,7 +40,6 @@ const POLL: Duration = Duration::from_millis(2);
 /// A move under way.
 struct Move {
     prepared: Prepared,
-    names: Vec<Name>,
     folder: ChannelFolder,
     taps: Taps,
     limits: Limits,
@@ -77,7 +75,7 @@ pub fn run(options: &Options, wanted: &UpgradeOptions, progress: &Progress) -> R
     let mut watcher = match Watcher::start(&vmpatch, &spec, socket, journey.was_running, lock) {
         Ok(watcher) => watcher,
         Err(error) => {
-            new.discard(&journey.names);
+            new.discard(&journey.prepared.names);
             return Err(Failure::Supervisor(error));
         }
     };
@@ -91,17 +89,8 @@ pub fn run(options: &Options, wanted: &UpgradeOptions, progress: &Progress) -> R
 
 impl Move {
     fn new(prepared: Prepared, wanted: &UpgradeOptions, wish: Wish) -> Result<Self, UpgradeError> {
-        let mut names: Vec<Name> = prepared
-            .line
-            .names
-            .iter()
-            .map(|name| name.in_folder(&prepared.folder))
-            .collect();
-        // The socket at which both are reached changes hands last.
-        names.sort_by_key(|name| is_same(&name.own, &prepared.socket));
         let was_running = prepared.pair.source_state()? == RunState::Running;
         Ok(Self {
-            names,
             folder: ChannelFolder::make(&prepared)?,
             taps: Taps::of(prepared.old.pid, &prepared.line.descriptors)
                 .map_err(UpgradeError::host("copying descriptors of the old process"))?,
@@ -172,7 +161,7 @@ impl Move {
             Ok(resumed_at_us) => {
                 let total = begun.elapsed();
                 progress.step(&format!("{}: taking over the names", self.prepared.shown));
-                settle::take_over(new.pid, &self.names)?;
+                settle::take_over(new.pid, &self.prepared.names)?;
                 Ok(Some(Done {
                     resumed_at_us,
                     total,
@@ -197,7 +186,6 @@ impl Move {
         let hands_over = self.hands_over(check);
         let Self {
             prepared,
-            names,
             folder,
             taps,
             limits,
@@ -205,7 +193,8 @@ impl Move {
             ..
         } = self;
         let shown = prepared.shown.clone();
-        let socket = names
+        let socket = prepared
+            .names
             .last()
             .filter(|name| is_same(&name.own, &prepared.socket))
             .ok_or_else(|| UpgradeError::NoSocket {
@@ -229,7 +218,10 @@ impl Move {
             ));
         }
         compare::same_machine(&prepared.facts, &pair.destination_facts()?)?;
-        let memory = identity::memory_of(&pair.destination_ram(new.pid)?)?;
+        let ram = pair.destination_ram(new.pid)?;
+        let alone = files::temporary(&prepared.names);
+        prepared.files.check_same(&OpenFiles::of(new.pid, &ram, alone)?)?;
+        let memory = identity::memory_of(&ram)?;
         if check {
             return Ok(None);
         }
@@ -260,7 +252,7 @@ impl Move {
     fn abandon(&mut self, new: &mut Successor) -> Result<(), UpgradeError> {
         let pair = &mut self.prepared.pair;
         let sent = pair.cancel(CANCEL_TIME_MAX);
-        new.discard(&self.names);
+        new.discard(&self.prepared.names);
         self.taps.set_back();
         let stands = sent? == Status::Completed || (self.limits.standing && pair.source_state()? == RunState::Paused);
         if stands && self.was_running {
@@ -277,7 +269,7 @@ impl Move {
     /// After `cont` failed in the new process. Disks and network may have seen a guest that ran, so the old one must not go on
     /// then.
     fn abandon_unless_it_ran<T>(&mut self, new: &mut Successor, error: UpgradeError) -> Result<T, UpgradeError> {
-        new.discard(&self.names);
+        new.discard(&self.prepared.names);
         if self.prepared.pair.has_run(CANCEL_TIME_MAX) {
             return Err(UpgradeError::Lost {
                 old: self.prepared.old.pid,
@@ -344,12 +336,6 @@ fn bar(shown: &str, sent: &qmp::migrate::Progress) -> String {
         mib(sent.rate),
         sent.rounds
     )
-}
-
-fn is_same(path: &Path, other: &Path) -> bool {
-    use std::os::unix::fs::MetadataExt;
-    let identity = |path: &Path| fs::metadata(path).ok().map(|found| (found.dev(), found.ino()));
-    path == other || identity(path).is_some_and(|found| identity(other) == Some(found))
 }
 
 #[cfg(test)]

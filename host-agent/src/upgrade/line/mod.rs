@@ -102,6 +102,15 @@ const REFUSED: [(&str, &str); 11] = [
     ),
 ];
 
+/// The options of a command line that have an argument, each with it; an image without an option is one of `drive`.
+pub(super) fn arguments(line: &[Vec<u8>]) -> Vec<(String, Vec<u8>)> {
+    let argument = |word| match word {
+        Word::Image(path) => Some(("drive".to_owned(), path)),
+        Word::Option { name, value } => Some((name, value?)),
+    };
+    words::parse(line).into_iter().filter_map(argument).collect()
+}
+
 struct Rewriter<'a> {
     context: &'a Context,
     words: Vec<Word>,
