@@ -305,6 +305,23 @@ const STRUCTS: &[(&str, u32, &[Member])] = &[
         &[("size_bits", 0, U64), ("buckets", 8, U64), ("count", 16, U64)],
     ),
     ("ftrace_func_entry", 32, &[("hlist", 0, U64), ("ip", 16, U64)]),
+    (
+        "ctl_table",
+        64,
+        &[("procname", 0, U64), ("data", 8, U64), ("mode", 20, U16)],
+    ),
+    ("ctl_node", 32, &[("node", 0, Struct("rb_node")), ("header", 24, U64)]),
+    ("ctl_table_header", 80, &[("ctl_table", 0, U64), ("node", 64, U64)]),
+    (
+        "ctl_dir",
+        96,
+        &[
+            ("header", 0, Struct("ctl_table_header")),
+            ("root", 80, Struct("rb_root")),
+        ],
+    ),
+    ("ctl_table_set", 104, &[("dir", 8, Struct("ctl_dir"))]),
+    ("ctl_table_root", 128, &[("default_set", 0, Struct("ctl_table_set"))]),
 ];
 
 /// `struct orc_entry` as since 6.4.
