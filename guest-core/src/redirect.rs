@@ -3,6 +3,7 @@
 use crate::addr::{Gpa, Gva};
 use crate::change::Change;
 use crate::kernel::ftrace::{self, ENDBR_BYTES};
+use crate::kernel::livepatch::Held;
 use crate::kernel::{KernelError, Live, nops, sites};
 use crate::memory::VirtMemory;
 use crate::place::Redirect;
@@ -24,12 +25,16 @@ pub enum RedirectError {
         source: Box<KernelError>,
     },
     /// A livepatch that the guest itself loaded redirects the function.
-    #[error("{name} at {at} is already held by a livepatch of the guest's own")]
+    #[error(
+        "{name} at {at} is already held by {livepatch}, a livepatch of the guest's own; its tenant must disable that one first"
+    )]
     OwnLivepatch {
         /// The function.
         name: String,
         /// Its address.
         at: Gva,
+        /// The livepatch's module.
+        livepatch: String,
     },
     /// The function has no room for the jump.
     #[error("{name} at {at} has {len} bytes, too short to redirect: the jump needs {needed}")]
@@ -85,16 +90,17 @@ pub fn redirect(
     at: Gva,
     len: u64,
     new: Gva,
-    held: &[Gva],
+    held: &[Held],
 ) -> Result<(Redirect, Vec<Change>), RedirectError> {
     let kernel = |source| RedirectError::Kernel {
         name: name.to_owned(),
         source: Box::new(source),
     };
-    if held.contains(&at) {
+    if let Some(held) = Held::last_of(held, at) {
         return Err(RedirectError::OwnLivepatch {
             name: name.to_owned(),
             at,
+            livepatch: held.livepatch.clone(),
         });
     }
     let record = ftrace::record(live, at).map_err(kernel)?;

@@ -5,6 +5,7 @@ mod common;
 
 use common::guest::{Choice, END, FUNCTIONS, Guest, IMAGE, heap};
 use guest_core::kernel::list::Walker;
+use guest_core::kernel::livepatch::{Code, Held};
 use guest_core::kernel::locks::Locks;
 use guest_core::kernel::resolve::GuestSymbols;
 use guest_core::kernel::{KernelError, exports, ftrace, livepatch, modules, sites};
@@ -227,15 +228,35 @@ fn own_livepatch(guest: &Guest) {
     guest.link(patch + 48, &[object + 72]);
     guest.link(object + 56, &[function + 40]);
     guest.put_u64(function + 24, guest.symbol("victim"));
+    guest.put_u64(patch, OWN_MODULE);
+    guest.put(OWN_MODULE + 24, b"own_fix\0");
 }
 
+/// The `struct module` of the guest's own livepatch; its name is 24 bytes into it.
+const OWN_MODULE: u64 = heap(0x800);
+
 #[test]
-fn functions_that_the_guests_own_livepatch_holds_are_told() {
+fn functions_that_the_guests_own_livepatch_holds_are_told_with_the_code_that_runs() {
     let (guest, kernel) = guest();
-    assert_eq!(livepatch::held_functions(&kernel.live(&guest.ram)).unwrap(), []);
+    let held = || livepatch::held(&kernel.live(&guest.ram)).unwrap();
+    assert_eq!(held(), []);
     own_livepatch(&guest);
-    let held = livepatch::held_functions(&kernel.live(&guest.ram)).unwrap();
-    assert_eq!(held, [Gva(guest.symbol("victim"))]);
+    let expected = |code| {
+        [Held {
+            function: Gva(guest.symbol("victim")),
+            livepatch: "own_fix".to_owned(),
+            code,
+        }]
+    };
+    let (nop, patched, transition) = (heap(0x3000) + 72, heap(0x3000) + 73, heap(0x3000) + 74);
+    assert_eq!(held(), expected(Code::BehindSite), "not enabled yet");
+    guest.put(patched, &[1]);
+    assert_eq!(held(), expected(Code::Livepatch));
+    guest.put(transition, &[1]);
+    assert_eq!(held(), expected(Code::Transition));
+    guest.put(transition, &[0]);
+    guest.put(nop, &[1]);
+    assert_eq!(held(), expected(Code::BehindSite), "the original is given back");
 }
 
 /// 300 patches that share a list of 300 objects, which share one of 300 functions: 27 million, were each counted anew.
@@ -250,7 +271,7 @@ fn livepatches_that_share_their_lists_are_bounded_together() {
         guest.link(patch + 16, &objects);
     }
     guest.ram.count_from_here();
-    assert!(livepatch::held_functions(&kernel.live(&guest.ram)).is_err());
+    assert!(livepatch::held(&kernel.live(&guest.ram)).is_err());
     assert!(guest.ram.counted().0 < 500_000);
 }
 
@@ -262,7 +283,7 @@ fn a_wild_livepatch_list_is_an_error() {
             own_livepatch(&guest);
             guest.put_u64(at, wild);
             assert!(
-                is_unreadable(&livepatch::held_functions(&kernel.live(&guest.ram))),
+                is_unreadable(&livepatch::held(&kernel.live(&guest.ram))),
                 "{wild:#x} at {at:#x}"
             );
         }

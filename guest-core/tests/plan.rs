@@ -241,9 +241,11 @@ fn a_function_that_the_guests_own_livepatch_holds_is_refused() {
     guest.link(patch + 48, &[object + 72]);
     guest.link(object + 56, &[function + 40]);
     guest.put_u64(function + 24, guest.symbol("victim"));
+    guest.put_u64(patch, heap(0x800));
+    guest.put(heap(0x800) + 24, b"own_fix\0");
     assert!(matches!(
         refusal(&guest, &kernel, "victim"),
-        Refusal::Redirect(RedirectError::OwnLivepatch { .. })
+        Refusal::Redirect(RedirectError::OwnLivepatch { livepatch, .. }) if livepatch == "own_fix"
     ));
 }
 

@@ -127,8 +127,11 @@ pub struct Function {
     pub new: Address,
     /// `ftrace`: the jump stands in the ftrace site; `body`: behind it.
     pub redirect: Redirect,
-    /// `patched`, `original`, or what is there instead.
+    /// `patched`, `original`, `overridden`, `in transition`, or what is there instead.
     pub state: String,
+    /// A livepatch of the guest's own that is for the same function (`status`).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub livepatch: Option<String>,
 }
 
 impl Function {
@@ -142,6 +145,7 @@ impl Function {
             new: Address(function.new),
             redirect: function.redirect,
             state: state.to_owned(),
+            livepatch: None,
         }
     }
 }

@@ -12,6 +12,7 @@ use e2e::vmpatch::Vmpatch;
 use images::build::Cve;
 use images::build::hand_written::Applied;
 use images::kernel::Kernel;
+use serde_json::json;
 
 static MODULES: LazyLock<Modules> = LazyLock::new(|| Modules::of(&Kernel::CLOUD_6_1));
 /// The patch, the function that it replaces, and the program that sees it.
@@ -306,7 +307,8 @@ fn a_function_that_the_guests_own_livepatch_holds_is_refused_by_name_until_that_
         let refused = vmpatch.run(&[command, &patch]).expect(3);
         let complaint = refused.complaint();
         assert!(
-            complaint.contains("__x64_sys_sysinfo") && complaint.contains("livepatch of the guest's own"),
+            complaint.contains("__x64_sys_sysinfo")
+                && complaint.contains("held by test_printk, a livepatch of the guest's own"),
             "{complaint}"
         );
     }
@@ -329,11 +331,55 @@ fn a_livepatch_that_the_guest_loads_onto_a_patched_function_does_no_harm() {
     vmpatch.apply(&MODULES.applied(Applied::Printk));
     let own = OwnLivepatch::load(&guest, &MODULES.applied(Applied::Faults), "test_faults");
     assert_eq!(see(&guest, "printk"), Seen::Fixed);
+
+    let status = vmpatch.status();
+    let function = &status["patches"][0]["functions"][0];
+    assert_eq!(
+        (&function["state"], &function["livepatch"]),
+        (&json!("patched"), &json!("test_faults"))
+    );
+    let warning = status["patches"][0]["warnings"][0].as_str().unwrap();
+    assert!(
+        warning.contains("__x64_sys_sysinfo") && warning.contains("test_faults"),
+        "{warning}"
+    );
+    let refused = vmpatch.run(&["revert", "--all"]).expect(3);
+    assert!(refused.complaint().contains("wanted by test_faults"), "{refused}");
+
     own.unload();
     assert_eq!(see(&guest, "printk"), Seen::Fixed);
+    assert_eq!(states(&vmpatch.status())[0].2, ["patched"]);
     vmpatch.revert_all();
     assert_eq!(see(&guest, "printk"), Seen::Flawed);
     Ftrace::of(&guest).assert_alive();
+}
+
+#[test]
+fn a_livepatch_that_the_guest_loads_comes_before_a_redirect_behind_the_site() {
+    let guest = guest();
+    let vmpatch = Vmpatch::on(&guest);
+    let tracing = Ftrace::of(&guest);
+    tracing.set("set_ftrace_filter", "__x64_sys_sysinfo");
+    tracing.start("function");
+    let applied = vmpatch.apply(&MODULES.applied(Applied::Printk));
+    assert_eq!(redirects(&applied), [("__x64_sys_sysinfo", "body")]);
+    tracing.reset();
+    assert_eq!(see(&guest, "printk"), Seen::Fixed);
+
+    let own = OwnLivepatch::load(&guest, &MODULES.applied(Applied::Faults), "test_faults");
+    assert_eq!(see(&guest, "faults"), Seen::Fixed);
+    assert_eq!(see(&guest, "printk"), Seen::Flawed);
+    let status = vmpatch.status();
+    assert_eq!(states(&status)[0].2, ["overridden"]);
+    assert_eq!(status["patches"][0]["functions"][0]["livepatch"], "test_faults");
+    let said = vmpatch.run(&["status"]).expect(0);
+    assert!(said.stdout.contains("runs the code of test_faults"), "{said}");
+
+    own.unload();
+    assert_eq!(states(&vmpatch.status())[0].2, ["patched"]);
+    assert_eq!(see(&guest, "printk"), Seen::Fixed);
+    vmpatch.revert_all();
+    tracing.assert_alive();
 }
 
 #[test]

@@ -4,8 +4,9 @@
 //! (include/linux/livepatch.h; these lists since 5.1).
 
 use super::list::Walker;
-use super::{KernelError, Live};
+use super::{KernelError, Live, modules};
 use crate::addr::Gva;
+use crate::btf::Struct;
 use crate::memory::VirtMemory;
 use crate::module::KlpLayout;
 
@@ -35,8 +36,37 @@ pub fn layout(live: &Live<'_>) -> Result<KlpLayout, KernelError> {
     })
 }
 
-/// The addresses of all functions that a livepatch of the guest's own has redirected.
-pub fn held_functions(live: &Live<'_>) -> Result<Vec<Gva>, KernelError> {
+/// A function that a livepatch of the guest's own holds.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Held {
+    /// Guest-virtual address of the function that is replaced.
+    pub function: Gva,
+    /// Name of the livepatch's module.
+    pub livepatch: String,
+    /// Which code a call of the function runs.
+    pub code: Code,
+}
+
+/// Which code a call runs whose function's ftrace site calls livepatch's handler (`klp_ftrace_handler`, kernel/livepatch/patch.c).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Code {
+    /// The livepatch's.
+    Livepatch,
+    /// What is behind the ftrace site: the livepatch is not enabled, or gives the original back (`klp_func.nop`).
+    BehindSite,
+    /// Either, by task: the guest is in a transition.
+    Transition,
+}
+
+impl Held {
+    /// The last one of `held` that holds `function`: later livepatches are at the end of the guest's list, and win.
+    pub fn last_of(held: &[Self], function: Gva) -> Option<&Self> {
+        held.iter().rfind(|held| held.function == function)
+    }
+}
+
+/// All functions that livepatches of the guest's own have redirected, in the order in which these were loaded.
+pub fn held(live: &Live<'_>) -> Result<Vec<Held>, KernelError> {
     let Some(patches) = live.kernel.symbols.unique("klp_patches") else {
         return Ok(Vec::new());
     };
@@ -46,23 +76,50 @@ pub fn held_functions(live: &Live<'_>) -> Result<Vec<Gva>, KernelError> {
         btf.structure("klp_object")?,
         btf.structure("klp_func")?,
     );
-    let old_func = func.offset("old_func")?;
-    let mut held = Vec::new();
+    let mut all = Vec::new();
     let mut walker = Walker::new(live);
     for patch_at in walker.list("klp_patches", patches, patch.offset("list")?)? {
+        let module = word(live, "klp_patch.mod", patch_at.wrapping_add(patch.offset("mod")?))?;
+        let livepatch = modules::name(live, Gva(module))?;
         let objects = patch_at.wrapping_add(patch.offset("obj_list")?);
         for object_at in walker.list("klp_patch.obj_list", objects, object.offset("node")?)? {
             let funcs = object_at.wrapping_add(object.offset("func_list")?);
             for func_at in walker.list("klp_object.func_list", funcs, func.offset("node")?)? {
-                let at = func_at.wrapping_add(old_func);
-                let what = "klp_func.old_func";
-                held.push(Gva(live.read_u64(at).map_err(|source| KernelError::Unreadable {
-                    what,
-                    at,
-                    source,
-                })?));
+                all.push(Held {
+                    function: Gva(word(
+                        live,
+                        "klp_func.old_func",
+                        func_at.wrapping_add(func.offset("old_func")?),
+                    )?),
+                    livepatch: livepatch.clone(),
+                    code: code(live, &func, func_at)?,
+                });
             }
         }
     }
-    Ok(held)
+    Ok(all)
+}
+
+/// From the flags of a `klp_func`.
+fn code(live: &Live<'_>, func: &Struct<'_>, at: Gva) -> Result<Code, KernelError> {
+    let flag = |name: &str| {
+        let mut byte = [0];
+        let at = at.wrapping_add(func.offset(name)?);
+        live.read(at, &mut byte).map_err(|source| KernelError::Unreadable {
+            what: "the flags of klp_func",
+            at,
+            source,
+        })?;
+        Ok::<_, KernelError>(byte != [0])
+    };
+    Ok(match (flag("transition")?, flag("patched")?, flag("nop")?) {
+        (true, ..) => Code::Transition,
+        (false, true, false) => Code::Livepatch,
+        (false, ..) => Code::BehindSite,
+    })
+}
+
+fn word(live: &Live<'_>, what: &'static str, at: Gva) -> Result<u64, KernelError> {
+    live.read_u64(at)
+        .map_err(|source| KernelError::Unreadable { what, at, source })
 }

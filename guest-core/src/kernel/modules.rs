@@ -52,20 +52,23 @@ pub fn all(live: &Live<'_>) -> Result<Vec<GuestModule>, KernelError> {
     let Some(head) = live.kernel.symbols.unique("modules") else {
         return Ok(Vec::new());
     };
-    let module = live.kernel.btf.structure("module")?;
-    let (node, name) = (module.offset("list")?, module.offset("name")?);
+    let node = live.kernel.btf.structure("module")?.offset("list")?;
     let elements = Walker::new(live).list("modules", head, node)?;
-    elements
-        .into_iter()
-        .map(|at| {
-            let mut bytes = [0; NAME_BYTES_MAX];
-            read(live, "module.name", at.wrapping_add(name), &mut bytes)?;
-            Ok(GuestModule {
-                name: plain(&bytes),
-                at,
-            })
+    let named = |at| {
+        Ok(GuestModule {
+            name: name(live, at)?,
+            at,
         })
-        .collect()
+    };
+    elements.into_iter().map(named).collect()
+}
+
+/// The name of the module whose `struct module` is at `at`.
+pub fn name(live: &Live<'_>, at: Gva) -> Result<String, KernelError> {
+    let offset = live.kernel.btf.structure("module")?.offset("name")?;
+    let mut bytes = [0; NAME_BYTES_MAX];
+    read(live, "module.name", at.wrapping_add(offset), &mut bytes)?;
+    Ok(plain(&bytes))
 }
 
 /// The module in whose memory `at` lies.

@@ -23,9 +23,12 @@ pub(super) fn check(live: &Live<'_>, module: &PatchModule<'_>) -> Result<(), Ref
 /// What replaces all other patches can only be applied where there are none.
 pub(super) fn refuse_beside_others(live: &Live<'_>, registry: &Registry) -> Result<(), Refusal> {
     let mut others: Vec<_> = registry.records().map(|record| record.id.clone()).collect();
-    if !livepatch::held_functions(live)?.is_empty() {
-        others.push("a livepatch of the guest's own".to_owned());
-    }
+    let mut own: Vec<_> = livepatch::held(live)?.into_iter().map(|held| held.livepatch).collect();
+    own.dedup();
+    others.extend(
+        own.into_iter()
+            .map(|name| format!("{name}, a livepatch of the guest's own")),
+    );
     if others.is_empty() {
         return Ok(());
     }

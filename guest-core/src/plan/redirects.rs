@@ -28,7 +28,7 @@ pub(super) fn plan(
     note: Option<&Note>,
     functions: &[LinkedFunction],
 ) -> Result<Redirects, Refusal> {
-    let held = livepatch::held_functions(live)?;
+    let held = livepatch::held(live)?;
     let mut redirects = Redirects::default();
     for function in functions {
         let old::Old { at, len, parts } = old::find(live, symbols, registry, function)?;

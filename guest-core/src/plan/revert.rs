@@ -4,6 +4,7 @@ use super::{Plan, guard, known};
 use crate::addr::Gva;
 use crate::change::Change;
 use crate::kernel::guard::Armed;
+use crate::kernel::livepatch::{self, Held};
 use crate::kernel::{KernelError, Live, ftrace, sites, tracers};
 use crate::paging::PAGE_SIZE;
 use crate::place::{Entry, FILLER, Record, Redirect, Registry, State};
@@ -27,6 +28,16 @@ pub enum RevertError {
     Traced {
         /// The function.
         function: String,
+    },
+    /// The guest loaded a livepatch for it when ftrace had been told to leave it alone.
+    #[error(
+        "{function} is wanted by {livepatch}, a livepatch that the guest loaded after it was patched: taking the patch out now would make the guest turn its tracing off for good; disable that livepatch in the guest first, and load it again afterwards"
+    )]
+    OwnLivepatch {
+        /// The function.
+        function: String,
+        /// The livepatch's module.
+        livepatch: String,
     },
     /// The guest traces or probes the new function: its site holds a call.
     #[error("{function}, which the patch brought along, is traced or probed by the guest; end what traces it first")]
@@ -127,9 +138,8 @@ fn untraced(live: &Live<'_>, record: &Record) -> Result<Vec<Change>, RevertError
         };
         let tracers = tracers::of(live, site.site)?;
         if tracers.wanted {
-            return Err(RevertError::Traced {
-                function: function.name.clone(),
-            });
+            let function = (function.name.clone(), Gva(function.old));
+            return Err(wanted(live, function)?);
         }
         for (at, word) in tracers.words {
             let unreadable = |source| KernelError::Unreadable {
@@ -143,6 +153,18 @@ fn untraced(live: &Live<'_>, record: &Record) -> Result<Vec<Change>, RevertError
         }
     }
     Ok(same)
+}
+
+/// Who wants a function, given by name and address: a livepatch of the guest's own, else some tracer.
+fn wanted(live: &Live<'_>, (function, at): (String, Gva)) -> Result<RevertError, KernelError> {
+    let held = livepatch::held(live)?;
+    Ok(match Held::last_of(&held, at) {
+        Some(held) => RevertError::OwnLivepatch {
+            function,
+            livepatch: held.livepatch.clone(),
+        },
+        None => RevertError::Traced { function },
+    })
 }
 
 /// Filler over the text pages: the record says how many bytes of the entry's first pages are text.

@@ -46,6 +46,9 @@ const STRUCTS: &[(&str, u32, &[Member])] = &[
             ("old_sympos", 16, U64),
             ("old_func", 24, U64),
             ("node", 40, Struct("list_head")),
+            ("nop", 72, U8),
+            ("patched", 73, U8),
+            ("transition", 74, U8),
         ],
     ),
     (

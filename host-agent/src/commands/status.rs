@@ -4,9 +4,16 @@ use super::apply::describe;
 use crate::cli::Options;
 use crate::error::Failure;
 use crate::progress::Progress;
-use crate::report::{Patch, Patches};
+use crate::report::{Function, Patch, Patches};
 use crate::session::{Session, Target};
-use guest_core::place::{Entry, PatchedFunction, Record, State};
+use guest_core::Gva;
+use guest_core::kernel::livepatch::{self, Code, Held};
+use guest_core::place::{Entry, PatchedFunction, Record, Redirect, State};
+
+/// The guest's own livepatch comes before the redirect.
+const OVERRIDDEN: &str = "overridden";
+/// The guest's own livepatch comes before the redirect in some tasks.
+const IN_TRANSITION: &str = "in transition";
 
 /// Reads the registry, and each function's jump.
 pub fn status(options: &Options, progress: &Progress) -> Result<Patches, Failure> {
@@ -22,10 +29,23 @@ pub fn status(options: &Options, progress: &Progress) -> Result<Patches, Failure
 pub(crate) fn patches(session: &Session) -> Vec<Patch> {
     let mut entries: Vec<&Entry> = session.registry.entries.iter().collect();
     entries.sort_by_key(|entry| entry.record.as_ref().map(|record| record.order));
-    entries.into_iter().map(|entry| patch(session, entry)).collect()
+    let (own, failure) = match livepatch::held(&session.live()) {
+        Ok(own) => (own, None),
+        Err(error) => (
+            Vec::new(),
+            Some(format!("the guest's own livepatches can't be read: {error}")),
+        ),
+    };
+    let shown = |entry| {
+        let mut patch = patch(session, entry, &own);
+        patch.warnings.extend(failure.clone());
+        patch
+    };
+    entries.into_iter().map(shown).collect()
 }
 
-fn patch(session: &Session, entry: &Entry) -> Patch {
+/// One patch of a guest that has livepatches of its `own`.
+fn patch(session: &Session, entry: &Entry, own: &[Held]) -> Patch {
     let Some(record) = &entry.record else {
         let mut patch = nameless(entry);
         patch
@@ -38,8 +58,12 @@ fn patch(session: &Session, entry: &Entry) -> Patch {
     patch.pending.retain(|object| !is_patched(session, record, object));
     for (function, shown) in record.functions.iter().zip(&mut patch.functions) {
         shown.state = function_state(session, record, function);
+        if let Some(held) = Held::last_of(own, Gva(function.old)) {
+            patch.warnings.extend(beside(held, shown));
+        }
     }
-    let lost = patch.functions.iter().any(|function| function.state != "patched");
+    let is_redirected = |function: &Function| ["patched", OVERRIDDEN, IN_TRANSITION].contains(&function.state.as_str());
+    let lost = !patch.functions.iter().all(is_redirected);
     match entry.state {
         State::Applied if lost => patch
             .warnings
@@ -50,6 +74,36 @@ fn patch(session: &Session, entry: &Entry) -> Patch {
             .push("vmpatch was killed here; the next apply or revert takes care of it".to_owned()),
     }
     patch
+}
+
+/// A function for which the guest has loaded a livepatch of its own since it was patched: says which code runs, and gives what the
+/// operator should know.
+///
+/// ftrace leaves a function alone that is redirected in its site, so that one is never reached by the guest's livepatch. Behind the
+/// site it comes first.
+fn beside(held: &Held, function: &mut Function) -> Option<String> {
+    let Held { livepatch, code, .. } = held;
+    function.livepatch = Some(livepatch.clone());
+    let name = &function.name;
+    match (function.redirect, code) {
+        _ if function.state != "patched" => None,
+        (Redirect::Ftrace, _) => Some(format!(
+            "{name} runs this patch's code: {livepatch}, a livepatch of the guest's own, has no effect on it; to let it take effect, disable it in the guest, revert this patch, and load it again"
+        )),
+        (Redirect::Body, Code::Livepatch) => {
+            function.state = OVERRIDDEN.to_owned();
+            Some(format!(
+                "{name} runs the code of {livepatch}, a livepatch of the guest's own, not this patch's"
+            ))
+        }
+        (Redirect::Body, Code::Transition) => {
+            function.state = IN_TRANSITION.to_owned();
+            Some(format!(
+                "{name} runs the code of {livepatch}, a livepatch of the guest's own, or this patch's, by task: the guest is in a transition"
+            ))
+        }
+        (Redirect::Body, Code::BehindSite) => None,
+    }
 }
 
 /// True where a later part of the same patch is for `object`.
