@@ -89,3 +89,45 @@ async fn ram_above_the_pci_hole_is_found_and_roms_and_video_memory_are_not() {
     assert!(below <= 2 << 30 && below > (2 << 30) - (1 << 20), "{below:#x}");
     assert!(map.regions.iter().all(|region| region.block == "pc.ram"), "{map:?}");
 }
+
+#[tokio::test]
+async fn a_backend_that_no_device_uses_is_not_ram_and_memory_devices_are() {
+    let qemu = Qemu::start(&[
+        "-S",
+        "-M",
+        "q35,nvdimm=on",
+        "-m",
+        "64M,slots=2,maxmem=2G",
+        "-object",
+        "memory-backend-ram,id=unused,size=32M",
+        "-object",
+        "memory-backend-ram,id=n0,size=64M",
+        "-device",
+        "nvdimm,memdev=n0",
+        "-object",
+        "memory-backend-memfd,id=v0,size=64M",
+        "-device",
+        "virtio-mem-pci,memdev=v0,requested-size=2M",
+        "-object",
+        "memory-backend-memfd,id=p0,size=64M",
+        "-device",
+        "virtio-pmem-pci,memdev=p0",
+        "-device",
+        "VGA",
+    ]);
+    let (client, map) = map_of(&qemu).await;
+    let names: Vec<&str> = map.regions.iter().map(|region| region.block.as_str()).collect();
+    assert_eq!(names, ["pc.ram", "pc.ram", "n0", "v0", "p0"], "{map:?}");
+    for region in map.regions.iter().filter(|region| region.block != "pc.ram") {
+        let memory = std::fs::File::options()
+            .write(true)
+            .open(format!("/proc/{}/mem", map.pid))
+            .unwrap();
+        let within = 0x10_0000;
+        memory
+            .write_all_at(&0x0bad_cafe_u32.to_le_bytes(), region.hva.0 + within)
+            .unwrap();
+        let gpa = region.gpa.checked_add(within).unwrap();
+        assert_eq!(four_bytes(&client, gpa).await, 0x0bad_cafe, "{region:?}");
+    }
+}

@@ -154,7 +154,7 @@ impl<'a> Paused<'a> {
         self.began.elapsed()
     }
 
-    /// Writes guest-physical memory, code that QEMU has translated included. Each piece must lie in one range of RAM;
+    /// Writes guest-physical memory, code that QEMU has translated included. Each piece must lie in RAM;
     /// that is checked for all of them before the first is written. On another error some may be written, or be on their way:
     /// see [`Paused::settle`].
     pub fn write(&mut self, writes: &[(Gpa, &[u8])]) -> Result<(), PauseError> {
@@ -311,14 +311,19 @@ fn connect(machine: &Machine) -> Result<Connection, PauseError> {
     connected.map_err(PauseError::Connect)
 }
 
-/// True where the bytes lie in one range of RAM.
+/// True where all of the bytes are RAM, in one range or in several that follow one another.
 fn is_ram(ranges: &[RamRange], at: Gpa, len: usize) -> bool {
     let Some(end) = u64::try_from(len).ok().and_then(|len| at.0.checked_add(len)) else {
         return false;
     };
-    ranges
+    let covered = ranges
         .iter()
-        .any(|range| range.gpa <= at && range.gpa.checked_add(range.len).is_some_and(|last| end <= last.0))
+        .filter(|range| range.gpa.0 < end)
+        .fold(at.0, |covered, range| match range.gpa.0 <= covered {
+            true => covered.max(range.gpa.0.saturating_add(range.len)),
+            false => covered,
+        });
+    covered >= end
 }
 
 fn as_us(time: Duration) -> u64 {
@@ -330,15 +335,15 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_bytes_wholly_inside_one_range_are_ram() {
+    fn only_bytes_wholly_inside_of_ranges_are_ram() {
         let range = |gpa, len| RamRange {
             gpa: Gpa(gpa),
             len,
             name: "a".into(),
             offset: 0,
         };
-        let ranges = [range(0, 0xa0000), range(0x10_0000, 0x1000)];
-        for (gpa, len) in [(0, 0xa0000), (0x9ffff, 1), (0x10_0ff0, 16)] {
+        let ranges = [range(0, 0x5_0000), range(0x5_0000, 0x5_0000), range(0x10_0000, 0x1000)];
+        for (gpa, len) in [(0, 0xa0000), (0x4_ffff, 2), (0x9ffff, 1), (0x10_0ff0, 16)] {
             assert!(is_ram(&ranges, Gpa(gpa), len), "{gpa:#x}");
         }
         for (gpa, len) in [

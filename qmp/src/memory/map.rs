@@ -1,6 +1,7 @@
 //! The guest's RAM as a whole.
 
 use super::backing::{self, Backing, BackingError, Mapping};
+use super::devices::{self, Answered, MemoryDevice};
 use super::mtree::RamRange;
 use super::ramblock::RamBlock;
 use super::{gpa2hva, mtree, ramblock};
@@ -9,6 +10,9 @@ use crate::client::{Client, CommandError};
 use crate::text::TextError;
 use serde_json::json;
 
+/// How often the map is read where its parts do not fit together: a device may be plugged or unplugged between two questions.
+const READ_TRIES: usize = 3;
+
 /// A guest-physical range of RAM and what holds it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct RamRegion {
@@ -16,10 +20,13 @@ pub struct RamRegion {
     pub gpa: Gpa,
     /// Bytes.
     pub len: u64,
-    /// The RAM block that it is part of.
+    /// The memory region that it is part of. That is the name of the RAM block, too, but for some memory devices.
     pub block: String,
     /// Where in that block it begins, in bytes.
     pub block_offset: u64,
+    /// Bytes of the host's pages that hold it; `None` where the RAM block is not known by its name (virtio-mem, virtio-pmem).
+    /// Such a block may have holes, as virtio-mem has where nothing is plugged.
+    pub page_size: Option<u64>,
     /// Its first byte in the QEMU process.
     pub hva: Hva,
     /// What holds it there.
@@ -86,23 +93,35 @@ pub enum RamMapError {
 impl RamMap {
     /// Asks QEMU, and looks at its process `pid`. Does not pause the guest.
     pub async fn read(client: &Client, pid: i32) -> Result<Self, RamMapError> {
+        let mut tries = 1;
+        loop {
+            match Self::read_once(client, pid).await {
+                Ok(map) => return Ok(map),
+                Err(error @ RamMapError::Command(_)) => return Err(error),
+                Err(error) if tries == READ_TRIES => return Err(error),
+                Err(_) => tries += 1,
+            }
+        }
+    }
+
+    /// The blocks are asked for after the ranges: a range is never seen without its block where memory is just plugged.
+    async fn read_once(client: &Client, pid: i32) -> Result<Self, RamMapError> {
+        let ranges = mtree::ram_ranges(&client.hmp("info mtree -f").await?)?;
         let table: qapi::qmp::HumanReadableText = client.execute_as("x-query-ramblock", json!({})).await?;
         let blocks = ramblock::parse(&table.human_readable_text)?;
-        let ranges = mtree::ram_ranges(&client.hmp("info mtree -f").await?)?;
+        let answer: Vec<Answered> = client.execute_as("query-memory-devices", json!({})).await?;
         let mut placed = Vec::new();
-        for (range, block) in in_blocks(ranges, &blocks)? {
-            let hva = match block.hva {
-                Some(hva) => hva.checked_add(range.offset),
-                None => Some(gpa2hva::parse(
-                    &client.hmp(&format!("gpa2hva {:#x}", range.gpa.0)).await?,
-                )?),
+        for found in in_blocks(ranges, &blocks, &devices::placed(&answer))? {
+            let hva = match found.hva {
+                Some(hva) => hva,
+                None => gpa2hva::parse(&client.hmp(&format!("gpa2hva {:#x}", found.range.gpa.0)).await?)?,
             };
-            placed.push((hva.ok_or_else(|| outside(&range, block))?, range));
+            placed.push((hva, found));
         }
         let mappings = backing::mappings(pid).map_err(|cause| RamMapError::Process { pid, cause })?;
         let regions = placed
             .into_iter()
-            .map(|(hva, range)| region(range, hva, pid, &mappings))
+            .map(|(hva, found)| region(found, hva, pid, &mappings))
             .collect::<Result<_, _>>()?;
         Ok(Self { pid, regions })
     }
@@ -116,24 +135,42 @@ impl RamMap {
     }
 }
 
-/// The ranges that lie in a RAM block of the same name. Memory of devices is told apart so: its block is named after
-/// the device too, its region is not.
-fn in_blocks(ranges: Vec<RamRange>, blocks: &[RamBlock]) -> Result<Vec<(RamRange, &RamBlock)>, RamMapError> {
+/// A range that is RAM of the guest.
+struct Found {
+    range: RamRange,
+    /// Its first byte in the QEMU process, where that is known already.
+    hva: Option<Hva>,
+    page_size: Option<u64>,
+}
+
+/// The ranges that lie in a RAM block of the same name, or in a memory device. Memory of other devices is told apart so: its block
+/// is named after the device too, its region is not.
+fn in_blocks(ranges: Vec<RamRange>, blocks: &[RamBlock], devices: &[MemoryDevice]) -> Result<Vec<Found>, RamMapError> {
     let mut found = Vec::new();
     for range in ranges {
-        let Some(block) = blocks.iter().find(|block| block.name == range.name) else {
-            continue;
+        let block = blocks.iter().find(|block| block.name == range.name);
+        let (hva, page_size) = match block {
+            Some(block) => (place_in(&range, block)?, Some(block.page_size)),
+            None if devices.iter().any(|device| device.holds(range.gpa, range.len)) => (None, None),
+            None => continue,
         };
-        if range.offset.checked_add(range.len).is_none_or(|end| end > block.used) {
-            return Err(outside(&range, block));
-        }
-        found.push((range, block));
+        found.push(Found { range, hva, page_size });
     }
     if found.is_empty() {
         Err(RamMapError::NoRam)
     } else {
         Ok(found)
     }
+}
+
+/// Where in the QEMU process a range of that block begins, where QEMU says so.
+fn place_in(range: &RamRange, block: &RamBlock) -> Result<Option<Hva>, RamMapError> {
+    if range.offset.checked_add(range.len).is_none_or(|end| end > block.used) {
+        return Err(outside(range, block));
+    }
+    let Some(hva) = block.hva else { return Ok(None) };
+    let hva = hva.checked_add(range.offset).ok_or_else(|| outside(range, block))?;
+    Ok(Some(hva))
 }
 
 fn outside(range: &RamRange, block: &RamBlock) -> RamMapError {
@@ -147,19 +184,20 @@ fn outside(range: &RamRange, block: &RamBlock) -> RamMapError {
     }
 }
 
-fn region(range: RamRange, hva: Hva, pid: i32, mappings: &[Mapping]) -> Result<RamRegion, RamMapError> {
+fn region(found: Found, hva: Hva, pid: i32, mappings: &[Mapping]) -> Result<RamRegion, RamMapError> {
     let RamRange {
         gpa,
         len,
         name: block,
         offset: block_offset,
-    } = range;
+    } = found.range;
     match backing::find(mappings, hva, len) {
         Ok(backing) => Ok(RamRegion {
             gpa,
             len,
             block,
             block_offset,
+            page_size: found.page_size,
             hva,
             backing,
         }),
@@ -183,6 +221,7 @@ mod tests {
     fn block(name: &str, used: u64) -> RamBlock {
         RamBlock {
             name: name.into(),
+            page_size: 4096,
             used,
             hva: None,
         }
@@ -192,20 +231,40 @@ mod tests {
     fn device_memory_has_no_block_of_its_regions_name() {
         let ranges = vec![range(0, 0x1000, "pc.ram", 0), range(0xfd00_0000, 0x1000, "vga.vram", 0)];
         let blocks = [block("pc.ram", 0x1000), block("0000:00:02.0/vga.vram", 0x1000)];
-        let found = in_blocks(ranges, &blocks).unwrap();
+        let found = in_blocks(ranges, &blocks, &[]).unwrap();
         assert_eq!(found.len(), 1);
-        assert_eq!(found[0].0.name, "pc.ram");
+        assert_eq!(found[0].range.name, "pc.ram");
+    }
+
+    #[test]
+    fn memory_of_a_memory_device_is_ram_whatever_its_block_is_called() {
+        let ranges = vec![
+            range(0, 0x1000, "pc.ram", 0),
+            range(0xfd00_0000, 0x1000, "vga.vram", 0),
+            range(0x1_0000_0000, 0x1000, "vm0", 0x3000),
+        ];
+        let blocks = [block("pc.ram", 0x1000), block("0000:00:01.0/vm0", 0x10_0000)];
+        let device = MemoryDevice {
+            gpa: Gpa(0xffff_d000),
+            len: 0x10_0000,
+        };
+        let found = in_blocks(ranges, &blocks, &[device]).unwrap();
+        let seen: Vec<_> = found
+            .iter()
+            .map(|found| (found.range.name.as_str(), found.page_size))
+            .collect();
+        assert_eq!(seen, [("pc.ram", Some(4096)), ("vm0", None)]);
     }
 
     #[test]
     fn a_range_outside_its_block_and_no_ram_at_all_are_refused() {
         let blocks = [block("a", 0x1000)];
         for offset in [0x1, u64::MAX] {
-            let found = in_blocks(vec![range(0, 0x1000, "a", offset)], &blocks);
+            let found = in_blocks(vec![range(0, 0x1000, "a", offset)], &blocks, &[]);
             assert!(matches!(found, Err(RamMapError::OutsideBlock { .. })));
         }
         assert!(matches!(
-            in_blocks(vec![range(0, 1, "a", 0)], &[]),
+            in_blocks(vec![range(0, 1, "a", 0)], &[], &[]),
             Err(RamMapError::NoRam)
         ));
     }
@@ -217,6 +276,7 @@ mod tests {
             len,
             block: "a".into(),
             block_offset: gpa,
+            page_size: Some(4096),
             hva: Hva(gpa),
             backing: Backing::Private,
         };

@@ -1,6 +1,7 @@
 //! Where the guest's RAM is: guest-physical ranges, and what in the QEMU process holds them.
 
 pub mod backing;
+pub mod devices;
 pub mod gpa2hva;
 pub mod map;
 pub mod mtree;

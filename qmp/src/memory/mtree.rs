@@ -25,6 +25,9 @@ const SYSTEM_SPACE: &str = " AS \"memory\", root: system";
 /// Names of accelerators that QEMU puts behind the ranges they hold.
 const ACCELERATORS: [&str; 4] = [" KVM", " HVF", " NVMM", " WHPX"];
 
+/// What RAM is called; the second is that of NVDIMMs, which a guest's kernel can use as RAM, too (`dax_kmem`).
+const RAM: [&str; 2] = ["ram", "nv-ram"];
+
 /// A guest-physical range of plain RAM: readable, writable, not a device's registers.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct RamRange {
@@ -63,7 +66,7 @@ pub fn ram_ranges(text: &str) -> Result<Vec<RamRange>, TextError> {
             return Err(error());
         }
         free_from = last.checked_add(1);
-        if kind == "ram" {
+        if RAM.contains(&kind) {
             let len = (last - first).checked_add(1).ok_or_else(error)?;
             ranges.push(RamRange {
                 gpa: Gpa(first),
@@ -154,6 +157,16 @@ mod tests {
             range(0x10_0000, 0x8000_0000, "pc.ram", 0x10_0000),
             range(0x1_0000_0000, 0x1_c000_0000, "pc.ram", 0x8000_0000),
         ];
+        assert_eq!(ram_ranges(text).unwrap(), expected);
+    }
+
+    #[test]
+    fn memory_of_nvdimms_is_ram() {
+        let text = "FlatView #0\n AS \"memory\", root: system\n  \
+            0000000108000000-000000010bffffff (prio 0, nv-ram): n0\n  \
+            000000010c000000-000000010cffffff (prio 0, nv-rom): n1\n  \
+            000000010d000000-000000010dffffff (prio 0, ramd): 0000:00:02.0 BAR 1\n";
+        let expected = [range(0x1_0800_0000, 0x1_0c00_0000, "n0", 0)];
         assert_eq!(ram_ranges(text).unwrap(), expected);
     }
 
