@@ -14,6 +14,7 @@
 //! - [`spoil`] damages modules where it hurts;
 //! - [`sleeper`] is a task that sleeps inside a function;
 //! - [`health`] finds the guest kernel's own complaints;
+//! - [`huge_pages`] has the host set some aside for a guest;
 //! - [`load`] keeps a guest busy, and talks to it over the network;
 //! - [`monitor`] talks to QEMU behind vmpatch's back;
 //! - [`moving`] is what the tests of moves into another QEMU share, and [`bare`] such a move without vmpatch;
@@ -28,6 +29,7 @@ pub mod cut;
 pub mod fixes;
 pub mod ftrace;
 pub mod health;
+pub mod huge_pages;
 pub mod kit;
 pub mod load;
 pub mod matrix;

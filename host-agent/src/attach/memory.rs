@@ -1,105 +1,178 @@
-//! Guest RAM as the patch core wants it: mapped through vm-memory where it is shared, through the process where not.
+//! Guest RAM as the patch core wants it: each block by its own kind. What is shared is mapped, where it can be; all else is read
+//! and written through the QEMU process.
 
 use guest_core::{Gpa, MemoryError, PhysMemory};
+use nix::errno::Errno;
 use nix::sys::uio::{RemoteIoVec, process_vm_readv, process_vm_writev};
 use nix::unistd::Pid;
+use qmp::memory::backing::SharedFile;
 use qmp::{Backing, RamMap, RamRegion};
-use std::io::{IoSlice, IoSliceMut};
+use std::collections::BTreeMap;
+use std::io::{self, IoSlice, IoSliceMut};
 use std::ops::Range;
-use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemory, GuestMemoryMmap};
+use std::rc::Rc;
+use vm_memory::{Bytes, FileOffset, MmapRegion, VolatileMemory, VolatileSlice};
 
 /// Why guest RAM can't be reached.
 #[derive(Debug, thiserror::Error)]
 pub enum RamError {
-    /// The file that holds it can't be opened.
-    #[error("opening the shared memory of QEMU process {pid}")]
-    Open {
+    /// The host refuses to read it in the process, which is where RAM is read that can't be mapped.
+    #[error("reading block {block} of guest RAM in QEMU process {pid}")]
+    Process {
         /// The process.
         pid: i32,
+        /// The RAM block.
+        block: String,
         /// Why.
-        source: qmp::memory::BackingError,
-    },
-    /// It can't be mapped.
-    #[error("mapping {bytes} bytes of guest RAM of process {pid}: {cause}")]
-    Map {
-        /// The process.
-        pid: i32,
-        /// Bytes asked for.
-        bytes: u64,
-        /// Why.
-        cause: String,
-    },
-    /// RAM of both kinds in one guest.
-    #[error(
-        "the guest's RAM is partly shared and partly private (blocks {shared} and {private}), which is not supported"
-    )]
-    Mixed {
-        /// A block that is shared.
-        shared: String,
-        /// A block that is not.
-        private: String,
+        source: io::Error,
     },
 }
 
 /// The RAM of a guest whose process is QEMU's.
 pub fn open(map: &RamMap) -> Result<Box<dyn PhysMemory>, RamError> {
-    let is_shared = |region: &&RamRegion| matches!(region.backing, Backing::Shared(_));
-    let shared = map.regions.iter().find(is_shared);
-    let private = map.regions.iter().find(|region| !is_shared(region));
-    match (shared, private) {
-        (Some(shared), Some(private)) => Err(RamError::Mixed {
-            shared: shared.block.clone(),
-            private: private.block.clone(),
-        }),
-        (Some(_), None) => Ok(Box::new(SharedRam::map(map)?)),
-        _ => Ok(Box::new(ProcessRam::new(map))),
-    }
+    Ok(Box::new(GuestRam::open(map)?))
 }
 
-/// RAM reached through any [`vm_memory::GuestMemory`]; a rust-vmm VMM can hand in its own.
-pub struct SharedRam<M> {
-    memory: M,
+/// All RAM of a guest.
+struct GuestRam {
+    process: Process,
+    /// Ascending, not overlapping.
+    regions: Vec<Region>,
     ranges: Vec<Range<Gpa>>,
 }
 
-impl SharedRam<GuestMemoryMmap<()>> {
-    /// Maps the files that hold the RAM of QEMU's process.
-    fn map(map: &RamMap) -> Result<Self, RamError> {
-        let pid = map.pid;
-        let bytes = map.regions.iter().map(|region| region.len).sum();
-        let failed = |cause: String| RamError::Map { pid, bytes, cause };
-        let mut ranges = Vec::new();
-        for region in &map.regions {
+/// A range of it that is held in one piece.
+struct Region {
+    gpa: u64,
+    len: u64,
+    /// Its first byte in the QEMU process.
+    hva: u64,
+    mapped: Option<Mapped>,
+}
+
+impl GuestRam {
+    fn open(map: &RamMap) -> Result<Self, RamError> {
+        let blocks = map_blocks(map);
+        let mapped = |region: &RamRegion| {
             let Backing::Shared(file) = &region.backing else {
-                continue;
+                return None;
             };
-            let opened = file.open(pid).map_err(|source| RamError::Open { pid, source })?;
-            let len = usize::try_from(region.len).map_err(|error| failed(error.to_string()))?;
-            ranges.push((
-                GuestAddress(region.gpa.0),
-                len,
-                Some(FileOffset::new(opened, file.offset)),
-            ));
+            let (start, block) = blocks.get(region.block.as_str())?;
+            Some(Mapped {
+                block: block.clone(),
+                offset: file.offset.checked_sub(*start)?,
+            })
+        };
+        let regions = map.regions.iter().map(|region| Region {
+            gpa: region.gpa.0,
+            len: region.len,
+            hva: region.hva.0,
+            mapped: mapped(region),
+        });
+        let ram = Self {
+            process: Process(Pid::from_raw(map.pid)),
+            regions: regions.collect(),
+            ranges: map
+                .regions
+                .iter()
+                .map(|region| Gpa(region.gpa.0)..Gpa(region.gpa.0.saturating_add(region.len)))
+                .collect(),
+        };
+        ram.try_process(map)?;
+        Ok(ram)
+    }
+
+    /// One byte of each block that is not mapped, so that what the host forbids is told apart from a guest that is not understood.
+    fn try_process(&self, map: &RamMap) -> Result<(), RamError> {
+        let mut last = "";
+        for (region, found) in self.regions.iter().zip(&map.regions) {
+            if region.mapped.is_none() && found.block != last {
+                last = &found.block;
+                self.process
+                    .read(region.hva, &mut [0])
+                    .map_err(|errno| RamError::Process {
+                        pid: map.pid,
+                        block: found.block.clone(),
+                        source: errno.into(),
+                    })?;
+            }
         }
-        let memory = GuestMemoryMmap::from_ranges_with_files(ranges).map_err(|error| failed(error.to_string()))?;
-        Ok(Self {
-            memory,
-            ranges: ranges_of(map),
-        })
+        Ok(())
+    }
+
+    /// Gives `act` each piece of `len` bytes at `at` that lies in one region: the region, the offset in it, and which of the bytes
+    /// they are. Nothing is done where not all of them are RAM.
+    fn pieces(
+        &self,
+        at: Gpa,
+        len: usize,
+        mut act: impl FnMut(&Region, u64, Range<usize>) -> Result<(), MemoryError>,
+    ) -> Result<(), MemoryError> {
+        let outside = || MemoryError::NotRam { at, len };
+        let mut covered = 0;
+        while covered < len {
+            covered += self.piece(at, covered, len).ok_or_else(outside)?.2.len();
+        }
+        let mut done = 0;
+        while done < len {
+            let (region, offset, piece) = self.piece(at, done, len).ok_or_else(outside)?;
+            done = piece.end;
+            act(region, offset, piece)?;
+        }
+        Ok(())
+    }
+
+    /// The piece that begins at byte `from` of the `len` bytes at `at`.
+    fn piece(&self, at: Gpa, from: usize, len: usize) -> Option<(&Region, u64, Range<usize>)> {
+        let at = at.0.checked_add(u64::try_from(from).ok()?)?;
+        let after = self.regions.partition_point(|region| region.gpa <= at);
+        let region = self.regions.get(after.checked_sub(1)?)?;
+        let offset = at - region.gpa;
+        let left = region.len.checked_sub(offset).filter(|left| *left > 0)?;
+        let end = from
+            .saturating_add(usize::try_from(left).unwrap_or(usize::MAX))
+            .min(len);
+        Some((region, offset, from..end))
     }
 }
 
-impl<M: GuestMemory> PhysMemory for SharedRam<M> {
+impl Region {
+    fn read(&self, process: Process, offset: u64, buf: &mut [u8]) -> Result<(), String> {
+        match &self.mapped {
+            Some(mapped) => mapped.read(offset, buf),
+            None => said(process.read(self.hva.wrapping_add(offset), buf)),
+        }
+    }
+
+    fn write(&self, process: Process, offset: u64, bytes: &[u8]) -> Result<(), String> {
+        match &self.mapped {
+            Some(mapped) => mapped.write(offset, bytes),
+            None => said(process.write(self.hva.wrapping_add(offset), bytes)),
+        }
+    }
+}
+
+fn said(result: nix::Result<()>) -> Result<(), String> {
+    result.map_err(|errno| errno.desc().to_owned())
+}
+
+impl PhysMemory for GuestRam {
     fn read(&self, at: Gpa, buf: &mut [u8]) -> Result<(), MemoryError> {
-        let len = buf.len();
-        self.memory
-            .read_slice(buf, GuestAddress(at.0))
-            .map_err(|_| MemoryError::NotRam { at, len })
+        self.pieces(at, buf.len(), |region, offset, piece| {
+            let len = piece.len();
+            let buf = buf.get_mut(piece).unwrap_or_default();
+            let result = region.read(self.process, offset, buf);
+            result.map_err(|cause| MemoryError::Host { at, len, cause })
+        })
     }
 
     fn write(&self, at: Gpa, bytes: &[u8]) -> Result<(), MemoryError> {
-        let outside = |_| MemoryError::NotRam { at, len: bytes.len() };
-        self.memory.write_slice(bytes, GuestAddress(at.0)).map_err(outside)
+        self.pieces(at, bytes.len(), |region, offset, piece| {
+            let len = piece.len();
+            let bytes = bytes.get(piece).unwrap_or_default();
+            let result = region.write(self.process, offset, bytes);
+            result.map_err(|cause| MemoryError::Host { at, len, cause })
+        })
     }
 
     fn ram(&self) -> &[Range<Gpa>] {
@@ -107,84 +180,177 @@ impl<M: GuestMemory> PhysMemory for SharedRam<M> {
     }
 }
 
-/// RAM that is the QEMU process's own: each access is a system call on that process.
-struct ProcessRam {
-    pid: Pid,
-    regions: Vec<RamRegion>,
-    ranges: Vec<Range<Gpa>>,
-}
+/// The QEMU process, whose memory is reached by system calls. A page that is not there is an error, not a signal.
+#[derive(Clone, Copy)]
+struct Process(Pid);
 
-impl ProcessRam {
-    fn new(map: &RamMap) -> Self {
-        Self {
-            pid: Pid::from_raw(map.pid),
-            regions: map.regions.clone(),
-            ranges: ranges_of(map),
-        }
+impl Process {
+    fn read(self, hva: u64, buf: &mut [u8]) -> nix::Result<()> {
+        let remote = Self::remote(hva, buf.len())?;
+        let len = buf.len();
+        Self::all(process_vm_readv(self.0, &mut [IoSliceMut::new(buf)], &[remote])?, len)
     }
 
-    /// The host-virtual address of `len` bytes at `at`, all in one region.
-    fn remote(&self, at: Gpa, len: usize) -> Result<RemoteIoVec, MemoryError> {
-        let outside = MemoryError::NotRam { at, len };
-        let end = at.0.checked_add(len as u64).ok_or(outside.clone())?;
-        let after = self.regions.partition_point(|region| region.gpa.0 <= at.0);
-        let region = after
-            .checked_sub(1)
-            .and_then(|index| self.regions.get(index))
-            .ok_or(outside.clone())?;
-        let offset = at.0 - region.gpa.0;
-        let base = usize::try_from(region.hva.0.wrapping_add(offset)).map_err(|_| outside.clone())?;
-        if end > region.gpa.0.saturating_add(region.len) {
-            return Err(outside);
-        }
+    fn write(self, hva: u64, bytes: &[u8]) -> nix::Result<()> {
+        let remote = Self::remote(hva, bytes.len())?;
+        Self::all(
+            process_vm_writev(self.0, &[IoSlice::new(bytes)], &[remote])?,
+            bytes.len(),
+        )
+    }
+
+    fn remote(hva: u64, len: usize) -> nix::Result<RemoteIoVec> {
+        let base = usize::try_from(hva).map_err(|_| Errno::EFAULT)?;
         Ok(RemoteIoVec { base, len })
     }
 
-    fn done(at: Gpa, len: usize, result: nix::Result<usize>) -> Result<(), MemoryError> {
-        match result {
-            Ok(done) if done == len => Ok(()),
-            Ok(done) => Err(MemoryError::Host {
-                at,
-                len,
-                cause: format!("only {done} bytes were transferred"),
-            }),
-            Err(errno) => Err(MemoryError::Host {
-                at,
-                len,
-                cause: errno.desc().to_owned(),
-            }),
+    /// A transfer ends early at the first page that is not there (`process_vm_readv(2)`).
+    fn all(done: usize, len: usize) -> nix::Result<()> {
+        if done == len { Ok(()) } else { Err(Errno::EFAULT) }
+    }
+}
+
+/// Where a region lies in a mapping of this process.
+struct Mapped {
+    block: Rc<MmapRegion>,
+    offset: u64,
+}
+
+impl Mapped {
+    fn read(&self, offset: u64, buf: &mut [u8]) -> Result<(), String> {
+        let result = self.slice(offset, buf.len())?.read_slice(buf, 0);
+        result.map_err(|error| error.to_string())
+    }
+
+    fn write(&self, offset: u64, bytes: &[u8]) -> Result<(), String> {
+        let result = self.slice(offset, bytes.len())?.write_slice(bytes, 0);
+        result.map_err(|error| error.to_string())
+    }
+
+    fn slice(&self, offset: u64, len: usize) -> Result<VolatileSlice<'_>, String> {
+        let start = self.offset.saturating_add(offset);
+        let start = usize::try_from(start).map_err(|error| error.to_string())?;
+        let slice = self.block.get_slice(start, len);
+        slice.map_err(|error| error.to_string())
+    }
+}
+
+/// The blocks that can be mapped, by name, each with the offset in its file where the mapping begins. A block that may have holes
+/// is not mapped: where nothing is behind a page, touching it would end this process.
+fn map_blocks(map: &RamMap) -> BTreeMap<&str, (u64, Rc<MmapRegion>)> {
+    let mut spans: BTreeMap<&str, (&SharedFile, Range<u64>)> = BTreeMap::new();
+    for region in &map.regions {
+        let (Backing::Shared(file), Some(page_size)) = (&region.backing, region.page_size) else {
+            continue;
+        };
+        let Some(span) = whole_pages(file.offset, region.len, page_size) else {
+            continue;
+        };
+        let (_, joined) = spans.entry(&region.block).or_insert((file, span.clone()));
+        *joined = joined.start.min(span.start)..joined.end.max(span.end);
+    }
+    spans
+        .into_iter()
+        .filter_map(|(block, (file, span))| Some((block, (span.start, Rc::new(map_file(file, map.pid, span)?)))))
+        .collect()
+}
+
+/// What to map for `len` bytes at `offset` of a file: a mapping begins and ends at multiples of the pages that hold it (mm/hugetlb.c
+/// and mmap(2)), but the chipset divides RAM at any multiple of 4 KiB.
+fn whole_pages(offset: u64, len: u64, page_size: u64) -> Option<Range<u64>> {
+    let end = offset.checked_add(len)?.checked_next_multiple_of(page_size)?;
+    Some(offset - offset.checked_rem(page_size)?..end)
+}
+
+/// None where the file can't be mapped as far as that: it is a device, another user's, or shorter.
+fn map_file(file: &SharedFile, pid: i32, span: Range<u64>) -> Option<MmapRegion> {
+    let opened = file.open(pid).ok()?;
+    if opened.metadata().ok()?.len() < span.end {
+        return None;
+    }
+    let len = usize::try_from(span.end - span.start).ok()?;
+    MmapRegion::from_file(FileOffset::new(opened, span.start), len).ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Two regions that follow one another, one mapped and one of this process as a QEMU's would be, and a third behind a hole.
+    fn mixed(own: &mut [u8; 0x1000]) -> GuestRam {
+        let block = Rc::new(MmapRegion::new(0x2000).unwrap());
+        let hva = own.as_mut_ptr() as u64;
+        let region = |gpa, mapped, hva| Region {
+            gpa,
+            len: 0x1000,
+            hva,
+            mapped,
+        };
+        let mapped = |offset| {
+            let block = block.clone();
+            Some(Mapped { block, offset })
+        };
+        GuestRam {
+            process: Process(Pid::this()),
+            regions: vec![
+                region(0x1000, mapped(0x1000), 0),
+                region(0x2000, None, hva),
+                region(0x8000, mapped(0), 0),
+            ],
+            ranges: Vec::new(),
         }
     }
-}
 
-impl PhysMemory for ProcessRam {
-    fn read(&self, at: Gpa, buf: &mut [u8]) -> Result<(), MemoryError> {
-        let remote = self.remote(at, buf.len())?;
-        let len = buf.len();
-        Self::done(
-            at,
-            len,
-            process_vm_readv(self.pid, &mut [IoSliceMut::new(buf)], &[remote]),
-        )
+    #[test]
+    fn each_region_is_reached_by_its_own_kind_also_across_their_border() {
+        let mut own = [0; 0x1000];
+        let ram = mixed(&mut own);
+        let bytes: Vec<u8> = (1..=64).collect();
+        ram.write(Gpa(0x1fe0), &bytes).unwrap();
+        let mut read = [0; 64];
+        ram.read(Gpa(0x1fe0), &mut read).unwrap();
+        assert_eq!(read[..], bytes);
+        ram.read(Gpa(0x2000), &mut read[..32]).unwrap();
+        assert_eq!(read[..32], bytes[32..]);
+        assert_eq!(own[..32], bytes[32..]);
     }
 
-    fn write(&self, at: Gpa, bytes: &[u8]) -> Result<(), MemoryError> {
-        let remote = self.remote(at, bytes.len())?;
-        Self::done(
-            at,
-            bytes.len(),
-            process_vm_writev(self.pid, &[IoSlice::new(bytes)], &[remote]),
-        )
+    #[test]
+    fn what_is_not_all_ram_is_neither_read_nor_written() {
+        let mut own = [0; 0x1000];
+        let ram = mixed(&mut own);
+        for (at, len) in [(0xfff, 2), (0x2fff, 2), (0x3000, 1), (0x1000, 0x2001), (u64::MAX, 2)] {
+            let expected = Err(MemoryError::NotRam { at: Gpa(at), len });
+            assert_eq!(ram.read(Gpa(at), &mut vec![0; len]), expected, "{at:#x}");
+            assert_eq!(ram.write(Gpa(at), &vec![1; len]), expected, "{at:#x}");
+        }
+        let mut all = [7; 0x2000];
+        ram.read(Gpa(0x1000), &mut all).unwrap();
+        assert_eq!(all, [0; 0x2000]);
     }
 
-    fn ram(&self) -> &[Range<Gpa>] {
-        &self.ranges
+    #[test]
+    fn a_page_that_the_process_does_not_have_is_an_error() {
+        let mut own = [0; 0x1000];
+        let mut ram = mixed(&mut own);
+        ram.regions[1].hva = 0x1000;
+        let error = ram.read(Gpa(0x2000), &mut [0]).unwrap_err();
+        assert_eq!(error.to_string(), "cannot reach 1 bytes at GPA 0x2000: Bad address");
     }
-}
 
-fn ranges_of(map: &RamMap) -> Vec<Range<Gpa>> {
-    map.regions
-        .iter()
-        .map(|region| Gpa(region.gpa.0)..Gpa(region.gpa.0.saturating_add(region.len)))
-        .collect()
+    #[test]
+    fn what_is_mapped_begins_and_ends_at_whole_pages() {
+        let huge = 2 << 20;
+        for (offset, len, page_size, expected) in [
+            (0, 0xc_0000, 4096, 0..0xc_0000),
+            (0, 0xc_0000, huge, 0..huge),
+            (0x10_0000, 63 << 20, huge, 0..64 << 20),
+            (0x8000_0000, 1, 1 << 30, 0x8000_0000..0xc000_0000),
+        ] {
+            assert_eq!(whole_pages(offset, len, page_size), Some(expected), "{offset:#x}");
+        }
+        for (offset, len, page_size) in [(u64::MAX, 1, 4096), (u64::MAX - 1, 1, 4096), (0, 1, 0)] {
+            assert_eq!(whole_pages(offset, len, page_size), None, "{offset:#x}");
+        }
+    }
 }

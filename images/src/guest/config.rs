@@ -14,6 +14,10 @@ pub enum Ram {
     Private,
     /// A memfd, mapped shared, that another process can map through QEMU's open files.
     SharedMemfd,
+    /// The same of huge pages (2 MiB), of which the host must have enough.
+    SharedHuge,
+    /// Two NUMA nodes of equal size: a memfd as above, and anonymous memory.
+    TwoKinds,
 }
 
 /// How the guest's name is spelled on QEMU's command line.

@@ -65,15 +65,7 @@ pub(super) fn arguments(config: &GuestConfig, name: &str, vmlinuz: Option<&Path>
     args.option("-cpu", config.cpu.as_deref().unwrap_or(default_cpu));
     args.option("-smp", config.vcpus.to_string());
     args.option("-m", format!("{}M", config.memory_mib));
-    match config.ram {
-        Ram::Private => args.option("-machine", &config.machine),
-        Ram::SharedMemfd => args
-            .option(
-                "-object",
-                format!("memory-backend-memfd,id=ram0,size={}M,share=on", config.memory_mib),
-            )
-            .option("-machine", format!("{},memory-backend=ram0", config.machine)),
-    };
+    ram(&mut args, config);
     if let Some(vmlinuz) = vmlinuz {
         args.option("-kernel", vmlinuz.display().to_string());
         args.option("-initrd", files.initramfs().display().to_string());
@@ -108,6 +100,31 @@ pub(super) fn arguments(config: &GuestConfig, name: &str, vmlinuz: Option<&Path>
     }
     args.0.extend(config.qemu_args.iter().cloned());
     args.0
+}
+
+/// The machine and what holds its RAM.
+fn ram(args: &mut Arguments, config: &GuestConfig) {
+    let backend =
+        |kind: &str, id: &str, mib: u32, more: &str| format!("memory-backend-{kind},id={id},size={mib}M{more}");
+    let (all, half) = (config.memory_mib, config.memory_mib / 2);
+    let memfd = match config.ram {
+        Ram::SharedMemfd => backend("memfd", "ram0", all, ",share=on"),
+        Ram::SharedHuge => backend("memfd", "ram0", all, ",share=on,hugetlb=on,hugetlbsize=2M"),
+        Ram::TwoKinds => {
+            args.option("-object", backend("memfd", "ram0", half, ",share=on"))
+                .option("-object", backend("ram", "ram1", half, ""))
+                .option("-numa", "node,memdev=ram0")
+                .option("-numa", "node,memdev=ram1")
+                .option("-machine", &config.machine);
+            return;
+        }
+        Ram::Private => {
+            args.option("-machine", &config.machine);
+            return;
+        }
+    };
+    args.option("-object", memfd)
+        .option("-machine", format!("{},memory-backend=ram0", config.machine));
 }
 
 #[derive(Default)]
