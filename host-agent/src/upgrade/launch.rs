@@ -28,8 +28,6 @@ pub(super) struct Spec {
     pub(super) folder: PathBuf,
     /// What it runs as.
     pub(super) origin: Origin,
-    /// It gives its rights up by itself.
-    pub(super) drops_rights: bool,
     /// The old process.
     pub(super) old: i32,
     /// What tells later that it was started for that ([`process::MARKER`]).
@@ -88,9 +86,7 @@ fn become_it(spec: &Spec) -> Result<(), LaunchError> {
         spec.descriptors, spec.old
     )))?;
     umask(Mode::from_bits_truncate(spec.origin.umask));
-    if !spec.drops_rights {
-        become_user(&spec.origin)?;
-    }
+    become_user(&spec.origin)?;
     let bytes = |bytes: &Vec<u8>| OsString::from_vec(bytes.clone());
     let cause = Command::new(&spec.program)
         .args(spec.arguments.iter().map(bytes))

@@ -93,6 +93,18 @@ impl Origin {
         }
     }
 
+    /// Of the process `pid`, but only users, groups and what else its status tells.
+    pub(super) fn rights_of(pid: i32) -> Result<Self, OriginError> {
+        let path = proc_path(pid, "status");
+        match fs::read_to_string(&path) {
+            Ok(text) => parse_status(&text).ok_or_else(|| OriginError::Format {
+                path,
+                found: text.chars().take(200).collect(),
+            }),
+            Err(source) => Err(OriginError::Read { path, source }),
+        }
+    }
+
     fn read(pid: i32) -> Result<Self, OriginError> {
         let read = |name: &str| {
             let path = proc_path(pid, name);
@@ -103,9 +115,8 @@ impl Origin {
             path: proc_path(pid, name),
             found: found.chars().take(200).collect(),
         };
-        let (status, limits, cgroups) = (text("status")?, text("limits")?, text("cgroup")?);
+        let (limits, cgroups) = (text("limits")?, text("cgroup")?);
         let cgroups = parse_cgroups(&cgroups).ok_or_else(|| understood("cgroup", &cgroups))?;
-        let origin = parse_status(&status).ok_or_else(|| understood("status", &status))?;
         Ok(Self {
             limits: parse_limits(&limits).ok_or_else(|| understood("limits", &limits))?,
             cgroups,
@@ -115,7 +126,7 @@ impl Origin {
                 .filter(|variable| !variable.is_empty())
                 .map(<[u8]>::to_vec)
                 .collect(),
-            ..origin
+            ..Self::rights_of(pid)?
         })
     }
 }

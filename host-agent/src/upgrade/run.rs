@@ -7,7 +7,9 @@ use super::files::{self, OpenFiles};
 use super::folder::ChannelFolder;
 use super::identity;
 use super::launch::Spec;
+use super::owner::Owner;
 use super::prepare::{Prepared, is_same, prepare};
+use super::rights;
 use super::settle;
 use super::signals::Wish;
 use super::successor::Successor;
@@ -75,7 +77,7 @@ pub fn run(options: &Options, wanted: &UpgradeOptions, progress: &Progress) -> R
     let mut watcher = match Watcher::start(&vmpatch, &spec, socket, journey.was_running, lock) {
         Ok(watcher) => watcher,
         Err(error) => {
-            new.discard(&journey.prepared.names);
+            journey.discard(&mut new);
             return Err(Failure::Supervisor(error));
         }
     };
@@ -128,7 +130,6 @@ impl Move {
             arguments,
             folder: self.prepared.folder.clone(),
             origin: self.prepared.origin.clone(),
-            drops_rights: line.drops_rights,
             old: old.pid,
             marker: process::marker(old.pid, old.start_time, self.was_running),
             descriptors: line.descriptors.clone(),
@@ -161,7 +162,7 @@ impl Move {
             Ok(resumed_at_us) => {
                 let total = begun.elapsed();
                 progress.step(&format!("{}: taking over the names", self.prepared.shown));
-                settle::take_over(new.pid, &self.prepared.names)?;
+                settle::take_over(new.pid, &self.owner(), &self.prepared.names)?;
                 Ok(Some(Done {
                     resumed_at_us,
                     total,
@@ -217,6 +218,7 @@ impl Move {
                 "it must become QEMU itself (exec)",
             ));
         }
+        rights::check_same(prepared.old.pid, new.pid)?;
         compare::same_machine(&prepared.facts, &pair.destination_facts()?)?;
         let ram = pair.destination_ram(new.pid)?;
         let alone = files::temporary(&prepared.names);
@@ -250,10 +252,10 @@ impl Move {
     /// The guest runs on in the old process, or stands there if it stood, and the new one is gone. Only where the guest has not
     /// run there.
     fn abandon(&mut self, new: &mut Successor) -> Result<(), UpgradeError> {
-        let pair = &mut self.prepared.pair;
-        let sent = pair.cancel(CANCEL_TIME_MAX);
-        new.discard(&self.prepared.names);
+        let sent = self.prepared.pair.cancel(CANCEL_TIME_MAX);
+        self.discard(new);
         self.taps.set_back();
+        let pair = &mut self.prepared.pair;
         let stands = sent? == Status::Completed || (self.limits.standing && pair.source_state()? == RunState::Paused);
         if stands && self.was_running {
             pair.take_back(settle::TAKE_BACK_TIME_MAX)
@@ -266,10 +268,21 @@ impl Move {
         Ok(())
     }
 
+    /// Ends the new process, with its temporary names.
+    fn discard(&self, new: &mut Successor) {
+        new.end();
+        settle::remove_temporary(&self.owner(), &self.prepared.names);
+    }
+
+    /// Whom the guest's files belong to.
+    fn owner(&self) -> Owner {
+        Owner::from(&self.prepared.origin)
+    }
+
     /// After `cont` failed in the new process. Disks and network may have seen a guest that ran, so the old one must not go on
     /// then.
     fn abandon_unless_it_ran<T>(&mut self, new: &mut Successor, error: UpgradeError) -> Result<T, UpgradeError> {
-        new.discard(&self.prepared.names);
+        self.discard(new);
         if self.prepared.pair.has_run(CANCEL_TIME_MAX) {
             return Err(UpgradeError::Lost {
                 old: self.prepared.old.pid,

@@ -6,6 +6,7 @@
 
 use super::error::UpgradeError;
 use super::line::{self, Context, Rewritten};
+use super::owner::Owner;
 use super::successor;
 use super::tap::Taps;
 use crate::domains::names::{Name, own};
@@ -139,15 +140,16 @@ fn names_of(new: &Domain) -> Result<Vec<Name>, UpgradeError> {
 }
 
 fn forward(old: &Domain, new: &Domain, names: &[Name]) -> Result<Settled, UpgradeError> {
-    take_over(new.pid, names)?;
+    take_over(new.pid, &Owner::of(new.pid)?, names)?;
     end_old(old, new.pid)?;
     Ok(Settled::InNew)
 }
 
-/// The guest runs in the new process `new`: gives it its names, in this order.
-pub(super) fn take_over(new: i32, names: &[Name]) -> Result<(), UpgradeError> {
+/// The guest runs in the new process `new`: gives it its names, in this order, with the rights of its owner.
+pub(super) fn take_over(new: i32, owner: &Owner, names: &[Name]) -> Result<(), UpgradeError> {
     for name in names {
-        name.take_over().map_err(|source| UpgradeError::Unfinished {
+        let done = owner.act(|| name.take_over()).flatten();
+        done.map_err(|source| UpgradeError::Unfinished {
             pid: new,
             left: format!(
                 "{} could not take over {}",
@@ -158,6 +160,11 @@ pub(super) fn take_over(new: i32, names: &[Name]) -> Result<(), UpgradeError> {
         })?;
     }
     Ok(())
+}
+
+/// Removes the names of a new process that is no more, with the rights of its owner. What can't be removed harms nobody.
+pub(super) fn remove_temporary(owner: &Owner, names: &[Name]) {
+    let _ = owner.act(|| names.iter().for_each(Name::remove_temporary));
 }
 
 /// Ends the old process, whose guest runs in the process `new`.
@@ -186,9 +193,10 @@ fn back(
 ) -> Result<Settled, UpgradeError> {
     let ending = UpgradeError::host(format!("ending the new process (pid {})", new.pid));
     let taps = process::taps(new.pid);
+    let owner = Owner::of(new.pid)?;
     successor::end(new.pid, new.start_time).map_err(ending)?;
     set_back(old.pid, &taps);
-    names.iter().for_each(Name::remove_temporary);
+    remove_temporary(&owner, names);
     // A guest that is copied standing was stopped by the vmpatch that was killed.
     if was_running && (sent == Status::Completed || pair.source_state()? == RunState::Paused) {
         pair.take_back(TAKE_BACK_TIME_MAX)

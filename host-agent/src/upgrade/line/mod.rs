@@ -69,14 +69,14 @@ pub(super) struct Rewritten {
     pub(super) names: Vec<Name>,
     /// Descriptors of the old process that the new one needs under the same numbers.
     pub(super) descriptors: Vec<i32>,
-    /// It gives its rights up by itself, so it has to start with root's.
-    pub(super) drops_rights: bool,
 }
 
 /// Options that vmpatch sets itself, or that say what happens before a guest runs.
 const DROPPED: [&str; 5] = ["incoming", "S", "daemonize", "loadvm", "writeconfig"];
+const CHROOT: &str = "its names mean something else in the old process than outside";
 /// Options with a reason why they keep a guest where it is.
-const REFUSED: [(&str, &str); 11] = [
+const REFUSED: [(&str, &str); 12] = [
+    ("chroot", CHROOT),
     (
         "snapshot",
         "its disks' changes are in files of the old process that have no name",
@@ -184,14 +184,12 @@ impl Rewriter<'_> {
                 self.hand_on(name, &text, &number)?;
                 value
             }
-            "runas" => {
-                self.result.drops_rights = true;
-                value
-            }
-            "run-with" => {
-                self.result.drops_rights |= Params::parse(&text, None).get("user").is_some();
-                value
-            }
+            // The new process begins as the user that the old one runs as, and opens files with no other rights.
+            "runas" => return Ok(()),
+            "run-with" => match run_with(&text)? {
+                Some(rest) => Some(rest),
+                None => return Ok(()),
+            },
             _ => value,
         };
         self.words.push(Word::Option {
@@ -312,6 +310,17 @@ fn check_device(option: &str, text: &[u8]) -> Result<(), Refused> {
         _ => return Ok(()),
     };
     Err(Refused::new(option, text, reason))
+}
+
+/// `-run-with` without the user: see `runas`. None where nothing else is in it.
+fn run_with(text: &[u8]) -> Result<Option<Vec<u8>>, Refused> {
+    let mut params = Params::parse(text, None);
+    if params.get("chroot").is_some() {
+        return Err(Refused::new("run-with", text, CHROOT));
+    }
+    params.remove("user");
+    let is_empty = params.keys().next().is_none();
+    Ok((!is_empty).then(|| params.render()))
 }
 
 fn shows_nothing(display: &[u8]) -> bool {

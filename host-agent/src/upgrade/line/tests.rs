@@ -84,6 +84,18 @@ fn a_tap_is_inherited_whoever_opened_it() {
 }
 
 #[test]
+fn the_new_process_gets_no_rights_to_give_up() {
+    assert_eq!(line("q -M q35 -runas qemu"), "-M type=pc-q35-7.2");
+    assert_eq!(
+        line("q -M q35 -run-with user=qemu,async-teardown=on"),
+        "-M type=pc-q35-7.2 -run-with async-teardown=on"
+    );
+    assert_eq!(line("q -M q35 -run-with user=qemu"), "-M type=pc-q35-7.2");
+    assert!(refused("q -chroot /jail").contains("`-chroot /jail`"));
+    assert!(refused("q -run-with chroot=/jail").contains("`-run-with chroot=/jail`"));
+}
+
+#[test]
 fn what_lives_in_the_old_process_is_refused_by_name() {
     for (text, option) in [
         ("q -netdev user,id=n", "-netdev user,id=n"),
