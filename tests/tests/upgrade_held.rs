@@ -139,3 +139,38 @@ fn an_open_file_that_was_deleted_or_exchanged_keeps_the_guest_where_it_is() {
     }
     assert!(guest.is_running());
 }
+
+#[test]
+fn a_log_that_a_device_writes_is_kept_and_one_that_qemu_would_empty_keeps_the_guest_where_it_is() {
+    let place = Place::new();
+    let (copy, log) = (place.path("copy"), place.path("log"));
+    let device = format!("null,id=copied,logfile={copy}");
+    let config = with(
+        kit::guest(Kernel::CLOUD_6_1),
+        &["-chardev", &device, "-device", "isa-debugcon,chardev=copied,id=debug0"],
+    );
+    let mut guest = Guest::boot(config).unwrap_or_else(|error| panic!("{error}"));
+    let _keeper = Keeper::of(&guest);
+    let written = "what the guest has put out\n";
+    fs::write(&copy, written).unwrap();
+    check(&guest, 0);
+    assert_eq!(fs::read_to_string(&copy).unwrap(), written, "after --check");
+    let report = Vmpatch::on(&guest)
+        .run(&["upgrade", "--qemu", INSTALLED, "--json"])
+        .expect(0)
+        .json();
+    assert_eq!(fs::read_to_string(&copy).unwrap(), written, "after the move");
+    guest
+        .follow(u32::try_from(report["new"]["pid"].as_u64().unwrap()).unwrap())
+        .unwrap();
+    drop(guest);
+
+    let guest = Guest::boot(with(kit::guest(Kernel::CLOUD_6_1), &["-D", &log, "-d", "guest_errors"])).unwrap();
+    fs::write(&log, written).unwrap();
+    let answer = check(&guest, 3);
+    assert!(
+        answer.complaint().starts_with(&format!("the log file {log} (`-D`)")),
+        "{answer}"
+    );
+    assert_eq!(fs::read_to_string(&log).unwrap(), written);
+}

@@ -55,6 +55,23 @@ pub(super) fn check_unchanged(
     Ok(())
 }
 
+/// Demands that QEMU's own log is not one that the new process would empty: it does so when it opens it (`util/log.c`,
+/// `qemu_set_log_internal`, 7.2 to 10.0).
+pub(super) fn check_log(words: &[(String, Vec<u8>)], folder: &Path, open: &OpenFiles) -> Result<(), UpgradeError> {
+    let logs = words.iter().any(|(option, _)| option == "d" || option == "trace");
+    let files = words.iter().filter(|(option, _)| option == "D");
+    for (_, value) in files {
+        let path = folder.join(OsString::from_vec(value.clone()));
+        if logs || Identity::at(&path).is_some_and(|identity| open.has(identity)) {
+            return Err(UpgradeError::unfit(
+                format!("the log file {} (`-D`)", path.display()),
+                "a QEMU that begins empties it, and the old one still writes to it; let QEMU log to its standard error",
+            ));
+        }
+    }
+    Ok(())
+}
+
 /// All values that may be paths. One that is none leads nowhere.
 fn paths(value: &[u8]) -> BTreeSet<PathBuf> {
     let mut found = BTreeSet::new();

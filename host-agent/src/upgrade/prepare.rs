@@ -124,7 +124,9 @@ pub(super) fn prepare(options: &Options, wanted: &UpgradeOptions, progress: &Pro
     names.sort_by_key(|name| is_same(&name.own, &target.socket));
     let files = OpenFiles::of(pid, &ram, files::real(&names))?;
     files.check_names(pid)?;
-    named::check_unchanged(pid, &line::arguments(&words), &folder, &files)?;
+    let arguments = line::arguments(&words);
+    named::check_unchanged(pid, &arguments, &folder, &files)?;
+    named::check_log(&arguments, &folder, &files)?;
     let way = choose_way(&pair, &facts, version, &ram, wanted.way)?;
     if way == Way::Precopy {
         check_room(&ram)?;

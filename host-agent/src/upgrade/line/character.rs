@@ -2,7 +2,7 @@
 //! alone is refused.
 
 use super::words::Word;
-use super::{Refused, Rewriter};
+use super::{Refused, Rewriter, written};
 use crate::domains::params::Params;
 
 impl Rewriter<'_> {
@@ -23,6 +23,7 @@ impl Rewriter<'_> {
             | "wctablet" | "testdev" => {}
             _ => return refuse("this kind of device is not known"),
         }
+        written::keep_log(&mut params);
         Ok(params.render())
     }
 

@@ -7,6 +7,7 @@ mod character;
 mod keyed;
 mod network;
 mod words;
+mod written;
 
 use crate::domains::names::Name;
 use crate::domains::params::Params;
@@ -156,6 +157,7 @@ impl Rewriter<'_> {
         {
             return refuse(reason);
         }
+        written::check(name, &text)?;
         let value = match name {
             "machine" | "M" => Some(self.machine(&text)),
             "pidfile" => Some(self.name(name, &text, &text)?),

@@ -70,6 +70,10 @@ fn files_that_the_guest_writes_to_are_not_emptied() {
         "-M type=pc-q35-7.2 -chardev backend=file,id=c,path=/log,append=on \
          -chardev backend=file,id=vmpatch-serial-2,path=/con,append=on -serial chardev:vmpatch-serial-2"
     );
+    assert_eq!(
+        line("q -M q35 -chardev null,id=c,logfile=/log,logappend=off"),
+        "-M type=pc-q35-7.2 -chardev backend=null,id=c,logfile=/log,logappend=on"
+    );
 }
 
 #[test]
@@ -127,6 +131,17 @@ fn what_lives_in_the_old_process_is_refused_by_name() {
         ("q -display gtk", "-display gtk"),
         ("q -nographic", "-nographic"),
         ("q -readconfig /c", "-readconfig /c"),
+        (
+            "q -object filter-dump,id=f,netdev=n,file=/p",
+            "-object filter-dump,id=f,netdev=n,file=/p",
+        ),
+        (
+            "q -object {\"qom-type\":\"filter-dump\"}",
+            "-object {\"qom-type\":\"filter-dump\"}",
+        ),
+        ("q -trace x,file=/t", "-trace x,file=/t"),
+        ("q -icount auto,rr=record,rrfile=/r", "-icount auto,rr=record,rrfile=/r"),
+        ("q -audiodev wav,id=a", "-audiodev wav,id=a"),
     ] {
         assert!(
             refused(text).starts_with(&format!("`{option}` can't be carried over")),
