@@ -61,7 +61,7 @@ fn upgrade_due(session: &Session) -> Result<Option<String>, Failure> {
     let survey = domains::all()?;
     let domain = survey.iter().find(|domain| domain.pid == session.attached.pid());
     let program = domain.and_then(|domain| domain.binary.as_ref());
-    Ok(due(session.attached.version(), program).map(|due| due.to_string()))
+    Ok(due(session.attached.version(), session.attached.pid(), program).map(|due| due.to_string()))
 }
 
 /// Applies one file; `None` where it is for another kernel.

@@ -1,5 +1,6 @@
 //! A QEMU program: what version it is.
 
+use super::owner::Owner;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -46,12 +47,33 @@ pub type Version = (u64, u64, u64);
 
 /// Asks a program for its version.
 pub fn version(path: &Path) -> Result<Version, BinaryError> {
+    ask(Command::new(path), path)
+}
+
+/// Asks a program that a user chose for its version, with that user's rights. Only root can start programs as another one.
+pub(super) fn version_as(owner: &Owner, path: &Path) -> Result<Version, BinaryError> {
+    let mut command = Command::new(path);
+    owner.own(&mut command);
+    ask(command, path)
+}
+
+fn ask(mut command: Command, path: &Path) -> Result<Version, BinaryError> {
+    let (text, status) = answer(command.arg("--version"), path)?;
+    let line = text.lines().next().unwrap_or_default();
+    parse(line).ok_or_else(|| BinaryError::NotQemu {
+        path: path.to_owned(),
+        answer: line.chars().take(80).collect(),
+        status,
+    })
+}
+
+/// What a program writes, and how it ends.
+fn answer(command: &mut Command, path: &Path) -> Result<(String, String), BinaryError> {
     let failed = |source| BinaryError::Start {
         path: path.to_owned(),
         source,
     };
-    let mut child = Command::new(path)
-        .arg("--version")
+    let mut child = command
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .stderr(Stdio::null())
@@ -68,13 +90,8 @@ pub fn version(path: &Path) -> Result<Version, BinaryError> {
         std::thread::sleep(POLL);
     }
     let output = child.wait_with_output().map_err(failed)?;
-    let text = String::from_utf8_lossy(&output.stdout);
-    let answer = text.lines().next().unwrap_or_default();
-    parse(answer).ok_or_else(|| BinaryError::NotQemu {
-        path: path.to_owned(),
-        answer: answer.chars().take(80).collect(),
-        status: output.status.to_string(),
-    })
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    Ok((text, output.status.to_string()))
 }
 
 /// `QEMU emulator version 10.0.2 (Debian 1:10.0.2+ds-2)`.

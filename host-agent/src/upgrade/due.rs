@@ -1,6 +1,7 @@
 //! Whether a guest's QEMU is to be replaced: its file was, or a newer one is installed in its place.
 
 use super::binary::{self, Version, spell};
+use super::owner::Owner;
 use crate::domains::Binary;
 use std::fmt;
 use std::path::PathBuf;
@@ -13,10 +14,12 @@ pub struct Due {
     program: PathBuf,
 }
 
-/// Looks at the program of a running QEMU. None where it is the one that is installed, or that can't be told.
-pub fn due(running: Version, program: Option<&Binary>) -> Option<Due> {
+/// Looks at the program of the running QEMU `pid`. None where it is the one that is installed, or that can't be told.
+pub fn due(running: Version, pid: i32, program: Option<&Binary>) -> Option<Due> {
     let program = program?;
-    let installed = binary::version(&program.path).ok();
+    // Its user may have made it.
+    let owner = Owner::of(pid).ok()?;
+    let installed = binary::version_as(&owner, &program.path).ok();
     judge(running, program, installed)
 }
 
