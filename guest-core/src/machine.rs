@@ -13,6 +13,8 @@ use std::time::Duration;
 pub struct MachineError {
     /// What was asked of the VMM.
     pub doing: &'static str,
+    /// True where the guest was paused for it, and is not known to run again.
+    pub left_paused: bool,
     /// Its error.
     pub source: Box<dyn Error + Send + Sync>,
 }
@@ -22,8 +24,15 @@ impl MachineError {
     pub fn new(doing: &'static str, source: impl Into<Box<dyn Error + Send + Sync>>) -> Self {
         Self {
             doing,
+            left_paused: false,
             source: source.into(),
         }
+    }
+
+    /// The same error, with what became of the pause.
+    #[must_use]
+    pub fn left_paused(self, left_paused: bool) -> Self {
+        Self { left_paused, ..self }
     }
 }
 
@@ -55,11 +64,12 @@ pub struct Journal {
 
 /// A virtual machine whose vCPUs can be stopped.
 pub trait Machine {
-    /// Makes sure that, should this process die, somebody else stops the vCPUs, calls [`crate::commit::take_back`] with this
-    /// journal, and lets them run again if they were running. Replaces what was said before; `None` ends it.
+    /// Makes sure that, should this process die or not be able to resume the guest, somebody else stops the vCPUs, calls
+    /// [`crate::commit::take_back`] with this journal, and lets them run again if they were running. Replaces what was said before;
+    /// `None` ends it.
     fn guard(&mut self, journal: Option<&Journal>) -> Result<(), MachineError>;
 
-    /// Stops all vCPUs.
+    /// Stops all vCPUs. On an error they run as before, unless [`MachineError::left_paused`].
     fn pause(&mut self) -> Result<Box<dyn Paused + '_>, MachineError>;
 }
 
@@ -78,6 +88,6 @@ pub trait Paused {
     fn settle(&mut self) -> Result<(), MachineError>;
 
     /// Lets the vCPUs run, and tells how long that, the stop and the registers took, and all together; the times between
-    /// are the caller's.
+    /// are the caller's. Errors: [`MachineError::left_paused`] where they are not known to run.
     fn resume(self: Box<Self>) -> Result<PauseTimes, MachineError>;
 }

@@ -8,7 +8,7 @@ use common::patch::{OPTIONS, carry_out, mend, patched, plan, plan_for, registry,
 use common::ram::Fault;
 use common::tasks::{START, process, write};
 use guest_core::change::Change;
-use guest_core::commit::{CommitError, CommitOptions, Model, NotSafe, commit, lay, take_back};
+use guest_core::commit::{CommitError, CommitOptions, Effect, Model, NotSafe, commit, lay, take_back};
 use guest_core::place::State;
 use guest_core::plan::{Plan, cleanup, recovery, revert};
 use guest_core::{Gpa, Kernel};
@@ -189,6 +189,47 @@ fn a_patch_is_in_force_also_where_the_supervisor_died_with_the_commit() {
     vm.supervisor_dies = true;
     commit(&kernel.live(&guest.ram), &mut vm, &plan, &OPTIONS).unwrap();
     assert_eq!(registry(&guest, &kernel).entries[0].state, State::Applied);
+}
+
+/// The error says what is in the guest, and the journal stays outstanding, so that the supervisor resumes it.
+#[test]
+fn a_guest_that_does_not_run_again_is_left_to_the_supervisor() {
+    let (sound, kernel) = (Guest::new(), Guest::new().kernel());
+    let plan = plan(&sound, &kernel, &two()).unwrap();
+    let last = writes(&plan) - 1;
+    let paused_from = plan.before.len() as u64;
+    let faults = (paused_from..=last).map(|write| Some(Fault::Once(write)));
+    for fault in faults.chain([Some(Fault::Death(last)), None]) {
+        let guest = sound.clone();
+        guest.ram.set_fault(fault);
+        let mut vm = Vm::new(&guest);
+        vm.stays_paused = true;
+        let error = commit(&kernel.live(&guest.ram), &mut vm, &plan, &OPTIONS).unwrap_err();
+        guest.ram.set_fault(None);
+        let effect = match fault {
+            None => Effect::InForce,
+            Some(Fault::Death(_)) => Effect::HalfPatched,
+            Some(_) => Effect::AsBefore,
+        };
+        assert!(error.left_paused() && error.effect() == effect, "{fault:?}: {error}");
+        let journal = vm.journal.expect("somebody still watches");
+        let complete = take_back(&guest.ram, &mut Stopped::new(&guest), &journal).unwrap();
+        assert_eq!(complete, effect == Effect::InForce, "{fault:?}");
+        assert_eq!(guest.ram.differences().is_empty(), !complete, "{fault:?}");
+    }
+}
+
+/// Nothing was written, and nobody knows whether it runs.
+#[test]
+fn a_guest_that_does_not_run_again_after_a_try_is_told_as_before() {
+    let guest = Guest::new();
+    let kernel = guest.kernel();
+    let plan = plan_for(&guest, &kernel, "victim").unwrap();
+    let mut vm = Vm::new(&guest);
+    (vm.stays_paused, vm.elapsed) = (true, Duration::from_secs(2));
+    let error = commit(&kernel.live(&guest.ram), &mut vm, &plan, &OPTIONS).unwrap_err();
+    assert!(error.left_paused() && error.effect() == Effect::AsBefore, "{error}");
+    assert!(vm.journal.is_some() && vm.pauses == 1);
 }
 
 #[test]

@@ -2,7 +2,10 @@
 //!
 //! Whatever fails, at whatever point: the old bytes are put back before the vCPUs run again.
 
+mod effect;
 mod write;
+
+pub use effect::Effect;
 
 use self::write::{restore, write};
 use crate::addr::Gva;
@@ -111,9 +114,24 @@ pub enum CommitError {
         /// What failed in taking it back.
         undo: String,
     },
+    /// The VMM did not end the pause as it should.
+    #[error("the pause did not end{}", after(first.as_deref()))]
+    NotResumed {
+        /// How much of the change is in the guest.
+        effect: Effect,
+        /// What had failed before, in the pause.
+        first: Option<String>,
+        /// What failed; it says whether the guest was left paused.
+        source: MachineError,
+    },
 }
 
-/// Carries out `plan`. On any error the guest is as before.
+fn after(first: Option<&str>) -> String {
+    first.map_or(String::new(), |first| format!(" after: {first}"))
+}
+
+/// Carries out `plan`. On an error [`CommitError::effect`] tells what the guest is like; where [`CommitError::left_paused`], the
+/// journal stays outstanding: whoever guards the change is to resume the guest.
 pub fn commit(
     live: &Live<'_>,
     machine: &mut dyn Machine,
@@ -139,16 +157,19 @@ pub fn commit(
     machine.guard(Some(&journal))?;
     let result = lay(live, &plan.before).and_then(|()| {
         try_until(live, machine, plan, options, &locks, &mut stacks).or_else(|error| {
-            match is_complete(live.memory, &plan.paused) || matches!(error, CommitError::HalfDone { .. }) {
-                // Functions lead into the new code: it must stay.
+            // Functions may lead into the new code, or somebody else takes all of it back.
+            let is_left = matches!(error, CommitError::HalfDone { .. } | CommitError::NotResumed { .. });
+            match is_left || is_complete(live.memory, &plan.paused) {
                 true => Err(error),
                 false => put_back(live.memory, &plan.before, error),
             }
         })
     });
     // The result says what the guest is like. A supervisor that can't be told has died, or takes back what was not complete:
-    // nothing, or what could not be taken back here.
-    let _ = machine.guard(None);
+    // nothing, or what could not be taken back here. It is needed where the guest is not known to run.
+    if !result.as_ref().is_err_and(CommitError::left_paused) {
+        let _ = machine.guard(None);
+    }
     result
 }
 
@@ -306,7 +327,7 @@ enum Attempt {
     NotSafe(NotSafe, PauseTimes),
 }
 
-/// One pause. Returning an error drops the guard, which resumes.
+/// One pause, which ends also where something in it fails.
 fn attempt(
     live: &Live<'_>,
     machine: &mut dyn Machine,
@@ -315,7 +336,54 @@ fn attempt(
     locks: &Locks,
     stacks: &mut Option<Survey<'_>>,
 ) -> Result<Attempt, CommitError> {
-    let mut paused = machine.pause()?;
+    let mut paused = machine.pause().map_err(|source| match source.left_paused {
+        true => not_resumed(Effect::AsBefore, None, source),
+        false => source.into(),
+    })?;
+    let done = in_pause(live, paused.as_mut(), plan, options, locks, stacks);
+    let resumed = paused.resume();
+    match (done, resumed) {
+        (Ok(done), Ok(times)) => {
+            let times = PauseTimes {
+                check_us: done.check_us,
+                write_us: done.write_us,
+                ..times
+            };
+            Ok(match done.verdict {
+                None => Attempt::Done(times),
+                Some(why) => Attempt::NotSafe(why, times),
+            })
+        }
+        (Ok(done), Err(source)) => {
+            let effect = done.verdict.map_or(Effect::InForce, |_| Effect::AsBefore);
+            Err(not_resumed(effect, None, source))
+        }
+        (Err(first), Ok(_)) => Err(first),
+        (Err(first), Err(source)) => Err(not_resumed(first.effect(), Some(chain(&first)), source)),
+    }
+}
+
+fn not_resumed(effect: Effect, first: Option<String>, source: MachineError) -> CommitError {
+    CommitError::NotResumed { effect, first, source }
+}
+
+/// What was done in a pause.
+struct Done {
+    /// Why nothing was written; none where all was.
+    verdict: Option<NotSafe>,
+    check_us: u64,
+    write_us: u64,
+}
+
+/// Checks, and writes where it is safe.
+fn in_pause(
+    live: &Live<'_>,
+    paused: &mut dyn Paused,
+    plan: &Plan,
+    options: &CommitOptions,
+    locks: &Locks,
+    stacks: &mut Option<Survey<'_>>,
+) -> Result<Done, CommitError> {
     let registers = paused.registers()?;
     let at_check = Instant::now();
     let is_over = || paused.elapsed() > options.pause_max;
@@ -331,17 +399,12 @@ fn attempt(
     let verdict = verdict.or_else(|| is_over().then(|| too_long(paused.elapsed(), options)));
     let at_write = Instant::now();
     if verdict.is_none() {
-        write(live, paused.as_mut(), &plan.paused)?;
+        write(live, paused, &plan.paused)?;
     }
-    let (check_us, write_us) = (micros(at_write - at_check), micros(at_write.elapsed()));
-    let times = PauseTimes {
-        check_us,
-        write_us,
-        ..paused.resume()?
-    };
-    Ok(match verdict {
-        None => Attempt::Done(times),
-        Some(why) => Attempt::NotSafe(why, times),
+    Ok(Done {
+        verdict,
+        check_us: micros(at_write - at_check),
+        write_us: micros(at_write.elapsed()),
     })
 }
 

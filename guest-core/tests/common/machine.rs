@@ -21,6 +21,8 @@ pub struct Vm<'a> {
     pub supervisor_dies: bool,
     /// The first write fails, and what it was to write comes later: when it is settled, or the guest runs.
     pub is_late: bool,
+    /// It does not run again after a pause.
+    pub stays_paused: bool,
     /// How long each pause is said to have taken up to the writes.
     pub elapsed: Duration,
     /// What memory held when the first code was written.
@@ -38,6 +40,7 @@ impl<'a> Vm<'a> {
             pauses: 0,
             supervisor_dies: false,
             is_late: false,
+            stays_paused: false,
             elapsed: Duration::ZERO,
             before_code: None,
         }
@@ -59,6 +62,7 @@ impl Machine for Vm<'_> {
             ram: self.ram,
             vcpus: &self.vcpus,
             elapsed: self.elapsed,
+            stays_paused: self.stays_paused,
             late: self.is_late.then(Vec::new),
             before_code: Some(&mut self.before_code),
         }))
@@ -70,6 +74,8 @@ pub struct Stopped<'a> {
     pub ram: &'a Ram,
     pub vcpus: &'a [Registers],
     pub elapsed: Duration,
+    /// It does not run again.
+    pub stays_paused: bool,
     /// Where the first write is late: what it was to write.
     pub late: Option<Vec<(Gpa, Vec<u8>)>>,
     /// Where to keep what memory holds at the first write.
@@ -83,6 +89,7 @@ impl<'a> Stopped<'a> {
             ram: &guest.ram,
             vcpus: &guest.vcpus,
             elapsed: Duration::ZERO,
+            stays_paused: false,
             late: None,
             before_code: None,
         }
@@ -132,6 +139,9 @@ impl Paused for Stopped<'_> {
     }
 
     fn resume(self: Box<Self>) -> Result<PauseTimes, MachineError> {
+        if self.stays_paused {
+            return Err(MachineError::new("resuming the guest", "no answer").left_paused(true));
+        }
         Ok(PauseTimes::default())
     }
 }

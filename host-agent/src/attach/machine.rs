@@ -19,6 +19,11 @@ impl<'a> GuardedMachine<'a> {
     pub(super) fn new(qmp: RefMut<'a, qmp::Machine>, supervisor: Supervisor) -> Self {
         Self { qmp, supervisor }
     }
+
+    /// Lets go of QEMU, and gives the supervisor: it may have a journal outstanding.
+    pub fn into_supervisor(self) -> Supervisor {
+        self.supervisor
+    }
 }
 
 impl Machine for GuardedMachine<'_> {
@@ -40,12 +45,15 @@ impl Machine for GuardedMachine<'_> {
     }
 
     fn pause(&mut self) -> Result<Box<dyn Paused + '_>, MachineError> {
-        let paused = self
-            .qmp
-            .pause()
-            .map_err(|error| MachineError::new("pausing the guest", error))?;
+        let paused = self.qmp.pause().map_err(|error| ending("pausing the guest", error))?;
         Ok(Box::new(PausedGuest(paused)))
     }
+}
+
+/// An error with which a pause ended.
+fn ending(doing: &'static str, error: PauseError) -> MachineError {
+    let left_paused = error.left_paused();
+    MachineError::new(doing, error).left_paused(left_paused)
 }
 
 /// A guest that stands.
@@ -70,10 +78,7 @@ impl Paused for PausedGuest<'_> {
     }
 
     fn resume(self: Box<Self>) -> Result<PauseTimes, MachineError> {
-        let times = self
-            .0
-            .resume()
-            .map_err(|error| MachineError::new("resuming the guest", error))?;
+        let times = self.0.resume().map_err(|error| ending("resuming the guest", error))?;
         Ok(PauseTimes {
             stop_us: times.stop_us,
             registers_us: times.registers_us,

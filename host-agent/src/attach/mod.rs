@@ -143,6 +143,11 @@ impl Attached {
         ))
     }
 
+    /// Leaves QEMU's socket to another process. Nothing can be asked of QEMU any more.
+    pub fn disconnect(&self) {
+        self.qmp.borrow_mut().disconnect();
+    }
+
     /// Stops the vCPUs in place of a vmpatch that died; resumed, they run if they were `running` before it came.
     pub fn take_over(&self, running: bool) -> Result<Box<dyn Paused + '_>, AttachError> {
         Ok(Box::new(TakenOver::new(&self.qmp, running)?))

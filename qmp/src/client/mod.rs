@@ -153,6 +153,13 @@ impl Client {
         .await
     }
 
+    /// Closes the connection. Every later command fails with [`CommandError::Disconnected`].
+    pub async fn disconnect(&mut self) {
+        self.task.abort();
+        // It has dropped the socket when it has ended.
+        let _ = (&mut self.task).await;
+    }
+
     async fn call(&self, name: &str, arguments: Value, fd: Option<OwnedFd>) -> Result<Value, CommandError> {
         let (reply, answer) = oneshot::channel();
         let gone = || CommandError::Disconnected {

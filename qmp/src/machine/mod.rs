@@ -189,6 +189,13 @@ impl Machine {
         if self.stub.is_some() { Ok(()) } else { self.close_stub() }
     }
 
+    /// Closes the QMP connection, so that another process can use its socket; what this one still has sent to QEMU may come into
+    /// effect. Every later command fails. The stub, where it is open, is left to whoever comes next, as by a process that was killed.
+    pub fn disconnect(&mut self) {
+        self.stub = None;
+        self.runtime.block_on(self.client.disconnect());
+    }
+
     /// Closes the stub.
     fn close_stub(&mut self) -> Result<(), CommandError> {
         self.stub = None;

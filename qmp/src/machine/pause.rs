@@ -70,6 +70,13 @@ pub enum PauseError {
     },
 }
 
+impl PauseError {
+    /// True where the guest was paused, and is not known to run again.
+    pub fn left_paused(&self) -> bool {
+        matches!(self, Self::NotResumed { .. })
+    }
+}
+
 /// Where the time of a pause went, by the host's monotonic clock, in microseconds. What is not in the parts was the
 /// caller's own work.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -131,12 +138,23 @@ impl<'a> Paused<'a> {
             began_at_us,
             finished,
         };
-        // From here on the guest is stopped, or about to: an error drops the guard, which resumes it.
-        let stopped = paused.connection.stop(&threads, &mut paused.machine.layout)?;
+        // From here on the guest is stopped, or about to.
+        let stopped = match paused.connection.stop(&threads, &mut paused.machine.layout) {
+            Ok(stopped) => stopped,
+            Err(error) => return Err(paused.give_up(error.into())),
+        };
         paused.vcpus = stopped.vcpus;
         paused.times.stop_us = as_us(stopped.stopped_at - began);
         paused.times.registers_us = as_us(stopped.stopped_at.elapsed());
         Ok(paused)
+    }
+
+    /// Resumes the guest after `error`. That it could not be resumed is the graver error.
+    fn give_up(mut self, error: PauseError) -> PauseError {
+        match self.finish() {
+            Err(graver @ PauseError::NotResumed { .. }) => graver,
+            _ => error,
+        }
     }
 
     /// The registers of each vCPU, in the order of their numbers.
