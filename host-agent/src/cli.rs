@@ -34,8 +34,12 @@ Exit codes:
   1  failed; the guest is as before
   2  wrong usage
   3  refused: the patch or the guest does not fit
-  4  not safe within the time given; the guest is as before
-  5  no such domain, or it cannot be reached";
+  4  not safe within the time given
+  5  no such domain, or it cannot be reached
+  6  the guest is not as before; read the message
+
+With 3, 4 and 5 the patch that the message names is not applied, or not reverted. What a command has done
+to other patches before is in its report.";
 
 /// Options of every command.
 #[derive(Debug, Clone, Args)]

@@ -4,9 +4,10 @@ use crate::attach::AttachError;
 use crate::cli::PATCHES_DEFAULT;
 use crate::domains::DomainError;
 use crate::lock::LockError;
+use crate::state::GuestState;
 use crate::upgrade::UpgradeError;
 use crate::upgrade::launch::LaunchError;
-use guest_core::commit::{CommitError, NotSafe};
+use guest_core::commit::{CommitError, Effect, NotSafe};
 use guest_core::kernel::KernelError;
 use guest_core::kernel::guard::Armed;
 use guest_core::place::RegistryError;
@@ -20,6 +21,9 @@ use std::path::{Path, PathBuf};
 pub const APPLYING: &str = "applying";
 /// And where one was to be taken out.
 pub const REVERTING: &str = "reverting";
+
+/// And where a change that was cut off was to be taken back.
+pub const TAKING_BACK: &str = "taking back";
 
 /// Why a command failed.
 #[derive(Debug, thiserror::Error)]
@@ -107,6 +111,28 @@ pub enum Failure {
         /// What failed.
         first: String,
     },
+    /// The guest did not run again after the pause of a change; the supervisor was to resume it.
+    #[error("{doing} {id}: {}", by_supervisor(*runs, *change))]
+    NotResumed {
+        /// As in [`Failure::Commit`].
+        doing: &'static str,
+        /// The patch.
+        id: String,
+        /// Whether the supervisor has resumed it.
+        runs: bool,
+        /// How much of the patch's change is in the guest.
+        change: Effect,
+        /// Why.
+        source: Box<CommitError>,
+    },
+    /// Something failed after the guest had been changed.
+    #[error("{source}")]
+    After {
+        /// What the guest is like, unless the failure itself made it worse.
+        state: GuestState,
+        /// What failed.
+        source: Box<Failure>,
+    },
     /// The worker that watches over a change can't be started.
     #[error("starting the supervisor")]
     Supervisor(#[source] std::io::Error),
@@ -169,10 +195,55 @@ fn lacks_permission(error: &(dyn Error + 'static)) -> bool {
     false
 }
 
+fn by_supervisor(runs: bool, change: Effect) -> String {
+    match runs {
+        true => format!("the supervisor had to resume the guest, which runs; the change is {change}"),
+        false => "the guest was not seen to run again".to_owned(),
+    }
+}
+
 impl Failure {
-    /// The exit code, as `--help` lists them.
-    pub fn exit_code(&self) -> u8 {
+    /// This failure, where the guest had been changed before: what it was like then.
+    #[must_use]
+    pub fn after(self, state: GuestState) -> Self {
+        match state {
+            GuestState::AsBefore => self,
+            state => Self::After {
+                state,
+                source: Box::new(self),
+            },
+        }
+    }
+
+    /// What the guest is like.
+    pub fn guest_state(&self) -> GuestState {
         match self {
+            Self::After { state, source } => match source.guest_state() {
+                GuestState::AsBefore => *state,
+                worse => worse,
+            },
+            Self::Commit { source, .. } => source.effect().into(),
+            Self::NotResumed { runs: true, change, .. } => (*change).into(),
+            Self::NotResumed { change, .. } => GuestState::Paused { change: *change },
+            Self::Upgrade(error) => error.guest_state(),
+            _ => GuestState::AsBefore,
+        }
+    }
+
+    /// The exit code, as `--help` lists them: 6 for a guest that is not as before. A refusal of one of several patches, and a moment
+    /// that was not safe for it, keep their codes; the report says what was done before.
+    pub fn exit_code(&self) -> u8 {
+        match (self.guest_state(), self.cause_code()) {
+            (GuestState::AsBefore, code) => code,
+            (GuestState::PartlyDone, code @ (3 | 4)) => code,
+            _ => 6,
+        }
+    }
+
+    /// The exit code, were the guest as before.
+    fn cause_code(&self) -> u8 {
+        match self {
+            Self::After { source, .. } => source.cause_code(),
             Self::NoTarget => 2,
             Self::Domain(_) | Self::Lock(_) | Self::OtherProcess { .. } | Self::Attach(_) => 5,
             Self::Busy(_)
@@ -192,6 +263,7 @@ impl Failure {
             Self::File { .. }
             | Self::Commit { .. }
             | Self::TakenBack { .. }
+            | Self::NotResumed { .. }
             | Self::Supervisor(_)
             | Self::Output(_) => 1,
         }
@@ -200,6 +272,11 @@ impl Failure {
     /// What the operator can do about it.
     pub fn hint(&self) -> Option<&'static str> {
         match self {
+            Self::After { source, .. } => source.hint(),
+            Self::NotResumed { runs: false, .. } => Some(
+                "QMP `cont` lets the guest run; `vmpatch status` then says what is in force, and the next `apply` or `revert` takes \
+                 back what is half done",
+            ),
             Self::Commit { doing, source, .. } => match **source {
                 CommitError::NotSafe {
                     why: NotSafe::Stacks(_),
@@ -241,6 +318,21 @@ impl Failure {
         }
     }
 
+    /// What a report says of the failure, see `docs/json.md`.
+    pub fn members(&self) -> serde_json::Map<String, serde_json::Value> {
+        let (chain, state) = (self.chain(), self.guest_state());
+        let mut members = serde_json::Map::new();
+        let mut add = |name: &str, value: serde_json::Value| members.insert(name.to_owned(), value);
+        add("error", chain.join(": ").into());
+        add("causes", chain.into());
+        add("exit_code", self.exit_code().into());
+        add("guest_state", state.name().into());
+        if let Some(change) = state.change() {
+            add("change", change.into());
+        }
+        members
+    }
+
     /// The error and its causes, none of them twice.
     pub fn chain(&self) -> Vec<String> {
         let mut lines = vec![self.to_string()];
@@ -253,5 +345,88 @@ impl Failure {
             cause = error.source();
         }
         lines
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use guest_core::machine::MachineError;
+
+    fn committing(source: CommitError) -> Failure {
+        Failure::Commit {
+            doing: APPLYING,
+            id: "fix".to_owned(),
+            source: Box::new(source),
+        }
+    }
+
+    fn not_resumed(runs: bool, change: Effect) -> Failure {
+        let source = MachineError::new("resuming the guest", "no answer").left_paused(true);
+        Failure::NotResumed {
+            doing: APPLYING,
+            id: "fix".to_owned(),
+            runs,
+            change,
+            source: Box::new(CommitError::NotResumed {
+                effect: change,
+                first: None,
+                source,
+            }),
+        }
+    }
+
+    fn half_done() -> CommitError {
+        CommitError::HalfDone {
+            first: String::new(),
+            undo: String::new(),
+        }
+    }
+
+    #[test]
+    fn exit_1_says_that_the_guest_is_as_before_and_exit_6_that_it_is_not() {
+        let stopped = || MachineError::new("pausing the guest", "no answer").into();
+        let written = || Failure::Output(io::ErrorKind::StorageFull.into());
+        let refused = || Failure::Busy("a snapshot".to_owned());
+        let stranded = UpgradeError::Unfinished {
+            pid: 1,
+            left: String::new(),
+            source: io::ErrorKind::Other.into(),
+        };
+        for (failure, code, state) in [
+            (committing(stopped()), 1, "as before"),
+            (committing(half_done()), 6, "half patched"),
+            (not_resumed(true, Effect::AsBefore), 1, "as before"),
+            (not_resumed(true, Effect::InForce), 6, "in force"),
+            (not_resumed(false, Effect::AsBefore), 6, "paused"),
+            (not_resumed(false, Effect::InForce), 6, "paused"),
+            (written(), 1, "as before"),
+            (written().after(GuestState::AsBefore), 1, "as before"),
+            (written().after(GuestState::InForce), 6, "in force"),
+            (refused(), 3, "as before"),
+            // One of several: the report says what was done before.
+            (refused().after(GuestState::PartlyDone), 3, "partly done"),
+            (committing(stopped()).after(GuestState::PartlyDone), 6, "partly done"),
+            // The worse of the two.
+            (committing(half_done()).after(GuestState::PartlyDone), 6, "half patched"),
+            // Reading a guest that was just patched.
+            (refused().after(GuestState::InForce), 6, "in force"),
+            (Failure::Upgrade(stranded), 6, "in force"),
+        ] {
+            assert_eq!(
+                (failure.exit_code(), failure.guest_state().name()),
+                (code, state),
+                "{failure}"
+            );
+        }
+    }
+
+    #[test]
+    fn a_paused_guest_is_told_with_how_much_of_the_change_is_in_it() {
+        let members = not_resumed(false, Effect::InForce).members();
+        assert_eq!(members["guest_state"], "paused");
+        assert_eq!(members["change"], "in force");
+        assert_eq!(members["exit_code"], 6);
+        assert!(!committing(half_done()).members().contains_key("change"));
     }
 }

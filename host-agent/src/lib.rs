@@ -18,6 +18,7 @@ pub mod output;
 pub mod progress;
 pub mod report;
 pub mod session;
+pub mod state;
 pub mod supervisor;
 pub mod text;
 pub mod upgrade;

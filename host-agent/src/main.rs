@@ -6,6 +6,8 @@ use clap::Parser;
 use host_agent::cli::{Cli, Command};
 use host_agent::error::Failure;
 use host_agent::progress::Progress;
+use host_agent::report::Patches;
+use host_agent::state::GuestState;
 use host_agent::{commands, output, supervisor, text, upgrade};
 use serde::Serialize;
 use std::process::ExitCode;
@@ -27,7 +29,7 @@ fn main() -> ExitCode {
 
 fn run(cli: &Cli, progress: &Progress) -> Result<(), Failure> {
     let options = &cli.options;
-    let show = |report| print(options.json, progress, &report, text::patches);
+    let show = |report: Patches| print(options.json, progress, &report, report.changed(), text::patches);
     match &cli.command {
         None => {
             let (report, failure) = commands::update(options, progress)?;
@@ -40,7 +42,7 @@ fn run(cli: &Cli, progress: &Progress) -> Result<(), Failure> {
             let as_text = |report: &_| text::building(report, build.explain);
             // Without --explain, a refusal's own words are all that a person needs.
             if options.json || build.explain || failure.is_none() {
-                print(options.json, progress, &report, as_text)?;
+                print(options.json, progress, &report, false, as_text)?;
             }
             failure.map_or(Ok(()), Err)
         }
@@ -51,14 +53,16 @@ fn run(cli: &Cli, progress: &Progress) -> Result<(), Failure> {
             options.json,
             progress,
             &commands::inspect(options, progress)?,
+            false,
             text::inspection,
         ),
-        Some(Command::Domains) => print(options.json, progress, &commands::domains(progress)?, |lines| {
-            text::domains(lines)
-        }),
+        Some(Command::Domains) => {
+            let lines = commands::domains(progress)?;
+            print(options.json, progress, &lines, false, |lines| text::domains(lines))
+        }
         Some(Command::Upgrade(wanted)) => {
             let report = upgrade::run(options, wanted, progress)?;
-            print(options.json, progress, &report, text::upgrade)
+            print(options.json, progress, &report, report.moved(), text::upgrade)
         }
         Some(Command::Supervise { socket }) => supervisor::supervise(socket),
         Some(Command::Launch) => Ok(upgrade::launch::launch()?),
@@ -71,10 +75,12 @@ fn run(cli: &Cli, progress: &Progress) -> Result<(), Failure> {
     }
 }
 
+/// Prints a report of a command that has `changed` the guest or not.
 fn print<R: Serialize>(
     json: bool,
     progress: &Progress,
     report: &R,
+    changed: bool,
     text: impl Fn(&R) -> String,
 ) -> Result<(), Failure> {
     progress.clear();
@@ -83,19 +89,25 @@ fn print<R: Serialize>(
     } else {
         text(report)
     };
-    output::report(&text).map_err(Failure::Output)
+    let state = if changed {
+        GuestState::InForce
+    } else {
+        GuestState::AsBefore
+    };
+    output::report(&text).map_err(|error| Failure::Output(error).after(state))
 }
 
-/// The chain of causes once, in one line, and a hint where there is one.
+/// The chain of causes once, in one line, what the guest is like where it is not as before, and a hint where there is one.
 fn report_failure(failure: &Failure, json: bool) {
-    let chain = failure.chain();
     if json && !matches!(failure, Failure::Incomplete { .. } | Failure::NotAllowed { .. }) {
-        let document =
-            serde_json::json!({ "error": chain.join(": "), "causes": chain, "exit_code": failure.exit_code() });
+        let document = serde_json::Value::Object(failure.members());
         // The exit code and standard error say the same.
         let _ = output::report(&format!("{document:#}\n"));
     }
-    output::message(&format!("vmpatch: {}\n", chain.join(": ")));
+    output::message(&format!("vmpatch: {}\n", failure.chain().join(": ")));
+    if let Some(sentence) = failure.guest_state().sentence() {
+        output::message(&format!("guest: {sentence}\n"));
+    }
     if let Some(hint) = failure.hint() {
         output::message(&format!("hint: {hint}\n"));
     }

@@ -287,6 +287,13 @@ pub struct Patches {
     pub upgrade_due: Option<String>,
 }
 
+impl Patches {
+    /// True where the command itself has changed the guest: every change takes a pause.
+    pub fn changed(&self) -> bool {
+        self.patches.iter().any(|patch| patch.pause.is_some())
+    }
+}
+
 /// A QEMU process.
 #[derive(Debug, Clone, Serialize)]
 pub struct Process {
@@ -326,6 +333,13 @@ pub struct Upgrade {
     /// What the operator should know.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub warnings: Vec<String>,
+}
+
+impl Upgrade {
+    /// True where the guest is in its new process.
+    pub fn moved(&self) -> bool {
+        self.new.pid.is_some()
+    }
 }
 
 /// `inspect`: an address range.

@@ -7,8 +7,9 @@ use crate::error::{self, Failure};
 use crate::lock::DomainLock;
 use crate::progress::Progress;
 use crate::report;
+use crate::state::GuestState;
 use crate::upgrade::{self, UpgradeError};
-use guest_core::commit::{self, CommitError, CommitOptions, Committed, Model};
+use guest_core::commit::{self, CommitError, CommitOptions, Committed, Effect, Model};
 use guest_core::kernel::Live;
 use guest_core::kernel::guard::{self, Guard};
 use guest_core::machine::Machine;
@@ -204,7 +205,7 @@ impl Session {
         let reverted = self.carry_out(error::REVERTING, chosen, |session| {
             Ok(plan::revert(&session.live(), &session.registry, id)?)
         })?;
-        self.tidy()?;
+        self.tidy().map_err(|failure| failure.after(GuestState::InForce))?;
         Ok(reverted)
     }
 
@@ -251,7 +252,11 @@ impl Session {
     ///
     /// Ok where the change is to be planned anew: a revert, of which the rest is to be done.
     fn mend(&mut self, id: String, doing: &'static str, half: CommitError) -> Result<(), Failure> {
-        let mended = self.reread().and_then(|()| self.tidy()).is_ok();
+        let mended = self.reread().and_then(|()| self.tidy());
+        if let Err(failure @ Failure::NotResumed { .. }) = mended {
+            return Err(failure);
+        }
+        let mended = mended.is_ok();
         let is_it = |entry: &&Entry| entry.record().is_some_and(|record| record.id == id);
         let state = self.registry.entries.iter().find(is_it).map(|entry| entry.state);
         match (half, state) {
@@ -270,10 +275,22 @@ impl Session {
             .machine(&self.supervisor, &self.lock)
             .map_err(Failure::Supervisor)?;
         let result = commit::commit(&live, &mut machine as &mut dyn Machine, plan, &options);
-        drop(machine);
-        let reread = self.reread();
-        let committed = result.map_err(|source| failed(plan.record.id.clone(), doing, source))?;
-        reread.map(|()| committed)
+        let supervisor = machine.into_supervisor();
+        let id = plan.record.id.clone();
+        match result {
+            Err(source) if source.left_paused() => {
+                self.attached.disconnect();
+                Err(not_resumed(id, doing, supervisor.take_over(), source))
+            }
+            result => {
+                // It ends before anything else is asked of the guest.
+                drop(supervisor);
+                let reread = self.reread();
+                let committed = result.map_err(|source| failed(id, doing, source))?;
+                reread.map_err(|failure| failure.after(GuestState::InForce))?;
+                Ok(committed)
+            }
+        }
     }
 
     /// Wipes what a revert, or a vmpatch that was killed, has left; takes back what was half committed.
@@ -284,7 +301,7 @@ impl Session {
         while let Some(plan) = plan::recovery(&self.live(), &self.registry)? {
             plans += 1;
             let options = commit_options(Model::CleanCut, Duration::from_secs(10));
-            match self.commit(&plan, "taking back", options) {
+            match self.commit(&plan, error::TAKING_BACK, options) {
                 Err(Failure::Commit { source, .. })
                     if matches!(*source, CommitError::Changed(_)) && plans < PLANS_MAX => {}
                 taken => {
@@ -341,6 +358,23 @@ fn failed(id: String, doing: &'static str, source: CommitError) -> Failure {
     Failure::Commit {
         doing,
         id,
+        source: Box::new(source),
+    }
+}
+
+/// A commit after which the guest did not run again; `settled` is what the supervisor that resumed it says of the commit.
+fn not_resumed(id: String, doing: &'static str, settled: Option<Effect>, source: CommitError) -> Failure {
+    let change = match settled.unwrap_or_else(|| source.effect()) {
+        // What is in force then is that the patch's change is not.
+        Effect::InForce if doing == error::TAKING_BACK => Effect::AsBefore,
+        Effect::AsBefore if doing == error::TAKING_BACK => Effect::HalfPatched,
+        effect => effect,
+    };
+    Failure::NotResumed {
+        doing,
+        id,
+        runs: settled.is_some(),
+        change,
         source: Box::new(source),
     }
 }

@@ -3,18 +3,19 @@
 //! The worker starts `vmpatch supervise SOCKET` in a process group of its own, so that Ctrl-C does not reach it, and tells it, line by
 //! line as JSON, the [`Journal`] of what it is about to change and whether the guest was running; each line is answered by one
 //! byte. When the worker's end of the socket closes with a journal outstanding, the supervisor reaches the guest by
-//! itself, takes back what is half done, and lets the guest run. It inherits the domain's lock, so that no other
-//! vmpatch comes in between.
+//! itself, takes back what is half done, lets the guest run, and tells a worker that is still there what the guest is like. It
+//! inherits the domain's lock, so that no other vmpatch comes in between.
 
 use crate::attach::Attached;
-use crate::error::Failure;
+use crate::error::{self, Failure};
 use crate::lock::DomainLock;
 use crate::output;
-use guest_core::commit;
+use guest_core::commit::{self, Effect};
 use guest_core::machine::Journal;
 use nix::sys::signal::{SigSet, Signal};
 use serde::{Deserialize, Serialize};
 use std::io::{self, BufRead, BufReader, Read, Write};
+use std::net::Shutdown;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
@@ -36,6 +37,13 @@ const END_TIME_MAX: Duration = Duration::from_secs(60);
 const END_WAIT: Duration = Duration::from_micros(200);
 /// Most bytes of one line: a journal of the largest patch.
 const LINE_BYTES_MAX: u64 = 64 << 20;
+
+/// How the supervisor tells what the guest is like.
+const EFFECTS: [(u8, Effect); 3] = [
+    (b'b', Effect::AsBefore),
+    (b'f', Effect::InForce),
+    (b'h', Effect::HalfPatched),
+];
 
 /// One line to the supervisor.
 #[derive(Debug, Serialize, Deserialize)]
@@ -82,6 +90,20 @@ impl Supervisor {
         self.tell(&None)
     }
 
+    /// Has the supervisor do now what it would do had this process died, and gives how much of the change is in the guest, which
+    /// runs again if it was running. None where the supervisor did not get that far.
+    ///
+    /// QEMU serves one client per socket: this process must have closed its connection.
+    pub fn take_over(mut self) -> Option<Effect> {
+        let mut answer = [0];
+        self.socket.shutdown(Shutdown::Write).ok()?;
+        self.socket.set_read_timeout(Some(END_TIME_MAX)).ok()?;
+        self.socket.read_exact(&mut answer).ok()?;
+        EFFECTS
+            .into_iter()
+            .find_map(|(byte, effect)| (answer == [byte]).then_some(effect))
+    }
+
     fn tell(&mut self, watch: &Option<Watch>) -> io::Result<()> {
         let mut line = serde_json::to_vec(watch)?;
         line.push(b'\n');
@@ -93,7 +115,7 @@ impl Supervisor {
 impl Drop for Supervisor {
     fn drop(&mut self) {
         // It ends when it sees the socket closed.
-        let _ = self.socket.shutdown(std::net::Shutdown::Both);
+        let _ = self.socket.shutdown(Shutdown::Both);
         let end = Instant::now() + END_TIME_MAX;
         while matches!(self.child.try_wait(), Ok(None)) {
             if Instant::now() >= end {
@@ -124,7 +146,28 @@ pub fn supervise(path: &Path) -> Result<(), Failure> {
             break;
         }
     }
-    watch.map_or(Ok(()), |watch| recover(path, &watch))
+    let Some(watch) = watch else { return Ok(()) };
+    let result = recover(path, &watch);
+    let effect = match &result {
+        Ok(true) => Effect::InForce,
+        Ok(false) => Effect::AsBefore,
+        // It was resumed even so.
+        Err(Failure::Commit { .. }) => Effect::HalfPatched,
+        Err(_) => return result.map(drop),
+    };
+    let byte = EFFECTS.iter().find_map(|(byte, of)| (*of == effect).then_some(*byte));
+    let is_told = byte.is_some_and(|byte| answers.write_all(&[byte]).is_ok());
+    if let (Ok(_), false) = (&result, is_told) {
+        let what = match effect {
+            Effect::InForce => "the change was complete and stays",
+            _ => "the change was taken back",
+        };
+        output::message(&format!(
+            "vmpatch: its process was killed; {what}, and the guest runs on\n"
+        ));
+    }
+    // Whoever was told says it.
+    if is_told { Ok(()) } else { result.map(drop) }
 }
 
 /// Whoever ends all processes of a service, or hangs up a terminal, means the worker; the supervisor ends behind it by itself.
@@ -139,23 +182,13 @@ fn stdin_descriptor() -> io::Result<OwnedFd> {
     io::stdin().as_fd().try_clone_to_owned()
 }
 
-fn recover(path: &Path, watch: &Watch) -> Result<(), Failure> {
+/// Gives true where the change was complete and stays.
+fn recover(path: &Path, watch: &Watch) -> Result<bool, Failure> {
     let start = Instant::now();
     loop {
         match take_back(path, watch) {
-            Ok(complete) => {
-                let what = if complete {
-                    "the change was complete and stays"
-                } else {
-                    "the change was taken back"
-                };
-                output::message(&format!(
-                    "vmpatch: its process was killed; {what}, and the guest runs on\n"
-                ));
-                return Ok(());
-            }
             Err(Failure::Attach(_)) if start.elapsed() < RECOVERY_TIME_MAX => std::thread::sleep(RECOVERY_WAIT),
-            Err(error) => return Err(error),
+            result => return result,
         }
     }
 }
@@ -166,7 +199,7 @@ fn take_back(path: &Path, watch: &Watch) -> Result<bool, Failure> {
     let result = commit::take_back(attached.memory(), paused.as_mut(), &watch.journal);
     paused.resume().map_err(crate::attach::AttachError::from)?;
     result.map_err(|source| Failure::Commit {
-        doing: "taking back",
+        doing: error::TAKING_BACK,
         id: "a change that was cut off".to_owned(),
         source: Box::new(source),
     })

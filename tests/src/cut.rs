@@ -15,6 +15,12 @@ const WRITE: u64 = 1;
 const SENDTO: u64 = 44;
 const KILL: u64 = 62;
 const RENAME: u64 = 82;
+const SENDMSG: u64 = 46;
+const SHUTDOWN: u64 = 48;
+/// What the kernel takes as no system call at all.
+const NONE: u64 = u64::MAX;
+/// Standard error: descriptors above it are sockets and files of the program's own.
+const STDERR: u64 = 2;
 /// What stands for the result before a system call has one: -ENOSYS.
 const NO_RESULT: u64 = (-38_i64).cast_unsigned();
 
@@ -25,6 +31,8 @@ pub enum Call {
     Tell(u8),
     /// It has QEMU's GDB stub write memory.
     WriteMemory,
+    /// It has QEMU's GDB stub let the guest run: it leaves physical memory mode and detaches.
+    Resume,
     /// It renames a file.
     Rename,
     /// It kills a process.
@@ -49,14 +57,18 @@ impl Call {
                 let is_one = (number == WRITE || number == SENDTO) && registers.rdx == 1;
                 is_one && word(process, registers.rsi).to_ne_bytes().first() == Some(&byte)
             }
-            Self::WriteMemory => {
-                let sends = number == WRITE || number == SENDTO;
-                sends && word(process, registers.rsi).to_ne_bytes().starts_with(b"$M")
-            }
+            Self::WriteMemory => sends(process, registers, b"$M"),
+            Self::Resume => sends(process, registers, b"$Qqemu.PhyMemMode:0#"),
             Self::Rename => number == RENAME,
             Self::Kill => number == KILL,
         }
     }
+}
+
+fn sends(process: Pid, registers: &user_regs_struct, what: &[u8]) -> bool {
+    let is_send = [WRITE, SENDTO].contains(&registers.orig_rax);
+    let mut pieces = (registers.rsi..).step_by(8).zip(what.chunks(8));
+    is_send && pieces.all(|(at, piece)| word(process, at).to_ne_bytes().starts_with(piece))
 }
 
 fn word(process: Pid, address: u64) -> i64 {
@@ -96,6 +108,38 @@ pub fn run_to(child: &Child, call: Call, nth: usize, side: Side) {
             ended => panic!("it never did {call:?} {nth} times: {ended:?}"),
         };
         ptrace::syscall(pid, signal).expect("it is stopped");
+    }
+}
+
+/// Lets a program that [`run_to`] has stopped before a system call go on, unable to send anything to anybody, until it shuts a socket down;
+/// from then on it goes on by itself.
+///
+/// # Panics
+///
+/// If it ends before.
+pub fn let_go_unheard(child: &Child) {
+    let pid = as_pid(child.id());
+    loop {
+        let mut registers = ptrace::getregs(pid).expect("it is stopped");
+        let begins = registers.rax == NO_RESULT;
+        let number = registers.orig_rax;
+        if begins && number == SHUTDOWN {
+            return let_go(child);
+        }
+        if begins && [WRITE, SENDTO, SENDMSG].contains(&number) && registers.rdi > STDERR {
+            registers.orig_rax = NONE;
+            ptrace::setregs(pid, registers).expect("it is stopped");
+        }
+        ptrace::syscall(pid, None).expect("it is stopped");
+        loop {
+            match waitpid(pid, None).expect("it is this program's child") {
+                WaitStatus::PtraceSyscall(_) => break,
+                WaitStatus::Stopped(..) | WaitStatus::PtraceEvent(..) => {
+                    ptrace::syscall(pid, None).expect("it is stopped");
+                }
+                ended => panic!("it never shut a socket down: {ended:?}"),
+            }
+        }
     }
 }
 

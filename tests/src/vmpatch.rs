@@ -131,6 +131,21 @@ impl Vmpatch {
         command.spawn().expect("vmpatch starts")
     }
 
+    /// Runs it to its end with its standard output going there; the answer has none.
+    ///
+    /// # Panics
+    ///
+    /// If it can't be built or started.
+    pub fn run_into(&self, args: &[&str], stdout: impl Into<Stdio>) -> Answer {
+        let mut command = self.command(args);
+        let child = command
+            .stdout(stdout)
+            .stderr(Stdio::piped())
+            .spawn()
+            .expect("vmpatch starts");
+        self.finish(args, child)
+    }
+
     /// Waits for one that was started.
     ///
     /// # Panics
@@ -254,10 +269,11 @@ impl Answer {
     ///
     /// # Panics
     ///
-    /// If there is none, or more than that and a hint: whoever reads it wants to know what to do, not how vmpatch works.
+    /// If there is none, or more than that, what the guest is like, and a hint: whoever reads it wants to know what to do, not how vmpatch works.
     #[track_caller]
     pub fn complaint(&self) -> &str {
-        let mut lines = self.stderr.lines().filter(|line| !line.starts_with("hint: "));
+        let is_more = |line: &&str| line.starts_with("hint: ") || line.starts_with("guest: ");
+        let mut lines = self.stderr.lines().filter(|line| !is_more(line));
         let (first, second) = (lines.next(), lines.next());
         let complaint = first.and_then(|line| line.strip_prefix("vmpatch: "));
         assert!(second.is_none(), "more than one line: {self}");

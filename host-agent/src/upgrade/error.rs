@@ -4,7 +4,9 @@ use super::binary::BinaryError;
 use super::identity::IdentityError;
 use super::line::Refused;
 use super::origin::OriginError;
+use crate::state::GuestState;
 use guest_core::MemoryError;
+use guest_core::commit::Effect;
 use qmp::memory::RamMapError;
 use qmp::migrate::MigrateError;
 use std::io;
@@ -148,6 +150,18 @@ impl UpgradeError {
         Self::Unfit {
             what: what.into(),
             reason: reason.into(),
+        }
+    }
+
+    /// What the guest is like.
+    pub(crate) fn guest_state(&self) -> GuestState {
+        match self {
+            Self::Unfinished { .. } => GuestState::InForce,
+            Self::Stranded { .. } => GuestState::Paused {
+                change: Effect::AsBefore,
+            },
+            Self::Lost { .. } => GuestState::Lost,
+            _ => GuestState::AsBefore,
         }
     }
 

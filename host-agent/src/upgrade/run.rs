@@ -20,6 +20,7 @@ use crate::domains::process;
 use crate::error::Failure;
 use crate::progress::Progress;
 use crate::report::Upgrade;
+use crate::state::GuestState;
 use guest_core::PhysMemory;
 use qmp::RunState;
 use qmp::migrate::{Arrival, Limits, MigrateError, Pair, Status, Way};
@@ -82,7 +83,10 @@ pub fn run(options: &Options, wanted: &UpgradeOptions, progress: &Progress) -> R
         }
     };
     let result = match journey.go(&mut new, &mut watcher, check, progress) {
-        Ok(done) => arrived::finish(journey.prepared, &new, done, progress),
+        Ok(done) => {
+            let state = done.as_ref().map_or(GuestState::AsBefore, |_| GuestState::InForce);
+            arrived::finish(journey.prepared, &new, done, progress).map_err(|failure| failure.after(state))
+        }
         Err(error) => Err(error.into()),
     };
     watcher.over();
@@ -256,14 +260,16 @@ impl Move {
         self.discard(new);
         self.taps.set_back();
         let pair = &mut self.prepared.pair;
-        let stands = sent? == Status::Completed || (self.limits.standing && pair.source_state()? == RunState::Paused);
+        // A guest of which the old process does not say that it runs may stand there.
+        let stranded = |source| UpgradeError::Stranded {
+            old: self.prepared.old.pid,
+            new: new.pid,
+            source,
+        };
+        let stands = sent.map_err(stranded)? == Status::Completed
+            || (self.limits.standing && pair.source_state().map_err(stranded)? == RunState::Paused);
         if stands && self.was_running {
-            pair.take_back(settle::TAKE_BACK_TIME_MAX)
-                .map_err(|source| UpgradeError::Stranded {
-                    old: self.prepared.old.pid,
-                    new: new.pid,
-                    source,
-                })?;
+            pair.take_back(settle::TAKE_BACK_TIME_MAX).map_err(stranded)?;
         }
         Ok(())
     }
