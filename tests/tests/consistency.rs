@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use clap::Parser;
 use e2e::bed::{self, assert_healthy};
 use e2e::kit::{self, Modules};
-use e2e::probe::{Seen, see};
+use e2e::probe::{Calls, Seen, see};
 use e2e::vmpatch::program;
 use host_agent::cli::Cli;
 use host_agent::progress::Progress;
@@ -28,16 +28,6 @@ const TASKS: &str = "2";
 const PROGRAM_LIMIT: Duration = Duration::from_secs(30);
 /// Time for one safe moment; the default of the command line is made for guests that do not call the function all the time.
 const TIMEOUT: &str = "60";
-
-/// The numbers in the program's last line, `old N new N mixed N`.
-fn counts(output: &[u8]) -> [u64; 3] {
-    let text = String::from_utf8_lossy(output);
-    let words: Vec<&str> = text.lines().last().unwrap_or_default().split(' ').collect();
-    match words[..] {
-        ["old", old, "new", new, "mixed", mixed] => [old, new, mixed].map(|number| number.parse().unwrap()),
-        _ => panic!("{text}"),
-    }
-}
 
 #[test]
 fn over_a_thousand_cycles_no_old_function_reaches_a_new_one_nor_the_reverse() {
@@ -71,12 +61,12 @@ fn over_a_thousand_cycles_no_old_function_reaches_a_new_one_nor_the_reverse() {
 
     guest.text(&["kill", &load.pid().to_string()]).unwrap();
     let output = load.wait(PROGRAM_LIMIT).unwrap();
-    let [old, new, mixed] = counts(&output.stdout);
-    println!("{CYCLES} cycles in {took:?}, {tries:?} pauses; calls: old {old}, new {new}, mixed {mixed}");
-    assert_eq!(mixed, 0, "old {old} new {new}");
+    let calls = Calls::of(&String::from_utf8_lossy(&output.stdout)).unwrap_or_else(|| panic!("{output:?}"));
+    println!("{CYCLES} cycles in {took:?}, {tries:?} pauses; {calls:?}");
+    assert_eq!((calls.mixed, calls.lost), (0, 0), "{calls:?}");
     assert!(output.status.success(), "{output:?}");
     let calls_min = CYCLES as u64 / 10;
-    assert!(old > calls_min && new > calls_min, "old {old} new {new}");
+    assert!(calls.old > calls_min && calls.new > calls_min, "{calls:?}");
     assert_eq!(see(&guest, "pair"), Seen::Flawed);
     assert_healthy(&guest);
 }
