@@ -81,6 +81,11 @@ impl Modules {
         hand_written::lkrg(&self.tree).expect("the module builds")
     }
 
+    /// The livepatch that a guest loads itself.
+    pub fn own_livepatch(&self) -> PathBuf {
+        hand_written::own(&self.tree).expect("the module builds")
+    }
+
     /// One that replaces each of these system calls.
     pub fn many(&self, functions: &[String]) -> String {
         text(hand_written::many(&self.tree, functions).expect("the module builds"))

@@ -12,6 +12,7 @@
 //! - [`matrix`] is what is shown on a guest of every kind;
 //! - [`own_livepatch`] loads livepatches as the guest's own;
 //! - [`spoil`] damages modules where it hurts;
+//! - [`storm`] applies and reverts while the guest changes all that vmpatch reads and writes;
 //! - [`sleeper`] is a task that sleeps inside a function;
 //! - [`health`] finds the guest kernel's own complaints;
 //! - [`huge_pages`] has the host set some aside for a guest;
@@ -44,4 +45,5 @@ pub mod rules;
 pub mod selfcheck;
 pub mod sleeper;
 pub mod spoil;
+pub mod storm;
 pub mod vmpatch;

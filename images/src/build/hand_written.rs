@@ -33,6 +33,14 @@ pub fn lkrg(tree: &KernelTree) -> Result<PathBuf, Error> {
     Module::new("lkrg").source("lkrg_main", text!("lkrg")).build(tree)
 }
 
+/// Builds the livepatch module `vmpatch_own`, which a guest loads itself: `__x64_sys_getppid` by another function that does the same.
+/// Returns the `.ko` in the cache.
+pub fn own(tree: &KernelTree) -> Result<PathBuf, Error> {
+    Module::new("vmpatch_own")
+        .source("vmpatch_own", text!("own"))
+        .build(tree)
+}
+
 /// Builds a module `test_many` that replaces each of these system calls by a function of its own. Returns the `.ko` in the cache.
 pub fn many(tree: &KernelTree, functions: &[String]) -> Result<PathBuf, Error> {
     let mut text = "#include \"livepatch.h\"\n\nstatic unsigned long calls;\n".to_owned();

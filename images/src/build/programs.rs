@@ -6,8 +6,10 @@
 //! show whether the module of their name in [`hand_written`](super::hand_written) is in force; these do more:
 //!
 //! - `pair load SECONDS TASKS` keeps that many tasks in the functions of the module, prints `started`, and in the end
-//!   `old N new N mixed N`; its status is 0 unless a call found a mix. With 0 seconds it ends at SIGTERM.
+//!   `old N new N mixed N lost N`; its status is 0 unless a call found a mix or was lost. With 0 seconds it ends at SIGTERM.
 //! - `load` keeps memory, a disk and a TCP port busy, and checks what it does.
+//! - `insmods`, `forks`, `oom` and `fexit` are what a guest does in a storm: modules loaded and unloaded, tasks that end, memory that
+//!   runs out, BPF programs. Each repeats its round until SIGTERM, then prints `rounds N wrong N`.
 //! - `pause sleep` prints `sleeping`, sleeps in the function of the module until SIGUSR1, then prints its line.
 
 use std::fs;
@@ -18,13 +20,17 @@ use crate::cache::{self, Cache};
 use crate::command;
 
 /// Names and texts of all programs.
-const PROGRAMS: [(&str, &str); 21] = [
+const PROGRAMS: [(&str, &str); 25] = [
     ("assoclen", include_str!("../../programs/assoclen.c")),
     ("faults", include_str!("../../programs/faults.c")),
+    ("fexit", include_str!("../../programs/fexit.c")),
+    ("forks", include_str!("../../programs/forks.c")),
+    ("insmods", include_str!("../../programs/insmods.c")),
     ("kstrtoint", include_str!("../../programs/kstrtoint.c")),
     ("load", include_str!("../../programs/load.c")),
     ("lsrr", include_str!("../../programs/lsrr.c")),
     ("msgid", include_str!("../../programs/msgid.c")),
+    ("oom", include_str!("../../programs/oom.c")),
     ("pair", include_str!("../../programs/pair.c")),
     ("pause", include_str!("../../programs/pause.c")),
     ("printk", include_str!("../../programs/printk.c")),
@@ -43,8 +49,9 @@ const PROGRAMS: [(&str, &str); 21] = [
 ];
 
 /// The headers that they share.
-const HEADERS: [(&str, &str); 3] = [
+const HEADERS: [(&str, &str); 4] = [
     ("result.h", include_str!("../../programs/result.h")),
+    ("rounds.h", include_str!("../../programs/rounds.h")),
     ("sysinfo.h", include_str!("../../programs/sysinfo.h")),
     ("unprivileged.h", include_str!("../../programs/unprivileged.h")),
 ];
