@@ -214,6 +214,82 @@ fn an_image_of_a_gigabyte_of_read_only_data_is_refused_before_it_is_read() {
     assert!(guest.ram.largest_read() <= 4 << 20);
 }
 
+/// Every page of the image may be written and run.
+fn unprotect(guest: &Guest) {
+    for index in 0x90..0x98 {
+        let entry = guest.u64_at(DIRECTORY + 8 * index);
+        if entry != 0 {
+            guest.put_u64(DIRECTORY + 8 * index, entry & !(1 << 63) | 2);
+        }
+    }
+}
+
+#[test]
+fn a_kernel_without_page_protection_is_found() {
+    for release in RELEASES {
+        let guest = Guest::with(Choice {
+            release,
+            ..Choice::default()
+        });
+        unprotect(&guest);
+        let kernel = find(&guest).unwrap();
+        let permissions: Vec<_> = kernel
+            .image
+            .segments
+            .iter()
+            .map(|part| (part.writable, part.executable))
+            .collect();
+        assert_eq!(permissions, [(true, true)], "{release:?}");
+        assert_eq!(kernel.symbol("schedule").unwrap(), Gva(FUNCTIONS));
+    }
+}
+
+#[test]
+fn a_kernel_that_is_still_starting_is_told_with_or_without_page_protection() {
+    for protected in [true, false] {
+        let guest = Guest::new();
+        if !protected {
+            unprotect(&guest);
+        }
+        // SYSTEM_HALT: one that goes down is all there.
+        for (state, is_found) in [(0, false), (1, false), (2, false), (3, true), (4, true)] {
+            guest.put(guest.symbol("system_state"), &[state, 0, 0, 0]);
+            match find(&guest) {
+                Ok(_) => assert!(is_found, "{state}"),
+                Err(KernelError::Starting {
+                    state: told,
+                    running: 3,
+                }) => {
+                    assert_eq!((told, is_found), (u64::from(state), false));
+                }
+                Err(error) => panic!("{error}"),
+            }
+        }
+    }
+}
+
+#[test]
+fn a_cpu_without_nx_is_told() {
+    let mut guest = Guest::new();
+    guest.vcpus.iter_mut().for_each(|vcpu| vcpu.efer = 0x501);
+    assert!(matches!(
+        image_error(&guest),
+        ImageError::NoExecuteDisable { efer: 0x501 }
+    ));
+}
+
+#[test]
+fn an_image_of_a_gigabyte_of_writable_code_is_refused_before_it_is_read() {
+    let guest = Guest::new();
+    unprotect(&guest);
+    map_everything(&guest, |_| 0x63);
+    assert_eq!(
+        disagreement(&guest),
+        "writable or executable memory of the kernel image"
+    );
+    assert!(guest.ram.largest_read() <= 4 << 20);
+}
+
 #[test]
 fn an_image_of_many_small_segments_is_walked_once() {
     let guest = Guest::new();

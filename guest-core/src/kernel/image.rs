@@ -16,8 +16,13 @@ pub const WINDOW: Range<Gva> = Gva(0xffff_ffff_8000_0000)..Gva(0xffff_ffff_c000_
 const PTI_USER_BIT: u64 = 1 << 12;
 /// EFER.LMA: long mode is active.
 const EFER_LMA: u64 = 1 << 10;
+/// EFER.NXE: page tables can forbid instruction fetch. The kernel sets it on every CPU that has it, before its first C code
+/// (arch/x86/kernel/head_64.S), also with `noexec=off`.
+const EFER_NXE: u64 = 1 << 11;
 /// A Linux image is larger than this; the few pages of entry code that user tables map are not.
 const IMAGE_BYTES_MIN: u64 = 8 << 20;
+/// Bytes of the image that are read at once.
+const READ_BYTES: usize = 16 << 20;
 /// Gates looked at; the first 32 are the CPU's own exceptions and always set.
 const GATES: u64 = 32;
 
@@ -36,7 +41,7 @@ pub enum ImageError {
     },
     /// The interrupt table does not lead into the window where Linux lives.
     #[error(
-        "the interrupt table at {idt} leads to {handler}, outside of Linux's kernel window {:#x}-{:#x}: no running Linux kernel",
+        "the interrupt table at {idt} leads to {handler}, outside of Linux's kernel window {:#x}-{:#x}: no running Linux kernel, or one that has only begun to start",
         WINDOW.start.0, WINDOW.end.0
     )]
     NotLinux {
@@ -62,6 +67,14 @@ pub enum ImageError {
         handler: Gva,
         /// Bytes mapped with the handler's own distance to guest-physical addresses.
         bytes: u64,
+    },
+    /// The CPU can't forbid instruction fetch: the bit by which vmpatch's own mappings do so is a reserved one there, and a fault.
+    #[error(
+        "the guest's CPU model has no NX (EFER {efer:#x}), without which vmpatch maps nothing; start the guest with a CPU model that has it"
+    )]
+    NoExecuteDisable {
+        /// EFER of the vCPU.
+        efer: u64,
     },
 }
 
@@ -110,8 +123,10 @@ impl Image {
                     Err(error) => failure = error,
                 }
             }
-            if let Some(image) = best {
-                return Ok(image);
+            match best {
+                Some(_) if vcpu.efer & EFER_NXE == 0 => return Err(ImageError::NoExecuteDisable { efer: vcpu.efer }),
+                Some(image) => return Ok(image),
+                None => {}
             }
         }
         Err(failure)
@@ -158,7 +173,11 @@ impl Image {
     pub fn read_segment(&self, memory: &dyn PhysMemory, segment: &Segment) -> Result<Vec<u8>, MemoryError> {
         let len = usize::try_from(segment.end.0 - segment.start.0).unwrap_or(0);
         let mut bytes = vec![0; len];
-        memory.read(Gpa(segment.start.0.wrapping_sub(self.distance)), &mut bytes)?;
+        let mut at = Gpa(segment.start.0.wrapping_sub(self.distance));
+        for piece in bytes.chunks_mut(READ_BYTES) {
+            memory.read(at, piece)?;
+            at = at.wrapping_add(piece.len() as u64);
+        }
         Ok(bytes)
     }
 

@@ -28,12 +28,16 @@ use crate::vcpu::Registers;
 use image::{Image, ImageError, Segment};
 use kallsyms::{Kallsyms, KallsymsError};
 
+/// The bits of an int in a word.
+const INT: u64 = 0xffff_ffff;
 /// Longest banner that is read.
 const BANNER_BYTES_MAX: usize = 512;
 /// More BTF than any kernel carries; bounds memory.
 const BTF_BYTES_MAX: u64 = 32 << 20;
 /// More read-only data than any kernel has, in bytes; bounds memory and time.
 const RODATA_BYTES_MAX: u64 = 64 << 20;
+/// More than any kernel image has of all else, in bytes.
+const IMAGE_BYTES_MAX: u64 = 128 << 20;
 /// Bytes of VMCOREINFO, at the most one page (kernel/crash_core.c).
 const VMCOREINFO_BYTES_MAX: u64 = 4096;
 /// CPUs that a kernel can be built for at the most (`NR_CPUS` of a distribution kernel is 8192).
@@ -71,6 +75,16 @@ pub enum KernelError {
         /// What the first source says.
         expected: String,
     },
+    /// The kernel is not up yet.
+    #[error(
+        "the guest's kernel is still starting (system_state is {state}, SYSTEM_RUNNING is {running}); try again when it is up"
+    )]
+    Starting {
+        /// Its `system_state`.
+        state: u64,
+        /// The value that it has once the kernel is up.
+        running: u64,
+    },
     /// The kernel's type information is not understood.
     #[error("reading the kernel's type information (BTF)")]
     Btf(#[from] BtfError),
@@ -103,18 +117,19 @@ impl Kernel {
     /// Finds the kernel. Nothing is assumed to be stopped: only what does not change after boot is read.
     pub fn find(memory: &dyn PhysMemory, vcpus: &[Registers]) -> Result<Self, KernelError> {
         let image = Image::find(memory, vcpus)?;
-        let (symbols, rodata) = read_symbols(memory, &image)?;
+        let (symbols, held) = read_symbols(memory, &image)?;
         let space = own_tables(&image, &symbols)?;
         let mapped = MappedMemory { memory, space };
+        let btf = Btf::parse(read_btf(&mapped, &symbols)?)?;
+        check_started(&mapped, &symbols, &btf)?;
         let banner = read_text(&mapped, &symbols, "linux_banner", BANNER_BYTES_MAX)?;
         let banner = banner.trim_end().to_owned();
         let release = banner.split(' ').nth(2).unwrap_or_default().to_owned();
         let mut sources = vec![
             format!("image {}-{} through the interrupt table", image.start(), image.end()),
-            format!("{} symbols ({:?}) at {}", symbols.len(), symbols.form(), rodata.start),
+            format!("{} symbols ({:?}) at {}", symbols.len(), symbols.form(), held.start),
         ];
         sources.push(check_vmcoreinfo(&mapped, &symbols, &release)?);
-        let btf = Btf::parse(read_btf(&mapped, &symbols)?)?;
         let page_offset = read_word(&mapped, &symbols, "page_offset_base")?;
         let per_cpu_offsets = read_per_cpu_offsets(&mapped, &symbols)?;
         Ok(Self {
@@ -187,41 +202,78 @@ impl VirtMemory for Live<'_> {
     }
 }
 
-/// Looks through the image's read-only data for kallsyms; gives the segment that held it, too.
+/// Looks through the image for kallsyms; gives the segment that held it, too.
+///
+/// It lies in read-only data. But a kernel started with `rodata=off`, and one that is still starting, maps all of its image as
+/// writable code (mark_rodata_ro, arch/x86/mm/init_64.c), so where no read-only data holds it, all else is looked through.
 fn read_symbols(memory: &dyn PhysMemory, image: &Image) -> Result<(Kallsyms, Segment), KernelError> {
+    let (rodata, rest): (Vec<Segment>, Vec<Segment>) = image
+        .segments
+        .iter()
+        .partition(|segment| !segment.writable && !segment.executable);
+    let what = "read-only data of the kernel image";
+    match search(memory, image, &rodata, (what, RODATA_BYTES_MAX)) {
+        Err(KernelError::Kallsyms(KallsymsError::NoTokenIndex { .. })) => {
+            let what = "writable or executable memory of the kernel image";
+            search(memory, image, &rest, (what, IMAGE_BYTES_MAX))
+        }
+        found => found,
+    }
+}
+
+/// Looks for kallsyms in these segments; what they are, and the most bytes that are looked at.
+fn search(
+    memory: &dyn PhysMemory,
+    image: &Image,
+    segments: &[Segment],
+    (what, bytes_max): (&'static str, u64),
+) -> Result<(Kallsyms, Segment), KernelError> {
     let mut failure = KallsymsError::NoTokenIndex {
         at: image.start(),
         bytes: 0,
     };
-    let rodata = |segment: &&Segment| !segment.writable && !segment.executable;
-    let mut left = RODATA_BYTES_MAX;
-    for segment in image.segments.iter().filter(rodata) {
+    let mut left = bytes_max;
+    for segment in segments {
         let after = left.checked_sub(segment.end.0 - segment.start.0);
         left = after.ok_or_else(|| KernelError::Disagrees {
-            what: "read-only data of the kernel image",
+            what,
             found: format!(
                 "a segment {}-{} behind {} bytes",
                 segment.start,
                 segment.end,
-                RODATA_BYTES_MAX - left
+                bytes_max - left
             ),
-            expected: format!("at most {RODATA_BYTES_MAX} bytes"),
+            expected: format!("at most {bytes_max} bytes"),
         })?;
         let bytes = image
             .read_segment(memory, segment)
             .map_err(|source| KernelError::Unreadable {
-                what: "read-only data",
+                what,
                 at: segment.start,
                 source,
             })?;
         match Kallsyms::find(&bytes, segment.start, &|symbols| fits(memory, image, symbols)) {
             Ok(symbols) => return Ok((symbols, *segment)),
             // What failed with tables in sight says more than the absence of tables elsewhere.
-            Err(KallsymsError::NoTokenIndex { .. }) => {}
+            Err(KallsymsError::NoTokenIndex { at, bytes }) => {
+                if let KallsymsError::NoTokenIndex { .. } = failure {
+                    failure = KallsymsError::NoTokenIndex { at, bytes };
+                }
+            }
             Err(error) => failure = error,
         }
     }
     Err(failure.into())
+}
+
+/// Refuses a kernel that is not up yet: much of what is read below is not there before. One that goes down has it all.
+fn check_started(memory: &dyn VirtMemory, symbols: &Kallsyms, btf: &Btf) -> Result<(), KernelError> {
+    let state = read_word(memory, symbols, "system_state")? & INT;
+    let running = btf.enumerator("SYSTEM_RUNNING")?.cast_unsigned();
+    if state < running {
+        return Err(KernelError::Starting { state, running });
+    }
+    Ok(())
 }
 
 /// Cross-checks symbols with the image: text is executable, the banner is where its symbol says.
@@ -279,7 +331,7 @@ fn read_word(memory: &dyn VirtMemory, symbols: &Kallsyms, what: &'static str) ->
 
 /// `__per_cpu_offset[nr_cpu_ids]`; `nr_cpu_ids` is an unsigned int.
 fn read_per_cpu_offsets(memory: &dyn VirtMemory, symbols: &Kallsyms) -> Result<Vec<u64>, KernelError> {
-    let cpus = read_word(memory, symbols, "nr_cpu_ids")? & 0xffff_ffff;
+    let cpus = read_word(memory, symbols, "nr_cpu_ids")? & INT;
     let what = "__per_cpu_offset";
     let at = require(symbols, what)?;
     let mut bytes = vec![0; 8 * usize::try_from(cpus.min(CPUS_MAX)).unwrap_or(0)];

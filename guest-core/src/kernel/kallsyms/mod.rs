@@ -42,8 +42,8 @@ const ALIGN_MAX: usize = 8;
 /// Why the symbol table could not be read.
 #[derive(Debug, thiserror::Error)]
 pub enum KallsymsError {
-    /// No token index in read-only data.
-    #[error("no kallsyms token index in {bytes} bytes of read-only data at {at}")]
+    /// No token index in the kernel's data.
+    #[error("no kallsyms token index in {bytes} bytes at {at}")]
     NoTokenIndex {
         /// Start of the data.
         at: Gva,
