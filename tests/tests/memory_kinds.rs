@@ -1,5 +1,5 @@
-//! Guests whose RAM is held in ways other than one plain mapping: huge pages, several kinds in one guest, backends that no device
-//! uses. Each is patched, asked, and reverted.
+//! Guests whose RAM is held in ways other than one plain mapping (huge pages, several kinds in one guest, backends that no device
+//! uses), or mapped by the guest's kernel without protection. Each is patched, asked, and reverted.
 
 use std::sync::LazyLock;
 
@@ -62,5 +62,11 @@ fn a_backend_that_no_device_uses_and_persistent_memory() {
          -object memory-backend-ram,id=pmem0,size=64M -device virtio-pmem-pci,memdev=pmem0",
     );
     let guest = Guest::boot(config).unwrap();
+    is_patched_and_reverted(&guest);
+}
+
+#[test]
+fn a_kernel_without_page_protection() {
+    let guest = Guest::boot(kit::guest(Kernel::CLOUD_6_1).append("rodata=off")).unwrap();
     is_patched_and_reverted(&guest);
 }

@@ -262,6 +262,28 @@ fn a_guest_that_has_not_finished_booting_is_refused() {
         std::thread::sleep(Duration::from_millis(100));
     }
     holds_no_kernel(&guest);
+    let answer = Vmpatch::on(&guest).run(&["status"]).expect(3);
+    assert!(answer.complaint().contains("kernel is still starting"), "{answer}");
+}
+
+#[test]
+fn a_guest_that_its_operator_holds_at_reset_is_refused() {
+    let guest = Guest::start(machine().qemu_arg("-S")).unwrap();
+    for command in [&["status"][..], &["inspect"], &["revert", "--all"]] {
+        let answer = Vmpatch::on(&guest).run(command).expect(3);
+        let complaint = answer.complaint();
+        assert!(complaint.contains("no vCPU is in 64-bit mode"), "{complaint}");
+    }
+    assert_ne!(Monitor::second(&guest).run_state(), "running");
+}
+
+#[test]
+fn a_cpu_that_cannot_forbid_execution_is_refused_by_name() {
+    let guest = Guest::boot(kit::guest(Kernel::CLOUD_6_1).cpu("qemu64,-nx")).unwrap();
+    holds_no_kernel(&guest);
+    let answer = Vmpatch::on(&guest).run(&["status"]).expect(3);
+    assert!(answer.complaint().contains("CPU model has no NX"), "{answer}");
+    bed::assert_healthy(&guest);
 }
 
 #[test]
