@@ -1,6 +1,6 @@
 //! Everything that can go wrong, with the exit code that it means and what the operator can do.
 
-use crate::attach::AttachError;
+use crate::attach::{AttachError, is_permanent};
 use crate::cli::PATCHES_DEFAULT;
 use crate::domains::DomainError;
 use crate::lock::LockError;
@@ -245,6 +245,8 @@ impl Failure {
         match self {
             Self::After { source, .. } => source.cause_code(),
             Self::NoTarget => 2,
+            // Not "unreachable", which scripts try again.
+            Self::Attach(error) if is_permanent(error) => 3,
             Self::Domain(_) | Self::Lock(_) | Self::OtherProcess { .. } | Self::Attach(_) => 5,
             Self::Busy(_)
             | Self::Kernel(_)
@@ -254,6 +256,7 @@ impl Failure {
             | Self::Revert(_)
             | Self::Guard(_) => 3,
             Self::Commit { source, .. } if matches!(**source, CommitError::NotSafe { .. }) => 4,
+            Self::Commit { source, .. } if is_permanent(&**source) => 3,
             Self::Incomplete { code, .. } => *code,
             Self::Build { source, .. } if source.is_refusal() => 3,
             Self::NothingToBuild | Self::NotAllowed { .. } => 3,

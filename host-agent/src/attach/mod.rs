@@ -2,8 +2,10 @@
 
 pub mod machine;
 pub mod memory;
+mod permanent;
 
 pub use machine::GuardedMachine;
+pub use permanent::is_permanent;
 
 use crate::lock::DomainLock;
 use crate::supervisor::Supervisor;
