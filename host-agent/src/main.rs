@@ -10,6 +10,7 @@ use host_agent::report::Patches;
 use host_agent::state::GuestState;
 use host_agent::{commands, output, supervisor, text, upgrade};
 use serde::Serialize;
+use std::io;
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
@@ -20,86 +21,147 @@ fn main() -> ExitCode {
     progress.clear();
     match result {
         Ok(()) => ExitCode::SUCCESS,
-        Err(failure) => {
-            report_failure(&failure, json);
+        Err(Ended { failure, is_reported }) => {
+            report_failure(&failure, json && !is_reported);
             ExitCode::from(failure.exit_code())
         }
     }
 }
 
-fn run(cli: &Cli, progress: &Progress) -> Result<(), Failure> {
+/// Why a command ends with a failure.
+struct Ended {
+    failure: Failure,
+    /// The report on standard output has it, or was to have it.
+    is_reported: bool,
+}
+
+impl<F: Into<Failure>> From<F> for Ended {
+    fn from(failure: F) -> Self {
+        Self {
+            failure: failure.into(),
+            is_reported: false,
+        }
+    }
+}
+
+fn run(cli: &Cli, progress: &Progress) -> Result<(), Ended> {
     let options = &cli.options;
-    let show = |report: Patches| print(options.json, progress, &report, report.changed(), text::patches);
+    let printer = Printer {
+        json: options.json,
+        progress,
+    };
+    let show = |report: Patches, failure: Option<Failure>, is_shown: bool| {
+        printer.conclude(&report, report.changed(), failure, is_shown, text::patches)
+    };
     match &cli.command {
         None => {
             let (report, failure) = commands::update(options, progress)?;
-            show(report)?;
-            failure.map_or(Ok(()), Err)
+            show(report, failure, true)
         }
-        Some(Command::Apply { files }) => show(commands::apply(options, files, progress)?),
+        Some(Command::Apply { files }) => {
+            let (report, failure) = commands::apply(options, files, progress)?;
+            // Where nothing was done, the failure's own words are all that a person needs; so below.
+            let is_shown = failure.is_none() || report.changed();
+            show(report, failure, is_shown)
+        }
         Some(Command::Build(build)) => {
             let (report, failure) = commands::build(build, progress)?;
-            let as_text = |report: &_| text::building(report, build.explain);
-            // Without --explain, a refusal's own words are all that a person needs.
-            if options.json || build.explain || failure.is_none() {
-                print(options.json, progress, &report, false, as_text)?;
-            }
-            failure.map_or(Ok(()), Err)
+            let is_shown = build.explain || failure.is_none();
+            printer.conclude(&report, false, failure, is_shown, |report| {
+                text::building(report, build.explain)
+            })
         }
-        Some(Command::Check { files }) => show(commands::check(options, files, progress)?),
-        Some(Command::Revert { ids, .. }) => show(commands::revert(options, ids, progress)?),
-        Some(Command::Status) => show(commands::status(options, progress)?),
-        Some(Command::Inspect) => print(
-            options.json,
-            progress,
-            &commands::inspect(options, progress)?,
-            false,
-            text::inspection,
-        ),
-        Some(Command::Domains) => {
-            let lines = commands::domains(progress)?;
-            print(options.json, progress, &lines, false, |lines| text::domains(lines))
+        Some(Command::Check { files }) => show(commands::check(options, files, progress)?, None, true),
+        Some(Command::Revert { ids, .. }) => {
+            let (report, failure) = commands::revert(options, ids, progress)?;
+            let is_shown = failure.is_none() || report.changed();
+            show(report, failure, is_shown)
         }
+        Some(Command::Status) => show(commands::status(options, progress)?, None, true),
+        Some(Command::Inspect) => printer.print(&commands::inspect(options, progress)?, text::inspection),
+        Some(Command::Domains) => printer.print(&commands::domains(progress)?, |lines| text::domains(lines)),
         Some(Command::Upgrade(wanted)) => {
             let report = upgrade::run(options, wanted, progress)?;
-            print(options.json, progress, &report, report.moved(), text::upgrade)
+            printer.conclude(&report, report.moved(), None, true, text::upgrade)
         }
-        Some(Command::Supervise { socket }) => supervisor::supervise(socket),
+        Some(Command::Supervise { socket }) => Ok(supervisor::supervise(socket)?),
         Some(Command::Launch) => Ok(upgrade::launch::launch()?),
         Some(Command::WatchMove {
             old,
             was_running,
             socket,
             taps,
-        }) => upgrade::watch::watch(*old, *was_running, socket, taps),
+        }) => Ok(upgrade::watch::watch(*old, *was_running, socket, taps)?),
     }
 }
 
-/// Prints a report of a command that has `changed` the guest or not.
-fn print<R: Serialize>(
+/// Prints reports.
+struct Printer<'a> {
     json: bool,
-    progress: &Progress,
-    report: &R,
-    changed: bool,
-    text: impl Fn(&R) -> String,
-) -> Result<(), Failure> {
-    progress.clear();
-    let text = if json {
-        serde_json::to_string_pretty(report).map_err(|error| Failure::Output(error.into()))? + "\n"
-    } else {
-        text(report)
+    progress: &'a Progress,
+}
+
+impl Printer<'_> {
+    /// The report of a command that changes no guest.
+    fn print<R: Serialize>(&self, report: &R, text: impl Fn(&R) -> String) -> Result<(), Ended> {
+        self.conclude(report, false, None, true, text)
+    }
+
+    /// The report of a command that has `changed` the guest or not, and in JSON the failure with which it ended; the text only where
+    /// it `is_shown`.
+    fn conclude<R: Serialize>(
+        &self,
+        report: &R,
+        changed: bool,
+        failure: Option<Failure>,
+        is_shown: bool,
+        text: impl Fn(&R) -> String,
+    ) -> Result<(), Ended> {
+        self.progress.clear();
+        let text = match (self.json, is_shown) {
+            (true, _) => document(report, failure.as_ref()),
+            (false, true) => Ok(text(report)),
+            (false, false) => Ok(String::new()),
+        };
+        let written = text.and_then(|text| output::report(&text));
+        let failure = match (written, failure) {
+            (Ok(()), failure) => failure,
+            (Err(error), Some(failure)) if !changed => {
+                report_failure(&Failure::Output(error), false);
+                Some(failure)
+            }
+            (Err(error), Some(failure)) => {
+                report_failure(&failure, false);
+                Some(Failure::Output(error).after(GuestState::PartlyDone))
+            }
+            (Err(error), None) => Some(Failure::Output(error).after(match changed {
+                true => GuestState::InForce,
+                false => GuestState::AsBefore,
+            })),
+        };
+        let is_reported = true;
+        failure.map_or(Ok(()), |failure| Err(Ended { failure, is_reported }))
+    }
+}
+
+/// A report as JSON, with the members of the failure, if any.
+fn document<R: Serialize>(report: &R, failure: Option<&Failure>) -> io::Result<String> {
+    let text = match failure {
+        None => serde_json::to_string_pretty(report)?,
+        Some(failure) => {
+            let mut document = serde_json::to_value(report)?;
+            if let Some(members) = document.as_object_mut() {
+                members.extend(failure.members());
+            }
+            serde_json::to_string_pretty(&document)?
+        }
     };
-    let state = if changed {
-        GuestState::InForce
-    } else {
-        GuestState::AsBefore
-    };
-    output::report(&text).map_err(|error| Failure::Output(error).after(state))
+    Ok(text + "\n")
 }
 
 /// The chain of causes once, in one line, what the guest is like where it is not as before, and a hint where there is one.
 fn report_failure(failure: &Failure, json: bool) {
-    if json && !matches!(failure, Failure::Incomplete { .. } | Failure::NotAllowed { .. }) {
+    if json {
         let document = serde_json::Value::Object(failure.members());
         // The exit code and standard error say the same.
         let _ = output::report(&format!("{document:#}\n"));

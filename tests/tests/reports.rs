@@ -10,9 +10,11 @@ use e2e::cut::{Call, Side, let_go_unheard, run_to};
 use e2e::kit::{self, Modules};
 use e2e::monitor::Monitor;
 use e2e::probe::{Seen, see};
-use e2e::vmpatch::Vmpatch;
-use images::build::hand_written::Applied;
+use e2e::sleeper::Sleeper;
+use e2e::vmpatch::{Answer, Vmpatch};
+use images::build::hand_written::{Applied, Refused};
 use images::kernel::Kernel;
+use serde_json::Value;
 
 static MODULES: LazyLock<Modules> = LazyLock::new(|| Modules::of(&Kernel::CLOUD_6_1));
 static PAIR: LazyLock<String> = LazyLock::new(|| MODULES.applied(Applied::Pair));
@@ -77,4 +79,65 @@ fn a_guest_that_does_not_run_again_is_resumed_by_the_supervisor_and_told_as_patc
         assert_eq!(monitor.run_state(), "running", "{answer}");
         assert_eq!(see(&guest, PROGRAM), seen, "{answer}");
     }
+}
+
+#[test]
+fn of_several_patches_those_that_were_done_are_reported_with_the_failure() {
+    let guest = guest();
+    let vmpatch = Vmpatch::on(&guest);
+    let states = |answer: &Answer, code: i32| {
+        let report = answer.json();
+        assert_eq!(report["exit_code"], code, "{answer}");
+        assert_eq!(report["guest_state"], "partly done", "{answer}");
+        assert!(report["error"].as_str().unwrap().contains("test_"), "{answer}");
+        let patches = report["patches"].as_array().unwrap().iter();
+        let state = |patch: &Value| patch["state"].as_str().unwrap().to_owned();
+        patches.map(state).collect::<Vec<_>>()
+    };
+    let refused = MODULES.refused(Refused::Callbacks);
+    let third = MODULES.applied(Applied::Kstrtoint);
+    let apply = ["apply", PAIR.as_str(), &refused, &third];
+    let answer = vmpatch.run(&[&apply[..], &["--json"]].concat()).expect(3);
+    assert_eq!(
+        states(&answer, 3),
+        ["applied", "not applied", "not applied"],
+        "{answer}"
+    );
+    assert_eq!(see(&guest, PROGRAM), Seen::Fixed);
+    vmpatch.revert_all();
+    let answer = vmpatch.run(&apply).expect(3);
+    assert!(answer.stdout.starts_with("test_pair: applied\n"), "{answer}");
+    assert!(answer.stdout.contains(": not applied: not tried\n"), "{answer}");
+
+    // A task sleeps inside the second one's code.
+    vmpatch.apply(&MODULES.applied(Applied::Pause));
+    let sleeper = Sleeper::start(&guest);
+    let revert = ["revert", "--json", "--timeout", "0.2", "test_pair", "test_pause"];
+    let answer = vmpatch.run(&revert).expect(4);
+    assert_eq!(states(&answer, 4), ["reverted", "not reverted"], "{answer}");
+    assert_eq!(see(&guest, PROGRAM), Seen::Flawed);
+    sleeper.wake(&guest);
+}
+
+#[test]
+fn the_very_same_patch_applied_twice_is_done_and_another_one_of_its_name_is_refused() {
+    let guest = guest();
+    let vmpatch = Vmpatch::on(&guest);
+    vmpatch.apply(&PAIR);
+    let report = vmpatch.apply(&PAIR);
+    let patch = &report["patches"][0];
+    assert_eq!(patch["state"], "already applied", "{report}");
+    assert_eq!(patch["functions"][0]["state"], "patched", "{report}");
+    let answer = vmpatch.run(&["apply", &PAIR]).expect(0);
+    assert!(answer.stdout.starts_with("test_pair: already applied\n"), "{answer}");
+    let checked = vmpatch.run(&["check", "--json", &PAIR]).expect(0).json();
+    assert_eq!(checked["patches"][0]["state"], "already applied", "{checked}");
+    // The same code in another file: what the loader does not look at makes the digest another one.
+    let other = std::env::temp_dir().join(format!("vmpatch-reports-{}.ko", std::process::id()));
+    let bytes = [std::fs::read(PAIR.as_str()).unwrap(), b"more".to_vec()].concat();
+    std::fs::write(&other, bytes).unwrap();
+    let answer = vmpatch.run(&["apply", &other.display().to_string()]).expect(3);
+    std::fs::remove_file(&other).unwrap();
+    assert!(answer.complaint().contains("SHA-256"), "{answer}");
+    assert!(answer.complaint().contains("revert test_pair"), "{answer}");
 }

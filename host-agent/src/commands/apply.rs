@@ -1,5 +1,6 @@
 //! `apply` and `check`.
 
+use super::steps::{APPLY, Steps};
 use crate::cli::{ModelName, Options};
 use crate::error::Failure;
 use crate::module_file;
@@ -11,26 +12,27 @@ use guest_core::place::Record;
 use guest_core::plan::Refusal;
 use std::path::{Path, PathBuf};
 
-/// Applies modules one after another; the first that fails ends it, and those before it stay.
-pub fn apply(options: &Options, files: &[PathBuf], progress: &Progress) -> Result<Patches, Failure> {
+/// Applies modules one after another; the first that fails ends it, and those before it stay: the report says which.
+pub fn apply(options: &Options, files: &[PathBuf], progress: &Progress) -> Result<(Patches, Option<Failure>), Failure> {
     let modules = files
         .iter()
         .map(|path| Ok((path, module_file::read(path)?)))
         .collect::<Result<Vec<_>, Failure>>()?;
     let mut session = Session::open(&Target::from_options(options)?, progress)?;
     session.tidy()?;
-    let mut patches = Vec::new();
+    let mut steps = Steps::new(APPLY);
     for (path, bytes) in modules {
-        match apply_one(&mut session, options, path, &bytes, progress) {
-            Ok(patch) => patches.push(patch),
-            Err(failure) => patches.push(pending(path, &failure).ok_or(failure)?),
-        }
+        steps.step(not_done(path, APPLY.not_done, None), || {
+            apply_one(&mut session, options, path, &bytes, progress)
+                .or_else(|failure| pending(path, &failure).ok_or(failure))
+        });
     }
-    Ok(Patches {
+    let report = Patches {
         guest: session.guest(),
-        patches,
+        patches: steps.patches,
         upgrade_due: None,
-    })
+    };
+    Ok((report, steps.failure))
 }
 
 /// Plans all that `apply` would do, and stops there.
@@ -118,7 +120,7 @@ pub(super) fn apply_one(
 ) -> Result<Patch, Failure> {
     progress.step(&format!("{}: applying {}", session.shown(), path.display()));
     let (record, committed) = session.apply(path, bytes, options)?;
-    let mut patch = describe(&record, Some(path), "applied", "patched");
+    let mut patch = describe(&record, Some(path), APPLY.done, "patched");
     patch.pause = Some(Pause::from(&committed));
     say_what_it_was_made_for(&mut patch, PatchModule::parse(bytes).ok().as_ref(), &record);
     if options.model == ModelName::None {

@@ -6,6 +6,7 @@ mod domains;
 mod inspect;
 mod revert;
 pub(crate) mod status;
+mod steps;
 mod update;
 
 pub use apply::{apply, check};

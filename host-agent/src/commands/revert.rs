@@ -1,16 +1,18 @@
 //! `revert`.
 
 use super::apply::describe;
+use super::steps::{REVERT, Steps};
 use crate::cli::{ModelName, Options};
 use crate::error::Failure;
 use crate::progress::Progress;
-use crate::report::{Patches, Pause};
+use crate::report::{Patch, Patches, Pause};
 use crate::session::{Session, Target};
 use guest_core::place::State;
 use guest_core::plan;
 
-/// Takes out the patches `ids`, in the order given; without any, all of them, the last applied first.
-pub fn revert(options: &Options, ids: &[String], progress: &Progress) -> Result<Patches, Failure> {
+/// Takes out the patches `ids`, in the order given; without any, all of them, the last applied first. The first that fails ends it;
+/// the report says what was done before.
+pub fn revert(options: &Options, ids: &[String], progress: &Progress) -> Result<(Patches, Option<Failure>), Failure> {
     let mut session = Session::open(&Target::from_options(options)?, progress)?;
     session.tidy()?;
     let ids = if ids.is_empty() { all(&session) } else { ids.to_vec() };
@@ -18,24 +20,33 @@ pub fn revert(options: &Options, ids: &[String], progress: &Progress) -> Result<
     for id in &ids {
         plan::revert(&session.live(), &session.registry, id)?;
     }
-    let mut patches = Vec::new();
+    let mut steps = Steps::new(REVERT);
     for id in &ids {
-        progress.step(&format!("{}: reverting {id}", session.shown()));
-        let (record, committed) = session.revert(id, options)?;
-        let mut patch = describe(&record, None, "reverted", "original");
-        patch.pause = Some(Pause::from(&committed));
-        if options.model == ModelName::None {
-            patch.warnings.push(
-                "--model none is not for revert: it waits until no task is in the new code, which is wiped".to_owned(),
-            );
-        }
-        patches.push(patch);
+        let undone = Patch {
+            id: id.clone(),
+            ..Patch::default()
+        };
+        steps.step(undone, || revert_one(&mut session, options, id, progress));
     }
-    Ok(Patches {
+    let report = Patches {
         guest: session.guest(),
-        patches,
+        patches: steps.patches,
         upgrade_due: None,
-    })
+    };
+    Ok((report, steps.failure))
+}
+
+fn revert_one(session: &mut Session, options: &Options, id: &str, progress: &Progress) -> Result<Patch, Failure> {
+    progress.step(&format!("{}: reverting {id}", session.shown()));
+    let (record, committed) = session.revert(id, options)?;
+    let mut patch = describe(&record, None, REVERT.done, "original");
+    patch.pause = Some(Pause::from(&committed));
+    if options.model == ModelName::None {
+        patch.warnings.push(
+            "--model none is not for revert: it waits until no task is in the new code, which is wiped".to_owned(),
+        );
+    }
+    Ok(patch)
 }
 
 fn all(session: &Session) -> Vec<String> {

@@ -1,6 +1,7 @@
 //! The bare command: brings a guest up to date from the patch directory.
 
 use super::apply::{apply_one, not_done, pending};
+use super::steps::{APPLY, so_far};
 use crate::cli::Options;
 use crate::domains;
 use crate::error::Failure;
@@ -8,6 +9,7 @@ use crate::module_file;
 use crate::progress::Progress;
 use crate::report::{Patch, Patches};
 use crate::session::{Session, Target};
+use crate::state::GuestState;
 use crate::upgrade::due::due;
 use guest_core::module::PatchModule;
 use guest_core::plan::Refusal;
@@ -16,14 +18,15 @@ use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
 /// Applies every module of the patch directory that was made for the guest's very kernel and is not applied yet, oldest
-/// first. One that fails does not keep the others from being tried; the report says why for each.
+/// first. One that fails does not keep the others from being tried, unless it leaves the guest not as before; the report says why for
+/// each.
 pub fn update(options: &Options, progress: &Progress) -> Result<(Patches, Option<Failure>), Failure> {
     let target = Target::from_options(options)?;
     let files = modules(&options.patches)?;
     let mut session = Session::open(&target, progress)?;
     session.tidy()?;
     let mut patches = Vec::new();
-    let mut first = None;
+    let (mut first, mut stopped) = (None, None);
     let mut failed = 0;
     let mut wanted = 0;
     for path in &files {
@@ -37,23 +40,31 @@ pub fn update(options: &Options, progress: &Progress) -> Result<(Patches, Option
                 wanted += 1;
                 failed += 1;
                 first.get_or_insert(error.exit_code());
-                patches.push(not_done(path, "not applied", Some(error.chain().join(": "))));
+                patches.push(not_done(path, APPLY.after(&error), Some(error.chain().join(": "))));
+                if error.guest_state() != GuestState::AsBefore {
+                    stopped = Some(error);
+                    break;
+                }
             }
         }
     }
-    let failure = first.map(|code| Failure::Incomplete {
+    let incomplete = first.map(|code| Failure::Incomplete {
         failed,
         all: wanted,
         code,
     });
-    Ok((
-        Patches {
-            guest: session.guest(),
-            patches,
-            upgrade_due: upgrade_due(&session)?,
-        },
-        failure,
-    ))
+    let (upgrade_due, unknown) = match upgrade_due(&session) {
+        Ok(due) => (due, None),
+        Err(failure) => (None, Some(failure)),
+    };
+    let failure = stopped.or(incomplete).or(unknown);
+    let failure = failure.map(|failure| failure.after(so_far(&patches)));
+    let report = Patches {
+        guest: session.guest(),
+        patches,
+        upgrade_due,
+    };
+    Ok((report, failure))
 }
 
 /// Whether the guest's QEMU was replaced on the host since it started.
