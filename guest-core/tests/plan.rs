@@ -254,7 +254,11 @@ fn a_patch_is_applied_once_and_a_function_is_patched_once() {
     let (guest, kernel) = patched();
     assert!(matches!(
         refusal(&guest, &kernel, "schedule"),
-        Refusal::AlreadyApplied { .. }
+        Refusal::OtherModule { .. }
+    ));
+    assert!(matches!(
+        plan(&guest, &kernel, &two()),
+        Err(Refusal::AlreadyApplied { id }) if id == "fix"
     ));
     let other = livepatch("other", &[Function::returning_one("victim")]);
     assert!(matches!(plan(&guest, &kernel, &other), Err(Refusal::Held { id, .. }) if id == "fix"));

@@ -75,7 +75,14 @@ impl Parts {
                 _ => Ok(id),
             };
         };
-        if patch.objects.is_empty() || first.digest != self.digest {
+        if first.digest != self.digest {
+            return Err(Refusal::OtherModule {
+                id,
+                applied: first.digest.clone(),
+                file: self.digest.clone(),
+            });
+        }
+        if patch.objects.is_empty() {
             return Err(Refusal::AlreadyApplied { id });
         }
         let names = patch

@@ -86,11 +86,31 @@ pub enum Refusal {
         /// The module.
         module: String,
     },
-    /// It is there already.
+    /// It is there already, of the very same module.
     #[error("{id} is already applied")]
     AlreadyApplied {
         /// Its name.
         id: String,
+    },
+    /// A patch of that name is there already, of another module.
+    #[error("{id} is applied from another module (its SHA-256 is {applied}, this one's is {file}): revert {id} first")]
+    OtherModule {
+        /// The name.
+        id: String,
+        /// SHA-256 of the module that is applied, in hex.
+        applied: String,
+        /// SHA-256 of this module, in hex.
+        file: String,
+    },
+    /// It is there already, but something has overwritten its redirect.
+    #[error("{id} is applied, but {function} is not redirected any more ({found}): revert {id}, then apply it again")]
+    NotActive {
+        /// Its name.
+        id: String,
+        /// The function.
+        function: String,
+        /// What is in place of the redirect.
+        found: String,
     },
     /// The guest has a module of that name.
     #[error("the guest has loaded a module {id} of its own, and can't know a second one by that name")]

@@ -1,5 +1,6 @@
 //! `apply` and `check`.
 
+use super::status;
 use super::steps::{APPLY, Steps};
 use crate::cli::{ModelName, Options};
 use crate::error::Failure;
@@ -11,6 +12,9 @@ use guest_core::module::PatchModule;
 use guest_core::place::Record;
 use guest_core::plan::Refusal;
 use std::path::{Path, PathBuf};
+
+/// The state of a patch that is in the guest already.
+const ALREADY: &str = "already applied";
 
 /// Applies modules one after another; the first that fails ends it, and those before it stay: the report says which.
 pub fn apply(options: &Options, files: &[PathBuf], progress: &Progress) -> Result<(Patches, Option<Failure>), Failure> {
@@ -45,10 +49,15 @@ pub fn check(options: &Options, files: &[PathBuf], progress: &Progress) -> Resul
         let record = match session.plan(path, &bytes, options) {
             Ok(plan) => plan.record,
             Err(failure) => {
-                patches.push(pending(path, &failure).ok_or(failure)?);
+                let there = already_applied(&session, path, failure);
+                patches.push(there.or_else(|failure| pending(path, &failure).ok_or(failure))?);
                 continue;
             }
         };
+        if planned.iter().any(|earlier| earlier.digest == record.digest) {
+            patches.push(describe(&record, Some(path), ALREADY, "original"));
+            continue;
+        }
         if let Some(refusal) = clash(&planned, &record) {
             return Err(Failure::Refused {
                 path: path.clone(),
@@ -72,8 +81,12 @@ pub fn check(options: &Options, files: &[PathBuf], progress: &Progress) -> Resul
 
 /// Why `record` could not be applied once those before it are, each of which was planned for the guest as it is now.
 fn clash(before: &[Record], record: &Record) -> Option<Refusal> {
-    if before.iter().any(|earlier| earlier.id == record.id) {
-        return Some(Refusal::AlreadyApplied { id: record.id.clone() });
+    if let Some(earlier) = before.iter().find(|earlier| earlier.id == record.id) {
+        return Some(Refusal::OtherModule {
+            id: record.id.clone(),
+            applied: earlier.digest.clone(),
+            file: record.digest.clone(),
+        });
     }
     record.functions.iter().find_map(|function| {
         let holds = |earlier: &&Record| earlier.functions.iter().any(|other| other.old == function.old);
@@ -99,6 +112,26 @@ pub(super) fn pending(path: &Path, failure: &Failure) -> Option<Patch> {
     })
 }
 
+/// The patch that is applied already, of the very same module, where that is why it is not applied again; else the failure.
+fn already_applied(session: &Session, path: &Path, failure: Failure) -> Result<Patch, Failure> {
+    let id = match &failure {
+        Failure::Refused { source, .. } => match source.as_ref() {
+            Refusal::AlreadyApplied { id } => id,
+            _ => return Err(failure),
+        },
+        _ => return Err(failure),
+    };
+    let active = status::active(session, id).map_err(|refusal| Failure::Refused {
+        path: path.to_owned(),
+        source: Box::new(refusal),
+    })?;
+    Ok(Patch {
+        file: Some(path.display().to_string()),
+        state: ALREADY.to_owned(),
+        ..active
+    })
+}
+
 /// A patch of which nothing is in the guest.
 pub(super) fn not_done(path: &Path, state: &str, reason: Option<String>) -> Patch {
     Patch {
@@ -110,7 +143,7 @@ pub(super) fn not_done(path: &Path, state: &str, reason: Option<String>) -> Patc
     }
 }
 
-/// Applies one module.
+/// Applies one module, unless that very one is applied already.
 pub(super) fn apply_one(
     session: &mut Session,
     options: &Options,
@@ -119,7 +152,10 @@ pub(super) fn apply_one(
     progress: &Progress,
 ) -> Result<Patch, Failure> {
     progress.step(&format!("{}: applying {}", session.shown(), path.display()));
-    let (record, committed) = session.apply(path, bytes, options)?;
+    let (record, committed) = match session.apply(path, bytes, options) {
+        Ok(applied) => applied,
+        Err(failure) => return already_applied(session, path, failure),
+    };
     let mut patch = describe(&record, Some(path), APPLY.done, "patched");
     patch.pause = Some(Pause::from(&committed));
     say_what_it_was_made_for(&mut patch, PatchModule::parse(bytes).ok().as_ref(), &record);

@@ -9,6 +9,7 @@ use crate::session::{Session, Target};
 use guest_core::Gva;
 use guest_core::kernel::livepatch::{self, Code, Held};
 use guest_core::place::{Entry, PatchedFunction, Record, Redirect, State};
+use guest_core::plan::Refusal;
 
 /// The guest's own livepatch comes before the redirect.
 const OVERRIDDEN: &str = "overridden";
@@ -62,7 +63,6 @@ fn patch(session: &Session, entry: &Entry, own: &[Held]) -> Patch {
             patch.warnings.extend(beside(held, shown));
         }
     }
-    let is_redirected = |function: &Function| ["patched", OVERRIDDEN, IN_TRANSITION].contains(&function.state.as_str());
     let lost = !patch.functions.iter().all(is_redirected);
     match entry.state {
         State::Applied if lost => patch
@@ -74,6 +74,31 @@ fn patch(session: &Session, entry: &Entry, own: &[Held]) -> Patch {
             .push("vmpatch was killed here; the next apply or revert takes care of it".to_owned()),
     }
     patch
+}
+
+fn is_redirected(function: &Function) -> bool {
+    ["patched", OVERRIDDEN, IN_TRANSITION].contains(&function.state.as_str())
+}
+
+/// The patch `id`, which is applied. Errors: something else is in place of a redirect, in any part of it.
+pub(super) fn active(session: &Session, id: &str) -> Result<Patch, Refusal> {
+    let mut parts = patches(session);
+    let digest = parts
+        .iter()
+        .find(|patch| patch.id == id)
+        .map(|patch| patch.digest.clone());
+    parts.retain(|patch| Some(&patch.digest) == digest.as_ref());
+    for part in &parts {
+        if let Some(lost) = part.functions.iter().find(|function| !is_redirected(function)) {
+            return Err(Refusal::NotActive {
+                id: part.id.clone(),
+                function: lost.name.clone(),
+                found: lost.state.clone(),
+            });
+        }
+    }
+    let patch = parts.into_iter().find(|patch| patch.id == id);
+    patch.ok_or_else(|| Refusal::AlreadyApplied { id: id.to_owned() })
 }
 
 /// A function for which the guest has loaded a livepatch of its own since it was patched: says which code runs, and gives what the

@@ -12,7 +12,6 @@ use crate::session::{Session, Target};
 use crate::state::GuestState;
 use crate::upgrade::due::due;
 use guest_core::module::PatchModule;
-use guest_core::plan::Refusal;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
@@ -95,24 +94,10 @@ fn consider(
         ));
         return Ok(None);
     }
-    let name = module.name();
-    let there = session.registry.records().find(|record| record.id == name);
-    let waits = there.is_none_or(|record| !record.pending.is_empty());
-    let applied = match waits.then(|| apply_one(session, options, path, &bytes, progress)) {
-        Some(Err(error)) if is_there(&error) => None,
-        Some(Err(error)) => Some(pending(path, &error).ok_or(error)?),
-        Some(Ok(patch)) => Some(patch),
-        None => None,
-    };
-    Ok(Some(applied.unwrap_or_else(|| Patch {
-        id: name.to_owned(),
-        ..not_done(path, "already applied", None)
-    })))
-}
-
-/// True where nothing is left to apply.
-fn is_there(failure: &Failure) -> bool {
-    matches!(failure, Failure::Refused { source, .. } if matches!(**source, Refusal::AlreadyApplied { .. }))
+    let applied = apply_one(session, options, path, &bytes, progress);
+    applied
+        .or_else(|failure| pending(path, &failure).ok_or(failure))
+        .map(Some)
 }
 
 /// The modules of a directory: by age, those of one age by name.
