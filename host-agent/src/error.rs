@@ -2,7 +2,7 @@
 
 use crate::attach::{AttachError, is_permanent};
 use crate::cli::PATCHES_DEFAULT;
-use crate::domains::DomainError;
+use crate::domains::{DomainError, process};
 use crate::lock::LockError;
 use crate::state::GuestState;
 use crate::upgrade::UpgradeError;
@@ -13,6 +13,7 @@ use guest_core::kernel::guard::Armed;
 use guest_core::place::RegistryError;
 use guest_core::plan::{Refusal, RevertError};
 use qmp::ConnectError;
+use qmp::memory::RamMapError;
 use std::error::Error;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -195,6 +196,14 @@ fn lacks_permission(error: &(dyn Error + 'static)) -> bool {
     false
 }
 
+/// The process whose memory was to be looked at, somewhere down the chain.
+fn process_in(error: &AttachError) -> Option<i32> {
+    match error {
+        AttachError::RamMap(RamMapError::Process { pid, .. } | RamMapError::Backing { pid, .. }) => Some(*pid),
+        _ => None,
+    }
+}
+
 fn by_supervisor(runs: bool, change: Effect) -> String {
     match runs {
         true => format!("the supervisor had to resume the guest, which runs; the change is {change}"),
@@ -308,9 +317,13 @@ impl Failure {
             Self::Upgrade(UpgradeError::Stranded { .. }) => Some(
                 "it has run in the old process alone: QMP `cont` lets it go on there, as soon as what is in the way is gone",
             ),
-            Self::Attach(error) if lacks_permission(error) => {
-                Some("run vmpatch as root, or as the user that QEMU runs as")
-            }
+            Self::Attach(error) if lacks_permission(error) => Some(match process_in(error) {
+                Some(pid) if process::is_undumpable_own(pid) => {
+                    "vmpatch runs as the user that QEMU runs as, but that process is not dumpable (it has changed its user or its \
+                     capabilities, or said so by prctl), and the host shows its memory to root alone: run vmpatch as root"
+                }
+                _ => "run vmpatch as root, or as the user that QEMU runs as",
+            }),
             Self::File { path, .. } if path.as_path() == Path::new(PATCHES_DEFAULT) => {
                 Some("that is where the bare command looks for modules: put them there, or say --patches DIR")
             }

@@ -75,7 +75,13 @@ pub enum LockError {
         /// The user whom it should belong to.
         uid: u32,
     },
-    /// The lock's file can't be opened, locked or written.
+    /// The domain was only to be read.
+    #[error("the QEMU process {pid} was not locked, as its guest was only to be read")]
+    NotTaken {
+        /// The QEMU process.
+        pid: i32,
+    },
+    /// The lock's file can't be opened or locked.
     #[error("the lock {} could not be taken", path.display())]
     File {
         /// The file.
@@ -84,6 +90,13 @@ pub enum LockError {
         #[source]
         cause: io::Error,
     },
+}
+
+impl LockError {
+    /// True where it is the host that has no place for locks: nobody is known to be at work on the domain.
+    pub fn is_for_want_of_a_place(&self) -> bool {
+        matches!(self, Self::Folder { .. } | Self::Unsafe { .. } | Self::File { .. })
+    }
 }
 
 impl DomainLock {
@@ -133,10 +146,8 @@ impl DomainLock {
             if !is_at(&file, path).map_err(failed)? {
                 continue;
             }
-            let holder = std::process::id();
-            file.set_len(0)
-                .and_then(|()| writeln!(file, "{holder}"))
-                .map_err(failed)?;
+            // For messages only: a disk without room for it is no reason to stop.
+            let _ = file.set_len(0).and_then(|()| writeln!(file, "{}", std::process::id()));
             return Ok(Self {
                 file,
                 path: path.to_owned(),

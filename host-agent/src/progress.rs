@@ -32,6 +32,12 @@ impl Progress {
         }
     }
 
+    /// Something that the operator should know, whatever was asked for.
+    pub fn warning(&self, what: &str) {
+        self.clear();
+        output::message(&format!("warning: {what}\n"));
+    }
+
     /// Something that -v shows.
     pub fn detail(&self, what: &str) {
         if self.verbose >= 1 {

@@ -4,7 +4,7 @@ use crate::attach::Attached;
 use crate::cli::Options;
 use crate::domains::{self, Domain};
 use crate::error::{self, Failure};
-use crate::lock::DomainLock;
+use crate::lock::{DomainLock, LockError};
 use crate::progress::Progress;
 use crate::report;
 use crate::state::GuestState;
@@ -107,20 +107,44 @@ pub struct Session {
     name: Option<String>,
     /// The guest's integrity guard, as it was when the kernel was found. Each plan reads it again.
     guard: Option<Guard>,
-    lock: DomainLock,
+    /// None where the guest is only read, and the host has no place for locks.
+    lock: Option<DomainLock>,
 }
 
 impl Session {
-    /// Reaches the guest and understands it. Nothing is changed, and the guest is not paused.
+    /// Reaches the guest to change it, and understands it. Nothing is changed yet, and the guest is not paused.
     pub fn open(target: &Target, progress: &Progress) -> Result<Self, Failure> {
+        Self::open_with(target, progress, |pid| {
+            DomainLock::acquire_within(pid, LOCK_TIME_MAX).map(Some)
+        })
+    }
+
+    /// The same for a command that only reads. Where the host has no place for locks, it goes without, with a warning: another vmpatch
+    /// that changes the guest meanwhile can make what is read wrong, and nothing else.
+    pub fn open_to_read(target: &Target, progress: &Progress) -> Result<Self, Failure> {
+        Self::open_with(target, progress, |pid| {
+            match DomainLock::acquire_within(pid, LOCK_TIME_MAX) {
+                Err(error) if error.is_for_want_of_a_place() => {
+                    progress.warning(&format!("without a lock: {}", Failure::from(error).chain().join(": ")));
+                    Ok(None)
+                }
+                lock => lock.map(Some),
+            }
+        })
+    }
+
+    fn open_with(
+        target: &Target,
+        progress: &Progress,
+        lock: impl Fn(i32) -> Result<Option<DomainLock>, LockError>,
+    ) -> Result<Self, Failure> {
         let shown = target
             .name
             .clone()
             .unwrap_or_else(|| target.socket.display().to_string());
         progress.step(&format!("{shown}: connecting"));
         // Where the process is known, the lock comes first: it tells of another vmpatch, where QEMU's socket is just mute.
-        let lock = |pid| DomainLock::acquire_within(pid, LOCK_TIME_MAX);
-        let early = target.pid.map(lock).transpose()?;
+        let early = target.pid.map(&lock).transpose()?;
         let attached = Attached::open(&target.socket)?;
         let lock = match early {
             Some(early) if target.pid == Some(attached.pid()) => early,
@@ -270,9 +294,11 @@ impl Session {
     fn commit(&mut self, plan: &Plan, doing: &'static str, options: CommitOptions) -> Result<Committed, Failure> {
         self.refuse_if_busy()?;
         let live = self.kernel.live(self.attached.memory());
+        let pid = self.attached.pid();
+        let lock = self.lock.as_ref().ok_or(LockError::NotTaken { pid })?;
         let mut machine = self
             .attached
-            .machine(&self.supervisor, &self.lock)
+            .machine(&self.supervisor, lock)
             .map_err(Failure::Supervisor)?;
         let result = commit::commit(&live, &mut machine as &mut dyn Machine, plan, &options);
         let supervisor = machine.into_supervisor();
@@ -324,8 +350,9 @@ impl Session {
     }
 
     /// Leaves the guest, but not the right to change it.
-    pub fn into_lock(self) -> DomainLock {
-        self.lock
+    pub fn into_lock(self) -> Result<DomainLock, LockError> {
+        let pid = self.attached.pid();
+        self.lock.ok_or(LockError::NotTaken { pid })
     }
 
     /// Refuses where QEMU does something that a change would not survive.

@@ -146,6 +146,21 @@ impl Vmpatch {
         self.finish(args, child)
     }
 
+    /// Runs it to its end behind a line of shell, in a mount namespace of its own.
+    ///
+    /// # Panics
+    ///
+    /// If it can't be built or started, or this is not run by root.
+    pub fn run_behind(&self, line: &str, args: &[&str]) -> Answer {
+        let own = self.command(args);
+        let script = format!("{line} && exec \"$@\"");
+        let mut command = Command::new("unshare");
+        command.args(["--mount", "sh", "-c", &script, "sh"]);
+        command.arg(own.get_program()).args(own.get_args()).stdin(Stdio::null());
+        let output = command.output().expect("the host has unshare");
+        Answer::new(self.line(args), output, Duration::ZERO)
+    }
+
     /// Waits for one that was started.
     ///
     /// # Panics

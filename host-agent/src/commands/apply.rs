@@ -41,7 +41,7 @@ pub fn apply(options: &Options, files: &[PathBuf], progress: &Progress) -> Resul
 
 /// Plans all that `apply` would do, and stops there.
 pub fn check(options: &Options, files: &[PathBuf], progress: &Progress) -> Result<Patches, Failure> {
-    let session = Session::open(&Target::from_options(options)?, progress)?;
+    let session = Session::open_to_read(&Target::from_options(options)?, progress)?;
     let mut patches = Vec::new();
     let mut planned: Vec<Record> = Vec::new();
     for path in files {

@@ -27,7 +27,7 @@ fn line(domain: &Domain, progress: &Progress) -> DomainLine {
     let mut line = empty(domain);
     let session = Target::of_domain(domain).and_then(|target| {
         line.qmp = Some(target.socket.display().to_string());
-        Session::open(&target, progress)
+        Session::open_to_read(&target, progress)
     });
     match session {
         Ok(session) => {

@@ -10,7 +10,7 @@ use guest_core::paging::PAGE_SIZE;
 
 /// Reads all there is to know.
 pub fn inspect(options: &Options, progress: &Progress) -> Result<Inspection, Failure> {
-    let session = Session::open(&Target::from_options(options)?, progress)?;
+    let session = Session::open_to_read(&Target::from_options(options)?, progress)?;
     let (kernel, registry) = (&session.kernel, &session.registry);
     let range = |start: Gva, len| AddressRange {
         start: Address(start.0),

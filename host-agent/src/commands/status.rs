@@ -18,7 +18,7 @@ const IN_TRANSITION: &str = "in transition";
 
 /// Reads the registry, and each function's jump.
 pub fn status(options: &Options, progress: &Progress) -> Result<Patches, Failure> {
-    let session = Session::open(&Target::from_options(options)?, progress)?;
+    let session = Session::open_to_read(&Target::from_options(options)?, progress)?;
     Ok(Patches {
         guest: session.guest(),
         patches: patches(&session),

@@ -3,6 +3,7 @@
 use std::fs::{self, File};
 use std::io::{self, ErrorKind, Read};
 use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 /// No command line is longer: the kernel lets all arguments together have at most three quarters of 8 MiB
@@ -49,6 +50,22 @@ pub(super) struct Process {
 struct Stat {
     parent: i32,
     start_time: u64,
+}
+
+/// True for a process of this process's own user, whose memory /proc shows to root alone: its files there belong to root
+/// (`proc(5)`, "dumpable").
+pub(crate) fn is_undumpable_own(pid: i32) -> bool {
+    let folder = PathBuf::from(format!("/proc/{pid}"));
+    let owner = |path: &Path| fs::metadata(path).ok().map(|found| found.uid());
+    let status = fs::read_to_string(folder.join("status")).unwrap_or_default();
+    let (own, user) = (owner(Path::new("/proc/self")), effective_user(&status));
+    own.is_some() && own == user && own != Some(0) && owner(&folder.join("maps")) == Some(0)
+}
+
+/// The second number of the line `Uid:` of /proc/PID/status.
+fn effective_user(status: &str) -> Option<u32> {
+    let line = status.lines().find_map(|line| line.strip_prefix("Uid:"))?;
+    line.split_whitespace().nth(1)?.parse().ok()
 }
 
 impl Process {
@@ -206,8 +223,17 @@ fn is_qemu_name(path: &[u8]) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use super::{Binary, MARKER, Process, Stat, is_qemu_name, marker, parse_marker, pids, start_time, words};
+    use super::{
+        Binary, MARKER, Process, Stat, effective_user, is_qemu_name, marker, parse_marker, pids, start_time, words,
+    };
     use std::path::{Path, PathBuf};
+
+    #[test]
+    fn the_user_of_a_process_is_its_effective_one() {
+        let status = "Name:\tqemu\nUmask:\t0027\nUid:\t0\t64055\t64055\t64055\nGid:\t0\t103\t103\t103\n";
+        assert_eq!(effective_user(status), Some(64055));
+        assert_eq!(effective_user("Name:\tqemu\n"), None);
+    }
 
     #[test]
     fn a_program_is_qemu_by_the_last_part_of_its_path() {

@@ -138,6 +138,39 @@ fn a_process_that_has_ended_cannot_be_locked() {
 }
 
 #[test]
+fn only_a_host_without_a_place_for_locks_is_read_without_one() {
+    let path = || PathBuf::from("/run/vmpatch");
+    let cause = || std::io::ErrorKind::ReadOnlyFilesystem.into();
+    for (error, is_so) in [
+        (
+            LockError::Folder {
+                path: path(),
+                cause: cause(),
+            },
+            true,
+        ),
+        (
+            LockError::File {
+                path: path(),
+                cause: cause(),
+            },
+            true,
+        ),
+        (LockError::Held { pid: 1, holder: None }, false),
+        (LockError::Process { pid: 1, cause: cause() }, false),
+    ] {
+        assert_eq!(error.is_for_want_of_a_place(), is_so, "{error}");
+    }
+}
+
+/// Its inodes are for locks, and its blocks used up: `/dev/full` is such a file.
+#[test]
+fn a_lock_is_held_also_where_its_holder_cannot_be_written() {
+    let lock = DomainLock::take(1, Path::new("/dev/full"));
+    assert!(lock.is_ok(), "{lock:?}");
+}
+
+#[test]
 fn each_user_has_a_folder() {
     let runtime = std::env::temp_dir();
     assert_eq!(folder_for(0, Some(runtime.as_os_str())), Path::new("/run/vmpatch"));

@@ -85,7 +85,7 @@ pub(super) fn prepare(options: &Options, wanted: &UpgradeOptions, progress: &Pro
     let identity = Identity::of(&session).map_err(UpgradeError::from)?;
     progress.detail(&format!("{}: {} places to compare", shown, identity.len()));
     // QEMU serves one client per socket.
-    let lock = session.into_lock();
+    let lock = session.into_lock()?;
     let old = Domain::of_peer(pid, &target.socket)?;
     if old.is_libvirts() {
         return Err(UpgradeError::Libvirt {
