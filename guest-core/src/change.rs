@@ -1,6 +1,7 @@
 //! A change of guest memory that knows what it replaces, can be checked, read back and undone.
 
 use crate::addr::Gpa;
+use crate::kernel::Live;
 use crate::memory::{MemoryError, PhysMemory};
 use serde::{Deserialize, Serialize};
 
@@ -18,6 +19,14 @@ pub enum ChangeError {
         found: String,
         /// What should be there.
         expected: String,
+    },
+    /// What a plan was made from is not so any more.
+    #[error("the guest is {doing}: the byte at {gpa} has changed since it was planned")]
+    Changing {
+        /// What the guest is doing.
+        doing: &'static str,
+        /// The first byte that differs.
+        gpa: Gpa,
     },
     /// Guest memory could not be reached.
     #[error("{what}")]
@@ -111,11 +120,6 @@ impl Change {
         self.old.is_empty()
     }
 
-    /// True where old and new are the same: it only says what must be there for other changes to be made.
-    pub fn is_check(&self) -> bool {
-        self.old == self.new
-    }
-
     /// The change that takes this one back.
     pub fn undone(&self) -> Self {
         Self {
@@ -171,16 +175,39 @@ impl Change {
     /// Where a byte is neither old nor new, somebody else has written there since, for example the guest's own
     /// tracer: then all bytes stay as they are.
     pub fn restored(&self, memory: &dyn PhysMemory) -> Result<Vec<u8>, ChangeError> {
-        let now = self.read(memory)?;
+        Ok(self.over(&self.read(memory)?))
+    }
+
+    /// The same where `now` is there.
+    fn over(&self, now: &[u8]) -> Vec<u8> {
         let is = |at: usize, now: u8, one: u8| (now ^ one) & self.mask_at(at) == 0;
         let mut bytes = now.iter().zip(&self.old).zip(&self.new).enumerate();
         let ours = bytes.all(|(at, ((&now, &old), &new))| is(at, now, old) || is(at, now, new));
-        Ok(if ours { self.undone().merged(&now) } else { now })
+        if ours { self.undone().merged(now) } else { now.to_vec() }
     }
 
     /// The bytes that are there now.
     pub fn current(&self, memory: &dyn PhysMemory) -> Result<Vec<u8>, ChangeError> {
         self.read(memory)
+    }
+
+    /// True where the new bytes are there, as a plan finds it.
+    pub(crate) fn is_made(&self, live: &Live<'_>) -> Result<bool, ChangeError> {
+        Ok(self.require(&self.read_for_plan(live)?, &self.new).is_ok())
+    }
+
+    /// The change that puts the old state back, as [`Change::restored`] says, as a plan finds it; `None` where it is there.
+    pub(crate) fn restoration(&self, live: &Live<'_>, what: &str) -> Result<Option<Self>, ChangeError> {
+        let now = self.read_for_plan(live)?;
+        let old = self.over(&now);
+        Ok((now != old).then(|| Self::replace(what, self.gpa(), now, old)))
+    }
+
+    fn read_for_plan(&self, live: &Live<'_>) -> Result<Vec<u8>, ChangeError> {
+        let mut now = vec![0; self.len()];
+        live.read_physical(self.gpa(), &mut now)
+            .map_err(|source| self.memory_error(source))?;
+        Ok(now)
     }
 
     /// Applies this change to a copy of the memory that starts at `base`, as far as it lies within.

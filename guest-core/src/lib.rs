@@ -16,6 +16,7 @@ pub mod pattern;
 pub mod per_cpu;
 pub mod place;
 pub mod plan;
+pub mod reads;
 pub mod redirect;
 pub mod task;
 pub mod unwind;

@@ -43,6 +43,19 @@ pub trait PhysMemory {
     /// Fills `buf` from `at` on. Errors: [`MemoryError::NotRam`], [`MemoryError::Host`]; `buf` is then unspecified.
     fn read(&self, at: Gpa, buf: &mut [u8]) -> Result<(), MemoryError>;
 
+    /// Fills `buf` with the bytes of `pieces`, addresses and lengths, one behind the other. Errors as [`PhysMemory::read`].
+    ///
+    /// An implementation for which each read is a request of its own makes one of them all.
+    fn read_pieces(&self, pieces: &[(Gpa, usize)], buf: &mut [u8]) -> Result<(), MemoryError> {
+        let mut rest = buf;
+        for (at, len) in pieces {
+            let (now, later) = rest.split_at_mut((*len).min(rest.len()));
+            self.read(*at, now)?;
+            rest = later;
+        }
+        Ok(())
+    }
+
     /// Writes `bytes` at `at`. The guest sees them as data at once; whether already translated or cached
     /// *code* changes too is the implementation's to guarantee, or to refuse.
     fn write(&self, at: Gpa, bytes: &[u8]) -> Result<(), MemoryError>;

@@ -28,6 +28,8 @@ pub mod entry {
     pub const LARGE: u64 = 1 << 7;
     /// Instruction fetch is forbidden.
     pub const NO_EXECUTE: u64 = 1 << 63;
+    /// The bits that say where an entry leads.
+    pub const TARGET: u64 = super::ADDRESS_MASK | PRESENT | LARGE;
 }
 
 /// Where a virtual address leads, and what the guest may do there.
@@ -65,9 +67,20 @@ impl AddressSpace {
     /// Walks the tables for `at`. At most five reads. Errors: [`MemoryError::NotMapped`] with the entry that
     /// ended the walk; [`MemoryError::NotRam`] where a table lies outside of RAM.
     pub fn translate(&self, memory: &dyn PhysMemory, at: Gva) -> Result<Translation, MemoryError> {
+        self.translate_seeing(memory, at, &mut |_, _| ())
+    }
+
+    /// The same, and shows `seen` the guest-physical address and the value of each entry on the way.
+    pub fn translate_seeing(
+        &self,
+        memory: &dyn PhysMemory,
+        at: Gva,
+        seen: &mut dyn FnMut(Gpa, u64),
+    ) -> Result<Translation, MemoryError> {
         let (mut table, mut rights) = (self.root, Rights::ALL);
         for level in (2..=self.levels).rev() {
-            let (_, entry) = read_entry(memory, table, at, level)?;
+            let (gpa, entry) = read_entry(memory, table, at, level)?;
+            seen(gpa, entry);
             let large = entry & entry::LARGE != 0;
             if entry & entry::PRESENT == 0 || (large && level > 3) {
                 return Err(MemoryError::NotMapped { at, level, entry });
@@ -78,7 +91,8 @@ impl AddressSpace {
             }
             table = Gpa(entry & ADDRESS_MASK);
         }
-        let (_, entry) = read_entry(memory, table, at, 1)?;
+        let (gpa, entry) = read_entry(memory, table, at, 1)?;
+        seen(gpa, entry);
         match entry & entry::PRESENT {
             0 => Err(MemoryError::NotMapped { at, level: 1, entry }),
             _ => Ok(rights.and(entry).page(entry, 1, at)),

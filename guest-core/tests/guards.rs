@@ -6,6 +6,7 @@ use common::guest::{DATA, Guest, heap};
 use guest_core::Kernel;
 use guest_core::kernel::KernelError;
 use guest_core::kernel::guard::{self, Guard, Reaction};
+use guest_core::reads::Reads;
 
 /// Where `sysctl_table_root` is.
 const ROOT: u64 = DATA + 0x3_0000;
@@ -104,12 +105,13 @@ fn a_guard_whose_settings_are_not_known_may_do_anything() {
 fn a_guard_whose_tenant_makes_it_panic_before_the_commit_is_noticed() {
     let guest = guest(&[("kint_enforce", 1), ("kint_validate", 3)]);
     let kernel = guest.kernel();
-    let guard = found(&guest).unwrap().unwrap();
-    guard.permits().unwrap();
-    let unchanged = guard.unchanged(&kernel.live(&guest.ram)).unwrap();
-    assert!(unchanged.iter().all(|change| change.verify(&guest.ram).is_ok()));
+    let reads = Reads::default();
+    let found = guard::find(&kernel.live(&guest.ram).recording(&reads));
+    found.unwrap().unwrap().permits().unwrap();
+    let unchanged = reads.preconditions();
+    unchanged.check(&guest.ram).unwrap();
     guest.put(heap(STEP * 16), &2_u32.to_le_bytes());
-    assert!(unchanged.iter().any(|change| change.verify(&guest.ram).is_err()));
+    unchanged.check(&guest.ram).unwrap_err();
 }
 
 #[test]

@@ -4,6 +4,7 @@ mod common;
 
 use common::guest::{FUNCTIONS, Guest, heap};
 use guest_core::kernel::{KernelError, tracers};
+use guest_core::reads::Reads;
 use guest_core::{Gva, Kernel};
 
 /// Where the test's `ftrace_ops` are, each with its hashes behind it.
@@ -52,7 +53,7 @@ fn hash(guest: &Guest, at: u64, sites: &[Gva]) -> u64 {
 
 fn is_wanted(tracers: &[(&[Gva], &[Gva])]) -> bool {
     let (guest, kernel) = guest(tracers);
-    tracers::of(&kernel.live(&guest.ram), SITE).unwrap().wanted
+    tracers::is_wanted(&kernel.live(&guest.ram), SITE).unwrap()
 }
 
 #[test]
@@ -72,26 +73,33 @@ fn an_exception_outweighs_a_filter() {
 }
 
 #[test]
-fn every_word_that_the_answer_depends_on_is_told_with_its_value() {
+fn every_pointer_that_the_answer_depends_on_is_a_precondition() {
     let (guest, kernel) = guest(&[(&[SITE], &[])]);
-    let found = tracers::of(&kernel.live(&guest.ram), SITE).unwrap();
+    let reads = Reads::default();
+    assert!(tracers::is_wanted(&kernel.live(&guest.ram).recording(&reads), SITE).unwrap());
+    let found = reads.preconditions();
+    found.check(&guest.ram).unwrap();
     let both = ops(0) + 0x100;
-    let expected = [
+    let pointers = [
         guest.symbol("ftrace_ops_list"),
         ops(0) + 96,
         both + 8,
         both,
         ops(0) + 16,
     ];
-    let expected: Vec<_> = expected.map(|at| (Gva(at), guest.u64_at(at))).to_vec();
-    assert_eq!(found.words, expected);
+    for at in pointers {
+        let before = guest.u64_at(at);
+        guest.put_u64(at, before ^ 1);
+        found.check(&guest.ram).unwrap_err();
+        guest.put_u64(at, before);
+    }
 }
 
 #[test]
 fn a_list_of_tracers_without_an_end_is_refused() {
     let (guest, kernel) = guest(&[(&[], &[])]);
     guest.put_u64(ops(0) + 16, ops(0));
-    let found = tracers::of(&kernel.live(&guest.ram), SITE);
+    let found = tracers::is_wanted(&kernel.live(&guest.ram), SITE);
     assert!(matches!(found, Err(KernelError::Disagrees { what, .. }) if what == "the list of ftrace_ops"));
 }
 
@@ -102,7 +110,7 @@ fn a_hash_that_no_kernel_makes_is_refused() {
     for bits in [13, 64, u64::MAX] {
         guest.put_u64(filter, bits);
         guest.ram.count_from_here();
-        let found = tracers::of(&kernel.live(&guest.ram), SITE);
+        let found = tracers::is_wanted(&kernel.live(&guest.ram), SITE);
         assert!(matches!(found, Err(KernelError::Disagrees { what, .. }) if what == "ftrace_hash.size_bits"));
         assert!(guest.ram.counted().0 < 100);
     }
@@ -111,7 +119,7 @@ fn a_hash_that_no_kernel_makes_is_refused() {
     let entry = filter + 0x40;
     guest.put_u64(entry, entry);
     guest.put_u64(entry + 16, OTHER.0);
-    let found = tracers::of(&kernel.live(&guest.ram), SITE);
+    let found = tracers::is_wanted(&kernel.live(&guest.ram), SITE);
     assert!(matches!(found, Err(KernelError::Disagrees { what, .. }) if what == "ftrace_hash.buckets"));
 }
 
@@ -120,7 +128,7 @@ fn tracers_that_cannot_be_read_are_an_error() {
     for at in [96, 16, 0x108, 0x100, 0x808] {
         let (guest, kernel) = guest(&[(&[SITE], &[SITE])]);
         guest.put_u64(ops(0) + at, 0x7fff_ffff_fff8);
-        let found = tracers::of(&kernel.live(&guest.ram), SITE);
+        let found = tracers::is_wanted(&kernel.live(&guest.ram), SITE);
         assert!(
             matches!(found, Err(KernelError::Unreadable { .. })),
             "{at:#x}: {found:?}"

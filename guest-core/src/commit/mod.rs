@@ -69,6 +69,8 @@ pub enum NotSafe {
     Stacks(Verdict),
     /// The guest was changing its own text or modules.
     Held(Held),
+    /// The guest changes what a plan was made from faster than a plan can be made and committed.
+    Changing,
     /// The pause had become too long before anything was written: the host is busy.
     TooLong {
         /// Microseconds up to the point where it was given up.
@@ -138,7 +140,10 @@ pub fn commit(
     plan: &Plan,
     options: &CommitOptions,
 ) -> Result<Committed, CommitError> {
-    let locks = Locks::find(live)?;
+    let mut locks = Locks::find(live)?;
+    if plan.record.known.as_ref().is_some_and(|known| known.per_cpu.is_some()) {
+        locks = locks.with_per_cpu(live)?;
+    }
     let finder = match options.model {
         Model::CleanCut => Some(Quiescence::find(live)?),
         Model::None => None,
@@ -276,6 +281,7 @@ fn without_pause(live: &Live<'_>, stacks: &mut Option<Survey<'_>>) -> Result<Opt
 fn say(live: &Live<'_>, why: &NotSafe) -> String {
     match why {
         NotSafe::Held(held) => held.to_string(),
+        NotSafe::Changing => "the guest keeps changing what is to be changed".to_owned(),
         NotSafe::TooLong { took_us, allowed_us } => {
             format!("the pause took {took_us} µs, allowed are {allowed_us}: the host is too busy")
         }
@@ -387,7 +393,11 @@ fn in_pause(
     let registers = paused.registers()?;
     let at_check = Instant::now();
     let is_over = || paused.elapsed() > options.pause_max;
-    let verdict = match (locks.held(live)?, stacks) {
+    let held = locks.held(live)?;
+    if held.is_none() {
+        plan.requires.check(live.memory)?;
+    }
+    let verdict = match (held, stacks) {
         (Some(held), _) => Some(NotSafe::Held(held)),
         (None, None) => None,
         (None, Some(survey)) => match survey.recheck(live, &registers, &is_over)? {

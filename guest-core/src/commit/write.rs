@@ -31,9 +31,6 @@ pub(super) fn write(live: &Live<'_>, paused: &mut dyn Paused, changes: &[Change]
 fn write_some(live: &Live<'_>, paused: &mut dyn Paused, changes: Vec<(&Change, Vec<u8>)>) -> Result<(), CommitError> {
     let (mut code, mut behind) = (Vec::with_capacity(changes.len()), Vec::new());
     for (change, bytes) in changes {
-        if change.is_check() {
-            continue;
-        }
         match change.is_data() {
             true if code.is_empty() => change.write(live.memory, &bytes)?,
             true => behind.push((change, bytes)),

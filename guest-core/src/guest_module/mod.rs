@@ -31,8 +31,8 @@ pub use traced::Traced;
 
 use crate::addr::Gva;
 use crate::change::Change;
-use crate::kernel::modules::GuestModule;
-use crate::kernel::{KernelError, Live};
+use crate::kernel::modules::{self, GuestModule};
+use crate::kernel::{KernelError, Live, ftrace};
 use crate::memory::VirtMemory;
 use crate::module::{PlacedSymbol, Table};
 use crate::per_cpu::Piece;
@@ -133,7 +133,8 @@ impl Layout {
         let symbols_at = description.bases.rodata.wrapping_add(room.symbols);
         let symbols = Symbols::of(description);
         let bytes = object::module(btf, self, at, description, (symbols_at, &symbols))?;
-        let mut lists = Words::new(live, at, bytes);
+        let modules = live.that_changes_when(modules::CHANGING);
+        let mut lists = Words::new(&modules, at, bytes);
         let in_module = |path: &str| Ok::<_, KernelError>(at.wrapping_add(btf.structure("module")?.offset(path)?));
         if self.use_bytes != 0 {
             self.use_modules(live, &mut lists, at, description.uses)?;
@@ -144,7 +145,7 @@ impl Layout {
         let (traced, linked) = self.trace(live, at, &mut bytes, description)?;
         changes.extend(linked);
 
-        let mut tree = Words::new(live, at, bytes);
+        let mut tree = Words::new(&modules, at, bytes);
         let mut inserted = 0;
         for memory in &self.memories {
             for (node, root_at) in self.nodes_of(live, at, memory)?.into_iter().zip(self.roots) {
@@ -164,7 +165,7 @@ impl Layout {
         tree.set(self.bounds[1], highest)?;
         let (module, tree) = tree.finish(live, TREE)?;
         changes.extend(tree.iter().cloned());
-        let before = self.sequence(live)?;
+        let before = self.sequence(&modules)?;
         let sequence = [before, before.wrapping_add(inserted)];
         changes.push(self.sequence_change(live, sequence)?);
         let bounds = others.map(|other| other.bounds).next().unwrap_or(bounds);
@@ -204,11 +205,11 @@ impl Layout {
             usize::try_from(self.object_bytes(uses, sites)).unwrap_or(bytes.len()),
             0,
         );
-        let mut words = Words::new(live, at, std::mem::take(bytes));
-        let same = groups.add(live, &mut words, group, description.sites)?;
-        let (filled, mut changes) = words.finish(live, RECORDS)?;
+        let tracing = live.that_changes_when(ftrace::CHANGING);
+        let mut words = Words::new(&tracing, at, std::mem::take(bytes));
+        groups.add(live, &mut words, group, description.sites)?;
+        let (filled, changes) = words.finish(live, RECORDS)?;
         *bytes = filled;
-        changes.extend(same);
         let traced = Traced {
             group: group.0,
             sites: sites as u64,
@@ -282,7 +283,8 @@ impl Known {
     pub fn unregister(&self, live: &Live<'_>, layout: &Layout) -> Result<Vec<Change>, KernelError> {
         let at = Gva(self.module);
         let module = live.kernel.btf.structure("module")?;
-        let mut lists = Words::new(live, Gva(0), Vec::new());
+        let modules = live.that_changes_when(modules::CHANGING);
+        let mut lists = Words::new(&modules, Gva(0), Vec::new());
         for node in ["list", "bug_list"] {
             list::remove(&mut lists, at.wrapping_add(module.offset(node)?))?;
         }
@@ -292,29 +294,24 @@ impl Known {
         }
         let (_, mut changes) = lists.finish(live, LISTS)?;
         if let (Some(traced), Some(groups)) = (self.traced, layout.groups) {
-            let mut records = Words::new(live, Gva(0), Vec::new());
+            let tracing = live.that_changes_when(ftrace::CHANGING);
+            let mut records = Words::new(&tracing, Gva(0), Vec::new());
             groups.remove(&mut records, Gva(traced.group))?;
             changes.extend(records.finish(live, RECORDS)?.1);
         }
-        let sequence = layout.sequence(live)?;
+        let sequence = layout.sequence(&modules)?;
         if self.sequence.contains(&sequence) {
             // Nobody has changed the tree since: every word of it is as it was before or after.
             for change in self.tree.iter().rev() {
                 let foreign = |error: crate::change::ChangeError| damaged(error.to_string(), "the tree of modules");
-                let (now, old) = (
-                    change.current(live.memory).map_err(foreign)?,
-                    change.restored(live.memory).map_err(foreign)?,
-                );
-                if now != old {
-                    changes.push(Change::replace(TREE, change.gpa(), now, old));
-                }
+                changes.extend(change.restoration(&modules, TREE).map_err(foreign)?);
             }
             if sequence != self.sequence[0] {
                 changes.push(layout.sequence_change(live, [sequence, self.sequence[0]])?);
             }
             return Ok(changes);
         }
-        let mut tree = Words::new(live, Gva(0), Vec::new());
+        let mut tree = Words::new(&modules, Gva(0), Vec::new());
         let mut after = sequence;
         for memory in &layout.memories {
             for ((node, key), root_at) in layout.nodes_of(live, at, memory)?.into_iter().zip(layout.roots) {
@@ -322,7 +319,7 @@ impl Known {
             }
             after = after.wrapping_add(COUNTS);
         }
-        self.narrow_bounds(live, layout, &mut tree)?;
+        self.narrow_bounds(&modules, layout, &mut tree)?;
         changes.extend(tree.finish(live, TREE)?.1);
         changes.push(layout.sequence_change(live, [sequence, after])?);
         Ok(changes)
@@ -346,19 +343,24 @@ impl Known {
         words.set(layout.bounds[1], self.bounds[1].max(highest))
     }
 
-    /// The number of references to the module that nobody but vmpatch has taken, as a change that changes nothing; `None` where
-    /// modules can't be unloaded, so that nobody counts.
-    pub fn references(&self, live: &Live<'_>) -> Result<Option<(u32, Change)>, KernelError> {
+    /// The number of references to the module that nobody but vmpatch has taken; none where modules can't be unloaded, so that
+    /// nobody counts.
+    pub fn references(&self, live: &Live<'_>) -> Result<u32, KernelError> {
         let Some(member) = live.kernel.btf.structure("module")?.try_member("refcnt.counter") else {
-            return Ok(None);
+            return Ok(0);
         };
         let at = Gva(self.module).wrapping_add(member.offset());
+        let live = live.that_changes_when("using the patch's module");
         let count = live.read_u32(at).map_err(|source| unreadable(at, source))?;
-        let (gpa, _) = live.physical(at).map_err(|source| unreadable(at, source))?;
-        let unused: Vec<u8> = object::REFERENCES.to_le_bytes().into();
-        let change = Change::replace("references to the patch's module", gpa, unused.clone(), unused);
-        Ok(Some((count.saturating_sub(object::REFERENCES), change)))
+        Ok(count.saturating_sub(object::REFERENCES))
     }
+}
+
+/// The sequence number of the guest's tree of modules, which goes on whenever a module comes or goes: what a plan reads of it first
+/// holds for all that it reads of modules. `None` for a kernel without modules.
+pub fn generation(live: &Live<'_>) -> Result<Option<u32>, KernelError> {
+    let live = live.that_changes_when(modules::CHANGING);
+    Layout::find(&live)?.map(|layout| layout.sequence(&live)).transpose()
 }
 
 /// The rows of a table must be as long as this kernel takes them for.

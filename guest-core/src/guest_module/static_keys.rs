@@ -6,9 +6,10 @@
 
 use super::words::{WORD, Words, damaged, unreadable};
 use crate::addr::Gva;
-use crate::change::Change;
+use crate::change::{Change, ChangeError};
 use crate::kernel::modules;
 use crate::kernel::{KernelError, Live};
+use crate::memory::VirtMemory;
 use crate::module::{JumpLabels, JumpLayout, NODES_BYTES, UsedKey};
 use serde::{Deserialize, Serialize};
 
@@ -17,6 +18,8 @@ const BITS: u64 = 3;
 const LINKED: u64 = 2;
 /// More objects than ever hang on one key.
 const NODES_MAX: usize = 4096;
+/// What the guest is doing when it changes them.
+const CHANGING: &str = "flipping static keys, or loading or unloading modules that use them";
 /// What the changes are called.
 const KEYS: &str = "the guest's static keys";
 
@@ -70,7 +73,7 @@ pub fn layout(live: &Live<'_>) -> Result<JumpLayout, KernelError> {
 }
 
 /// Plans to list the branches of the module at `module` at their keys. `data`, which is going to be at `at`, has room for the
-/// nodes; it is filled in. The changes also make sure that no key was flipped since.
+/// nodes; it is filled in.
 pub fn list(
     live: &Live<'_>,
     labels: &JumpLabels,
@@ -81,11 +84,11 @@ pub fn list(
         return Ok((Vec::new(), Vec::new()));
     }
     let (layout, node) = (layout(live)?, Node::of(live)?);
-    let mut words = Words::new(live, at, std::mem::take(data));
+    let flipping = live.that_changes_when(CHANGING);
+    let mut words = Words::new(&flipping, at, std::mem::take(data));
     let mut listed = Vec::new();
-    let mut same = Vec::new();
     for key in &labels.keys {
-        same.push(unflipped(live, key, &layout)?);
+        require_unflipped(&flipping, key, &layout)?;
         let head = key.at.wrapping_add(layout.entries);
         let word = words.get(head)?;
         let (first, is_linked) = (word & !BITS, word & LINKED != 0);
@@ -116,18 +119,20 @@ pub fn list(
             own: own.map(|own| own.0),
         });
     }
-    let (bytes, mut changes) = words.finish(live, KEYS)?;
+    let (bytes, changes) = words.finish(live, KEYS)?;
     *data = bytes;
-    changes.extend(same);
     Ok((changes, listed))
 }
 
-/// That the key is still in the state that the branches were made for, as a change that changes nothing.
-fn unflipped(live: &Live<'_>, key: &UsedKey, layout: &JumpLayout) -> Result<Change, KernelError> {
+/// Demands that the key is still in the state that the branches were made for.
+fn require_unflipped(live: &Live<'_>, key: &UsedKey, layout: &JumpLayout) -> Result<(), KernelError> {
     let at = key.at.wrapping_add(layout.enabled);
+    let enabled = live.read_u32(at).map_err(|source| unreadable(at, source))?;
+    if enabled.to_le_bytes() == key.enabled.to_le_bytes() {
+        return Ok(());
+    }
     let (gpa, _) = live.physical(at).map_err(|source| unreadable(at, source))?;
-    let bytes = key.enabled.to_le_bytes().to_vec();
-    Ok(Change::replace(KEYS, gpa, bytes.clone(), bytes))
+    Err(KernelError::Changed(ChangeError::Changing { doing: CHANGING, gpa }))
 }
 
 /// Plans to take a patch's branches from the lists of their keys, whatever those are like now.
@@ -138,7 +143,8 @@ pub fn unlist(live: &Live<'_>, listed: &[ListedKey]) -> Result<Result<Vec<Change
         return Ok(Ok(Vec::new()));
     }
     let (layout, node) = (layout(live)?, Node::of(live)?);
-    let mut words = Words::new(live, Gva(0), Vec::new());
+    let flipping = live.that_changes_when(CHANGING);
+    let mut words = Words::new(&flipping, Gva(0), Vec::new());
     for key in listed {
         let head = Gva(key.key).wrapping_add(layout.entries);
         let word = words.get(head)?;

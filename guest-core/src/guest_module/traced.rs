@@ -10,19 +10,15 @@
 
 use super::words::{WORD, Words, damaged, unreadable};
 use crate::addr::Gva;
-use crate::change::Change;
-use crate::kernel::ftrace::Meaning;
+use crate::kernel::ftrace::{self, Meaning};
 use crate::kernel::{KernelError, Live, tracers};
 use crate::memory::VirtMemory;
 use serde::{Deserialize, Serialize};
-use std::collections::BTreeMap;
 
 /// Groups walked at the most: a kernel has a few hundred.
 const GROUPS_MAX: usize = 1 << 16;
 /// More sites than a patch has.
 const SITES_MAX: u64 = 1 << 16;
-/// What the changes are called.
-const TRACED: &str = "the guest's ftrace records";
 
 /// The group of a patch's records.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -86,15 +82,8 @@ impl Groups {
         }
     }
 
-    /// Fills in the group that is going to be at `at`, of these sites in ascending order, and adds it to the chain. The changes
-    /// that are given make sure that nobody has begun to want a site meanwhile.
-    pub fn add(
-        &self,
-        live: &Live<'_>,
-        words: &mut Words<'_>,
-        at: Gva,
-        sites: &[Gva],
-    ) -> Result<Vec<Change>, KernelError> {
+    /// Fills in the group that is going to be at `at`, of these sites in ascending order, and adds it to the chain.
+    pub fn add(&self, live: &Live<'_>, words: &mut Words<'_>, at: Gva, sites: &[Gva]) -> Result<(), KernelError> {
         let disabled = Meaning::of(&live.kernel.btf)?.disabled;
         let records = at.wrapping_add(self.group_bytes);
         let count = sites.len() as u64;
@@ -102,24 +91,15 @@ impl Groups {
         words.set(at.wrapping_add(self.records), records.0)?;
         // `index` shares its word with the order of the pages that records otherwise have: 0.
         words.set(at.wrapping_add(self.index), count)?;
-        let mut asked = BTreeMap::new();
         for (index, site) in (0_u64..).zip(sites) {
             let record = records.wrapping_add(index.saturating_mul(self.record_bytes));
-            let tracers = tracers::of(live, *site)?;
+            let is_wanted = tracers::is_wanted(live, *site)?;
             words.set(record.wrapping_add(self.ip), site.0)?;
-            words.set(
-                record.wrapping_add(self.flags),
-                if tracers.wanted { disabled } else { 0 },
-            )?;
-            asked.extend(tracers.words);
+            words.set(record.wrapping_add(self.flags), if is_wanted { disabled } else { 0 })?;
         }
         let last = Gva(words.get(self.last)?);
         words.set(last.wrapping_add(self.next), at.0)?;
-        words.set(self.last, at.0)?;
-        asked
-            .into_iter()
-            .map(|(at, word)| unchanged(live, at, &word.to_le_bytes()))
-            .collect()
+        words.set(self.last, at.0)
     }
 
     /// Takes a group out of the chain; where only a part of it is in, as after half of an addition or of a removal, that is all
@@ -149,12 +129,12 @@ impl Groups {
 }
 
 impl Traced {
-    /// The first of the patch's functions that somebody in the guest traces or probes, by its site; and that all records stay as
-    /// they are, as changes that change nothing.
-    pub fn in_use(&self, live: &Live<'_>) -> Result<(Option<Gva>, Vec<Change>), KernelError> {
+    /// The first of the patch's functions that somebody in the guest traces or probes, by its site.
+    pub fn in_use(&self, live: &Live<'_>) -> Result<Option<Gva>, KernelError> {
         let Some(groups) = Groups::find(live)? else {
-            return Ok((None, Vec::new()));
+            return Ok(None);
         };
+        let live = live.that_changes_when(ftrace::CHANGING);
         let meaning = Meaning::of(&live.kernel.btf)?;
         let at = Gva(self.group).wrapping_add(groups.group_bytes);
         let len = self.sites.min(SITES_MAX).saturating_mul(groups.record_bytes);
@@ -165,17 +145,9 @@ impl Traced {
             Some(u64::from_le_bytes(*word))
         };
         let mut records = bytes.chunks_exact(usize::try_from(groups.record_bytes).unwrap_or(usize::MAX));
-        let used = records.find_map(|record| {
+        Ok(records.find_map(|record| {
             let (ip, flags) = (word(record, groups.ip)?, word(record, groups.flags)?);
             meaning.is_held(flags).then_some(Gva(ip))
-        });
-        // The pages of a patch's data follow one another in the guest's memory.
-        Ok((used, vec![unchanged(live, at, &bytes)?]))
+        }))
     }
-}
-
-/// That the bytes at `at` are what they are, as a change that changes nothing.
-fn unchanged(live: &Live<'_>, at: Gva, bytes: &[u8]) -> Result<Change, KernelError> {
-    let (gpa, _) = live.physical(at).map_err(|source| unreadable(at, source))?;
-    Ok(Change::replace(TRACED, gpa, bytes.to_vec(), bytes.to_vec()))
 }

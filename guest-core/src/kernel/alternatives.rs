@@ -31,7 +31,8 @@ pub fn capabilities(live: &Live<'_>) -> Result<Vec<u32>, KernelError> {
     let at = live.kernel.symbol("boot_cpu_data")?.wrapping_add(member.offset());
     let mut bytes = vec![0; usize::try_from(member.size.min(PAGE_SIZE)).unwrap_or(0)];
     let what = "boot_cpu_data.x86_capability";
-    live.read(at, &mut bytes)
+    live.constant()
+        .read(at, &mut bytes)
         .map_err(|source| KernelError::Unreadable { what, at, source })?;
     Ok(bytes
         .chunks_exact(4)

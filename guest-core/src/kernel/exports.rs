@@ -23,6 +23,7 @@ pub struct Export {
 /// What the image exports as `name`; `None` where it does not. Both tables are looked through: vmpatch applies modules
 /// whatever their licence, as it is the operator who answers for them.
 pub fn find(live: &Live<'_>, name: &str) -> Result<Option<Export>, KernelError> {
+    let live = &live.constant();
     for (start, stop, crcs) in [
         ("__start___ksymtab", "__stop___ksymtab", "__start___kcrctab"),
         ("__start___ksymtab_gpl", "__stop___ksymtab_gpl", "__start___kcrctab_gpl"),

@@ -15,6 +15,9 @@ const RECORDS_MAX: u32 = 1 << 20;
 /// `endbr64`, or the NOP that a sealed one becomes, has four bytes and stands before the site.
 pub const ENDBR_BYTES: u64 = 4;
 
+/// What the guest is doing when it changes its records, or who is counted in them.
+pub const CHANGING: &str = "changing what it traces, or loading or unloading modules";
+
 /// Bits of `dyn_ftrace.flags` that count its users: the low 19 or more (`FTRACE_REF_MAX_SHIFT`, include/linux/ftrace.h, up to
 /// 7.2); nobody has more than these.
 const USERS: u64 = 0xffff;
@@ -90,6 +93,7 @@ pub fn record(live: &Live<'_>, function: Gva) -> Result<Option<FtraceRecord>, Ke
     let (ip, flags, size) = (record.offset("ip")?, record.offset("flags")?, record.size());
     let meaning = Meaning::of(btf)?;
     let start = live.kernel.symbol("ftrace_pages_start")?;
+    let live = &live.that_changes_when(CHANGING);
     let read = |at: Gva| {
         live.read_u64(at)
             .map_err(|source| KernelError::Unreadable { what, at, source })
@@ -111,7 +115,11 @@ pub fn record(live: &Live<'_>, function: Gva) -> Result<Option<FtraceRecord>, Ke
             .min(RECORDS_MAX);
         let entry = |n: u32| first.wrapping_add(u64::from(n) * size);
         // Most groups are of other functions altogether: the kernel fills them in the order of addresses.
-        let site = |n: u32| read(entry(n).wrapping_add(ip));
+        let site = |n: u32| {
+            let at = entry(n).wrapping_add(ip);
+            let read = live.constant().read_u64(at);
+            read.map_err(|source| KernelError::Unreadable { what, at, source })
+        };
         let is_here = count > 0 && site(count - 1)? >= function.0 && site(0)? <= function.0.saturating_add(ENDBR_BYTES);
         let (mut low, mut high) = (0, if is_here { count } else { 0 });
         while low < high {

@@ -8,14 +8,15 @@
 use super::sysctl::Directory;
 use super::{KernelError, Live, modules};
 use crate::addr::Gva;
-use crate::change::Change;
 use crate::memory::VirtMemory;
 
 /// LKRG's directory of sysctls.
 const LKRG: &str = "lkrg";
 /// Names that its module has had.
 const LKRG_MODULES: [&str; 2] = ["lkrg", "p_lkrg"];
-/// What the preconditions are called.
+/// What the guest is doing when it changes what this is read from.
+const CHANGING: &str = "changing its sysctls, or loading or unloading modules";
+/// What is read, for errors.
 const SETTING: &str = "a setting of the guest's integrity guard";
 
 /// A guard in the guest.
@@ -25,8 +26,6 @@ pub struct Guard {
     pub name: &'static str,
     /// What it does when it finds the kernel changed.
     pub reaction: Reaction,
-    /// The settings that this was read from: guest-virtual address of an int, and its value.
-    settings: Vec<(Gva, u32)>,
 }
 
 /// What a guard does when it finds the kernel changed.
@@ -67,6 +66,7 @@ pub struct Armed {
 
 /// Finds the guard that the guest runs, if any.
 pub fn find(live: &Live<'_>) -> Result<Option<Guard>, KernelError> {
+    let live = &live.that_changes_when(CHANGING);
     let directory = match Directory::root(live)? {
         Some(root) => root.directory(live, LKRG)?,
         None => None,
@@ -79,15 +79,12 @@ pub fn find(live: &Live<'_>) -> Result<Option<Guard>, KernelError> {
     if directory.is_none() && !listed()? {
         return Ok(None);
     }
-    let mut settings = Vec::new();
-    let mut setting = |name| {
+    let setting = |name| {
         let Some(directory) = directory else { return Ok(None) };
         let Some(at) = directory.value(live, name)? else {
             return Ok(None);
         };
-        let value = int(live, at)?;
-        settings.push((at, value));
-        Ok::<_, KernelError>(Some(value))
+        int(live, at).map(Some)
     };
     let reaction = match (setting("kint_validate")?, setting("kint_enforce")?) {
         (Some(0), Some(_)) => Reaction::Off,
@@ -95,11 +92,7 @@ pub fn find(live: &Live<'_>) -> Result<Option<Guard>, KernelError> {
         (Some(_), Some(_)) => Reaction::Panics,
         _ => Reaction::Unknown,
     };
-    Ok(Some(Guard {
-        name: "LKRG",
-        reaction,
-        settings,
-    }))
+    Ok(Some(Guard { name: "LKRG", reaction }))
 }
 
 impl Guard {
@@ -113,16 +106,6 @@ impl Guard {
             }
         };
         Err(Armed { name: self.name, why })
-    }
-
-    /// That its settings stay as they were read, as preconditions of a commit.
-    pub fn unchanged(&self, live: &Live<'_>) -> Result<Vec<Change>, KernelError> {
-        let same = |(at, value): &(Gva, u32)| {
-            let (gpa, _) = live.physical(*at).map_err(|source| unreadable(*at, source))?;
-            let bytes = value.to_le_bytes().to_vec();
-            Ok(Change::replace(SETTING, gpa, bytes.clone(), bytes))
-        };
-        self.settings.iter().map(same).collect()
     }
 
     /// What an operator should know of it; nothing where it does not check.

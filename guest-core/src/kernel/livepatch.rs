@@ -67,6 +67,7 @@ impl Held {
 
 /// All functions that livepatches of the guest's own have redirected, in the order in which these were loaded.
 pub fn held(live: &Live<'_>) -> Result<Vec<Held>, KernelError> {
+    let live = &live.that_changes_when("applying a livepatch of its own");
     let Some(patches) = live.kernel.symbols.unique("klp_patches") else {
         return Ok(Vec::new());
     };

@@ -6,12 +6,13 @@ use crate::addr::Gva;
 use crate::memory::VirtMemory;
 
 /// Mutexes, each with what its owner may be doing. A kernel without one of them was built without that feature.
-const MUTEXES: [(&str, &str); 6] = [
+const MUTEXES: [(&str, &str); 7] = [
     ("text_mutex", "rewriting kernel text"),
     ("ftrace_lock", "changing what is traced"),
     ("module_mutex", "loading or unloading a module"),
     ("klp_mutex", "applying a livepatch of its own"),
     ("jump_label_mutex", "flipping a static key"),
+    ("static_call_mutex", "changing a static call"),
     ("kprobe_mutex", "setting a kprobe"),
 ];
 /// Flag bits in the low part of `mutex.owner` (kernel/locking/mutex.c: waiters, handoff, pickup) and of an rt_mutex's
@@ -19,6 +20,9 @@ const MUTEXES: [(&str, &str); 6] = [
 const OWNER_FLAGS: u64 = 7;
 /// The bits of an int in a word.
 const INT: u64 = 0xffff_ffff;
+
+/// What the owners of the locks of per-CPU memory are doing.
+const PER_CPU: &str = "taking or giving back per-CPU memory";
 
 /// A word that says whether a lock is held.
 #[derive(Debug, Clone)]
@@ -60,26 +64,11 @@ impl Locks {
     /// Finds the locks. `text_mutex` and `system_state` must be there; of the others, those that the kernel has.
     pub fn find(live: &Live<'_>) -> Result<Self, KernelError> {
         let btf = &live.kernel.btf;
-        let mutex = btf.structure("mutex")?;
-        let owner = mutex.try_member("owner").or_else(|| mutex.try_member("rtmutex.owner"));
-        let owner = owner.ok_or(KernelError::Disagrees {
-            what: "struct mutex",
-            found: "neither owner nor rtmutex.owner".to_owned(),
-            expected: "an owner".to_owned(),
-        })?;
         live.kernel.symbol("text_mutex")?;
-        let mut words: Vec<_> = MUTEXES
-            .iter()
-            .filter_map(|(name, doing)| {
-                let at = live.kernel.symbols.unique(name)?.wrapping_add(owner.offset());
-                Some(Word {
-                    at,
-                    mask: !OWNER_FLAGS,
-                    free: 0,
-                    held: Held::lock(name, doing),
-                })
-            })
-            .collect();
+        let mut words = Vec::new();
+        for (name, doing) in MUTEXES {
+            words.extend(mutex_word(live, name, doing)?);
+        }
         let hotplug = live.kernel.symbols.unique("cpu_hotplug_lock");
         if let (Some(at), Some(block)) = (hotplug, btf.structure("percpu_rw_semaphore")?.try_member("block")) {
             words.push(Word {
@@ -102,6 +91,26 @@ impl Locks {
         Ok(Self { words })
     }
 
+    /// The same with those under which the guest takes and gives back per-CPU memory (mm/percpu.c).
+    pub fn with_per_cpu(mut self, live: &Live<'_>) -> Result<Self, KernelError> {
+        let spinlock = live.kernel.btf.structure("spinlock")?;
+        let at = live.kernel.symbol("pcpu_lock")?;
+        let held = Held::lock("pcpu_lock", PER_CPU);
+        // PREEMPT_RT has a mutex in its place (include/linux/spinlock_types.h).
+        let (member, mask) = match spinlock.try_member("rlock.raw_lock.val.counter") {
+            Some(value) => (value, INT),
+            None => (spinlock.member("lock.owner")?, !OWNER_FLAGS),
+        };
+        self.words.push(Word {
+            at: at.wrapping_add(member.offset()),
+            mask,
+            free: 0,
+            held,
+        });
+        self.words.extend(mutex_word(live, "pcpu_alloc_mutex", PER_CPU)?);
+        Ok(self)
+    }
+
     /// The first lock that is held. Only meaningful while all vCPUs are stopped.
     pub fn held(&self, live: &Live<'_>) -> Result<Option<Held>, KernelError> {
         for Word { at, mask, free, held } in &self.words {
@@ -116,4 +125,21 @@ impl Locks {
         }
         Ok(None)
     }
+}
+
+/// The word of a mutex; `None` where the kernel does not have it.
+fn mutex_word(live: &Live<'_>, name: &'static str, doing: &'static str) -> Result<Option<Word>, KernelError> {
+    let mutex = live.kernel.btf.structure("mutex")?;
+    let owner = mutex.try_member("owner").or_else(|| mutex.try_member("rtmutex.owner"));
+    let owner = owner.ok_or(KernelError::Disagrees {
+        what: "struct mutex",
+        found: "neither owner nor rtmutex.owner".to_owned(),
+        expected: "an owner".to_owned(),
+    })?;
+    Ok(live.kernel.symbols.unique(name).map(|at| Word {
+        at: at.wrapping_add(owner.offset()),
+        mask: !OWNER_FLAGS,
+        free: 0,
+        held: Held::lock(name, doing),
+    }))
 }

@@ -21,8 +21,10 @@ pub mod tracers;
 
 use crate::addr::{Gpa, Gva};
 use crate::btf::{Btf, BtfError};
+use crate::change::ChangeError;
 use crate::memory::{MemoryError, PhysMemory, VirtMemory};
-use crate::paging::{AddressSpace, MappedMemory};
+use crate::paging::{AddressSpace, MappedMemory, entry};
+use crate::reads::Reads;
 use crate::text::plain;
 use crate::vcpu::Registers;
 use image::{Image, ImageError, Segment};
@@ -42,6 +44,9 @@ const IMAGE_BYTES_MAX: u64 = 128 << 20;
 const VMCOREINFO_BYTES_MAX: u64 = 4096;
 /// CPUs that a kernel can be built for at the most (`NR_CPUS` of a distribution kernel is 8192).
 const CPUS_MAX: u64 = 8192;
+
+/// What the guest is doing when it changes something of which nothing more is known.
+const CHANGING: &str = "changing its kernel's data";
 
 /// Why the kernel was not understood. Nothing was changed.
 #[derive(Debug, thiserror::Error)]
@@ -85,6 +90,12 @@ pub enum KernelError {
         /// The value that it has once the kernel is up.
         running: u64,
     },
+    /// What was read changed while it was read.
+    #[error(transparent)]
+    Changed(ChangeError),
+    /// The kernel was changing what was read.
+    #[error(transparent)]
+    Held(locks::Held),
     /// The kernel's type information is not understood.
     #[error("reading the kernel's type information (BTF)")]
     Btf(#[from] BtfError),
@@ -157,7 +168,12 @@ impl Kernel {
 
     /// The kernel together with the memory it lives in.
     pub fn live<'a>(&'a self, memory: &'a dyn PhysMemory) -> Live<'a> {
-        Live { kernel: self, memory }
+        Live {
+            kernel: self,
+            memory,
+            reads: None,
+            doing: CHANGING,
+        }
     }
 }
 
@@ -168,9 +184,46 @@ pub struct Live<'a> {
     pub kernel: &'a Kernel,
     /// The guest's memory.
     pub memory: &'a dyn PhysMemory,
+    /// Where what is read is written down.
+    reads: Option<&'a Reads>,
+    /// What the guest is doing when it changes what is read.
+    doing: &'static str,
 }
 
-impl Live<'_> {
+impl<'a> Live<'a> {
+    /// The same guest, where all that is read is written down in `reads`: for plans, which are made from it.
+    pub fn recording<'b>(&self, reads: &'b Reads) -> Live<'b>
+    where
+        'a: 'b,
+    {
+        Live {
+            reads: Some(reads),
+            ..*self
+        }
+    }
+
+    /// The same guest, to read what the kernel does not change after it has started up, or not as long as what leads there is the
+    /// same: its text and tables, and those of a module that it has loaded. Such reads are not written down.
+    #[must_use]
+    pub fn constant(&self) -> Self {
+        Self { reads: None, ..*self }
+    }
+
+    /// The same guest, to read what it changes when it is `doing` something, which a message says.
+    #[must_use]
+    pub fn that_changes_when(&self, doing: &'static str) -> Self {
+        Self { doing, ..*self }
+    }
+
+    /// Reads guest-physical memory. Errors as [`PhysMemory::read`].
+    pub fn read_physical(&self, at: Gpa, buf: &mut [u8]) -> Result<(), MemoryError> {
+        self.memory.read(at, buf)?;
+        if let Some(reads) = self.reads {
+            reads.keep(at, buf, self.doing);
+        }
+        Ok(())
+    }
+
     /// The guest-physical address of a kernel address, through the image's and the direct map's constant distances
     /// where it lies in one of them, else through the kernel's page tables.
     pub fn physical(&self, at: Gva) -> Result<(Gpa, u64), MemoryError> {
@@ -181,7 +234,14 @@ impl Live<'_> {
         if let Some(range) = self.memory.ram().iter().find(|range| range.contains(&direct)) {
             return Ok((direct, range.end.0 - direct.0));
         }
-        let there = self.kernel.space.translate(self.memory, at)?;
+        let mut entries = Vec::new();
+        let seen = &mut |gpa, entry| entries.push((gpa, entry));
+        let there = self.kernel.space.translate_seeing(self.memory, at, seen)?;
+        for (gpa, entry) in self.reads.map_or(Vec::new(), |_| entries) {
+            self.reads
+                .into_iter()
+                .for_each(|reads| reads.keep_bits(gpa, entry, entry::TARGET, self.doing));
+        }
         Ok((there.gpa, there.page_size - (at.0 & (there.page_size - 1))))
     }
 }
@@ -194,7 +254,7 @@ impl VirtMemory for Live<'_> {
             let (gpa, contiguous) = self.physical(at)?;
             let len = rest.len().min(usize::try_from(contiguous).unwrap_or(usize::MAX));
             let (now, later) = rest.split_at_mut(len);
-            self.memory.read(gpa, now)?;
+            self.read_physical(gpa, now)?;
             at = at.wrapping_add(len as u64);
             rest = later;
         }

@@ -47,8 +47,12 @@ pub struct ModuleSymbol {
     pub size: u64,
 }
 
+/// What the guest is doing when it changes its list of modules.
+pub const CHANGING: &str = "loading or unloading modules";
+
 /// All modules on the guest's list, in its order: the last loaded first.
 pub fn all(live: &Live<'_>) -> Result<Vec<GuestModule>, KernelError> {
+    let live = &live.that_changes_when(CHANGING);
     let Some(head) = live.kernel.symbols.unique("modules") else {
         return Ok(Vec::new());
     };
@@ -85,7 +89,9 @@ pub fn containing(live: &Live<'_>, at: Gva) -> Result<Option<GuestModule>, Kerne
     let places: Vec<_> = parts
         .filter_map(|part| Some((member(&part, "base")?, member(&part, "size")?)))
         .collect();
-    for module in all(live)? {
+    let modules = all(live)?;
+    let live = &live.constant();
+    for module in modules {
         for (base, size) in &places {
             let base = word(live, "module.mem", module.at.wrapping_add(*base))?;
             let size = word(live, "module.mem", module.at.wrapping_add(*size))? & 0xffff_ffff;
@@ -100,6 +106,7 @@ pub fn containing(live: &Live<'_>, at: Gva) -> Result<Option<GuestModule>, Kerne
 /// The symbols that a module defines, in the order of its table.
 pub fn symbols(live: &Live<'_>, module: &GuestModule) -> Result<Vec<ModuleSymbol>, KernelError> {
     let what = "module.kallsyms";
+    let live = &live.constant();
     let btf = &live.kernel.btf;
     let (layout, tables) = (btf.structure("module")?, btf.structure("mod_kallsyms")?);
     let kallsyms = Gva(word(live, what, module.at.wrapping_add(layout.offset("kallsyms")?))?);
@@ -133,6 +140,7 @@ pub fn symbols(live: &Live<'_>, module: &GuestModule) -> Result<Vec<ModuleSymbol
 
 /// What a module exports to others as `name`.
 pub fn export(live: &Live<'_>, module: &GuestModule, name: &str) -> Result<Option<Export>, KernelError> {
+    let live = &live.constant();
     let layout = live.kernel.btf.structure("module")?;
     // Two tables up to 6.x, one since 7.0.
     for (table, count, crcs) in [("syms", "num_syms", "crcs"), ("gpl_syms", "num_gpl_syms", "gpl_crcs")] {

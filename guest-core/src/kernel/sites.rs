@@ -72,6 +72,7 @@ fn module_table(
     [start, count]: [&str; 2],
     row: &str,
 ) -> Result<Option<(Gva, u64)>, KernelError> {
+    let live = &live.constant();
     let layout = live.kernel.btf.structure("module")?;
     let (Some(start), Some(count)) = (layout.try_member(start), layout.try_member(count)) else {
         return Ok(None);
@@ -104,11 +105,13 @@ fn place_relative(
 ) -> Result<impl Iterator<Item = Gva> + use<>, KernelError> {
     let len = len.min(TABLE_BYTES_MAX);
     let mut bytes = vec![0; usize::try_from(len).unwrap_or(0)];
-    live.read(start, &mut bytes).map_err(|source| KernelError::Unreadable {
-        what,
-        at: start,
-        source,
-    })?;
+    live.constant()
+        .read(start, &mut bytes)
+        .map_err(|source| KernelError::Unreadable {
+            what,
+            at: start,
+            source,
+        })?;
     let step = usize::try_from(row_bytes.max(4)).unwrap_or(usize::MAX);
     let count = bytes.len() / step;
     Ok((0..count).filter_map(move |index| {
@@ -127,6 +130,7 @@ fn lock_prefixes(live: &Live<'_>) -> Result<Vec<Gva>, KernelError> {
     let Some(head) = live.kernel.symbols.unique(LOCK_LISTS) else {
         return Ok(Vec::new());
     };
+    let live = &live.that_changes_when(modules::CHANGING);
     let entry = live.kernel.btf.structure("smp_alt_module")?;
     let (node, first, end) = (
         entry.offset("next")?,
@@ -154,6 +158,7 @@ fn lock_prefixes(live: &Live<'_>) -> Result<Vec<Gva>, KernelError> {
 
 /// The addresses of all kprobes. A kernel without kprobes has none.
 fn kprobes(live: &Live<'_>) -> Result<Vec<Gva>, KernelError> {
+    let live = &live.that_changes_when("setting kprobes");
     let Some(table) = live.kernel.symbols.unique("kprobe_table") else {
         return Ok(Vec::new());
     };

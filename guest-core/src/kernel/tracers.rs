@@ -5,7 +5,7 @@
 //! 3.18). Both are `ftrace_hash` (kernel/trace/trace.h): `1 << size_bits` buckets of `ftrace_func_entry`.
 
 use super::list::Walker;
-use super::{KernelError, Live};
+use super::{KernelError, Live, ftrace};
 use crate::addr::Gva;
 use crate::memory::VirtMemory;
 
@@ -16,56 +16,40 @@ const SIZE_BITS_MAX: u64 = 12;
 /// Bytes of a bucket: an `hlist_head`.
 const BUCKET_BYTES: u64 = 8;
 
-/// What was found: whether somebody wants to see a function, and what that was read from.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Tracers {
-    /// True where a registered `ftrace_ops` wants the function.
-    pub wanted: bool,
-    /// The words that it depends on, each with its value: whoever registers, leaves or changes a filter changes one of them.
-    pub words: Vec<(Gva, u64)>,
-}
-
 /// Finds out whether anybody wants to see the function whose ftrace site is at `site`. A kernel that has no list of
 /// `ftrace_ops` was built without tracers.
-pub fn of(live: &Live<'_>, site: Gva) -> Result<Tracers, KernelError> {
-    let mut found = Tracers {
-        wanted: false,
-        words: Vec::new(),
-    };
+///
+/// Whoever registers, leaves or changes a filter changes one of the pointers that lead to it: an `ftrace_hash` in use is replaced
+/// and not changed (`ftrace_hash_move`, kernel/trace/ftrace.c).
+pub fn is_wanted(live: &Live<'_>, site: Gva) -> Result<bool, KernelError> {
     let Some(mut link) = live.kernel.symbols.unique("ftrace_ops_list") else {
-        return Ok(found);
+        return Ok(false);
     };
+    let live = &live.that_changes_when(ftrace::CHANGING);
     let btf = &live.kernel.btf;
     let ops = btf.structure("ftrace_ops")?;
     let end = live.kernel.symbol("ftrace_list_end")?;
-    let mut walker = Walker::new(live);
+    let mut walker = Walker::new(&live.constant());
+    let mut wanted = false;
+    let pointer = |at| word(live, at).map(Gva);
     for _ in 0..OPS_MAX {
-        let op = found.pointer(live, link)?;
+        let op = pointer(link)?;
         if op == end || op.0 == 0 {
-            return Ok(found);
+            return Ok(wanted);
         }
         link = op.wrapping_add(ops.offset("next")?);
-        let both = found.pointer(live, op.wrapping_add(ops.offset("func_hash")?))?;
+        let both = pointer(op.wrapping_add(ops.offset("func_hash")?))?;
         let hashes = btf.structure("ftrace_ops_hash")?;
-        let filter = found.pointer(live, both.wrapping_add(hashes.offset("filter_hash")?))?;
-        let except = found.pointer(live, both.wrapping_add(hashes.offset("notrace_hash")?))?;
+        let filter = pointer(both.wrapping_add(hashes.offset("filter_hash")?))?;
+        let except = pointer(both.wrapping_add(hashes.offset("notrace_hash")?))?;
         let in_filter = matches!(contains(live, &mut walker, filter, site)?, None | Some(true));
-        found.wanted |= in_filter && contains(live, &mut walker, except, site)? != Some(true);
+        wanted |= in_filter && contains(live, &mut walker, except, site)? != Some(true);
     }
     Err(KernelError::Disagrees {
         what: "the list of ftrace_ops",
         found: format!("more than {OPS_MAX}"),
         expected: "an end".to_owned(),
     })
-}
-
-impl Tracers {
-    /// Reads a pointer on which the answer depends.
-    fn pointer(&mut self, live: &Live<'_>, at: Gva) -> Result<Gva, KernelError> {
-        let value = word(live, at)?;
-        self.words.push((at, value));
-        Ok(Gva(value))
-    }
 }
 
 /// Whether an `ftrace_hash` has an address; `None` where it is empty.
@@ -88,7 +72,7 @@ fn contains(live: &Live<'_>, walker: &mut Walker<'_>, hash: Gva, site: Gva) -> R
     for bucket in 0..1_u64 << size_bits {
         let head = buckets.wrapping_add(bucket * BUCKET_BYTES);
         for at in walker.hlist("ftrace_hash.buckets", head, node)? {
-            if word(live, at.wrapping_add(ip))? == site.0 {
+            if word(&live.constant(), at.wrapping_add(ip))? == site.0 {
                 return Ok(Some(true));
             }
         }

@@ -28,6 +28,8 @@ const PAGES_MAX: u64 = 64;
 const VALUES_BYTES_MAX: u64 = 256 << 10;
 /// What the change is called that says whether a patch has its piece.
 const MARK: &str = "module.percpu_size";
+/// What the guest is doing when it changes the reserve.
+const CHANGING: &str = "taking or giving back per-CPU memory";
 /// What is read here, for errors.
 const WHAT: &str = "the guest's reserve of per-CPU memory";
 
@@ -95,6 +97,7 @@ struct Reserve {
 /// Chooses a piece of `bytes` bytes, a multiple of `align` from the start of a CPU's area, for the module whose `percpu_size` is
 /// at `mark`. Nothing is taken yet.
 pub fn choose(live: &Live<'_>, bytes: u64, align: u64, mark: Gva) -> Result<Piece, PerCpuError> {
+    let live = &live.that_changes_when(CHANGING);
     let reserve = Reserve::find(live)?;
     let cpus = possible_cpus(live)?.len();
     let wanted = bytes.div_ceil(UNIT_BYTES);
@@ -117,8 +120,9 @@ impl Piece {
     /// The changes that take the piece, and give it the initial values `values` on every CPU; the patch's data, of which the byte
     /// at `data.0` is at `data.1` in physical memory, is laid by then. To be made in a pause.
     pub fn take(&self, live: &Live<'_>, values: &[u8], data: (Gva, Gpa)) -> Result<Vec<Change>, PerCpuError> {
+        let live = &live.that_changes_when(CHANGING);
         let mut reserve = Reserve::find(live)?;
-        let mut changes = quiet(live)?;
+        let mut changes = Vec::new();
         let mut initial = values.to_vec();
         initial.resize(usize::try_from(self.bytes).unwrap_or(0), 0);
         for offset in possible_cpus(live)? {
@@ -141,6 +145,7 @@ impl Piece {
     /// The changes that give the piece back, whatever the reserve is like now; none where it was not taken. To be made in a
     /// pause, when nobody uses the variables any more.
     pub fn give_back(&self, live: &Live<'_>) -> Result<Vec<Change>, KernelError> {
+        let live = &live.that_changes_when(CHANGING);
         let mark = live.read_u32(Gva(self.mark)).map_err(unreadable(Gva(self.mark)))?;
         let units = self.units();
         if u64::from(mark) != self.bytes {
@@ -154,8 +159,7 @@ impl Piece {
         if units.end > reserve.count || units.clone().any(|unit| !reserve.units.is_set(unit)) {
             return Err(damaged(format!("units {units:?} free"), "the patch's piece in use"));
         }
-        let mut changes = quiet(live)?;
-        changes.extend(pieces(live, MARK, Gva(self.mark), &int(self.bytes), &int(0))?);
+        let mut changes = pieces(live, MARK, Gva(self.mark), &int(self.bytes), &int(0))?;
         reserve.units.fill(units, false);
         reserve.free_bytes = reserve.free_bytes.saturating_add(self.bytes);
         changes.extend(reserve.changes(live)?);
@@ -297,38 +301,13 @@ fn possible_cpus(live: &Live<'_>) -> Result<Vec<u64>, KernelError> {
     Ok(offsets)
 }
 
-/// That nobody is just taking or giving back per-CPU memory, as changes that change nothing.
-fn quiet(live: &Live<'_>) -> Result<Vec<Change>, KernelError> {
-    let btf = &live.kernel.btf;
-    let spinlock = btf.structure("spinlock")?;
-    // PREEMPT_RT has a mutex in its place (include/linux/spinlock_types.h).
-    let word = spinlock.try_member("rlock.raw_lock.val.counter");
-    let word = word.map_or_else(|| spinlock.member("lock.owner"), Ok)?;
-    let mutex = btf.structure("mutex")?;
-    let owner = mutex
-        .try_member("owner")
-        .map_or_else(|| mutex.member("rtmutex.owner"), Ok)?;
-    let mut same = Vec::new();
-    for (name, member) in [("pcpu_lock", word), ("pcpu_alloc_mutex", owner)] {
-        let at = live.kernel.symbol(name)?.wrapping_add(member.offset());
-        let free = vec![0; usize::try_from(member.size.min(8)).unwrap_or(0)];
-        same.extend(pieces(live, name, at, &free, &free)?);
-    }
-    Ok(same)
-}
-
-/// The changes that make the bytes at `at`, whatever they are, those of `new`: what is the same already is only checked.
+/// The changes that make the bytes at `at`, whatever they are, those of `new`: what is the same already is not written.
 fn becomes(live: &Live<'_>, what: &str, at: Gva, new: &[u8]) -> Result<Vec<Change>, KernelError> {
     let mut old = vec![0; new.len()];
     live.read(at, &mut old).map_err(unreadable(at))?;
     let unlike = unlike(&old, new);
-    let mut changes = Vec::new();
-    for part in [0..unlike.start, unlike.clone(), unlike.end..new.len()] {
-        let at = at.wrapping_add(part.start as u64);
-        let of = |bytes: &[u8]| bytes.get(part.clone()).unwrap_or_default().to_vec();
-        changes.extend(pieces(live, what, at, &of(&old), &of(new))?);
-    }
-    Ok(changes)
+    let of = |bytes: &[u8]| bytes.get(unlike.clone()).unwrap_or_default().to_vec();
+    pieces(live, what, at.wrapping_add(unlike.start as u64), &of(&old), &of(new))
 }
 
 /// From the first byte that differs to the last one; nothing, at the end, where none does.

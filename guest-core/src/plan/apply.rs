@@ -2,7 +2,7 @@
 
 use super::areas::Areas;
 use super::redirects::{self, Redirects};
-use super::{Plan, Refusal, fit, guard, known, old, parts};
+use super::{Plan, Refusal, fit, from_reads, guard, known, old, parts};
 use crate::addr::Gva;
 use crate::guest_module::{self, Description, Registration};
 use crate::kernel::resolve::GuestSymbols;
@@ -10,6 +10,7 @@ use crate::kernel::{Live, alternatives, livepatch};
 use crate::module::{Bases, GuestContext, Image, JumpLayout, Patch, PatchModule};
 use crate::paging::PAGE_SIZE;
 use crate::place::{Orc, Record, Registry, Span, State};
+use crate::reads::Preconditions;
 use sha2::{Digest, Sha256};
 
 /// Room for a record at first; one of a few functions needs no more.
@@ -26,9 +27,13 @@ pub struct ApplyOptions {
 
 /// Plans to apply the module `file`. Reads the guest, changes nothing.
 pub fn apply(live: &Live<'_>, registry: &Registry, file: &[u8], options: &ApplyOptions) -> Result<Plan, Refusal> {
+    from_reads::plan(live, |live| plan(live, registry, file, options))
+}
+
+fn plan(live: &Live<'_>, registry: &Registry, file: &[u8], options: &ApplyOptions) -> Result<Plan, Refusal> {
     let module = PatchModule::parse(file)?;
     fit::check(live, &module)?;
-    let guard = guard::survived::<Refusal>(live)?;
+    guard::require_survival::<Refusal>(live)?;
     let mut patch = module.patch(&livepatch::layout(live)?)?;
     let alternatives = alternatives::layout(live)?;
     let digest = crate::change::hex::encode(&Sha256::digest(file));
@@ -53,10 +58,7 @@ pub fn apply(live: &Live<'_>, registry: &Registry, file: &[u8], options: &ApplyO
     let mut record_bytes = RECORD_BYTES_FIRST;
     loop {
         match part.place(options, record_bytes)? {
-            Placed::Whole(plan) => {
-                let paused = [guard, plan.paused].concat();
-                return Ok(Plan { paused, ..*plan });
-            }
+            Placed::Whole(plan) => return Ok(*plan),
             // more than there was room for, each time: it ends, with a plan or for want of room
             Placed::RecordOf(bytes) => record_bytes = bytes,
         }
@@ -90,7 +92,7 @@ impl Part<'_> {
         let layout = image.layout();
         let guest = known::layout(live, self.id)?;
         let named: Vec<_> = image.symbols().collect();
-        let (uses, settled) = old::used(live, self.symbols, self.patch, image.undefined())?;
+        let uses = old::used(live, self.symbols, self.patch, image.undefined())?;
         let room = guest.room(
             &named,
             (uses.len(), image.traceable()),
@@ -109,7 +111,7 @@ impl Part<'_> {
         };
         let context = GuestContext {
             symbols: self.symbols,
-            memory: live,
+            memory: &live.constant(),
             capabilities: &alternatives::capabilities(live)?,
             pending: self.pending,
             jump_labels: match image.has_jump_labels() {
@@ -147,7 +149,7 @@ impl Part<'_> {
         } = registration;
         known.keys = listed;
         known.per_cpu = per_cpu;
-        paused.extend(settled.into_iter().chain(keys));
+        paused.extend(keys);
         if let Some(piece) = per_cpu {
             paused.extend(piece.take(live, &linked.per_cpu, (data, areas.data(registry)))?);
         }
@@ -188,6 +190,7 @@ impl Part<'_> {
         Ok(Placed::Whole(Box::new(Plan {
             before: areas.lay(registry, &linked, &bytes),
             paused,
+            requires: Preconditions::default(),
             occupied,
             unread: Gva(0)..Gva(0),
             laid: registry.laid_code(),

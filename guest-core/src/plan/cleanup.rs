@@ -1,12 +1,13 @@
 //! Giving pages back: after a revert, and after a vmpatch that was killed.
 
-use super::{Plan, known};
+use super::{Plan, from_reads, known};
 use crate::addr::{Gpa, Gva};
 use crate::change::{Change, ChangeError};
 use crate::guest_module;
 use crate::kernel::{KernelError, Live};
 use crate::paging::PAGE_SIZE;
-use crate::place::{Entry, FILLER, Registry, State};
+use crate::place::{Entry, FILLER, Record, Registry, State};
+use crate::reads::Preconditions;
 use crate::unwind::OldFunction;
 
 /// The changes that wipe every patch that is not in force and not half committed; and, when none is left, the registry.
@@ -52,6 +53,10 @@ pub fn recovery(live: &Live<'_>, registry: &Registry) -> Result<Option<Plan>, Ke
     else {
         return Ok(None);
     };
+    from_reads::plan(live, |live| recover(live, registry, entry, record)).map(Some)
+}
+
+fn recover(live: &Live<'_>, registry: &Registry, entry: &Entry, record: Record) -> Result<Plan, KernelError> {
     let mut paused = Vec::new();
     for change in record.changes.iter().rev() {
         let unreadable = |error: ChangeError| KernelError::Disagrees {
@@ -60,11 +65,7 @@ pub fn recovery(live: &Live<'_>, registry: &Registry) -> Result<Option<Plan>, Ke
             expected: "readable memory".to_owned(),
         };
         // Old, new, or cut in the middle: whatever is there becomes old.
-        let now = change.current(live.memory).map_err(unreadable)?;
-        let old = change.restored(live.memory).map_err(unreadable)?;
-        if now != old {
-            paused.push(Change::replace(change.what(), change.gpa(), now, old));
-        }
+        paused.extend(change.restoration(live, change.what()).map_err(unreadable)?);
     }
     if let Some(module) = &record.known {
         let unlisted = guest_module::unlist(live, &module.keys)?;
@@ -82,14 +83,15 @@ pub fn recovery(live: &Live<'_>, registry: &Registry) -> Result<Option<Plan>, Ke
         name: format!("the new code of {}", record.id),
         code: text,
     }];
-    Ok(Some(Plan {
+    Ok(Plan {
         before: Vec::new(),
         paused,
+        requires: Preconditions::default(),
         occupied,
         unread: record.known_memory(),
         laid: registry.laid_code(),
         record,
-    }))
+    })
 }
 
 fn wipe(live: &Live<'_>, registry: &Registry, pages: std::ops::Range<u64>) -> Result<Vec<Change>, KernelError> {

@@ -15,6 +15,7 @@ const ORC_HEADER: &str = "__start_orc_header";
 
 /// Demands that the module was made for this kernel: its `vermagic`, the types of what it uses, its format of ORC.
 pub(super) fn check(live: &Live<'_>, module: &PatchModule<'_>) -> Result<(), Refusal> {
+    let live = &live.constant();
     check_vermagic(live, module.info().get("vermagic").unwrap_or_default())?;
     check_versions(live, module)?;
     check_orc_header(live, module)

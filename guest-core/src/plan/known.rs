@@ -42,29 +42,25 @@ pub(super) fn append(area: &mut Vec<u8>, offset: u64, bytes: &[u8]) {
     area.extend_from_slice(bytes);
 }
 
-/// What must be as it is for nobody to use the module, as a change that changes nothing.
-pub(super) fn unused(live: &Live<'_>, id: &str, known: &Known) -> Result<Option<Change>, RevertError> {
+/// Demands that nobody uses the module.
+pub(super) fn require_unused(live: &Live<'_>, id: &str, known: &Known) -> Result<(), RevertError> {
     match known.references(live)? {
-        Some((0, same)) => Ok(Some(same)),
-        Some((references, _)) => Err(RevertError::InUse {
+        0 => Ok(()),
+        references => Err(RevertError::InUse {
             id: id.to_owned(),
             references,
         }),
-        None => Ok(None),
     }
 }
 
-/// What must be as it is for ftrace to forget the patch's functions, as changes that change nothing.
-pub(super) fn untraced(live: &Live<'_>, known: &Known) -> Result<Vec<Change>, RevertError> {
-    let Some(traced) = known.traced else {
-        return Ok(Vec::new());
-    };
-    let (used, same) = traced.in_use(live)?;
-    match used {
+/// Demands that ftrace can forget the patch's functions.
+pub(super) fn require_untraced(live: &Live<'_>, known: &Known) -> Result<(), RevertError> {
+    let traced = known.traced.map(|traced| traced.in_use(live)).transpose()?;
+    match traced.flatten() {
         Some(site) => Err(RevertError::NewTraced {
             function: function_at(live, site)?,
         }),
-        None => Ok(same),
+        None => Ok(()),
     }
 }
 

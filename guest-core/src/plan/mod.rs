@@ -5,6 +5,7 @@ mod apply;
 mod areas;
 mod cleanup;
 mod fit;
+mod from_reads;
 mod guard;
 mod known;
 mod old;
@@ -22,6 +23,7 @@ pub use revert::{RevertError, revert};
 use crate::addr::Gva;
 use crate::change::Change;
 use crate::place::Record;
+use crate::reads::Preconditions;
 use crate::unwind::{OldFunction, PatchCode};
 use std::ops::Range;
 
@@ -32,6 +34,8 @@ pub struct Plan {
     pub before: Vec<Change>,
     /// Made together, with all vCPUs stopped.
     pub paused: Vec<Change>,
+    /// What the plan was made from: it must be so when `paused` is made.
+    pub requires: Preconditions,
     /// What must be on no stack when `paused` is made.
     pub occupied: Vec<OldFunction>,
     /// What nobody may be reading then: memory that the guest knows, and that is going to be wiped.

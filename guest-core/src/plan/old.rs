@@ -2,8 +2,7 @@
 
 use super::Refusal;
 use crate::addr::Gva;
-use crate::change::Change;
-use crate::kernel::modules::{GuestModule, ModuleSymbol};
+use crate::kernel::modules::{self, GuestModule, ModuleSymbol};
 use crate::kernel::resolve::GuestSymbols;
 use crate::kernel::{KernelError, Live};
 use crate::memory::VirtMemory;
@@ -25,30 +24,26 @@ pub(super) struct Old {
     pub parts: Vec<OldFunction>,
 }
 
-/// Whether a module is neither coming nor going, and that it stays so, as a change that changes nothing.
-pub(super) fn state(live: &Live<'_>, module: &GuestModule) -> Result<(bool, Change), KernelError> {
+/// Whether a module is neither coming nor going.
+pub(super) fn is_live(live: &Live<'_>, module: &GuestModule) -> Result<bool, KernelError> {
     let btf = &live.kernel.btf;
     let at = module.at.wrapping_add(btf.structure("module")?.offset("state")?);
-    let unreadable = |source| KernelError::Unreadable {
+    let live = live.that_changes_when(modules::CHANGING);
+    let state = live.read_u32(at).map_err(|source| KernelError::Unreadable {
         what: "module.state",
         at,
         source,
-    };
-    let state = live.read_u32(at).map_err(unreadable)?;
-    let (gpa, _) = live.physical(at).map_err(unreadable)?;
-    let bytes = state.to_le_bytes().to_vec();
-    let same = Change::replace(format!("state of module {}", module.name), gpa, bytes.clone(), bytes);
-    Ok((i64::from(state) == btf.enumerator("MODULE_STATE_LIVE")?, same))
+    })?;
+    Ok(i64::from(state) == btf.enumerator("MODULE_STATE_LIVE")?)
 }
 
-/// The guest's modules that a patch is for, or whose symbols it needs; and that they are there to stay, as changes that change
-/// nothing.
+/// The guest's modules that a patch is for, or whose symbols it needs, all of them neither coming nor going.
 pub(super) fn used(
     live: &Live<'_>,
     symbols: &GuestSymbols<'_>,
     patch: &Patch,
     undefined: &[Undefined],
-) -> Result<(Vec<GuestModule>, Vec<Change>), Refusal> {
+) -> Result<Vec<GuestModule>, Refusal> {
     for object in patch.objects.iter().filter_map(|object| object.name.as_deref()) {
         if let Some(module) = symbols.module(object)? {
             symbols.uses(module);
@@ -62,16 +57,13 @@ pub(super) fn used(
         };
     }
     let used = symbols.used();
-    let mut settled = Vec::new();
     for module in &used {
-        let (is_live, same) = state(live, module)?;
-        if !is_live {
+        if !is_live(live, module)? {
             let module = module.name.clone();
             return Err(Refusal::Unsettled { module });
         }
-        settled.push(same);
     }
-    Ok((used, settled))
+    Ok(used)
 }
 
 /// Finds the function that `function` replaces; one that another patch holds is refused.

@@ -18,11 +18,13 @@ pub(super) fn check(live: &Live<'_>, note: Option<&Note>, function: &LinkedFunct
         return Ok(());
     };
     let mut code = vec![0; noted.code.len()];
-    live.read(old, &mut code).map_err(|source| KernelError::Unreadable {
-        what: "code that the patch was made for",
-        at: old,
-        source,
-    })?;
+    live.constant()
+        .read(old, &mut code)
+        .map_err(|source| KernelError::Unreadable {
+            what: "code that the patch was made for",
+            at: old,
+            source,
+        })?;
     match noted.code.mismatch(&code) {
         None => Ok(()),
         Some(mismatch) => Err(Refusal::OtherCode {

@@ -48,7 +48,7 @@ pub(super) fn split(
 
 fn is_live(live: &Live<'_>, symbols: &GuestSymbols<'_>, name: &str) -> Result<bool, KernelError> {
     match symbols.module(name)? {
-        Some(module) => Ok(old::state(live, module)?.0),
+        Some(module) => old::is_live(live, module),
         None => Ok(false),
     }
 }

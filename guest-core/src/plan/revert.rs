@@ -1,6 +1,6 @@
 //! The plan of taking a patch out.
 
-use super::{Plan, guard, known};
+use super::{Plan, from_reads, guard, known};
 use crate::addr::Gva;
 use crate::change::Change;
 use crate::kernel::guard::Armed;
@@ -8,6 +8,7 @@ use crate::kernel::livepatch::{self, Held};
 use crate::kernel::{KernelError, Live, ftrace, sites, tracers};
 use crate::paging::PAGE_SIZE;
 use crate::place::{Entry, FILLER, Record, Redirect, Registry, State};
+use crate::reads::Preconditions;
 use crate::unwind::OldFunction;
 
 /// Why a patch can't be taken out. Nothing was changed.
@@ -85,6 +86,10 @@ pub enum RevertError {
 ///
 /// The text is wiped within the pause because only there code that was already run may be written.
 pub fn revert(live: &Live<'_>, registry: &Registry, id: &str) -> Result<Plan, RevertError> {
+    from_reads::plan(live, |live| plan(live, registry, id))
+}
+
+fn plan(live: &Live<'_>, registry: &Registry, id: &str) -> Result<Plan, RevertError> {
     let with_record = |entry| Option::zip(Some(entry), Entry::record(entry));
     let mut patches = registry.entries.iter().filter_map(with_record);
     let Some((entry, record)) = patches.find(|(_, record)| record.id == id) else {
@@ -98,14 +103,19 @@ pub fn revert(live: &Live<'_>, registry: &Registry, id: &str) -> Result<Plan, Re
     if let Some(at) = sites::probe_in(live, &text)? {
         return Err(RevertError::Probed { id: id.to_owned(), at });
     }
-    let mut paused = guard::survived::<RevertError>(live)?;
-    paused.extend(untraced(live, record)?);
+    guard::require_survival::<RevertError>(live)?;
+    require_untraced(live, record)?;
+    let mut paused = Vec::new();
     // What is original already was put back by a vmpatch that was killed in this pause, and its supervisor with it.
-    let undone = record.changes.iter().rev().map(Change::undone);
-    paused.extend(undone.filter(|change| change.verify(live.memory).is_err()));
+    for change in record.changes.iter().rev().map(Change::undone) {
+        // One that can't be read fails where it is to be made.
+        if !matches!(change.is_made(live), Ok(true)) {
+            paused.push(change);
+        }
+    }
     if let Some(module) = &record.known {
-        paused.extend(known::unused(live, id, module)?);
-        paused.extend(known::untraced(live, module)?);
+        known::require_unused(live, id, module)?;
+        known::require_untraced(live, module)?;
         paused.extend(known::unlist(live, id, module)?);
         paused.extend(known::forget(live, module)?);
         paused.extend(known::give_back(live, module)?);
@@ -119,6 +129,7 @@ pub fn revert(live: &Live<'_>, registry: &Registry, id: &str) -> Result<Plan, Re
     Ok(Plan {
         before: Vec::new(),
         paused,
+        requires: Preconditions::default(),
         occupied,
         unread: record.known_memory(),
         laid: registry.laid_code(),
@@ -126,33 +137,21 @@ pub fn revert(live: &Live<'_>, registry: &Registry, id: &str) -> Result<Plan, Re
     })
 }
 
-/// What must be as it is for ftrace to take the functions back, as changes that change nothing.
+/// Demands that ftrace can take the functions back.
 ///
 /// ftrace has not counted the tracers that were started while a record was disabled. If one of them ended when it no longer
 /// is, ftrace would count below zero, warn, and turn itself off for good (`__ftrace_hash_rec_update`, kernel/trace/ftrace.c).
-fn untraced(live: &Live<'_>, record: &Record) -> Result<Vec<Change>, RevertError> {
-    let mut same = Vec::new();
+fn require_untraced(live: &Live<'_>, record: &Record) -> Result<(), RevertError> {
     for function in record.functions.iter().filter(|f| f.redirect == Redirect::Ftrace) {
         let Some(site) = ftrace::record(live, Gva(function.old))? else {
             continue;
         };
-        let tracers = tracers::of(live, site.site)?;
-        if tracers.wanted {
+        if tracers::is_wanted(live, site.site)? {
             let function = (function.name.clone(), Gva(function.old));
             return Err(wanted(live, function)?);
         }
-        for (at, word) in tracers.words {
-            let unreadable = |source| KernelError::Unreadable {
-                what: "who traces",
-                at,
-                source,
-            };
-            let (gpa, _) = live.physical(at).map_err(unreadable)?;
-            let what = format!("who traces {}", function.name);
-            same.push(Change::word(what, gpa, word, word));
-        }
     }
-    Ok(same)
+    Ok(())
 }
 
 /// Who wants a function, given by name and address: a livepatch of the guest's own, else some tracer.
