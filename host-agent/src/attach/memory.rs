@@ -13,6 +13,9 @@ use std::ops::Range;
 use std::rc::Rc;
 use vm_memory::{Bytes, FileOffset, MmapRegion, VolatileMemory, VolatileSlice};
 
+/// Pieces that one system call takes: `UIO_MAXIOV` (include/uapi/linux/uio.h).
+const PIECES_MAX: usize = 1024;
+
 /// Why guest RAM can't be reached.
 #[derive(Debug, thiserror::Error)]
 pub enum RamError {
@@ -166,6 +169,42 @@ impl PhysMemory for GuestRam {
         })
     }
 
+    /// What is not mapped is read with few system calls: one takes about as long for many pieces as for one.
+    fn read_pieces(&self, pieces: &[(Gpa, usize)], buf: &mut [u8]) -> Result<(), MemoryError> {
+        let (mut far, mut start) = (Vec::new(), 0);
+        for (at, len) in pieces {
+            self.pieces(*at, *len, |region, offset, piece| {
+                let here = start + piece.start..start + piece.end;
+                match &region.mapped {
+                    None => far.push((region.hva.wrapping_add(offset), here)),
+                    Some(mapped) => {
+                        let (len, buf) = (piece.len(), buf.get_mut(here).unwrap_or_default());
+                        let result = mapped.read(offset, buf);
+                        result.map_err(|cause| MemoryError::Host { at: *at, len, cause })?;
+                    }
+                }
+                Ok(())
+            })?;
+            start += len;
+        }
+        for some in far.chunks(PIECES_MAX) {
+            let mut bytes = vec![0; some.iter().map(|(_, here)| here.len()).sum()];
+            let (at, len) = (pieces.first().map_or(Gpa(0), |(at, _)| *at), bytes.len());
+            let result = said(
+                self.process
+                    .read_all(some.iter().map(|(hva, here)| (*hva, here.len())), &mut bytes),
+            );
+            result.map_err(|cause| MemoryError::Host { at, len, cause })?;
+            let mut rest = bytes.as_slice();
+            for (_, here) in some {
+                let (now, later) = rest.split_at(here.len());
+                buf.get_mut(here.clone()).unwrap_or_default().copy_from_slice(now);
+                rest = later;
+            }
+        }
+        Ok(())
+    }
+
     fn write(&self, at: Gpa, bytes: &[u8]) -> Result<(), MemoryError> {
         self.pieces(at, bytes.len(), |region, offset, piece| {
             let len = piece.len();
@@ -189,6 +228,13 @@ impl Process {
         let remote = Self::remote(hva, buf.len())?;
         let len = buf.len();
         Self::all(process_vm_readv(self.0, &mut [IoSliceMut::new(buf)], &[remote])?, len)
+    }
+
+    /// Reads pieces, by address and length, one behind the other: [`PIECES_MAX`] at the most.
+    fn read_all(self, pieces: impl Iterator<Item = (u64, usize)>, buf: &mut [u8]) -> nix::Result<()> {
+        let remote = pieces.map(|(hva, len)| Self::remote(hva, len));
+        let (remote, len) = (remote.collect::<nix::Result<Vec<_>>>()?, buf.len());
+        Self::all(process_vm_readv(self.0, &mut [IoSliceMut::new(buf)], &remote)?, len)
     }
 
     fn write(self, hva: u64, bytes: &[u8]) -> nix::Result<()> {
@@ -313,6 +359,33 @@ mod tests {
         ram.read(Gpa(0x2000), &mut read[..32]).unwrap();
         assert_eq!(read[..32], bytes[32..]);
         assert_eq!(own[..32], bytes[32..]);
+    }
+
+    #[test]
+    fn many_pieces_of_each_kind_are_read_in_their_order() {
+        let mut own = [0; 0x1000];
+        let ram = mixed(&mut own);
+        let bytes: Vec<u8> = (1..=64).collect();
+        ram.write(Gpa(0x1fe0), &bytes).unwrap();
+        let mut read = [0; 12];
+        ram.read_pieces(
+            &[(Gpa(0x2008), 4), (Gpa(0x1fe0), 2), (Gpa(0x1ffe), 5), (Gpa(0x2000), 1)],
+            &mut read,
+        )
+        .unwrap();
+        assert_eq!(read, [41, 42, 43, 44, 1, 2, 31, 32, 33, 34, 35, 33]);
+        let many = vec![(Gpa(0x2000), 1); 2 * PIECES_MAX + 1];
+        let mut read = vec![0; many.len()];
+        ram.read_pieces(&many, &mut read).unwrap();
+        assert!(read.iter().all(|byte| *byte == 33));
+        let outside = ram.read_pieces(&[(Gpa(0x2000), 1), (Gpa(0x3000), 1)], &mut read);
+        assert!(matches!(
+            outside,
+            Err(MemoryError::NotRam {
+                at: Gpa(0x3000),
+                len: 1
+            })
+        ));
     }
 
     #[test]
