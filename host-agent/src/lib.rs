@@ -17,6 +17,7 @@ mod module_file;
 pub mod output;
 pub mod progress;
 pub mod report;
+mod retry;
 pub mod session;
 pub mod state;
 pub mod supervisor;

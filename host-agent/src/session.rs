@@ -5,8 +5,10 @@ use crate::cli::Options;
 use crate::domains::{self, Domain};
 use crate::error::{self, Failure};
 use crate::lock::{DomainLock, LockError};
+use crate::module_file;
 use crate::progress::Progress;
 use crate::report;
+use crate::retry::Retry;
 use crate::state::GuestState;
 use crate::upgrade::{self, UpgradeError};
 use guest_core::commit::{self, CommitError, CommitOptions, Committed, Effect, Model};
@@ -24,9 +26,10 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 const PAUSE_MAX: Duration = Duration::from_millis(250);
 /// How long another vmpatch at work on the domain is waited for: its supervisor may just be taking something back.
 pub(crate) const LOCK_TIME_MAX: Duration = Duration::from_secs(5);
-/// How often a change is planned anew where the guest has changed what was to be replaced: its list of modules changes whenever it
-/// loads one.
+/// How often a change is planned anew where taking it back failed.
 const PLANS_MAX: usize = 8;
+/// How long it is tried to take back what was cut off.
+const RECOVERY_TIME_MAX: Duration = Duration::from_secs(10);
 /// How often the kernel is looked for: what is read while the guest runs may belong to a process that just ends.
 const FIND_TRIES: usize = 5;
 
@@ -219,14 +222,30 @@ impl Session {
     /// Applies the module `file`, whose bytes are given.
     pub fn apply(&mut self, file: &Path, bytes: &[u8], options: &Options) -> Result<(Record, Committed), Failure> {
         let chosen = commit_options(options.model.model(), options.timeout());
-        self.carry_out(error::APPLYING, chosen, |session| session.plan(file, bytes, options))
+        let id = module_file::stem(file);
+        self.carry_out(error::APPLYING, &id, chosen, |session| {
+            session.plan(file, bytes, options)
+        })
+    }
+
+    /// Plans to apply the module `file`, whose bytes are given, where need be more than once: a guest that loads a module changes what
+    /// a plan is made from.
+    pub fn check(&self, file: &Path, bytes: &[u8], options: &Options) -> Result<Plan, Failure> {
+        let retry = Retry::new(error::APPLYING, &module_file::stem(file), options.timeout());
+        retry.run(|| self.plan(file, bytes, options))
+    }
+
+    /// The same for taking out the patch `id`.
+    pub fn check_revert(&self, id: &str, options: &Options) -> Result<Plan, Failure> {
+        let retry = Retry::new(error::REVERTING, id, options.timeout());
+        retry.run(|| Ok(plan::revert(&self.live(), &self.registry, id)?))
     }
 
     /// Takes out the patch `id`, and wipes what is left of it. Whatever model was chosen: no task may be in the new code then,
     /// as that code is gone afterwards.
     pub fn revert(&mut self, id: &str, options: &Options) -> Result<(Record, Committed), Failure> {
         let chosen = commit_options(Model::CleanCut, options.timeout());
-        let reverted = self.carry_out(error::REVERTING, chosen, |session| {
+        let reverted = self.carry_out(error::REVERTING, id, chosen, |session| {
             Ok(plan::revert(&session.live(), &session.registry, id)?)
         })?;
         self.tidy().map_err(|failure| failure.after(GuestState::InForce))?;
@@ -238,14 +257,16 @@ impl Session {
     fn carry_out(
         &mut self,
         doing: &'static str,
+        id: &str,
         options: CommitOptions,
         plan: impl Fn(&Self) -> Result<Plan, Failure>,
     ) -> Result<(Record, Committed), Failure> {
         let (mut plans, mut half) = (0, None);
+        let mut retry = Retry::new(doing, id, options.timeout);
         loop {
-            plans += 1;
+            let timeout = retry.left();
             let done = plan(self).and_then(|plan| {
-                let committed = self.commit(&plan, doing, options)?;
+                let committed = self.commit(&plan, doing, CommitOptions { timeout, ..options })?;
                 Ok((plan.record, committed))
             });
             let failure = match done {
@@ -253,14 +274,15 @@ impl Session {
                 Err(failure) => failure,
             };
             match failure {
-                Failure::Commit { source, .. } if matches!(*source, CommitError::Changed(_)) && plans < PLANS_MAX => {}
                 Failure::Commit { source, id, .. }
                     if matches!(*source, CommitError::HalfDone { .. }) && plans < PLANS_MAX =>
                 {
+                    plans += 1;
                     half = Some((source.to_string(), id.clone()));
                     self.mend(id, doing, *source)?;
                 }
                 failure => {
+                    let Err(failure) = retry.after(failure) else { continue };
                     // The guest is as the earlier failure left it, not as before.
                     let undo = failure.chain().join(": ");
                     return Err(match half {
@@ -323,18 +345,14 @@ impl Session {
     pub fn tidy(&mut self) -> Result<(), Failure> {
         self.refuse_if_busy()?;
         self.attached.close_left_stub()?;
-        let mut plans = 0;
-        while let Some(plan) = plan::recovery(&self.live(), &self.registry)? {
-            plans += 1;
-            let options = commit_options(Model::CleanCut, Duration::from_secs(10));
-            match self.commit(&plan, error::TAKING_BACK, options) {
-                Err(Failure::Commit { source, .. })
-                    if matches!(*source, CommitError::Changed(_)) && plans < PLANS_MAX => {}
-                taken => {
-                    taken?;
-                }
+        let recovering = Retry::new(error::TAKING_BACK, "what was cut off", RECOVERY_TIME_MAX);
+        recovering.run(|| {
+            while let Some(plan) = plan::recovery(&self.live(), &self.registry)? {
+                let options = commit_options(Model::CleanCut, RECOVERY_TIME_MAX);
+                self.commit(&plan, error::TAKING_BACK, options)?;
             }
-        }
+            Ok(())
+        })?;
         let live = self.kernel.live(self.attached.memory());
         let changes = plan::cleanup(&live, &self.registry)?;
         if let Some(guard) = guard::find(&live)?.filter(|_| !changes.is_empty()) {

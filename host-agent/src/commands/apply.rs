@@ -46,7 +46,7 @@ pub fn check(options: &Options, files: &[PathBuf], progress: &Progress) -> Resul
     let mut planned: Vec<Record> = Vec::new();
     for path in files {
         let bytes = module_file::read(path)?;
-        let record = match session.plan(path, &bytes, options) {
+        let record = match session.check(path, &bytes, options) {
             Ok(plan) => plan.record,
             Err(failure) => {
                 let there = already_applied(&session, path, failure);

@@ -8,7 +8,6 @@ use crate::progress::Progress;
 use crate::report::{Patch, Patches, Pause};
 use crate::session::{Session, Target};
 use guest_core::place::State;
-use guest_core::plan;
 
 /// Takes out the patches `ids`, in the order given; without any, all of them, the last applied first. The first that fails ends it;
 /// the report says what was done before.
@@ -18,7 +17,7 @@ pub fn revert(options: &Options, ids: &[String], progress: &Progress) -> Result<
     let ids = if ids.is_empty() { all(&session) } else { ids.to_vec() };
     // An unknown name is found before anything is taken out.
     for id in &ids {
-        plan::revert(&session.live(), &session.registry, id)?;
+        session.check_revert(id, options)?;
     }
     let mut steps = Steps::new(REVERT);
     for id in &ids {
