@@ -144,6 +144,18 @@ fn a_module_that_does_not_fit_is_refused_by_name() {
 }
 
 #[test]
+fn a_module_whose_init_or_exit_does_more_than_enable_the_patch_is_refused_by_what_it_does() {
+    let refused = |module: Refused, words| (MODULES.refused(module), 3, words);
+    are_refused(&[
+        refused(Refused::InitLookup, "init calls register_kprobe"),
+        refused(Refused::InitList, "init writes vmpatch_test_list"),
+        refused(Refused::InitNotifier, "init calls register_reboot_notifier"),
+        refused(Refused::InitCondition, "init writes klp_funcs"),
+        refused(Refused::ExitWork, "exit calls cancel_delayed_work_sync"),
+    ]);
+}
+
+#[test]
 fn a_domain_that_is_not_there_is_named_with_those_that_are() {
     let guest = guest();
     let answer = Vmpatch::domain("no-such-vm").run(&["status"]).expect(5);

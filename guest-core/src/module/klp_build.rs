@@ -130,6 +130,7 @@ mod tests {
             let new = i64::try_from(at / 3).unwrap();
             elf.relocation(funcs, at + 8, R_X86_64_64, text, new);
         }
+        elf.enable();
         (elf, objects)
     }
 

@@ -149,6 +149,7 @@ mod tests {
             elf.relocation(funcs, at + 40, R_X86_64_64, strings_symbol, name);
             elf.relocation(funcs, at + 48, R_X86_64_64, strings_symbol, object);
         }
+        elf.enable();
         (elf, funcs)
     }
 

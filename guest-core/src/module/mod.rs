@@ -3,7 +3,7 @@
 //! In the order in which a module passes through:
 //! - [`PatchModule`]: the file, checked ([`ModuleError`]);
 //! - [`Patch`]: the functions that it replaces ([`PatchError`]), read with the guest's [`KlpLayout`]; one file for each
-//!   [`PatchFormat`]: `klp.rs`, `kpatch.rs`, `klp_build.rs`;
+//!   [`PatchFormat`]: `klp.rs`, `kpatch.rs`, `klp_build.rs`; `init/` refuses what their init and exit do beside that;
 //! - [`Image`]: the sections that those functions need (`selection.rs` follows what refers to what), and their [`Layout`] in
 //!   memory ([`ImageError`]). What each kind of section obliges a loader to is one table in `duty.rs`; what is not handled is
 //!   refused here;
@@ -23,6 +23,7 @@ mod elf;
 mod error;
 mod fentry;
 mod image;
+mod init;
 mod jump_labels;
 mod jump_rows;
 mod klp;
@@ -55,6 +56,7 @@ mod thunks;
 pub use alternatives::AltLayout;
 pub use error::ModuleError;
 pub use image::{Image, ImageError, PlacedSymbol, Undefined};
+pub use init::{OwnFunction, Work};
 pub use jump_labels::{JumpLabels, JumpLayout, UsedKey};
 pub use jump_rows::NODES_BYTES;
 pub use layout::{Area, AreaKind, Layout, LayoutError, PlacedSection};

@@ -1,5 +1,6 @@
 //! What a module patches, and the kernel's structures that say so.
 
+use super::init::{OwnFunction, Work};
 use super::sections::SectionOffset;
 use super::{PatchModule, klp_build, kpatch};
 
@@ -174,6 +175,18 @@ pub enum PatchError {
         /// Section and offset of the pointer.
         at: String,
     },
+    /// Init or exit does something else than enabling the patch.
+    #[error(
+        "{function} {work} ({at}): vmpatch does not run a module's init and exit yet; load the module in the guest, or build the patch without that work"
+    )]
+    OwnFunction {
+        /// Which of the two.
+        function: OwnFunction,
+        /// What it does.
+        work: Work,
+        /// Section and offset of the instruction.
+        at: String,
+    },
 }
 
 impl PatchModule<'_> {
@@ -200,6 +213,11 @@ impl PatchModule<'_> {
         if patch.objects.iter().all(|object| object.functions.is_empty()) {
             return Err(PatchError::Empty);
         }
+        let described = patch.this_module.map(|this| SectionOffset {
+            offset: this.offset.saturating_sub(layout.patch_mod),
+            ..this
+        });
+        self.check_own_functions(patch.format, described)?;
         Ok(patch)
     }
 }

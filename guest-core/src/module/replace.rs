@@ -292,14 +292,16 @@ mod tests {
 
     #[test]
     fn a_replacement_for_code_that_is_not_placed_needs_nothing() {
-        // The alternative is in init code and calls what nobody has.
+        // The alternative is in code of exit and calls what nobody has.
         let mut elf = TestElf::livepatch(&[0xc3]);
         let code = elf.section(".altinstr_replacement", SHF_ALLOC.0 | SHF_EXECINSTR.0, &[0; 5]);
         let symbol = elf.section_symbol(code);
         let missing = elf.undefined("missing");
         elf.relocation(code, 1, R_X86_64_32S, missing, 0);
+        let exit = elf.section(".exit.text", SHF_ALLOC.0 | SHF_EXECINSTR.0, &[0x90; 5]);
+        let exit = elf.section_symbol(exit);
         let table = elf.section(".altinstructions", SHF_ALLOC.0, &[0, 0, 0, 0, 0, 0, 0, 0, 35, 0, 5, 5]);
-        elf.relocation(table, 0, R_X86_64_PC32, 4, 0);
+        elf.relocation(table, 0, R_X86_64_PC32, exit, 0);
         elf.relocation(table, 4, R_X86_64_PC32, symbol, 0);
         assert_eq!(guest().link_text(&elf.build(), &ALT_6_1), [0xc3]);
     }

@@ -273,7 +273,7 @@ mod tests {
     use super::*;
     use crate::module::Linked;
     use crate::module::testing::{ALT_6_1, BASES, KLP_6_1, TestElf, TestGuest};
-    use object::elf::{R_X86_64_32S, R_X86_64_64, RelocationType, SHF_ALLOC, SHF_WRITE};
+    use object::elf::{R_X86_64_32S, R_X86_64_64, RelocationType, SHF_ALLOC, SHF_EXECINSTR, SHF_WRITE};
 
     fn link(elf: &TestElf) -> Result<Linked, String> {
         let file = elf.build();
@@ -303,8 +303,10 @@ mod tests {
             .map(|row| [&row[..], &[0; 4]].concat())
             .concat();
         let (mut elf, table) = with_table("__ex_table", 0, &rows);
-        // Out of order, and one for init code, which is not placed.
-        for (row, (section, from, to)) in (0..).zip([(1, 9, 12), (4, 0, 2), (1, 3, 14)]) {
+        // Out of order, and one for code of exit, which is not placed.
+        let exit = elf.section(".exit.text", SHF_ALLOC.0 | SHF_EXECINSTR.0, &[0xc3; 4]);
+        let exit = elf.section_symbol(exit);
+        for (row, (section, from, to)) in (0..).zip([(1, 9, 12), (exit, 0, 2), (1, 3, 14)]) {
             elf.relocation(table, 12 * row, R_X86_64_PC32, section, from);
             elf.relocation(table, 12 * row + 4, R_X86_64_PC32, section, to);
             elf.patch_bytes(table, usize::try_from(12 * row + 8).unwrap(), &[3 + row as u8, 0, 0, 0]);

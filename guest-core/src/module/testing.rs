@@ -126,6 +126,8 @@ impl TestElf {
         }
         elf.symbol("new_f", 2, 1, 0, text.len() as u64);
         let this_module = elf.symbol("__this_module", 0x11, 5, 0, 64);
+        let init = elf.symbol("init_module", 0x12, 4, 0, 12);
+        elf.relocation(5, 8, R_X86_64_64, init, 0);
         let enable = elf.undefined("klp_enable_patch");
         elf.relocation(3, 0, R_X86_64_64, this_module, 0);
         elf.relocation(3, 8, R_X86_64_64, 3, 200);
@@ -198,6 +200,22 @@ impl TestElf {
     pub fn set_bytes(&mut self, section: u16, data: &[u8]) {
         let section = &mut self.sections[usize::from(section)];
         (section.data, section.size) = (data.to_vec(), data.len() as u64);
+    }
+
+    /// Adds bytes to the end of a section.
+    pub fn append_bytes(&mut self, section: u16, bytes: &[u8]) {
+        let section = &mut self.sections[usize::from(section)];
+        section.data.extend(bytes);
+        section.size = section.data.len() as u64;
+    }
+
+    /// Gives the module an init that enables a patch which it has made.
+    pub fn enable(&mut self) {
+        let init = self.section(".init.text", TEXT_FLAGS, &[0xe9, 0, 0, 0, 0]);
+        let (entry, enable) = (self.section_symbol(init), self.undefined("klp_enable_patch"));
+        self.relocation(init, 1, R_X86_64_PLT32, enable, -4);
+        let this = self.section(".gnu.linkonce.this_module", DATA_FLAGS, &[0; 64]);
+        self.relocation(this, 8, R_X86_64_64, entry, 0);
     }
 
     pub fn set_align(&mut self, section: u16, align: u64) {

@@ -216,11 +216,21 @@ pub enum Refused {
     TooBig,
     /// Is a module, but no livepatch.
     NoLivepatch,
+    /// Looks a symbol up in its init, with `register_kprobe`.
+    InitLookup,
+    /// Initialises the list `vmpatch_test_list` in its init.
+    InitList,
+    /// Calls `register_reboot_notifier` in its init.
+    InitNotifier,
+    /// Chooses in its init, by `__num_online_cpus`, which function to enable.
+    InitCondition,
+    /// Calls `cancel_delayed_work_sync` in its exit.
+    ExitWork,
 }
 
 impl Refused {
     /// All of them.
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 14] = [
         Self::Unresolved,
         Self::Missing,
         Self::Ambiguous,
@@ -230,6 +240,11 @@ impl Refused {
         Self::Callbacks,
         Self::TooBig,
         Self::NoLivepatch,
+        Self::InitLookup,
+        Self::InitList,
+        Self::InitNotifier,
+        Self::InitCondition,
+        Self::ExitWork,
     ];
 
     /// Builds the module for that kernel. Returns the `.ko` in the cache.
@@ -239,6 +254,9 @@ impl Refused {
         let module = match self {
             Self::Unresolved => module.allow_undefined(),
             Self::TooBig => module.unchecked_source("too_big_text", text!("refused/too_big_text")),
+            Self::InitLookup | Self::InitList | Self::InitNotifier | Self::InitCondition | Self::ExitWork => {
+                module.header("with_init.h", include_str!("../../modules/refused/with_init.h"))
+            }
             _ => module,
         };
         module.build(tree)
@@ -255,6 +273,11 @@ impl Refused {
             Self::Callbacks => ("callbacks", text!("refused/callbacks")),
             Self::TooBig => ("too_big", text!("refused/too_big")),
             Self::NoLivepatch => ("no_livepatch", text!("refused/no_livepatch")),
+            Self::InitLookup => ("init_lookup", text!("refused/init_lookup")),
+            Self::InitList => ("init_list", text!("refused/init_list")),
+            Self::InitNotifier => ("init_notifier", text!("refused/init_notifier")),
+            Self::InitCondition => ("init_condition", text!("refused/init_condition")),
+            Self::ExitWork => ("exit_work", text!("refused/exit_work")),
         }
     }
 }
