@@ -4,6 +4,7 @@
 
 use crate::addr::{Gpa, Gva};
 use crate::memory::{MemoryError, PhysMemory, VirtMemory};
+use std::ops::Range;
 
 /// Bytes of a small page.
 pub const PAGE_SIZE: u64 = 4096;
@@ -44,6 +45,9 @@ pub struct Translation {
     /// Every level allows instruction fetch.
     pub executable: bool,
 }
+
+/// Takes a last-level table: the first address that it maps, and where its pages lie.
+pub type SmallTableVisitor<'a> = dyn FnMut(Gva, &[Option<Gpa>]) + 'a;
 
 /// One guest page table: its root and depth.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -140,6 +144,50 @@ impl AddressSpace {
             at = at.wrapping_add(PMD_SIZE);
         }
         Ok(())
+    }
+
+    /// Visits the last-level tables for `range`, of which each maps 2 MiB in small pages: gives the first address that a
+    /// table maps, and where its 512 pages lie, none for one that is not mapped. Tables outside of RAM map nothing. Gives
+    /// false where more than `tables_max` would have to be read, of all levels. Errors: [`MemoryError::Host`].
+    pub fn visit_small_tables(
+        &self,
+        memory: &dyn PhysMemory,
+        range: &Range<Gva>,
+        tables_max: usize,
+        visit: &mut SmallTableVisitor<'_>,
+    ) -> Result<bool, MemoryError> {
+        // all of the range has the same bits above those that the tables translate
+        let top = Gva(range.start.0 & !((1 << (level_shift(self.levels) + 9)) - 1));
+        let mut tables = vec![(top, self.root)];
+        let mut left = tables_max;
+        for level in (1..=self.levels).rev() {
+            let span = 1 << level_shift(level);
+            let mut next = Vec::new();
+            for (start, table) in tables {
+                let Some(fewer) = left.checked_sub(1) else {
+                    return Ok(false);
+                };
+                left = fewer;
+                let entries = read_table(memory, table)?;
+                if level == 1 {
+                    let page = |entry: &u64| (entry & entry::PRESENT != 0).then_some(Gpa(entry & ADDRESS_MASK));
+                    visit(start, &entries.iter().map(page).collect::<Vec<_>>());
+                    continue;
+                }
+                let mut at = start;
+                for entry in entries {
+                    let is_in = at < range.end && at.wrapping_add(span - 1) >= range.start;
+                    if is_in && entry & entry::PRESENT != 0 && entry & entry::LARGE == 0 {
+                        next.push((at, Gpa(entry & ADDRESS_MASK)));
+                    }
+                    at = at.wrapping_add(span);
+                }
+                // what is left over would not be read anyway
+                next.truncate(left + 1);
+            }
+            tables = next;
+        }
+        Ok(true)
     }
 
     /// The guest-physical address and value of the level-2 (page directory) entry for `at`.

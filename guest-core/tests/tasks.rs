@@ -3,7 +3,7 @@
 mod common;
 
 use common::guest::{DATA, FUNCTIONS, Guest, heap};
-use common::tasks::{INIT_TASK, START, process, write};
+use common::tasks::{INIT_TASK, START, Task, process, write};
 use common::types;
 use guest_core::kernel::Live;
 use guest_core::task::{Quiescence, Verdict, Why};
@@ -196,20 +196,24 @@ fn wild_sizes_in_the_type_information_are_refused_or_cut() {
 fn tasks_that_share_a_deep_stack_are_bounded_together() {
     let guest = Guest::new();
     let kernel = guest.kernel();
-    let deep = process(0);
+    // in the direct map, so that a read of the stack is one read
+    let deep = Task {
+        stack: heap(0xc_0000),
+        ..process(0)
+    };
     write(&guest, deep, "deep", &[FUNCTIONS + 64 * 3 + 20; 1800]);
     let sp = guest.u64_at(deep.at + 256 + 24);
     let signal = heap(0x1f_0000);
     let tasks: Vec<u64> = (0..1500).map(|number| heap(0xd_0000 + 0x200 * number)).collect();
     let threads: Vec<u64> = tasks.iter().map(|at| at + 88).collect();
     guest.link(signal + 16, &threads);
-    guest.link(INIT_TASK + 64, &[tasks[0] + 64]);
+    guest.link(INIT_TASK + 64, &[tasks[0] + 64, process(1).at + 64]);
     for at in &tasks {
         guest.put_u64(at + 104, signal);
         guest.put_u64(at + 32, deep.stack);
         guest.put_u64(at + 256 + 24, sp);
     }
-    guest.put(guest.symbol("nr_threads"), &1500_u32.to_le_bytes());
+    guest.put(guest.symbol("nr_threads"), &1501_u32.to_le_bytes());
     let verdict = judge(&guest, &kernel).unwrap();
     assert_eq!(verdict.blockers.len(), Verdict::NAMED_MAX);
     assert!(verdict.unsure.iter().all(|unsure| unsure.why == Why::TooManyFrames));

@@ -86,6 +86,11 @@ impl Modules {
         hand_written::own(&self.tree).expect("the module builds")
     }
 
+    /// The one in which a task sleeps at its end.
+    pub fn exit_tail(&self) -> String {
+        text(hand_written::exit_tail(&self.tree).expect("the module builds"))
+    }
+
     /// One that replaces each of these system calls.
     pub fn many(&self, functions: &[String]) -> String {
         text(hand_written::many(&self.tree, functions).expect("the module builds"))

@@ -199,7 +199,8 @@ impl Cpus {
         Ok(stacks)
     }
 
-    fn on(&self, cpu: usize, symbol: Gva) -> Gva {
+    /// The address of a CPU's copy of a per-CPU symbol.
+    pub fn on(&self, cpu: usize, symbol: Gva) -> Gva {
         symbol.wrapping_add(self.offsets.get(cpu).copied().unwrap_or(0))
     }
 

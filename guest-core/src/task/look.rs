@@ -110,6 +110,23 @@ impl Look<'_> {
         self.walk(Start { frame, bp, general }, &stacks, &hidden)
     }
 
+    /// A stack whose task is not known, and so neither from where on it is in use: anything on it counts.
+    pub fn unlisted(&self, stack: Gva, buffer: &mut Vec<u8>) -> State {
+        let range = stack..stack.wrapping_add(self.layout.stack_bytes);
+        let kind = StackKind::Task;
+        let finding = match self.scan_from(&Stack { kind, range }, stack.0, buffer) {
+            Ok(finding) => finding,
+            Err(why) => return State::Unsure(why),
+        };
+        let holds = match finding.old.map(|word| self.old.at_word(word)) {
+            Some(Some(function)) => format!("an address in {}", function.name),
+            _ if !finding.is_clear() => "an address that needs a closer look".to_owned(),
+            _ if finding.data.is_some() => "an address in the patch's module".to_owned(),
+            _ => return State::Clear,
+        };
+        State::Unsure(Why::Unlisted { stack, holds })
+    }
+
     /// The task's own stack.
     fn stack_of(&self, task: Gva) -> Result<Stack, Why> {
         let base = Gva(self.word(task.wrapping_add(self.layout.stack))?);

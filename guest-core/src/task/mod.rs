@@ -15,6 +15,7 @@ mod list;
 mod look;
 mod recheck;
 mod survey;
+mod unlisted;
 mod verdict;
 
 #[cfg(test)]

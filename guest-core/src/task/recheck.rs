@@ -2,7 +2,7 @@
 
 use super::cpus::Place;
 use super::list::{Counts, newest_threads, threads};
-use super::survey::{FRAMES_MAX, Survey, Task, switches};
+use super::survey::{FRAMES_MAX, Quiescence, Survey, Task, switches};
 use super::verdict::{State, Unsure, Verdict, Why};
 use crate::addr::Gva;
 use crate::unwind::{KernelView, SetupError};
@@ -40,6 +40,7 @@ impl Survey<'_> {
         if !all_seen {
             return Ok(None);
         }
+        self.look_at_unlisted(view, &running, &mut verdict)?;
         for task in self
             .tasks
             .iter()
@@ -224,6 +225,11 @@ impl Survey<'_> {
         let mut new: Vec<Gva> = found.into_iter().filter(|&at| !self.is_known(view, at)).collect();
         new.sort_unstable();
         new.dedup();
+        // a thread that takes its leader's place also takes over when that was born (`de_thread`): it is no birth
+        let latest = self.tasks.iter().map(|task| task.start_time).max();
+        let births = new.iter().filter(|&&at| Some(self.start_time(view, at)) > latest);
+        let listed_births = births.count() as u64;
+        let born = self.counts.map(|before| now.forks.wrapping_sub(before.forks));
         // the next pass reads the list again
         self.counts = None;
         let mut looked = Vec::with_capacity(new.len());
@@ -238,7 +244,39 @@ impl Survey<'_> {
         self.tasks.retain(|task| new.binary_search(&task.at).is_err());
         self.tasks.extend(looked);
         self.tasks.sort_by_key(|task| task.at);
+        // whoever was born since, and is on no list, may be at its end already
+        if born != Some(listed_births) {
+            self.unlisted = self.unlisted_stacks(view)?;
+        }
         Ok(true)
+    }
+
+    /// Looks at the stacks of tasks that no list names. Those that run were looked at with their CPUs.
+    fn look_at_unlisted(
+        &mut self,
+        view: &dyn KernelView,
+        running: &[Gva],
+        verdict: &mut Verdict,
+    ) -> Result<(), SetupError> {
+        let Quiescence {
+            layout, cpus, stacks, ..
+        } = self.finder;
+        let stack = |task: &Gva| view.read_u64(task.wrapping_add(layout.stack)).map(Gva);
+        let of_running: Vec<Gva> = running.iter().filter_map(|task| stack(task).ok()).collect();
+        let mut buffer = std::mem::take(&mut self.buffer);
+        for stack in stacks.still(view, cpus, &self.unlisted) {
+            if of_running.contains(&stack) {
+                continue;
+            }
+            match self.look(view).unlisted(stack, &mut buffer) {
+                State::Unsure(why) if verdict.unsure.len() < Verdict::NAMED_MAX => {
+                    verdict.unsure.push(Unsure { task: None, why });
+                }
+                _ => {}
+            }
+        }
+        self.buffer = buffer;
+        Ok(())
     }
 
     fn is_known(&self, view: &dyn KernelView, at: Gva) -> bool {

@@ -5,6 +5,7 @@ use super::cpus::Cpus;
 use super::layout::TaskLayout;
 use super::list::{Counts, TaskList};
 use super::look::Look;
+use super::unlisted::StackArea;
 use super::verdict::{Blocker, State, Unsure, Verdict};
 use crate::addr::{Gpa, Gva};
 use crate::memory::MemoryError;
@@ -30,6 +31,7 @@ pub struct Quiescence {
     pub(super) regs: PtRegs,
     pub(super) returns: Returns,
     pub(super) fork_entry: Option<Gva>,
+    pub(super) stacks: StackArea,
 }
 
 impl Quiescence {
@@ -42,6 +44,7 @@ impl Quiescence {
             regs: PtRegs::read(view.btf())?,
             returns: Returns::read(view)?,
             fork_entry: FORK_ENTRIES.iter().find_map(|name| view.symbol(name)),
+            stacks: StackArea::read(view, &layout)?,
             layout,
         })
     }
@@ -56,13 +59,14 @@ impl Quiescence {
         patches: Vec<PatchCode>,
     ) -> Result<Survey<'_>, SetupError> {
         let code = CodeMap::read(view, &patches)?;
-        let (tasks, switches, buffer) = (Vec::new(), Vec::new(), Vec::new());
+        let (tasks, unlisted, switches, buffer) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
         let mut survey = Survey {
             finder: self,
             old,
             patches,
             code,
             tasks,
+            unlisted,
             counts: None,
             switches,
             buffer,
@@ -93,6 +97,8 @@ pub struct Survey<'q> {
     pub(super) code: CodeMap,
     /// Sorted by address.
     pub(super) tasks: Vec<Task>,
+    /// Stacks that may be in use by tasks that `tasks` does not have.
+    pub(super) unlisted: Vec<Gva>,
     /// The births and deaths up to which `tasks` is whole; none where the guest did not hold still.
     pub(super) counts: Option<Counts>,
     /// Each CPU's task switches before the last pass.
@@ -117,6 +123,7 @@ impl Survey<'_> {
                 let listed = self.finder.list.all(view, &self.finder.layout)?;
                 self.counts = listed.counts;
                 self.replace(view, listed.tasks)?;
+                self.unlisted = self.unlisted_stacks(view)?;
             }
             self.look_at_changed(view);
             // whoever bore a task during the pass may already have been looked at
@@ -158,6 +165,18 @@ impl Survey<'_> {
             self.tasks.push(task);
         }
         Ok(())
+    }
+
+    /// The stacks in use that belong to none of the tasks that are known.
+    pub(super) fn unlisted_stacks(&self, view: &dyn KernelView) -> Result<Vec<Gva>, SetupError> {
+        let Quiescence {
+            layout, cpus, stacks, ..
+        } = self.finder;
+        // a task that is dead already may have given its stack to another one
+        let stack = |task: &Task| view.read_u64(task.at.wrapping_add(layout.stack)).ok().map(Gva);
+        let mut owned: Vec<Gva> = self.tasks.iter().filter_map(stack).collect();
+        owned.sort_unstable();
+        stacks.unlisted(view, cpus, &owned)
     }
 
     /// A task that was not yet looked at.

@@ -9,6 +9,8 @@ const CPU_DATA: u64 = 0xffff_8880_1000_0000;
 const COUNTS: u64 = 0xffff_ffff_8290_0000;
 const TASKS: u64 = 0xffff_8880_2000_0000;
 const STACKS: u64 = 0xffff_c900_0000_0000;
+/// What the kernel puts at the lowest address of a stack.
+const STACK_END_MAGIC: u64 = 0x57ac_6e9d;
 const SIGNALS: u64 = 0xffff_8880_3000_0000;
 /// The code between user mode and the kernel proper.
 const ENTRY: u64 = TEXT + 0xa00;
@@ -40,13 +42,17 @@ impl Guest {
             ("runqueues", 8),
             ("hardirq_stack_ptr", 32),
             ("cea_exception_stacks", 40),
+            ("vmalloc_base", COUNTS + 24),
+            ("vmemmap_base", COUNTS + 32),
+            ("cached_stacks", 48),
             ("__entry_text_start", ENTRY),
             ("__entry_text_end", ENTRY + 0x100),
         ] {
             sample.set_symbol(name, at);
         }
         sample.offsets = vec![CPU_DATA];
-        sample.put_words(COUNTS, &[100, tasks, 1]);
+        sample.put_words(COUNTS, &[100, tasks, 1, STACKS, STACKS + (1 << 40)]);
+        sample.put_words(CPU_DATA, &[0; 8]);
         let guest = Self { sample };
         for number in 0..=tasks {
             guest.put_task(number);
@@ -69,6 +75,7 @@ impl Guest {
         let (at, signal) = (Self::at(number), SIGNALS + number * 0x100);
         self.sample.put(at, &[0; task::BYTES as usize]);
         self.sample.put(Self::stack(number), &[0; STACK_BYTES as usize]);
+        self.sample.put_words(Self::stack(number), &[STACK_END_MAGIC]);
         self.sample.put_words(at + task::STACK, &[Self::stack(number)]);
         let node = at + task::THREAD_NODE;
         self.sample.put_words(signal, &[node, node]);
@@ -362,6 +369,125 @@ fn a_new_task_at_a_dead_ones_address_is_not_taken_for_it() {
     guest.sleeps_in(3, TEXT + 0x120);
     guest.sample.put_words(COUNTS, &[101, 3]);
     assert_eq!(blocked(&guest.recheck(&mut survey, &[vcpu(None)])), [3]);
+}
+
+/// Unlinks task 4, which is asleep with a return into the old function on its stack.
+fn ends(guest: &Guest) {
+    guest.link(3);
+    guest.sample.put_words(COUNTS, &[100, 3]);
+    guest.sleeps_in(4, TEXT + 0x120);
+}
+
+fn unlisted(verdict: &Verdict) -> Option<u64> {
+    assert_eq!(verdict.blockers, []);
+    match verdict.unsure.first()?.why {
+        Why::Unlisted { stack, .. } => Some(stack.0),
+        _ => panic!("{verdict:?}"),
+    }
+}
+
+#[test]
+fn a_stack_in_an_old_function_whose_task_is_on_no_list_is_not_safe() {
+    let guest = Guest::new(4);
+    ends(&guest);
+    let finder = Quiescence::find(&guest.sample).unwrap();
+    let mut survey = guest.survey(&finder);
+    let verdict = guest.recheck(&mut survey, &[vcpu(None)]);
+    assert_eq!(unlisted(&verdict), Some(Guest::stack(4)));
+    let said = verdict.unsure[0].why.to_string();
+    assert!(
+        said.contains("no list of tasks") && said.contains("an address in old"),
+        "{said}"
+    );
+    // it goes on with something else
+    guest.sleeps_in(4, TEXT + 0x210);
+    assert!(guest.recheck(&mut survey, &[vcpu(None)]).is_safe());
+}
+
+#[test]
+fn a_stack_that_a_cpu_keeps_for_later_or_that_was_given_back_does_not_count() {
+    let guest = Guest::new(4);
+    ends(&guest);
+    let finder = Quiescence::find(&guest.sample).unwrap();
+    let mut survey = guest.survey(&finder);
+    // the second stack that the CPU keeps; its area is at 0x...700, with the stack's address behind a word
+    let area = CPU_DATA + 0x700;
+    guest.sample.put_words(area, &[0, Guest::stack(4)]);
+    guest.sample.put_words(CPU_DATA + 56, &[area]);
+    assert!(guest.recheck(&mut survey, &[vcpu(None)]).is_safe());
+    assert!(guest.recheck(&mut guest.survey(&finder), &[vcpu(None)]).is_safe());
+    guest.sample.put_words(CPU_DATA + 56, &[0]);
+    assert_eq!(
+        unlisted(&guest.recheck(&mut survey, &[vcpu(None)])),
+        Some(Guest::stack(4))
+    );
+    // RCU and vmalloc link what was given back at its start
+    guest.sample.put_words(Guest::stack(4), &[0xffff_8880_0000_1000]);
+    assert!(guest.recheck(&mut survey, &[vcpu(None)]).is_safe());
+}
+
+#[test]
+fn a_task_that_ends_after_the_survey_is_still_looked_at() {
+    let guest = Guest::new(4);
+    let finder = Quiescence::find(&guest.sample).unwrap();
+    let mut survey = guest.survey(&finder);
+    ends(&guest);
+    guest.counts(4, 1);
+    guest.runs(1, 9);
+    assert_eq!(blocked(&guest.recheck(&mut survey, &[vcpu(None)])), [4]);
+}
+
+#[test]
+fn a_task_that_was_born_and_is_at_its_end_before_the_pause_is_found() {
+    let guest = Guest::new(4);
+    let finder = Quiescence::find(&guest.sample).unwrap();
+    let mut survey = guest.survey(&finder);
+    guest.put_task(5);
+    guest.sleeps_in(5, TEXT + 0x120);
+    guest.sample.put_words(COUNTS, &[101, 4]);
+    guest.runs(1, 9);
+    assert_eq!(
+        unlisted(&guest.recheck(&mut survey, &[vcpu(None)])),
+        Some(Guest::stack(5))
+    );
+    // while another one was born that lives on
+    let mut survey = guest.survey(&finder);
+    guest.put_task(6);
+    guest.put_task(7);
+    guest.sleeps_in(6, TEXT + 0x210);
+    guest.sleeps_in(7, TEXT + 0x120);
+    guest.sleeps_in(5, TEXT + 0x210);
+    guest.sample.put_words(
+        Guest::at(6) + task::TASKS,
+        &[INIT + task::TASKS, Guest::at(4) + task::TASKS],
+    );
+    guest.sample.put_words(
+        Guest::at(4) + task::TASKS,
+        &[Guest::at(6) + task::TASKS, Guest::at(3) + task::TASKS],
+    );
+    guest.sample.put_words(
+        INIT + task::TASKS,
+        &[Guest::at(1) + task::TASKS, Guest::at(6) + task::TASKS],
+    );
+    guest.sample.put_words(COUNTS, &[103, 5]);
+    guest.runs(1, 10);
+    assert_eq!(
+        unlisted(&guest.recheck(&mut survey, &[vcpu(None)])),
+        Some(Guest::stack(7))
+    );
+}
+
+#[test]
+fn a_kernel_whose_stacks_are_not_where_they_are_looked_for_is_refused() {
+    let guest = Guest::new(4);
+    for number in 0..5 {
+        guest.sample.put_words(Guest::stack(number), &[0]);
+    }
+    let finder = Quiescence::find(&guest.sample).unwrap();
+    let error = finder
+        .survey(&guest.sample, OldCode::default(), Vec::new())
+        .unwrap_err();
+    assert!(error.to_string().contains("CONFIG_VMAP_STACK"), "{error}");
 }
 
 #[test]

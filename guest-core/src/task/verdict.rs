@@ -1,6 +1,7 @@
 //! What is said about a task, and about the guest.
 
 use super::TaskId;
+use crate::addr::Gva;
 use crate::unwind::{Frame, UnwindError};
 
 /// One context's state with regard to the old functions.
@@ -54,6 +55,16 @@ pub enum Why {
     /// The stacks of the tasks before it took all that a look may take.
     #[error("the guest has more stacks to unwind than are looked at")]
     TooManyFrames,
+    /// A stack whose task is on no list has what it must not have.
+    #[error(
+        "a task that no list of tasks names, most likely because it is ending, has {holds} on its kernel stack at {stack}"
+    )]
+    Unlisted {
+        /// Its lowest address.
+        stack: Gva,
+        /// What it holds.
+        holds: String,
+    },
     /// There is no vCPU for a CPU that the kernel has online.
     #[error("CPU {cpu} is online, but no vCPU is in its context")]
     NoVcpu {

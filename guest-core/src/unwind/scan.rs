@@ -65,7 +65,7 @@ impl OldCode {
     }
 
     /// The function that a word belongs to, were it either.
-    fn at_word(&self, word: u64) -> Option<&OldFunction> {
+    pub(crate) fn at_word(&self, word: u64) -> Option<&OldFunction> {
         if word < self.span.start || word > self.span.end {
             return None;
         }

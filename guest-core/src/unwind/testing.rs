@@ -5,6 +5,7 @@ use crate::addr::{Gpa, Gva};
 use crate::btf::Btf;
 use crate::btf::builder::{Builder, KIND_FLAG, STRUCT};
 use crate::memory::{MemoryError, VirtMemory};
+use crate::paging::{PAGE_SIZE, PMD_SIZE, SmallTableVisitor};
 use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -155,6 +156,7 @@ pub(crate) fn basic_types(b: &mut Builder) {
         "inactive_task_frame",
         &["r15", "r14", "r13", "r12", "bx", "bp", "ret_addr"],
     );
+    words(b, "vm_struct", &["next", "addr"]);
     words(b, "rq", &["curr", "idle", "nr_switches"]);
     words(b, "ftrace_ret_stack", &["ret", "func", "retp"]);
     words(b, "rethook_node", &["llist", "ret_addr", "frame"]);
@@ -266,6 +268,24 @@ impl KernelView for Sample {
 
     fn physical(&self, at: Gva) -> Option<Gpa> {
         Some(Gpa(at.0))
+    }
+
+    /// Pages that lie in one piece of memory are mapped.
+    fn visit_small_tables(
+        &self,
+        range: &Range<Gva>,
+        _tables_max: usize,
+        visit: &mut SmallTableVisitor<'_>,
+    ) -> Result<bool, MemoryError> {
+        let mut tables: BTreeMap<u64, Vec<Option<Gpa>>> = BTreeMap::new();
+        for (&start, bytes) in self.memory.borrow().range(range.start.0..range.end.0) {
+            for at in (start..start + bytes.len() as u64).step_by(PAGE_SIZE as usize) {
+                let table = tables.entry(at & !(PMD_SIZE - 1)).or_insert_with(|| vec![None; 512]);
+                table[(at % PMD_SIZE / PAGE_SIZE) as usize] = Some(Gpa(at));
+            }
+        }
+        tables.iter().for_each(|(&at, pages)| visit(Gva(at), pages));
+        Ok(true)
     }
 
     fn read_physical(&self, at: Gpa, buf: &mut [u8]) -> Result<(), MemoryError> {

@@ -4,6 +4,7 @@ use crate::addr::{Gpa, Gva};
 use crate::btf::Btf;
 use crate::kernel::Live;
 use crate::memory::{MemoryError, VirtMemory};
+use crate::paging::SmallTableVisitor;
 use std::ops::Range;
 
 /// A kernel as seen from here: its memory, its symbols and its types.
@@ -22,6 +23,16 @@ pub trait KernelView: VirtMemory {
 
     /// The guest-physical address of kernel data that is never moved; `None` where it is not mapped.
     fn physical(&self, at: Gva) -> Option<Gpa>;
+
+    /// Visits the kernel's last-level page tables for `range`: see [`AddressSpace::visit_small_tables`].
+    ///
+    /// [`AddressSpace::visit_small_tables`]: crate::paging::AddressSpace::visit_small_tables
+    fn visit_small_tables(
+        &self,
+        range: &Range<Gva>,
+        tables_max: usize,
+        visit: &mut SmallTableVisitor<'_>,
+    ) -> Result<bool, MemoryError>;
 
     /// Reads guest-physical memory.
     fn read_physical(&self, at: Gpa, buf: &mut [u8]) -> Result<(), MemoryError>;
@@ -48,6 +59,17 @@ impl KernelView for Live<'_> {
 
     fn physical(&self, at: Gva) -> Option<Gpa> {
         Live::physical(self, at).ok().map(|(gpa, _)| gpa)
+    }
+
+    fn visit_small_tables(
+        &self,
+        range: &Range<Gva>,
+        tables_max: usize,
+        visit: &mut SmallTableVisitor<'_>,
+    ) -> Result<bool, MemoryError> {
+        self.kernel
+            .space
+            .visit_small_tables(self.memory, range, tables_max, visit)
     }
 
     fn read_physical(&self, at: Gpa, buf: &mut [u8]) -> Result<(), MemoryError> {

@@ -20,6 +20,10 @@ pub const IMAGE: u64 = 0xffff_ffff_9200_0000;
 pub const IMAGE_GPA: u64 = 0x20_0000;
 /// First byte of the direct map.
 pub const DIRECT: u64 = 0xffff_8880_0000_0000;
+/// First byte of the vmalloc area; it maps the heap from [`VMALLOC_HEAP`] on, up to 32 pages, with a hole behind each four.
+pub const VMALLOC: u64 = 0xffff_c900_0000_0000;
+/// Where in the heap that lies.
+pub const VMALLOC_HEAP: u64 = 0x1a_0000;
 /// Bytes of RAM.
 pub const RAM_BYTES: usize = 16 << 20;
 /// Guest-physical start of what is not the image.
@@ -173,6 +177,8 @@ impl Guest {
 pub fn gpa(at: u64) -> u64 {
     if at >= IMAGE {
         at - IMAGE + IMAGE_GPA
+    } else if at >= VMALLOC {
+        at - VMALLOC + HEAP_GPA + VMALLOC_HEAP
     } else {
         at - DIRECT
     }
@@ -311,6 +317,8 @@ impl Build {
         let text = format!("OSRELEASE={RELEASE}\nPAGESIZE=4096\nSYMBOL(_stext)={IMAGE:x}\n");
         let words = [
             ("page_offset_base", DIRECT),
+            ("vmalloc_base", VMALLOC),
+            ("vmemmap_base", VMALLOC + (1 << 40)),
             ("nr_cpu_ids", 0xdead_0000_0000_0002),
             ("vmcoreinfo_data", WORDS + 0x1000),
             ("vmcoreinfo_size", text.len() as u64),
@@ -497,6 +505,7 @@ impl Build {
             }
             self.put_u64(top + 511 * 8, gpa(upper) | 0x63);
             self.put_u64(upper + 510 * 8, gpa(middle) | 0x63);
+            self.map_vmalloc(top);
             let slot = |at: u64| middle + (at - 0xffff_ffff_8000_0000) / 0x20_0000 * 8;
             if user {
                 self.map_user_pages(slot(ENTRY), slot(IDT));
@@ -516,6 +525,17 @@ impl Build {
             }
         }
         gpa(TOP_TABLE) + if self.choice.isolated { user_half } else { 0 }
+    }
+
+    fn map_vmalloc(&mut self, top: u64) {
+        let tables = DATA + 0xc000;
+        self.put_u64(top + (VMALLOC >> 39 & 0x1ff) * 8, gpa(tables) | 0x63);
+        self.put_u64(tables, gpa(tables + 0x1000) | 0x63);
+        self.put_u64(tables + 0x1000, gpa(tables + 0x2000) | 0x63);
+        for page in (0..32).filter(|page| page % 8 < 4) {
+            let at = VMALLOC + 4096 * page;
+            self.put_u64(tables + 0x2000 + 8 * page, gpa(at) | 1 << 63 | 0x63);
+        }
     }
 
     /// User tables map one page of entry code and the interrupt table.

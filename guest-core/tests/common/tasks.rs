@@ -1,6 +1,6 @@
 //! Tasks of the made-up guest: two idle ones, and processes that sleep, each with a stack that unwinds to its end.
 
-use super::guest::{DATA, FUNCTIONS, Guest, heap, per_cpu_area};
+use super::guest::{DATA, FUNCTIONS, Guest, VMALLOC, heap, per_cpu_area};
 
 /// Where `init_task` lies.
 pub const INIT_TASK: u64 = DATA + 0x5_0000;
@@ -22,7 +22,7 @@ pub fn process(number: u64) -> Task {
     let at = heap(0x8_0000 + 0x1000 * number);
     Task {
         at,
-        stack: heap(0xc_0000 + STACK * number),
+        stack: VMALLOC + 2 * STACK * number,
         pid: 100 + number as u32,
     }
 }
@@ -77,6 +77,7 @@ pub fn write(guest: &Guest, task: Task, comm: &str, returns: &[u64]) {
     for (index, word) in words.into_iter().enumerate() {
         guest.put_u64(sp + 8 * index as u64, word);
     }
+    guest.put_u64(task.stack, 0x57ac_6e9d);
     guest.put_u64(task.at + 32, task.stack);
     guest.put(task.at + 80, &task.pid.to_le_bytes());
     guest.put(task.at + 84, &task.pid.to_le_bytes());

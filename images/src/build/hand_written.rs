@@ -41,6 +41,14 @@ pub fn own(tree: &KernelTree) -> Result<PathBuf, Error> {
         .build(tree)
 }
 
+/// Builds the livepatch module `test_exit_tail`: in its `proc_exit_connector` a task named `exit_tail` sleeps for 25 seconds, when no
+/// list of tasks names it any more. Returns the `.ko` in the cache.
+pub fn exit_tail(tree: &KernelTree) -> Result<PathBuf, Error> {
+    Module::new("test-exit-tail")
+        .source("exit_tail", text!("exit_tail"))
+        .build(tree)
+}
+
 /// Builds a module `test_many` that replaces each of these system calls by a function of its own. Returns the `.ko` in the cache.
 pub fn many(tree: &KernelTree, functions: &[String]) -> Result<PathBuf, Error> {
     let mut text = "#include \"livepatch.h\"\n\nstatic unsigned long calls;\n".to_owned();

@@ -10,6 +10,7 @@
 //! - `load` keeps memory, a disk and a TCP port busy, and checks what it does.
 //! - `insmods`, `forks`, `oom` and `fexit` are what a guest does in a storm: modules loaded and unloaded, tasks that end, memory that
 //!   runs out, BPF programs. Each repeats its round until SIGTERM, then prints `rounds N wrong N`.
+//! - `exit_tail` leaves a task behind that sleeps at its end, in the function of the module, and prints `unlisted`.
 //! - `pause sleep` prints `sleeping`, sleeps in the function of the module until SIGUSR1, then prints its line.
 
 use std::fs;
@@ -20,8 +21,9 @@ use crate::cache::{self, Cache};
 use crate::command;
 
 /// Names and texts of all programs.
-const PROGRAMS: [(&str, &str); 25] = [
+const PROGRAMS: [(&str, &str); 26] = [
     ("assoclen", include_str!("../../programs/assoclen.c")),
+    ("exit_tail", include_str!("../../programs/exit_tail.c")),
     ("faults", include_str!("../../programs/faults.c")),
     ("fexit", include_str!("../../programs/fexit.c")),
     ("forks", include_str!("../../programs/forks.c")),
