@@ -2,12 +2,14 @@
 
 mod common;
 
-use common::guest::{BANNER, Choice, DATA, END, FUNCTIONS, Guest, HEAP_GPA, IMAGE, RELEASE, RODATA, gpa, per_cpu_area};
+use common::guest::{
+    BANNER, Choice, DATA, END, FUNCTIONS, Guest, HEAP_GPA, IMAGE, IMAGE_GPA, RELEASE, RODATA, gpa, heap, per_cpu_area,
+};
 use common::kallsyms::{RELEASES, Release};
 use guest_core::kernel::KernelError;
 use guest_core::kernel::image::{ImageError, WINDOW};
 use guest_core::kernel::kallsyms::KallsymsError;
-use guest_core::{Gva, Kernel, Registers};
+use guest_core::{Gpa, Gva, Kernel, Registers};
 
 /// No guest makes finding its kernel read more often than this.
 const READS_MAX: u64 = 20_000;
@@ -94,6 +96,65 @@ fn one_vcpu_in_the_kernel_is_enough() {
         },
     );
     assert!(find(&guest).is_ok());
+}
+
+/// A guest whose vCPU 1 has tables of its own, which map an image 2 MiB below the first in guest-physical memory, with the same
+/// interrupt table: as after a crash, where one vCPU boots another kernel and the other one is halted in that which crashed.
+fn with_two_kernels() -> Guest {
+    let mut guest = Guest::new();
+    let [top, upper, middle] = [0x1c_0000, 0x1c_1000, 0x1c_2000].map(heap);
+    guest.put_u64(top + 511 * 8, gpa(upper) | 0x63);
+    guest.put_u64(upper + 510 * 8, gpa(middle) | 0x63);
+    for part in 0..6 {
+        let slot = (IMAGE - 0xffff_ffff_8000_0000) / 0x20_0000 + part;
+        guest.put_u64(middle + 8 * slot, (IMAGE_GPA - 0x20_0000 + 0x20_0000 * part) | 0xe3);
+    }
+    guest.vcpus[1].cr3 = gpa(top);
+    guest.vcpus[1].idt_base += 0x20_0000;
+    guest
+}
+
+#[test]
+fn vcpus_that_run_different_kernels_are_a_refusal_by_name_whichever_is_first() {
+    let mut guest = with_two_kernels();
+    let (one, other) = (Gpa(IMAGE_GPA), Gpa(IMAGE_GPA - 0x20_0000));
+    let found = |guest: &Guest| match image_error(guest) {
+        ImageError::Different {
+            vcpu: 0,
+            at,
+            other_vcpu: 1,
+            other_at,
+        } => (at, other_at),
+        error => panic!("{error}"),
+    };
+    assert_eq!(found(&guest), (one, other));
+    guest.vcpus.swap(0, 1);
+    assert_eq!(found(&guest), (other, one));
+}
+
+#[test]
+fn vcpus_of_a_nested_guest_of_firmware_or_not_started_do_not_hide_the_kernel_of_another_one() {
+    for registers in [
+        Registers::default(),
+        // a nested guest: its tables are not there, its interrupt table may be anything
+        Registers {
+            efer: 0xd01,
+            cr3: 0x1000,
+            idt_base: u64::MAX,
+            ..Registers::default()
+        },
+        Registers {
+            efer: 0xd01,
+            cr3: gpa(heap(0x1d_0000)),
+            ..Registers::default()
+        },
+    ] {
+        for other in 0..2 {
+            let mut guest = Guest::new();
+            guest.vcpus[other] = registers;
+            assert_eq!(guest.kernel().release, RELEASE);
+        }
+    }
 }
 
 #[test]

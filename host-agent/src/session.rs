@@ -19,7 +19,7 @@ use guest_core::place::{Cave, Entry, Record, Registry, State, cave};
 use guest_core::plan::{self, ApplyOptions, Plan};
 use guest_core::{Kernel, Registers};
 use std::path::{Path, PathBuf};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 /// Longest pause before vmpatch resumes the guest without having written, to try again. Far above what a pause takes, even on a host
 /// whose processors are all busy; a guest that stands longer than this is noticed by whoever uses it.
@@ -30,8 +30,11 @@ pub(crate) const LOCK_TIME_MAX: Duration = Duration::from_secs(5);
 const PLANS_MAX: usize = 8;
 /// How long it is tried to take back what was cut off.
 const RECOVERY_TIME_MAX: Duration = Duration::from_secs(10);
-/// How often the kernel is looked for: what is read while the guest runs may belong to a process that just ends.
-const FIND_TRIES: usize = 5;
+/// How long the kernel is looked for: what is read while the guest runs may belong to a process that just ends, or to a nested
+/// guest that all vCPUs run, which leaves them for short moments only.
+const FIND_TIME: Duration = Duration::from_secs(2);
+/// Pause between two looks for it.
+const FIND_WAIT: Duration = Duration::from_millis(2);
 
 /// Which guest, and where its QMP socket is.
 #[derive(Debug, Clone)]
@@ -425,14 +428,13 @@ fn not_resumed(id: String, doing: &'static str, settled: Option<Effect>, source:
 }
 
 fn find_kernel(attached: &Attached) -> Result<(Kernel, Vec<Registers>), Failure> {
-    let mut tries = 0;
+    let start = Instant::now();
     loop {
         let vcpus = attached.registers_running()?;
-        tries += 1;
         match Kernel::find(attached.memory(), &vcpus) {
             Ok(kernel) => return Ok((kernel, vcpus)),
-            Err(error) if tries == FIND_TRIES => return Err(error.into()),
-            Err(_) => {}
+            Err(error) if start.elapsed() > FIND_TIME => return Err(error.into()),
+            Err(_) => std::thread::sleep(FIND_WAIT),
         }
     }
 }

@@ -91,6 +91,11 @@ impl Modules {
         text(hand_written::exit_tail(&self.tree).expect("the module builds"))
     }
 
+    /// The one that replaces ioctl(), in which the threads of hypervisors are.
+    pub fn ioctl(&self) -> String {
+        text(hand_written::ioctl(&self.tree).expect("the module builds"))
+    }
+
     /// One that replaces each of these system calls.
     pub fn many(&self, functions: &[String]) -> String {
         text(hand_written::many(&self.tree, functions).expect("the module builds"))

@@ -31,7 +31,7 @@ const GATES: u64 = 32;
 pub enum ImageError {
     /// No vCPU runs in 64-bit mode.
     #[error(
-        "no vCPU is in 64-bit mode (CR0 {cr0:#x}, EFER {efer:#x}): the guest is in firmware, a boot loader or early boot"
+        "no vCPU is in 64-bit mode (CR0 {cr0:#x}, EFER {efer:#x}): the guest is in firmware, a boot loader or early boot, or its vCPUs run nested guests"
     )]
     NotLongMode {
         /// CR0 of the first vCPU.
@@ -41,7 +41,7 @@ pub enum ImageError {
     },
     /// The interrupt table does not lead into the window where Linux lives.
     #[error(
-        "the interrupt table at {idt} leads to {handler}, outside of Linux's kernel window {:#x}-{:#x}: no running Linux kernel, or one that has only begun to start",
+        "the interrupt table at {idt} leads to {handler}, outside of Linux's kernel window {:#x}-{:#x}: no running Linux kernel, one that has only begun to start, or a nested guest",
         WINDOW.start.0, WINDOW.end.0
     )]
     NotLinux {
@@ -51,12 +51,27 @@ pub enum ImageError {
         handler: Gva,
     },
     /// The table or the mapping could not be read.
-    #[error("reading the interrupt table at {idt}")]
+    #[error("reading the interrupt table at {idt}, which is no Linux kernel's, or a nested guest's")]
     Unreadable {
         /// Base of the table.
         idt: Gva,
         /// Why.
         source: MemoryError,
+    },
+    /// Two vCPUs run different kernels.
+    #[error(
+        "vCPU {vcpu} runs a kernel at {at} and vCPU {other_vcpu} another one at {other_at} (guest-physical): after a crash or a \
+         kexec, vCPUs stay halted in the kernel that is gone; such a guest is not patched"
+    )]
+    Different {
+        /// Index of the first vCPU.
+        vcpu: usize,
+        /// Where its image lies.
+        at: Gpa,
+        /// Index of the other vCPU.
+        other_vcpu: usize,
+        /// Where that one's image lies.
+        other_at: Gpa,
     },
     /// What is mapped around the handler is too small for a kernel.
     #[error(
@@ -103,7 +118,12 @@ pub struct Image {
 }
 
 impl Image {
-    /// Finds the image through any vCPU that is in 64-bit mode.
+    /// Finds the image through the vCPUs that are in 64-bit mode.
+    ///
+    /// A vCPU that leads to no image does not count as long as another one does: it may be in firmware, not started yet, or run
+    /// a nested guest, whose tables are the nested guest's. Those that lead to an image must all lead to the same one. In a kdump
+    /// kernel the vCPUs that did not crash are halted in the kernel that did (`nmi_shootdown_cpus`, arch/x86/kernel/reboot.c), so
+    /// that neither can be told to be the guest's.
     ///
     /// Each vCPU's tables are tried as they are and with the PTI user bit cleared, and the larger mapping wins: user
     /// tables map the entry code only. Errors: [`ImageError`], for the vCPU that came furthest.
@@ -113,7 +133,11 @@ impl Image {
             cr0: first.cr0,
             efer: first.efer,
         };
-        for vcpu in vcpus.iter().filter(|vcpu| vcpu.efer & EFER_LMA != 0) {
+        let mut found: Option<(usize, Image)> = None;
+        for (index, vcpu) in vcpus.iter().enumerate().filter(|(_, vcpu)| vcpu.efer & EFER_LMA != 0) {
+            if found.as_ref().is_some_and(|(_, image)| image.is_of(memory, vcpu)) {
+                continue;
+            }
             let mut best: Option<Image> = None;
             for cr3 in [vcpu.cr3 & !PTI_USER_BIT, vcpu.cr3] {
                 let space = AddressSpace::from_control_registers(cr3, vcpu.cr4);
@@ -123,13 +147,38 @@ impl Image {
                     Err(error) => failure = error,
                 }
             }
-            match best {
-                Some(_) if vcpu.efer & EFER_NXE == 0 => return Err(ImageError::NoExecuteDisable { efer: vcpu.efer }),
-                Some(image) => return Ok(image),
-                None => {}
+            match (&found, best) {
+                (_, Some(_)) if vcpu.efer & EFER_NXE == 0 => {
+                    return Err(ImageError::NoExecuteDisable { efer: vcpu.efer });
+                }
+                (Some((vcpu, first)), Some(other)) if first.base() != other.base() => {
+                    return Err(ImageError::Different {
+                        vcpu: *vcpu,
+                        at: first.base(),
+                        other_vcpu: index,
+                        other_at: other.base(),
+                    });
+                }
+                (None, Some(image)) => found = Some((index, image)),
+                _ => {}
             }
         }
-        Err(failure)
+        found.map(|(_, image)| image).ok_or(failure)
+    }
+
+    /// True where a vCPU's interrupt table leads into this image.
+    fn is_of(&self, memory: &dyn PhysMemory, vcpu: &Registers) -> bool {
+        [vcpu.cr3 & !PTI_USER_BIT, vcpu.cr3].into_iter().any(|cr3| {
+            let space = AddressSpace::from_control_registers(cr3, vcpu.cr4);
+            let handler = handler(&MappedMemory { memory, space }, Gva(vcpu.idt_base));
+            let at = handler.and_then(|at| Ok((at, space.translate(memory, at)?.gpa)));
+            at.is_ok_and(|(at, gpa)| self.physical(at) == Some(gpa))
+        })
+    }
+
+    /// Where the image lies in guest-physical memory; no two kernels share it.
+    fn base(&self) -> Gpa {
+        Gpa(self.start().0.wrapping_sub(self.distance))
     }
 
     /// Bytes mapped.

@@ -1,7 +1,7 @@
 //! CPUs: which one a vCPU is, what runs on it, and its stacks.
 
 use super::layout::irq_stack_bytes;
-use crate::addr::Gva;
+use crate::addr::{Gpa, Gva};
 use crate::btf::Member;
 use crate::unwind::{KernelView, SetupError, Stack, StackKind};
 use crate::vcpu::Registers;
@@ -27,14 +27,18 @@ const IRQ_STACK: [(&str, &str, &str); 2] = [
 const CPU_STACK_BYTES_MAX: u64 = 64 << 10;
 /// Stacks start and end on pages.
 const PAGE_BYTES: u64 = 4096;
+/// Where a system call enters the kernel: in the tables of user mode, too, where these are apart (arch/x86/mm/pti.c:
+/// `pti_clone_entry_text`, since 4.15).
+const SYSTEM_CALL: &str = "entry_SYSCALL_64";
 /// EFER bit 10: the vCPU is in long mode.
 const EFER_LMA: u64 = 1 << 10;
 
 /// What a stopped vCPU is, in the kernel's terms.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Place {
-    /// Not started by this kernel, or stopped by it: in firmware, or waiting for its start.
-    Off,
+    /// Not in this kernel, nor in its user mode: waiting for its start, in firmware, halted in a kernel that is gone, or in a
+    /// nested guest, whose registers these are.
+    Elsewhere,
     /// In user mode, on that CPU; no CPU where the VMM does not tell the kernel's GS base.
     User(Option<usize>),
     /// In the kernel, on that CPU.
@@ -60,6 +64,8 @@ pub(super) struct Cpus {
     run_queue_switches: u64,
     online: Gva,
     entry_text: Option<Range<Gva>>,
+    /// The first instruction of a system call, which all of the kernel's page tables map, and where it lies.
+    system_call: (Gva, Option<Gpa>),
 }
 
 impl Cpus {
@@ -92,6 +98,7 @@ impl Cpus {
             run_queue_idle: queue.offset("idle")?,
             run_queue_switches: queue.offset("nr_switches")?,
             online: symbol("__cpu_online_mask")?,
+            system_call: (symbol(SYSTEM_CALL)?, view.physical(symbol(SYSTEM_CALL)?)),
             entry_text: view
                 .symbol("__entry_text_start")
                 .zip(view.symbol("__entry_text_end"))
@@ -106,14 +113,22 @@ impl Cpus {
 
     /// Which CPU a vCPU is. The kernel's GS base is the CPU's per-CPU offset; in user mode it is set aside, where no
     /// user can change it. In the entry code it may be either, and a user may have set the other to any value.
-    pub fn place(&self, registers: &Registers) -> Place {
-        if registers.efer & EFER_LMA == 0 {
-            return Place::Off;
+    ///
+    /// A vCPU that runs a nested guest has that guest's CR3, mode and GS bases, and says nothing of the thread that started it,
+    /// which is in the kernel. The nested guest's CR3 means memory of the nested guest, and so leads nowhere, or elsewhere.
+    pub fn place(&self, view: &dyn KernelView, registers: &Registers) -> Place {
+        let (at, there) = self.system_call;
+        if registers.efer & EFER_LMA == 0 || view.seen_by_vcpu(registers.cr3, registers.cr4, at) != there {
+            return Place::Elsewhere;
         }
         let cpu = |base: u64| self.offsets.iter().position(|&offset| offset == base);
         let (active, aside) = (cpu(registers.gs_base), cpu(registers.kernel_gs_base));
         if registers.in_user_mode() {
-            return Place::User(aside);
+            // 0 where the VMM does not tell it
+            return match registers.kernel_gs_base {
+                0 => Place::User(None),
+                _ => aside.map_or(Place::Elsewhere, |cpu| Place::User(Some(cpu))),
+            };
         }
         match (active, aside) {
             (Some(active), None) => Place::Kernel(active),

@@ -68,9 +68,9 @@ impl Survey<'_> {
         let mut vcpu_of: Vec<Option<usize>> = vec![None; cpus.count()];
         let mut in_user_mode_somewhere = 0;
         for (vcpu, registers) in vcpus.iter().enumerate() {
-            let place = cpus.place(registers);
+            let place = cpus.place(view, registers);
             let cpu = match place {
-                Place::Off => continue,
+                Place::Elsewhere => continue,
                 Place::User(None) => {
                     in_user_mode_somewhere += 1;
                     continue;

@@ -1,6 +1,6 @@
 use super::*;
 use crate::memory::VirtMemory;
-use crate::unwind::testing::{STACK_BYTES, Sample, TEXT, entry, task};
+use crate::unwind::testing::{OTHER_TABLES, STACK_BYTES, Sample, TEXT, entry, task};
 use crate::unwind::{OldCode, OldFunction};
 use crate::vcpu::Registers;
 
@@ -47,6 +47,7 @@ impl Guest {
             ("cached_stacks", 48),
             ("__entry_text_start", ENTRY),
             ("__entry_text_end", ENTRY + 0x100),
+            ("entry_SYSCALL_64", ENTRY),
         ] {
             sample.set_symbol(name, at);
         }
@@ -305,6 +306,50 @@ fn contexts_that_are_not_understood_are_not_safe() {
     };
     assert!(guest.recheck(&mut guest.survey(&finder), &[untold]).is_safe());
     assert_eq!(why(&[untold, untold]), Why::NoVcpu { cpu: 0 });
+}
+
+#[test]
+fn a_vcpu_that_runs_a_nested_guest_is_not_in_user_mode_of_this_kernel() {
+    let guest = Guest::new(2);
+    let finder = Quiescence::find(&guest.sample).unwrap();
+    let nested = |registers: Registers| {
+        let verdict = guest.recheck(&mut guest.survey(&finder), &[registers]);
+        verdict.unsure.first().map(|unsure| unsure.why.clone())
+    };
+    let user = vcpu(None);
+    assert_eq!(nested(user), None);
+    let cases = [
+        // in its user mode: its tables, and no GS base, its own, or one that is equal to this kernel's
+        Registers {
+            cr3: OTHER_TABLES,
+            kernel_gs_base: 0,
+            ..user
+        },
+        Registers {
+            cr3: OTHER_TABLES,
+            kernel_gs_base: 0x7000,
+            ..user
+        },
+        Registers {
+            cr3: OTHER_TABLES,
+            ..user
+        },
+        // its tables may lead to the same place, but then its GS base is another one
+        Registers {
+            kernel_gs_base: 0x7000,
+            ..user
+        },
+        // in its kernel
+        Registers {
+            cr3: OTHER_TABLES,
+            ..vcpu(Some((TEXT + 0x10, Guest::stack(1) + 0x3f40)))
+        },
+        // in real mode
+        Registers { efer: 0, cs: 0, ..user },
+    ];
+    for registers in cases {
+        assert_eq!(nested(registers), Some(Why::NoVcpu { cpu: 0 }), "{registers:x?}");
+    }
 }
 
 #[test]

@@ -65,8 +65,8 @@ pub enum Why {
         /// What it holds.
         holds: String,
     },
-    /// There is no vCPU for a CPU that the kernel has online.
-    #[error("CPU {cpu} is online, but no vCPU is in its context")]
+    /// No vCPU is in the context of a CPU that the kernel has online, so that what its thread is doing can't be seen.
+    #[error("CPU {cpu} is online, but no vCPU is in its context: it runs a nested guest, or firmware")]
     NoVcpu {
         /// The CPU.
         cpu: usize,

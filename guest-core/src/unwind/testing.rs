@@ -18,6 +18,8 @@ const IPS: u64 = 0xffff_ffff_8200_0000;
 const ENTRIES: u64 = 0xffff_ffff_8210_0000;
 /// One past the image.
 pub(crate) const IMAGE_END: u64 = 0xffff_ffff_8300_0000;
+/// CR3 of page tables that are not this kernel's.
+pub(crate) const OTHER_TABLES: u64 = 0xbad_0000;
 /// `THREAD_SIZE` and `IRQ_STACK_SIZE`.
 pub(crate) const STACK_BYTES: u64 = 16384;
 
@@ -268,6 +270,10 @@ impl KernelView for Sample {
 
     fn physical(&self, at: Gva) -> Option<Gpa> {
         Some(Gpa(at.0))
+    }
+
+    fn seen_by_vcpu(&self, cr3: u64, _cr4: u64, at: Gva) -> Option<Gpa> {
+        (cr3 != OTHER_TABLES).then_some(Gpa(at.0))
     }
 
     /// Pages that lie in one piece of memory are mapped.

@@ -4,7 +4,7 @@ use crate::addr::{Gpa, Gva};
 use crate::btf::Btf;
 use crate::kernel::Live;
 use crate::memory::{MemoryError, VirtMemory};
-use crate::paging::SmallTableVisitor;
+use crate::paging::{AddressSpace, SmallTableVisitor};
 use std::ops::Range;
 
 /// A kernel as seen from here: its memory, its symbols and its types.
@@ -23,6 +23,9 @@ pub trait KernelView: VirtMemory {
 
     /// The guest-physical address of kernel data that is never moved; `None` where it is not mapped.
     fn physical(&self, at: Gva) -> Option<Gpa>;
+
+    /// Where an address leads through the page tables that a vCPU's CR3 and CR4 name; `None` where it is not mapped.
+    fn seen_by_vcpu(&self, cr3: u64, cr4: u64, at: Gva) -> Option<Gpa>;
 
     /// Visits the kernel's last-level page tables for `range`: see [`AddressSpace::visit_small_tables`].
     ///
@@ -59,6 +62,11 @@ impl KernelView for Live<'_> {
 
     fn physical(&self, at: Gva) -> Option<Gpa> {
         Live::physical(self, at).ok().map(|(gpa, _)| gpa)
+    }
+
+    fn seen_by_vcpu(&self, cr3: u64, cr4: u64, at: Gva) -> Option<Gpa> {
+        let space = AddressSpace::from_control_registers(cr3, cr4);
+        space.translate(self.memory, at).ok().map(|there| there.gpa)
     }
 
     fn visit_small_tables(

@@ -269,6 +269,7 @@ impl Build {
         self.put(CAVE, &vec![0xcc; 0x10_0000]);
         self.name('T', "__entry_text_start", ENTRY);
         self.name('t', "asm_exc_divide_error", ENTRY + 0x100);
+        self.name('T', "entry_SYSCALL_64", ENTRY + 0x180);
         self.name('T', "__entry_text_end", ENTRY + 0x1000);
     }
 

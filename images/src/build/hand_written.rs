@@ -41,6 +41,11 @@ pub fn own(tree: &KernelTree) -> Result<PathBuf, Error> {
         .build(tree)
 }
 
+/// Builds the livepatch module `test_ioctl`, which replaces `__x64_sys_ioctl`. Returns the `.ko` in the cache.
+pub fn ioctl(tree: &KernelTree) -> Result<PathBuf, Error> {
+    Module::new("test-ioctl").source("ioctl", text!("ioctl")).build(tree)
+}
+
 /// Builds the livepatch module `test_exit_tail`: in its `proc_exit_connector` a task named `exit_tail` sleeps for 25 seconds, when no
 /// list of tasks names it any more. Returns the `.ko` in the cache.
 pub fn exit_tail(tree: &KernelTree) -> Result<PathBuf, Error> {

@@ -11,6 +11,7 @@
 //! - `insmods`, `forks`, `oom` and `fexit` are what a guest does in a storm: modules loaded and unloaded, tasks that end, memory that
 //!   runs out, BPF programs. Each repeats its round until SIGTERM, then prints `rounds N wrong N`.
 //! - `exit_tail` leaves a task behind that sleeps at its end, in the function of the module, and prints `unlisted`.
+//! - `nested` runs a guest of its own by `/dev/kvm`, which never leaves its user mode, and prints `running`.
 //! - `pause sleep` prints `sleeping`, sleeps in the function of the module until SIGUSR1, then prints its line.
 
 use std::fs;
@@ -21,7 +22,7 @@ use crate::cache::{self, Cache};
 use crate::command;
 
 /// Names and texts of all programs.
-const PROGRAMS: [(&str, &str); 26] = [
+const PROGRAMS: [(&str, &str); 27] = [
     ("assoclen", include_str!("../../programs/assoclen.c")),
     ("exit_tail", include_str!("../../programs/exit_tail.c")),
     ("faults", include_str!("../../programs/faults.c")),
@@ -33,6 +34,7 @@ const PROGRAMS: [(&str, &str); 26] = [
     ("lsrr", include_str!("../../programs/lsrr.c")),
     ("msgid", include_str!("../../programs/msgid.c")),
     ("oom", include_str!("../../programs/oom.c")),
+    ("nested", include_str!("../../programs/nested.c")),
     ("pair", include_str!("../../programs/pair.c")),
     ("pause", include_str!("../../programs/pause.c")),
     ("printk", include_str!("../../programs/printk.c")),
