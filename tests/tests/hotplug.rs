@@ -1,0 +1,207 @@
+//! What is plugged into a guest, and out of it, after it was patched: each time `status` and `revert` work, and so does `apply`.
+
+use std::sync::LazyLock;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use e2e::bed;
+use e2e::kit::{self, Modules};
+use e2e::monitor::Monitor;
+use e2e::probe::{Seen, see};
+use e2e::report::states;
+use e2e::vmpatch::Vmpatch;
+use images::build::Cve;
+use images::guest::{Guest, GuestConfig};
+use images::kernel::Kernel;
+use serde_json::{Value, json};
+
+/// How long a guest may take to let go of what is unplugged.
+const UNPLUG_LIMIT: Duration = Duration::from_secs(30);
+
+static MODULES: LazyLock<Modules> = LazyLock::new(|| Modules::of(&Kernel::CLOUD_6_1));
+
+/// A patched guest in which things change.
+struct Patched {
+    guest: Guest,
+    vmpatch: Vmpatch,
+    monitor: Monitor,
+    applied: Value,
+}
+
+impl Patched {
+    fn new(words: &str) -> Self {
+        let mut config = kit::guest(Kernel::CLOUD_6_1).append("memhp_default_state=online");
+        // Its PCI bus takes devices while it runs.
+        config.machine = "pc".to_owned();
+        let guest = Guest::boot(words.split(' ').fold(config, GuestConfig::qemu_arg)).unwrap();
+        let vmpatch = Vmpatch::on(&guest);
+        let monitor = Monitor::second(&guest);
+        let applied = vmpatch.apply(&MODULES.cve(Cve::Y2026N52928));
+        Self {
+            guest,
+            vmpatch,
+            monitor,
+            applied,
+        }
+    }
+
+    #[track_caller]
+    fn call(&mut self, command: &str, arguments: Value) -> Value {
+        self.monitor.call(command, arguments).unwrap()
+    }
+
+    /// Adds a backend of that kind and size.
+    #[track_caller]
+    fn backend(&mut self, kind: &str, id: &str, mib: u64) {
+        let kind = format!("memory-backend-{kind}");
+        self.call("object-add", json!({"qom-type": kind, "id": id, "size": mib << 20}));
+    }
+
+    /// Unplugs a device, and waits until the guest has let go of it.
+    #[track_caller]
+    fn unplug(&mut self, id: &str) {
+        self.monitor.forget_events();
+        self.call("device_del", json!({"id": id}));
+        assert!(self.monitor.wait_for_event("DEVICE_DELETED", UNPLUG_LIMIT), "{id}");
+    }
+
+    /// After a change: the patch is seen, reverted, and applied again.
+    #[track_caller]
+    fn still_works(&mut self, after: &str) {
+        let status = self.vmpatch.run(&["status", "--json"]);
+        assert_eq!(status.code, Some(0), "after {after}: {status}");
+        assert_eq!(states(&status.json()), states(&self.applied), "after {after}");
+        let reverted = self.vmpatch.run(&["revert", "--all"]);
+        assert_eq!(reverted.code, Some(0), "after {after}: {reverted}");
+        assert_eq!(see(&self.guest, "siocatmark"), Seen::Flawed, "after {after}");
+        let applied = self.vmpatch.run(&["apply", &MODULES.cve(Cve::Y2026N52928)]);
+        assert_eq!(applied.code, Some(0), "after {after}: {applied}");
+        assert_eq!(see(&self.guest, "siocatmark"), Seen::Fixed, "after {after}");
+        bed::assert_healthy(&self.guest);
+    }
+
+    /// The guest's RAM in MiB.
+    fn total_mib(&self) -> u64 {
+        let text = self.guest.text(&["grep", "MemTotal", "/proc/meminfo"]).unwrap();
+        let kib: u64 = text.split_whitespace().nth(1).unwrap().parse().unwrap();
+        kib >> 10
+    }
+
+    #[track_caller]
+    fn wait_for_mib(&self, what: &str, is_there: impl Fn(u64) -> bool) {
+        let start = Instant::now();
+        while !is_there(self.total_mib()) {
+            assert!(start.elapsed() < UNPLUG_LIMIT, "{what}: {} MiB", self.total_mib());
+            thread::sleep(Duration::from_millis(100));
+        }
+    }
+}
+
+#[test]
+fn memory() {
+    let mut patched = Patched::new("-m slots=4,maxmem=4G -device virtio-balloon-pci,id=balloon");
+    let before = patched.total_mib();
+
+    patched.backend("ram", "unused", 32);
+    patched.still_works("object-add of a backend that no device uses");
+
+    patched.backend("ram", "dimm0", 256);
+    patched.call(
+        "device_add",
+        json!({"driver": "pc-dimm", "memdev": "dimm0", "id": "d0"}),
+    );
+    patched.wait_for_mib("a DIMM", |mib| mib >= before + 200);
+    // Their stacks lie in the DIMM: the kernel prefers memory above 4 GiB.
+    let tasks = patched.guest.spawn(&["/opt/tasks", "300"]).unwrap();
+    tasks.wait_for_stdout("sleeping", UNPLUG_LIMIT).unwrap();
+    patched.still_works("device_add of a private DIMM");
+    drop(tasks);
+
+    patched.backend("memfd", "grown", 512);
+    let device = json!({"driver": "virtio-mem-pci", "memdev": "grown", "id": "vm0", "requested-size": 256 << 20});
+    patched.call("device_add", device);
+    patched.still_works("device_add of virtio-mem");
+    patched.call(
+        "qom-set",
+        json!({"path": "/machine/peripheral/vm0", "property": "requested-size", "value": 128 << 20}),
+    );
+    patched.still_works("a smaller virtio-mem");
+
+    patched.backend("ram", "pm", 64);
+    patched.call(
+        "device_add",
+        json!({"driver": "virtio-pmem-pci", "memdev": "pm", "id": "pm0"}),
+    );
+    patched.still_works("device_add of virtio-pmem");
+
+    patched.call("balloon", json!({"value": 200 << 20}));
+    patched.still_works("a balloon");
+    patched.call("balloon", json!({"value": 256 << 20}));
+
+    patched.call("object-del", json!({"id": "unused"}));
+    patched.still_works("object-del");
+}
+
+#[test]
+fn cpus() {
+    let mut patched = Patched::new("-smp maxcpus=4");
+    let online = |patched: &Patched, cpu: u32, on: &str| {
+        let file = format!("/sys/devices/system/cpu/cpu{cpu}/online");
+        let script = r#"echo "$1" >"$2""#;
+        patched.guest.text(&["sh", "-c", script, "online", on, &file]).unwrap();
+    };
+    online(&patched, 1, "0");
+    patched.still_works("a CPU taken offline");
+    online(&patched, 1, "1");
+    patched.still_works("a CPU brought online");
+
+    let all = patched.call("query-hotpluggable-cpus", json!({}));
+    let free = all
+        .as_array()
+        .unwrap()
+        .iter()
+        .find(|cpu| cpu.get("qom-path").is_none())
+        .unwrap();
+    let mut device = free["props"].clone();
+    device["driver"] = free["type"].clone();
+    device["id"] = json!("cpu-new");
+    patched.call("device_add", device);
+    patched.still_works("device_add of a CPU, not yet online");
+    online(&patched, 2, "1");
+    patched.still_works("device_add of a CPU");
+    online(&patched, 2, "0");
+    patched.unplug("cpu-new");
+    patched.still_works("device_del of a CPU");
+}
+
+#[test]
+fn devices() {
+    let mut patched = Patched::new("-device VGA");
+    patched.call("device_add", json!({"driver": "virtio-net-pci", "id": "net0"}));
+    patched.still_works("device_add of a network card with a ROM");
+    patched.unplug("net0");
+    patched.still_works("device_del of it");
+    patched.backend("memfd", "window", 4);
+    patched.call(
+        "device_add",
+        json!({"driver": "ivshmem-plain", "memdev": "window", "id": "shm0"}),
+    );
+    patched.still_works("device_add of shared memory");
+    let backend = json!({"type": "null", "data": {}});
+    patched.call("chardev-add", json!({"id": "another", "backend": backend}));
+    patched.still_works("chardev-add");
+}
+
+#[test]
+fn a_gdb_stub_of_the_operators_refuses_changes_until_it_is_closed() {
+    let mut patched = Patched::new("-device VGA");
+    let socket = patched.guest.folder().join("gdb.sock").display().to_string();
+    let line = format!("gdbserver unix:{socket},server=on,wait=off");
+    patched.call("human-monitor-command", json!({"command-line": line}));
+    assert_eq!(states(&patched.vmpatch.status()), states(&patched.applied));
+    let answer = patched.vmpatch.run(&["revert", "--all"]).expect(3);
+    assert!(answer.complaint().contains("close it in QEMU's monitor"), "{answer}");
+    assert_eq!(see(&patched.guest, "siocatmark"), Seen::Fixed);
+    patched.call("human-monitor-command", json!({"command-line": "gdbserver none"}));
+    patched.still_works("a GDB stub of the operator's");
+}
