@@ -9,6 +9,8 @@
 pub mod addr;
 pub mod client;
 pub mod cpu;
+#[doc(hidden)]
+pub mod fuzzed;
 pub mod gdb;
 pub mod machine;
 pub mod memory;

@@ -12,6 +12,7 @@ mod error;
 mod wire;
 
 pub use error::{CommandError, ConnectError};
+pub(crate) use wire::read_all;
 pub use wire::{Event, Greeting};
 
 use actor::Request;

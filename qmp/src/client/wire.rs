@@ -225,6 +225,27 @@ pub fn parse_message(line: &[u8]) -> Option<Message> {
     })
 }
 
+/// Reads bytes as they would come from a socket, as far as they are messages, and counts those.
+pub fn read_all(bytes: &[u8]) -> usize {
+    let (mut buffer, mut pretty) = (LineBuffer::new(LINE_BYTES_MAX), Pretty::default());
+    let mut count = 0;
+    for piece in bytes.chunks(READ_BYTES) {
+        buffer.bytes.extend_from_slice(piece);
+        while let Ok(Some(line)) = buffer.take() {
+            let Ok(message) = pretty.take(line, LINE_BYTES_MAX) else {
+                return count;
+            };
+            let Some(message) = message else { continue };
+            let _ = (Greeting::parse(&message), excerpt(&message));
+            if parse_message(&message).is_none() {
+                return count;
+            }
+            count += 1;
+        }
+    }
+    count
+}
+
 /// The beginning of a message, printable, for an error.
 pub fn excerpt(bytes: &[u8]) -> String {
     let head = bytes.get(..EXCERPT_BYTES).unwrap_or(bytes);

@@ -20,4 +20,6 @@ mod packet;
 
 pub use connection::Connection;
 pub use error::StubError;
+pub(crate) use layout::includes;
 pub use layout::{Layout, LayoutError};
+pub(crate) use packet::{Receiver, from_hex};
