@@ -11,7 +11,7 @@ release=bookworm
 qemu_major=10
 packages='busybox-static iproute2 xz-utils zstd util-linux gcc-12 libc6-dev make patch flex bison bc libelf-dev libssl-dev dwarves patchelf'
 # Other releases, whose kernels and compilers are downloaded and unpacked, never installed.
-other_releases='bullseye bullseye-security sid'
+other_releases='bullseye bullseye-security trixie trixie-backports sid'
 
 say() { echo "setup: $*"; }
 die() { echo "setup: $*" >&2; exit 1; }
@@ -74,8 +74,8 @@ qemu_is_recent() {
 
 # Kernels are downloaded by name later on, so apt must have read the lists that name them.
 lists_are_read() {
-    sources='linux-source-5.10 linux-source-6.1 linux-source-6.12 linux-source-7.2'
-    [ "$(apt-cache show --no-all-versions $sources 2>/dev/null | grep -c '^Package: ')" -eq 4 ]
+    sources='linux-source-5.10 linux-source-6.1 linux-source-6.12 linux-source-7.2 linux-source-7.3'
+    [ "$(apt-cache show --no-all-versions $sources 2>/dev/null | grep -c '^Package: ')" -eq 5 ]
 }
 
 suites=$(missing_suites)

@@ -20,7 +20,7 @@ enum {
 	ALTERNATIVE_ON,	/* .altinstructions for a feature that is always there */
 	ALTERNATIVE_OFF, /* ... and for one that never is */
 	ALTERNATIVE_CALL, /* ... with a call, whose distance changes as it moves */
-	FEATURE,	/* static_cpu_has(): a jump, and code in .altinstr_aux */
+	FEATURE,	/* cpu_feature_enabled(): a jump, and code in .altinstr_aux */
 	INDIRECT_CALL,	/* .retpoline_sites */
 	LOCKED,		/* .smp_locks */
 	INTERRUPTS,	/* .parainstructions, or alternatives since 6.8 */
@@ -270,7 +270,7 @@ static long livepatch_sysinfo(const struct pt_regs *regs)
 	struct sysinfo info = {
 		.totalram = __atomic_add_fetch(&calls, 1, __ATOMIC_RELAXED),
 		.freeram = CHECKS,
-		.sharedram = static_cpu_has(X86_FEATURE_XMM4_2),
+		.sharedram = cpu_feature_enabled(X86_FEATURE_XMM4_2),
 		.pad = NEW,
 		.mem_unit = 1,
 	};
@@ -280,7 +280,7 @@ static long livepatch_sysinfo(const struct pt_regs *regs)
 			 (alternative_on() == 2) << ALTERNATIVE_ON |
 			 (alternative_off() == 1) << ALTERNATIVE_OFF |
 			 (alternative_called() == 2) << ALTERNATIVE_CALL |
-			 (static_cpu_has(X86_FEATURE_LM) && !static_cpu_has(X86_FEATURE_K8)) << FEATURE |
+			 (cpu_feature_enabled(X86_FEATURE_LM) && !cpu_feature_enabled(X86_FEATURE_K8)) << FEATURE |
 			 indirect_calls_hold() << INDIRECT_CALL |
 			 locked_holds() << LOCKED |
 			 interrupts_hold() << INTERRUPTS |

@@ -30,6 +30,8 @@ impl Kernel {
     pub const RT_6_1: Self = Self::pinned("6.1-rt", "linux-image-6.1.0-47-rt-amd64", "6.1.170-3");
     /// 6.12 for any hardware, as built for bookworm.
     pub const GENERIC_6_12: Self = Self::pinned("6.12", "linux-image-6.12.117+deb12-amd64", "6.12.117-1~deb12u1");
+    /// 6.12 with PREEMPT_RT, as built for bookworm.
+    pub const RT_6_12: Self = Self::pinned("6.12-rt", "linux-image-6.12.117+deb12-rt-amd64", "6.12.117-1~deb12u1");
     /// 5.10 for clouds, of bullseye.
     pub const CLOUD_5_10: Self = Self::pinned("5.10-cloud", "linux-image-5.10.0-46-cloud-amd64", "5.10.262-1");
     /// 5.10 for any hardware, of bullseye.
@@ -38,8 +40,10 @@ impl Kernel {
     pub const CLOUD_7_2: Self = Self::pinned("7.2-cloud", "linux-image-7.2.13+deb14-cloud-amd64", "7.2.13-1");
     /// 7.2 for any hardware, of sid.
     pub const GENERIC_7_2: Self = Self::pinned("7.2", "linux-image-7.2.13+deb14-amd64", "7.2.13-1");
+    /// 7.3 for clouds, as built for trixie.
+    pub const CLOUD_7_3: Self = Self::pinned("7.3-cloud", "linux-image-7.3.4+deb13-cloud-amd64", "7.3.4-1~bpo13+1");
     /// All kernels with a label of their own, the oldest first.
-    pub const TABLE: [Self; 9] = [
+    pub const TABLE: [Self; 11] = [
         Self::CLOUD_5_10,
         Self::GENERIC_5_10,
         Self::CLOUD_6_1,
@@ -47,8 +51,10 @@ impl Kernel {
         Self::RT_6_1,
         Self::CLOUD_6_12,
         Self::GENERIC_6_12,
+        Self::RT_6_12,
         Self::CLOUD_7_2,
         Self::GENERIC_7_2,
+        Self::CLOUD_7_3,
     ];
 
     const fn pinned(label: &'static str, package: &'static str, version: &'static str) -> Self {
