@@ -4,20 +4,23 @@ use nix::libc;
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 
-/// Numbers from here on are for descriptors on their way, so that none is in the way of another.
-const PARKING: RawFd = 1 << 12;
-
 /// Gives this process the descriptors `numbers` of process `pid`, under the same numbers, to be kept when another program
 /// takes this process over. Needs the right to trace that process, and Linux 5.6.
 ///
-/// Only for a process that has no descriptor of its own above 2, and is about to become another program.
+/// Only for a process that has no descriptor of its own above 2, and is about to become another program. Its limit of open files may be as
+/// low as the other's: there is room for twice as many as are taken over.
 pub(super) fn inherit(pid: i32, numbers: &[i32]) -> io::Result<()> {
-    let copies = copies(pid, numbers)?;
-    let parked: Vec<(i32, OwnedFd)> = copies
-        .iter()
-        .map(|(number, copy)| Ok((*number, park(copy)?)))
-        .collect::<io::Result<_>>()?;
-    drop(copies);
+    // The kernel gives the lowest free number, which may be one of those that are wanted.
+    let (mut parked, mut in_the_way) = (Vec::new(), Vec::new());
+    for (number, mut copy) in copies(pid, numbers)? {
+        while numbers.contains(&copy.as_raw_fd()) {
+            let other = copy.try_clone()?;
+            in_the_way.push(copy);
+            copy = other;
+        }
+        parked.push((number, copy));
+    }
+    drop(in_the_way);
     for (number, parked) in &parked {
         place(parked, *number)?;
     }
@@ -44,13 +47,6 @@ fn pidfd_open(pid: i32) -> io::Result<OwnedFd> {
 fn pidfd_getfd(process: &OwnedFd, number: i32) -> io::Result<OwnedFd> {
     // SAFETY: as above; `process` is open for as long as the call takes.
     owned(unsafe { libc::syscall(libc::SYS_pidfd_getfd, process.as_raw_fd(), number, 0) })
-}
-
-/// A copy with a number that is in nobody's way.
-fn park(descriptor: &OwnedFd) -> io::Result<OwnedFd> {
-    // SAFETY: the call duplicates an open descriptor and touches no memory.
-    let copy = unsafe { libc::fcntl(descriptor.as_raw_fd(), libc::F_DUPFD_CLOEXEC, PARKING) };
-    owned(copy.into())
 }
 
 /// A copy under that very number, which stays open in the next program.
@@ -86,9 +82,8 @@ mod tests {
             .spawn()
             .unwrap();
         let process = pidfd_open(i32::try_from(child.id()).unwrap()).unwrap();
-        let parked = park(&pidfd_getfd(&process, 0).unwrap()).unwrap();
-        assert!(parked.as_raw_fd() >= PARKING);
-        std::fs::File::from(parked).write_all(b"x").unwrap();
+        let copy = pidfd_getfd(&process, 0).unwrap();
+        std::fs::File::from(copy).write_all(b"x").unwrap();
         let mut found = [0];
         ours.read_exact(&mut found).unwrap();
         assert_eq!(found, *b"x");
