@@ -2,7 +2,7 @@
 //! command line.
 
 use super::error::UpgradeError;
-use qmp::migrate::{BlockDevice, Facts};
+use qmp::migrate::{BlockDevice, Facts, differences};
 use serde_json::Value;
 use std::collections::BTreeSet;
 
@@ -34,13 +34,43 @@ pub(super) fn same_machine(old: &Facts, new: &Facts) -> Result<(), UpgradeError>
             some.join(", ")
         }
     };
-    if old.devices != new.devices {
-        let (old, new) = (only(&old.devices, &new.devices), only(&new.devices, &old.devices));
-        return differs("device", old, new, CHANGED_LATER);
+    for (what, olds, news) in [
+        ("device", &old.devices, &new.devices),
+        ("object", &old.objects, &new.objects),
+        ("character device", &old.characters, &new.characters),
+        ("block node", &old.nodes, &new.nodes),
+        ("disk image", &drives(old), &drives(new)),
+        ("network", &networks(old), &networks(new)),
+    ] {
+        if olds != news {
+            return differs(what, only(olds, news), only(news, olds), CHANGED_LATER);
+        }
     }
-    let (olds, news) = (drives(old), drives(new));
-    if olds != news {
-        return differs("disk image", only(&olds, &news), only(&news, &olds), CHANGED_LATER);
+    if old.nameless != new.nameless {
+        let (old, new) = (old.nameless.join(", "), new.nameless.join(", "));
+        return differs("list of devices without an id", old, new, CHANGED_LATER);
+    }
+    for (name, size) in &old.blocks {
+        let found = new.blocks.get(name);
+        if found != Some(size) {
+            let new = found.map_or("none".to_owned(), u64::to_string);
+            let reason = "its firmware is another one; choose the old one's with --data-dir, or start the guest anew";
+            return differs("size of a block of memory", format!("{name} {size}"), new, reason);
+        }
+    }
+    if let Some((what, old, new)) = differences(&old.settings, &new.settings).next() {
+        let new = new.map_or("none".to_owned(), |new| new.value.to_string());
+        let reason = "it was set through QMP, and can't be set in the new one";
+        return differs("setting", format!("{what}: {}", old.value), new, reason);
+    }
+    if old.generation != new.generation {
+        let word = |id: &Option<String>| id.clone().unwrap_or_default();
+        return differs(
+            "VM generation id",
+            word(&old.generation),
+            word(&new.generation),
+            CHANGED_LATER,
+        );
     }
     match lost_features(old, new).as_slice() {
         [] => Ok(()),
@@ -58,6 +88,21 @@ pub(super) fn same_machine(old: &Facts, new: &Facts) -> Result<(), UpgradeError>
 fn drives(facts: &Facts) -> BTreeSet<String> {
     let drive = |drive: &BlockDevice| format!("{}={}", drive.name, files(&drive.file).join("+"));
     facts.drives.iter().map(drive).collect()
+}
+
+/// Network cards, with their models and addresses, and what they are connected to, by its kind: how that is reached differs.
+fn networks(facts: &Facts) -> BTreeSet<String> {
+    let network = |line: &String| {
+        let (name, rest) = line.split_once(": ").unwrap_or((line, ""));
+        let is_nic = rest.contains("type=nic");
+        let mut kept = rest.split(',').filter(|word| {
+            word.starts_with("type=") || is_nic && (word.starts_with("model=") || word.starts_with("macaddr="))
+        });
+        let first = kept.next().map(str::to_owned);
+        let words = kept.fold(first.unwrap_or_default(), |all, word| format!("{all},{word}"));
+        format!("{name} ({words})")
+    };
+    facts.networks.iter().map(network).collect()
 }
 
 /// The files of an image: its name, or, where QEMU describes it as JSON, the file names in there. How it is described
@@ -109,9 +154,19 @@ mod tests {
             machine: "pc-q35-7.2".to_owned(),
             vcpus: 2,
             ram: 1 << 30,
+            elastic: false,
+            blocks: [("pc.bios".to_owned(), 1 << 18)].into(),
             devices: ["net0".to_owned()].into(),
+            nameless: vec!["isa-debugcon".to_owned()],
+            objects: BTreeSet::new(),
+            characters: BTreeSet::new(),
+            nodes: BTreeSet::new(),
+            settings: Default::default(),
+            bonds: Vec::new(),
+            passwords: Vec::new(),
+            generation: None,
             drives: [drive].into(),
-            networks: Vec::new(),
+            networks: vec!["net0: index=0,type=tap,fd=31".to_owned()],
             cpu: [("CPUID 7 EBX".to_owned(), 0b1010)].into(),
         }
     }
@@ -132,6 +187,27 @@ mod tests {
     }
 
     #[test]
+    fn how_a_network_is_reached_may_differ_and_what_it_is_may_not() {
+        let lines = |lines: [&str; 2]| lines.map(str::to_owned).to_vec();
+        let old = lines([
+            "card0: index=0,type=nic,model=virtio-net-pci,macaddr=52:54:00:12:34:56",
+            "net0: index=0,type=tap,ifname=tap0,script=no",
+        ]);
+        let mut facts = facts();
+        facts.networks = old;
+        let other = Facts {
+            networks: lines([&facts.networks[0], "net0: index=0,type=tap,fd=31"]),
+            ..facts.clone()
+        };
+        assert!(same_machine(&facts, &other).is_ok());
+        let other = Facts {
+            networks: lines([&facts.networks[0].replace("56", "57"), &facts.networks[1]]),
+            ..facts.clone()
+        };
+        assert!(same_machine(&facts, &other).is_err());
+    }
+
+    #[test]
     fn what_differs_is_named_with_both_sides() {
         let text = message(|new| new.drives.clear());
         assert!(
@@ -140,6 +216,21 @@ mod tests {
         let text = message(|new| new.devices.extend(["hot".to_owned()]));
         assert!(
             text.contains("another device than the old one (hot, not no other)"),
+            "{text}"
+        );
+        let text = message(|new| new.nameless.clear());
+        assert!(
+            text.contains("another list of devices without an id than the old one (, not isa-debugcon)"),
+            "{text}"
+        );
+        let text = message(|new| new.blocks = [("pc.bios".to_owned(), 1 << 17)].into());
+        assert!(
+            text.contains("another size of a block of memory than the old one (131072, not pc.bios 262144)"),
+            "{text}"
+        );
+        let text = message(|new| new.networks.clear());
+        assert!(
+            text.contains("another network than the old one (no other, not net0 (type=tap))"),
             "{text}"
         );
         let text = message(|new| new.vcpus = 4);

@@ -1,6 +1,9 @@
 //! What can be compared between two QEMUs that are to be one machine.
 
+use super::bound::{self, Bond};
+use super::settings::{self, Settings};
 use crate::client::{Client, CommandError};
+use crate::memory::ramblock;
 use serde::Deserialize;
 use serde_json::{Value, json};
 use std::collections::{BTreeMap, BTreeSet};
@@ -14,8 +17,22 @@ pub struct BlockDevice {
     pub file: String,
 }
 
+/// How labels of character devices begin that QEMU gives, or vmpatch. `#` is that of a gdbstub's, which stays (`gdbstub/system.c`,
+/// `gdbserver_start`).
+const OWN_LABELS: [&str; 9] = [
+    "#",
+    "compat_monitor",
+    "debugcon",
+    "gdb",
+    "monitor_",
+    "parallel",
+    "serial",
+    "vmpatch",
+    "virtcon",
+];
+
 /// What a QEMU says of the machine that it makes.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Facts {
     /// Major, minor and micro version.
     pub version: (u64, u64, u64),
@@ -23,10 +40,30 @@ pub struct Facts {
     pub machine: String,
     /// vCPUs.
     pub vcpus: usize,
-    /// RAM in bytes, with what was plugged.
+    /// RAM in bytes, with what was plugged. Of virtio-mem devices as much as they may have: how much that is moves with the guest.
     pub ram: u64,
+    /// Some of it belongs to a virtio-mem device.
+    pub elastic: bool,
+    /// Blocks of memory that a migration sends, with their sizes in bytes; not those that the new QEMU lets grow and shrink.
+    pub blocks: BTreeMap<String, u64>,
     /// Devices with an id.
     pub devices: BTreeSet<String>,
+    /// The types of those without one, sorted.
+    pub nameless: Vec<String>,
+    /// Objects, with their types.
+    pub objects: BTreeSet<String>,
+    /// Character devices, but for those that QEMU, or vmpatch, names itself.
+    pub characters: BTreeSet<String>,
+    /// Block nodes with a name that QEMU did not choose, with their drivers.
+    pub nodes: BTreeSet<String>,
+    /// What can be set while the guest runs.
+    pub settings: Settings,
+    /// What binds the guest to the process.
+    pub bonds: Vec<Bond>,
+    /// Displays that ask for a password: `vnc`, `spice`.
+    pub passwords: Vec<&'static str>,
+    /// The identity that a vmgenid device gives to the guest.
+    pub generation: Option<String>,
     /// Drives.
     pub drives: BTreeSet<BlockDevice>,
     /// Network backends and the network cards at them, in QEMU's words (HMP `info network`).
@@ -48,13 +85,35 @@ impl Facts {
         let vcpus: Vec<Value> = client.execute_as("query-cpus-fast", json!({})).await?;
         let memory: MemorySize = client.execute_as("query-memory-size-summary", json!({})).await?;
         let blocks: Vec<Value> = client.execute_as("query-block", json!({})).await?;
+        let table: qapi::qmp::HumanReadableText = client.execute_as("x-query-ramblock", json!({})).await?;
+        let memory_devices: Vec<Value> = client.execute_as("query-memory-devices", json!({})).await?;
+        let nodes: Vec<Value> = client.execute_as("query-named-block-nodes", json!({})).await?;
+        let characters: Vec<Value> = client.execute_as("query-chardev", json!({})).await?;
         let first = vcpus.first().map(|vcpu| text(vcpu, "qom-path"));
         Ok(Self {
             version: client.greeting().version,
             machine: machine_type(client).await?,
             vcpus: vcpus.len(),
-            ram: memory.base_memory.saturating_add(memory.plugged_memory.unwrap_or(0)),
-            devices: children(client, "/machine/peripheral").await?,
+            ram: ram(&memory, &memory_devices),
+            elastic: memory_devices.iter().any(is_elastic),
+            blocks: fixed_blocks(&table.human_readable_text),
+            devices: names(children(client, "/machine/peripheral").await?),
+            nameless: kinds(children(client, "/machine/peripheral-anon").await?),
+            objects: children(client, "/objects")
+                .await?
+                .into_iter()
+                .map(|(name, kind)| format!("{name} ({kind})"))
+                .collect(),
+            characters: characters
+                .iter()
+                .map(|one| text(one, "label"))
+                .filter(|label| !OWN_LABELS.iter().any(|own| label.starts_with(own)))
+                .collect(),
+            nodes: nodes.iter().filter_map(node).collect(),
+            settings: settings::read(client, &blocks).await?,
+            bonds: bound::read(client).await?,
+            passwords: bound::passwords(client).await?,
+            generation: generation(client).await?,
             drives: blocks.iter().map(drive).collect(),
             cpu: features(client, &first.unwrap_or_default()).await?,
             networks: client
@@ -92,10 +151,60 @@ async fn features(client: &Client, vcpu: &str) -> Result<BTreeMap<String, u64>, 
     Ok(words.iter().filter_map(word).collect())
 }
 
-async fn children(client: &Client, path: &str) -> Result<BTreeSet<String>, CommandError> {
+/// The objects in a folder of the object tree: names and types.
+pub(super) async fn children(client: &Client, path: &str) -> Result<Vec<(String, String)>, CommandError> {
     let all: Vec<Value> = client.execute_as("qom-list", json!({"path": path})).await?;
-    let is_child = |one: &&Value| text(one, "type").starts_with("child<");
-    Ok(all.iter().filter(is_child).map(|one| text(one, "name")).collect())
+    let child = |one: &Value| {
+        let kind = text(one, "type");
+        let kind = kind.strip_prefix("child<")?.strip_suffix('>')?.to_owned();
+        Some((text(one, "name"), kind))
+    };
+    Ok(all.iter().filter_map(child).collect())
+}
+
+fn names(children: Vec<(String, String)>) -> BTreeSet<String> {
+    children.into_iter().map(|(name, _)| name).collect()
+}
+
+fn kinds(children: Vec<(String, String)>) -> Vec<String> {
+    let mut kinds: Vec<String> = children.into_iter().map(|(_, kind)| kind).collect();
+    kinds.sort();
+    kinds
+}
+
+fn is_elastic(device: &Value) -> bool {
+    text(device, "type") == "virtio-mem"
+}
+
+fn ram(memory: &MemorySize, devices: &[Value]) -> u64 {
+    let all = memory.base_memory.saturating_add(memory.plugged_memory.unwrap_or(0));
+    let elastic = devices.iter().filter(|device| is_elastic(device));
+    let number = |device: &Value, pointer: &str| device.pointer(pointer).and_then(Value::as_u64).unwrap_or(0);
+    elastic.fold(all, |all, device| {
+        let (now, most) = (number(device, "/data/size"), number(device, "/data/max-size"));
+        all.saturating_sub(now).saturating_add(most)
+    })
+}
+
+/// Those of ACPI's tables are made by QEMU, and take the size that comes with the guest. What is not understood is left to QEMU.
+fn fixed_blocks(table: &str) -> BTreeMap<String, u64> {
+    let blocks = ramblock::parse(table).unwrap_or_default();
+    let fixed = blocks.into_iter().filter(|block| !block.name.starts_with("/rom@"));
+    fixed.map(|block| (block.name, block.used)).collect()
+}
+
+/// A block node, where it has a name of its own: `d0 (qcow2)`.
+fn node(node: &Value) -> Option<String> {
+    let name = text(node, "node-name");
+    (!name.starts_with('#')).then(|| format!("{name} ({})", text(node, "drv")))
+}
+
+async fn generation(client: &Client) -> Result<Option<String>, CommandError> {
+    match client.execute_as::<Value>("query-vm-generation-id", json!({})).await {
+        // There is no such device.
+        Err(CommandError::Refused { .. }) => Ok(None),
+        answer => Ok(Some(text(&answer?, "guid"))),
+    }
 }
 
 fn drive(block: &Value) -> BlockDevice {
@@ -110,13 +219,26 @@ fn drive(block: &Value) -> BlockDevice {
     }
 }
 
-fn text(value: &Value, name: &str) -> String {
+pub(super) fn text(value: &Value, name: &str) -> String {
     value.get(name).and_then(Value::as_str).unwrap_or_default().to_owned()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn how_much_a_virtio_mem_device_has_just_now_does_not_count() {
+        let memory = |plugged| MemorySize {
+            base_memory: 256,
+            plugged_memory: Some(plugged),
+        };
+        let device =
+            |size| json!({"type": "virtio-mem", "data": {"size": size, "max-size": 128, "requested-size": 64}});
+        let dimm = json!({"type": "dimm", "data": {"size": 32}});
+        assert_eq!(ram(&memory(64 + 32), &[device(64), dimm]), 256 + 128 + 32);
+        assert_eq!(ram(&memory(0), &[device(0)]), 256 + 128);
+    }
 
     #[test]
     fn a_drive_is_named_by_its_backend_or_its_device() {

@@ -7,17 +7,21 @@
 //! Commands and states: QEMU's `qapi/migration.json` (7.2 and 10.0), `docs/devel/migration/CPR.rst` (10.0).
 
 mod arrival;
+mod bound;
 mod error;
 mod facts;
 mod pair;
 mod progress;
+mod settings;
 mod stream;
 
 pub use arrival::Arrival;
+pub use bound::Bond;
 pub use error::MigrateError;
 pub use facts::{BlockDevice, Facts};
 pub use pair::Pair;
 pub use progress::{Progress, Status};
+pub use settings::{Setting, Settings, differences};
 
 use std::time::Duration;
 

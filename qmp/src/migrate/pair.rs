@@ -1,7 +1,7 @@
 //! The two QEMUs of a move, driven together.
 
 use super::arrival::{Arrival, FIRST_DOWNTIME_MS, Watch};
-use super::{Facts, Limits, MigrateError, Progress, Status, Way, stream};
+use super::{Facts, Limits, MigrateError, Progress, Status, Way, settings, stream};
 use crate::client::{Client, CommandError, ConnectError, Event};
 use crate::machine::RunState;
 use crate::memory::{RamMap, RamMapError};
@@ -107,6 +107,13 @@ impl Pair {
         self.runtime
             .block_on(Facts::read(self.target()?))
             .map_err(MigrateError::new)
+    }
+
+    /// Sets in the new QEMU what was set in the old one since it began, as far as it can be set. [`Pair::destination_facts`] tells what
+    /// came of it.
+    pub fn carry_settings_over(&self, old: &Facts, new: &Facts) -> Result<(), MigrateError> {
+        let set = settings::carry_over(self.target()?, &old.settings, &new.settings);
+        self.runtime.block_on(set).map_err(MigrateError::new)
     }
 
     /// What the old QEMU does with the guest.

@@ -1,0 +1,189 @@
+//! What may have been set through QMP since a QEMU began, which its command line does not tell.
+//!
+//! Commands: QEMU's `qapi/block-core.json`, `qapi/qom.json`, `qapi/machine.json` (7.2 and 10.0).
+
+use super::facts::{children, text};
+use crate::client::{Client, CommandError};
+use serde_json::{Map, Value, json};
+use std::collections::BTreeMap;
+
+/// Limits of a drive that every QEMU tells.
+const LIMITS: [&str; 6] = ["bps", "bps_rd", "bps_wr", "iops", "iops_rd", "iops_wr"];
+/// Further ones, which it tells where they are set.
+const MORE_LIMITS: [&str; 14] = [
+    "bps_max",
+    "bps_rd_max",
+    "bps_wr_max",
+    "iops_max",
+    "iops_rd_max",
+    "iops_wr_max",
+    "bps_max_length",
+    "bps_rd_max_length",
+    "bps_wr_max_length",
+    "iops_max_length",
+    "iops_rd_max_length",
+    "iops_wr_max_length",
+    "iops_size",
+    "group",
+];
+/// What else is told of a drive, and is for the host to choose.
+const OF_DRIVES: [&str; 6] = [
+    "/ro",
+    "/detect_zeroes",
+    "/backing_file_depth",
+    "/cache/writeback",
+    "/cache/direct",
+    "/cache/no-flush",
+];
+/// Properties of objects and devices that may be set while the guest runs, by a part of the type's name.
+const PROPERTIES: [(&str, &str); 7] = [
+    ("balloon", "guest-stats-polling-interval"),
+    ("iothread", "poll-max-ns"),
+    ("iothread", "poll-grow"),
+    ("iothread", "poll-shrink"),
+    ("iothread", "aio-max-batch"),
+    ("iothread", "thread-pool-max"),
+    ("throttle-group", "limits"),
+];
+/// Folders of the object tree with what a command line, or QMP, has made.
+const FOLDERS: [&str; 3] = ["/objects", "/machine/peripheral", "/machine/peripheral-anon"];
+
+/// One setting.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Setting {
+    /// What it is set to.
+    pub value: Value,
+    how: How,
+}
+
+/// How it is set.
+#[derive(Debug, Clone, PartialEq)]
+enum How {
+    /// Not at all.
+    Never,
+    /// By a drive's limits; the argument that names the drive, and its name.
+    Throttle(&'static str, String),
+    /// By a property: path and name.
+    Property(String, String),
+}
+
+/// Settings by what they are of, for people.
+pub type Settings = BTreeMap<String, Setting>;
+
+/// Asks a QEMU for all settings that can be asked for. `blocks` is its answer to `query-block`.
+pub(super) async fn read(client: &Client, blocks: &[Value]) -> Result<Settings, CommandError> {
+    let mut found = Settings::new();
+    for block in blocks {
+        of_drive(block, &mut found);
+    }
+    for folder in FOLDERS {
+        for (name, kind) in children(client, folder).await? {
+            for (_, property) in PROPERTIES.iter().filter(|(part, _)| kind.contains(part)) {
+                let path = format!("{folder}/{name}");
+                // QEMU 7.2 does not have all of them.
+                let arguments = json!({"path": path, "property": property});
+                let value: Value = match client.execute_as("qom-get", arguments).await {
+                    Err(CommandError::Refused { .. }) => continue,
+                    other => other?,
+                };
+                let how = How::Property(path.clone(), (*property).to_owned());
+                found.insert(format!("{property} of {path}"), Setting { value, how });
+            }
+        }
+    }
+    Ok(found)
+}
+
+fn of_drive(block: &Value, found: &mut Settings) {
+    let Some(inserted) = block.get("inserted") else { return };
+    let (argument, name) = match text(block, "device") {
+        empty if empty.is_empty() => ("id", text(block, "qdev")),
+        name => ("device", name),
+    };
+    let mut limits = Map::new();
+    for key in LIMITS.iter().chain(&MORE_LIMITS) {
+        if let Some(value) = inserted.get(key).filter(|value| **value != json!(0)) {
+            limits.insert((*key).to_owned(), value.clone());
+        }
+    }
+    let how = How::Throttle(argument, name.clone());
+    let value = Value::Object(limits);
+    found.insert(format!("limits of drive {name}"), Setting { value, how });
+    for pointer in OF_DRIVES {
+        if let Some(value) = inserted.pointer(pointer) {
+            let value = value.clone();
+            let how = How::Never;
+            found.insert(format!("{pointer} of drive {name}"), Setting { value, how });
+        }
+    }
+}
+
+/// Settings that one has and the other has not, or that differ: what it is, and both values. One that only the new QEMU knows is its own.
+pub fn differences<'a>(
+    old: &'a Settings,
+    new: &'a Settings,
+) -> impl Iterator<Item = (&'a str, &'a Setting, Option<&'a Setting>)> {
+    old.iter().filter_map(|(what, setting)| {
+        let found = new.get(what);
+        let same = found.is_some_and(|found| found.value == setting.value);
+        (!same).then_some((what.as_str(), setting, found))
+    })
+}
+
+/// Gives a QEMU what differs from the old one's, where it can be set. Whether it was has to be looked at.
+pub(super) async fn carry_over(client: &Client, old: &Settings, new: &Settings) -> Result<(), CommandError> {
+    for (_, Setting { value, how }, _) in differences(old, new) {
+        let (command, arguments) = match how {
+            How::Never => continue,
+            How::Throttle(argument, name) => ("block_set_io_throttle", throttle(argument, name, value)),
+            How::Property(path, property) => ("qom-set", json!({"path": path, "property": property, "value": value})),
+        };
+        match client.execute_as::<Value>(command, arguments).await {
+            // Then it differs still, and is named with both values.
+            Err(CommandError::Refused { .. }) | Ok(_) => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
+}
+
+fn throttle(argument: &str, name: &str, limits: &Value) -> Value {
+    let mut arguments = limits.as_object().cloned().unwrap_or_default();
+    for key in LIMITS {
+        arguments.entry(key).or_insert(json!(0));
+    }
+    arguments.insert(argument.to_owned(), json!(name));
+    Value::Object(arguments)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_drives_limits_are_read_and_made_into_a_command() {
+        // QEMU 10.0.2, shortened.
+        let block = json!({"device": "d1", "qdev": "/x", "inserted": {"iops": 100, "bps": 0, "iops_rd": 0, "group": "d1",
+            "ro": false, "cache": {"direct": true}}});
+        let mut found = Settings::new();
+        of_drive(&block, &mut found);
+        let limits = &found["limits of drive d1"];
+        assert_eq!(limits.value, json!({"iops": 100, "group": "d1"}));
+        assert_eq!(found["/cache/direct of drive d1"].value, json!(true));
+        let arguments = throttle("device", "d1", &limits.value);
+        let all = json!({"device": "d1", "iops": 100, "group": "d1", "bps": 0, "bps_rd": 0, "bps_wr": 0, "iops_rd": 0, "iops_wr": 0});
+        assert_eq!(arguments, all);
+    }
+
+    #[test]
+    fn what_only_the_new_one_has_is_no_difference() {
+        let setting = |value| Setting {
+            value: json!(value),
+            how: How::Never,
+        };
+        let old = Settings::from([("a".to_owned(), setting(1)), ("b".to_owned(), setting(2))]);
+        let new = Settings::from([("b".to_owned(), setting(3)), ("c".to_owned(), setting(4))]);
+        let found: Vec<_> = differences(&old, &new).map(|(what, ..)| what).collect();
+        assert_eq!(found, ["a", "b"]);
+    }
+}
