@@ -78,8 +78,11 @@ fn files_that_the_guest_writes_to_are_not_emptied() {
 
 #[test]
 fn a_tap_is_inherited_whoever_opened_it() {
-    let by_number = try_line("q -netdev tap,id=n,fds=20:21,vhost=on,vhostfds=22:23 -add-fd fd=9,set=1").unwrap();
-    assert_eq!(by_number.descriptors, [20, 21, 22, 23, 9]);
+    let by_number = try_line("q -netdev tap,id=n,fds=20,vhost=on,vhostfds=22 -add-fd fd=9,set=1").unwrap();
+    assert_eq!(by_number.descriptors, [20, 22, 9]);
+    for several in ["fds=20:21,vhost=on", "ifname=tap7,queues=2"] {
+        assert!(refused(&format!("q -netdev tap,id=n,{several}")).contains("start the guest with one queue"));
+    }
     assert_eq!(
         line("q -M q35 -netdev tap,id=n,ifname=tap7,script=no,downscript=no,vhost=on"),
         "-M type=pc-q35-7.2 -netdev type=tap,id=n,vhost=on,fd=31"
@@ -97,6 +100,17 @@ fn the_new_process_gets_no_rights_to_give_up() {
     assert_eq!(line("q -M q35 -run-with user=qemu"), "-M type=pc-q35-7.2");
     assert!(refused("q -chroot /jail").contains("`-chroot /jail`"));
     assert!(refused("q -run-with chroot=/jail").contains("`-run-with chroot=/jail`"));
+}
+
+#[test]
+fn a_client_that_does_not_connect_again_is_refused() {
+    assert!(refused("q -netdev stream,id=n,addr.type=unix,addr.path=/p").contains("reconnect"));
+    assert!(refused("q -netdev socket,id=n,connect=:1234").contains("the other end is connected"));
+    let again = "type=stream,id=n,addr.type=unix,addr.path=/p,reconnect-ms=100";
+    assert_eq!(
+        line(&format!("q -M q35 -netdev {again}")),
+        format!("-M type=pc-q35-7.2 -netdev {again}")
+    );
 }
 
 #[test]
