@@ -271,6 +271,7 @@ impl Failure {
             Self::NothingToBuild | Self::NotAllowed { .. } => 3,
             Self::Build { .. } | Self::Cache(_) => 1,
             Self::Upgrade(error) if error.is_refusal() => 3,
+            Self::Upgrade(UpgradeError::Overtaken { .. } | UpgradeError::UnderWay { .. }) => 5,
             Self::Upgrade(_) | Self::Launch(_) => 1,
             Self::File { .. }
             | Self::Commit { .. }

@@ -58,17 +58,20 @@ impl Outfit {
         outfit
     }
 
-    /// A guest with both, and with a second processor.
-    pub fn fit(&self, config: GuestConfig) -> GuestConfig {
+    /// A guest with the tap at a network card of that model, for which it needs that module.
+    pub fn fit_card(&self, config: GuestConfig, model: &str, module: &str) -> GuestConfig {
         let netdev = format!("tap,id=net0,ifname={},script=no,downscript=no", self.interface());
+        let card = format!("{model},netdev=net0,id=card0");
+        let words = ["-netdev", &netdev, "-device", &card];
+        let config = config.module(module);
+        words.iter().fold(config, |config, word| config.qemu_arg(word))
+    }
+
+    /// A guest with both.
+    pub fn fit(&self, config: GuestConfig) -> GuestConfig {
         let drive = format!("file={},if=none,id=disk0,format=qcow2,cache=none", self.disk());
-        config
-            .module("virtio_net")
+        self.fit_card(config, "virtio-net-pci", "virtio_net")
             .module("virtio_blk")
-            .qemu_arg("-netdev")
-            .qemu_arg(&netdev)
-            .qemu_arg("-device")
-            .qemu_arg("virtio-net-pci,netdev=net0,id=card0")
             .qemu_arg("-drive")
             .qemu_arg(&drive)
             .qemu_arg("-device")

@@ -223,6 +223,29 @@ fn a_guest_that_is_being_patched_is_not_moved() {
     stage.is_as_before(&answer);
 }
 
+#[test]
+fn of_two_moves_at_once_one_is_done_and_the_other_says_so() {
+    let mut guest = Guest::boot(kit::guest(Kernel::CLOUD_6_1).ram(Ram::Private)).unwrap();
+    let _keeper = Keeper::of(&guest);
+    let vmpatch = Vmpatch::on(&guest);
+    let line = ["upgrade", "--qemu", INSTALLED];
+    let (first, second) = (vmpatch.start(&line), vmpatch.start(&line));
+    let answers = [first, second].map(|child| vmpatch.finish(&line, child));
+    let [done, other] = match answers {
+        [first, second] if first.code == Some(0) => [first, second],
+        [first, second] => [second, first],
+    };
+    done.expect(0);
+    let other = other.expect(5);
+    let words = format!(
+        "the guest has just left process {}: another vmpatch has moved it",
+        guest.pid()
+    );
+    assert!(other.complaint().starts_with(&words), "{other}");
+    let pid = vmpatch.status()["guest"]["pid"].as_u64().unwrap();
+    guest.follow(u32::try_from(pid).unwrap()).unwrap();
+}
+
 /// Whether a vmpatch is at work on the guest.
 fn is_locked(guest: &Guest) -> bool {
     DomainLock::acquire(i32::try_from(guest.pid()).unwrap()).is_err()

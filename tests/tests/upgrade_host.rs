@@ -6,10 +6,12 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use e2e::kit;
+use e2e::load::Outfit;
 use e2e::moving::{INSTALLED, Keeper};
 use e2e::vmpatch::Vmpatch;
 use images::guest::{Guest, GuestConfig, Ram};
 use images::kernel::Kernel;
+use images::qemu;
 use serde_json::json;
 
 /// A folder on the host, and one of its control groups; both removed when it is dropped.
@@ -76,7 +78,9 @@ fn the_new_process_runs_as_the_old_one_did() {
     );
     fs::write(&script, text).unwrap();
     fs::set_permissions(&script, fs::Permissions::from_mode(0o755)).unwrap();
-    let mut config = kit::guest(Kernel::CLOUD_6_1).ram(Ram::Private);
+    // Its tap device is handed over under a limit of open files that is lower than the usual one.
+    let outfit = Outfit::new();
+    let mut config = outfit.fit(kit::guest(Kernel::CLOUD_6_1).ram(Ram::Private));
     config.qemu = script;
     let mut guest = Guest::boot(config).unwrap_or_else(|error| panic!("{error}"));
     let _keeper = Keeper::of(&guest);
@@ -90,6 +94,7 @@ fn the_new_process_runs_as_the_old_one_did() {
     assert_eq!(circumstances(new), before);
     guest.follow(new).unwrap();
     drop(guest);
+    drop(outfit);
 }
 
 #[test]
@@ -105,6 +110,96 @@ fn a_guest_whose_connections_live_in_its_process_is_refused_by_the_option() {
         assert!(answer.complaint().starts_with(words), "{answer}");
     }
     assert!(guest.is_running());
+}
+
+#[test]
+fn what_the_new_program_lacks_is_named_before_the_guest_is_touched() {
+    let place = Place::new();
+    let guest = Guest::boot(kit::guest(Kernel::CLOUD_6_1).ram(Ram::Private)).unwrap_or_else(|error| panic!("{error}"));
+    let _keeper = Keeper::of(&guest);
+    let vmpatch = Vmpatch::on(&guest);
+    // Half as long as the firmware that the guest has.
+    fs::write(place.folder.join("bios-256k.bin"), vec![0; 128 << 10]).unwrap();
+    let folder = place.folder.display().to_string();
+    let answer = vmpatch
+        .run(&["upgrade", "--qemu", INSTALLED, "--data-dir", &folder, "--check"])
+        .expect(3);
+    let words = "another size of a block of memory than the old one (131072, not pc.bios 262144)";
+    assert!(answer.complaint().contains(words), "{answer}");
+
+    let older = qemu::bookworm()
+        .unwrap_or_else(|error| panic!("{error}"))
+        .display()
+        .to_string();
+    let answer = vmpatch.run(&["upgrade", "--qemu", &older]).expect(3);
+    let words = "the machine type `pc-q35-10.0`: ";
+    assert!(answer.complaint().starts_with(words), "{answer}");
+    assert!(
+        answer.complaint().contains("of that kind it has ") && answer.complaint().contains("pc-q35-7.2"),
+        "{answer}"
+    );
+    assert!(guest.is_running());
+}
+
+#[test]
+fn a_qemu_that_was_started_through_the_loader_is_refused() {
+    let place = Place::new();
+    let script = place.folder.join("qemu-system-x86_64");
+    let text = format!("#!/bin/bash\nexec -a qemu-system-x86_64 /lib64/ld-linux-x86-64.so.2 {INSTALLED} \"$@\"\n");
+    fs::write(&script, text).unwrap();
+    fs::set_permissions(&script, fs::Permissions::from_mode(0o755)).unwrap();
+    let mut config = kit::guest(Kernel::CLOUD_6_1).ram(Ram::Private);
+    config.qemu = script;
+    let guest = Guest::boot(config).unwrap_or_else(|error| panic!("{error}"));
+    let _keeper = Keeper::of(&guest);
+    let answer = Vmpatch::socket(&guest.qmp_path())
+        .run(&["upgrade", "--qemu", INSTALLED])
+        .expect(3);
+    assert!(
+        answer.complaint().contains("was started through the loader"),
+        "{answer}"
+    );
+}
+
+#[test]
+fn memory_in_a_folder_and_a_virtio_mem_device_move() {
+    let folder = kit::guest(Kernel::CLOUD_6_1).ram(Ram::Private);
+    let object = format!(
+        "memory-backend-file,id=folder0,size={}M,share=on,mem-path=/dev/shm",
+        folder.memory_mib
+    );
+    let mut folder = folder.qemu_arg("-object").qemu_arg(&object);
+    folder.machine = format!("{},memory-backend=folder0", folder.machine);
+    // Only one whose RAM is handed over: QEMU 10.0.2 ends where it is to copy the RAM of an emulated guest that has such a device.
+    let mut elastic = kit::guest(Kernel::CLOUD_6_1).module("virtio_mem");
+    elastic.machine = "q35,aux-ram-share=on".to_owned();
+    let words = [
+        "-m",
+        "size=256M,maxmem=1G",
+        "-object",
+        "memory-backend-memfd,id=elastic0,size=128M,share=on",
+        "-device",
+        "virtio-mem-pci,id=vm0,memdev=elastic0,requested-size=64M",
+    ];
+    let elastic = words.iter().fold(elastic, |config, word| config.qemu_arg(word));
+    for (config, way, other) in [
+        (folder, "precopy", "x-ignore-shared"),
+        (elastic, "cpr-transfer", "precopy"),
+    ] {
+        let mut guest = Guest::boot(config).unwrap_or_else(|error| panic!("{error}"));
+        let _keeper = Keeper::of(&guest);
+        let vmpatch = Vmpatch::on(&guest);
+        vmpatch.run(&["upgrade", "--qemu", INSTALLED, "--way", other]).expect(3);
+        let report = vmpatch
+            .run(&["upgrade", "--qemu", INSTALLED, "--json"])
+            .expect(0)
+            .json();
+        assert_eq!(report["way"], way);
+        guest
+            .follow(u32::try_from(report["new"]["pid"].as_u64().unwrap()).unwrap())
+            .unwrap();
+        assert_eq!(guest.text(&["echo", "here"]).unwrap().trim(), "here");
+    }
 }
 
 #[test]

@@ -57,6 +57,23 @@ pub(super) fn version_as(owner: &Owner, path: &Path) -> Result<Version, BinaryEr
     ask(command, path)
 }
 
+/// The machine types that a QEMU knows; none where it does not say.
+pub(super) fn machines(path: &Path) -> Vec<String> {
+    let mut command = Command::new(path);
+    let answer = answer(command.args(["-machine", "help"]), path);
+    answer.map_or_else(|_| Vec::new(), |(text, _)| parse_machines(&text))
+}
+
+/// The machine types of the same kind as `machine`: those that differ in the version at its end.
+pub(super) fn of_the_kind<'a>(machine: &str, all: &'a [String]) -> Vec<&'a str> {
+    let kind = |name: &str| name.rsplit_once('-').map(|(kind, _)| kind.to_owned());
+    let wanted = kind(machine);
+    all.iter()
+        .map(String::as_str)
+        .filter(|name| kind(name) == wanted)
+        .collect()
+}
+
 fn ask(mut command: Command, path: &Path) -> Result<Version, BinaryError> {
     let (text, status) = answer(command.arg("--version"), path)?;
     let line = text.lines().next().unwrap_or_default();
@@ -94,6 +111,12 @@ fn answer(command: &mut Command, path: &Path) -> Result<(String, String), Binary
     Ok((text, output.status.to_string()))
 }
 
+/// A heading, then a line for each: `pc-q35-9.2           Standard PC (Q35 + ICH9, 2009)` (`system/vl.c`, `machine_help_func`).
+fn parse_machines(text: &str) -> Vec<String> {
+    let names = text.lines().skip(1).filter_map(|line| line.split_whitespace().next());
+    names.map(str::to_owned).collect()
+}
+
 /// `QEMU emulator version 10.0.2 (Debian 1:10.0.2+ds-2)`.
 fn parse(answer: &str) -> Option<Version> {
     let version = answer.strip_prefix(ANSWER)?.split(' ').next()?;
@@ -125,6 +148,17 @@ mod tests {
         ] {
             assert_eq!(parse(other), None, "{other}");
         }
+    }
+
+    #[test]
+    fn machine_types_of_one_kind_are_listed() {
+        // QEMU 10.0.2, shortened.
+        let text = "Supported machines are:\nmicrovm              microvm (i386)\npc                   Standard PC (alias of pc-i440fx-10.0)\n\
+                    pc-i440fx-10.0       Standard PC (default)\npc-q35-9.2           Standard PC\npc-q35-10.0          Standard PC\n";
+        let all = parse_machines(text);
+        assert_eq!(all.len(), 5);
+        assert_eq!(of_the_kind("pc-q35-11.1", &all), ["pc-q35-9.2", "pc-q35-10.0"]);
+        assert_eq!(of_the_kind("xenpv", &all), ["microvm", "pc"]);
     }
 
     #[test]

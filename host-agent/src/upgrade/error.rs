@@ -129,6 +129,12 @@ pub enum UpgradeError {
         /// The new one.
         new: i32,
     },
+    /// Somebody else was faster.
+    #[error("the guest has just left process {old}: another vmpatch has moved it; `status` says where it is now")]
+    Overtaken {
+        /// The old process.
+        old: i32,
+    },
     /// The socket at which the new process answers is not known.
     #[error("process {pid} has no QMP socket at {path}")]
     NoSocket {

@@ -141,7 +141,7 @@ impl OpenFiles {
 }
 
 /// A memfd, or shared anonymous memory.
-fn is_memory(path: &Path) -> bool {
+pub(super) fn is_memory(path: &Path) -> bool {
     let text = path.to_string_lossy();
     text.starts_with("/memfd:") || text.starts_with("/dev/zero")
 }

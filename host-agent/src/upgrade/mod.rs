@@ -14,6 +14,7 @@ mod descriptor;
 pub mod due;
 mod error;
 mod files;
+mod fit;
 mod folder;
 mod identity;
 pub mod launch;
@@ -29,6 +30,7 @@ mod signals;
 mod successor;
 mod tap;
 pub mod watch;
+mod way;
 
 pub use binary::BinaryError;
 pub use error::UpgradeError;

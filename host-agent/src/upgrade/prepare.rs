@@ -3,33 +3,30 @@
 use super::binary::{self, Version};
 use super::error::UpgradeError;
 use super::files::{self, OpenFiles};
+use super::fit;
 use super::identity::Identity;
 use super::line::{self, Context, Rewritten};
 use super::named;
 use super::origin::{self, Origin};
-use crate::cli::{Options, UpgradeOptions, WayName};
+use super::way;
+use crate::cli::{Options, UpgradeOptions};
 use crate::domains::names::Name;
 use crate::domains::{self, Domain};
 use crate::error::Failure;
-use crate::lock::DomainLock;
+use crate::lock::{DomainLock, LockError};
 use crate::progress::Progress;
 use crate::session::{Session, Target};
-use qmp::memory::Backing;
 use qmp::migrate::{Facts, Pair, Way};
-use qmp::{RamMap, RunState};
 use std::fs;
+use std::io::ErrorKind;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 /// How long the old QEMU has to greet.
 const CONNECT_TIME_MAX: Duration = Duration::from_secs(3);
-/// The first QEMU that can hand guest RAM over as descriptors.
-const FIRST_WITH_CPR: Version = (10, 0, 0);
 /// The first QEMU seen to lose no writes of an emulated guest that is copied while it runs; see `qmp::migrate::Limits::standing`.
 const FIRST_WITHOUT_LOSS: Version = (10, 0, 0);
-/// Room in memory that is left for all else, in bytes.
-const ROOM_LEFT: u64 = 64 << 20;
 
 /// A move that nothing speaks against so far.
 pub(super) struct Prepared {
@@ -78,7 +75,7 @@ pub(super) fn prepare(options: &Options, wanted: &UpgradeOptions, progress: &Pro
     let program =
         std::path::absolute(&wanted.qemu).map_err(UpgradeError::host(format!("finding {}", wanted.qemu.display())))?;
     let version = binary::version(&program).map_err(UpgradeError::from)?;
-    let session = Session::open(&target, progress)?;
+    let session = Session::open(&target, progress).map_err(overtaken)?;
     session.refuse_if_busy()?;
     let (shown, release, pid) = (session.shown(), session.kernel.release.clone(), session.attached.pid());
     let is_emulated = session.attached.accelerator() == "tcg";
@@ -96,7 +93,8 @@ pub(super) fn prepare(options: &Options, wanted: &UpgradeOptions, progress: &Pro
     progress.step(&format!("{shown}: looking at process {pid}"));
     let pair = Pair::new(&target.socket, CONNECT_TIME_MAX).map_err(UpgradeError::from)?;
     let facts = pair.source_facts().map_err(UpgradeError::from)?;
-    check_state(&pair)?;
+    fit::check_state(&pair)?;
+    fit::check_program(&old)?;
     let (words, folder) = domains::command_line_of(pid)
         .map_err(UpgradeError::host(format!("reading the command line of process {pid}")))?;
     let context = Context {
@@ -109,9 +107,12 @@ pub(super) fn prepare(options: &Options, wanted: &UpgradeOptions, progress: &Pro
         new_program: program.clone(),
         data: wanted.data_dir.clone(),
         taps: origin::taps(pid),
+        generation: facts.generation.clone(),
     };
     let line = line::rewrite(&words, &context).map_err(UpgradeError::from)?;
-    check_networks(&facts)?;
+    let arguments = line::arguments(&words);
+    fit::check_networks(&facts)?;
+    fit::check_bonds(&facts, &arguments)?;
     let mut warnings = Vec::new();
     if version < facts.version {
         let (new, old) = (binary::spell(version), binary::spell(facts.version));
@@ -124,12 +125,11 @@ pub(super) fn prepare(options: &Options, wanted: &UpgradeOptions, progress: &Pro
     names.sort_by_key(|name| is_same(&name.own, &target.socket));
     let files = OpenFiles::of(pid, &ram, files::real(&names))?;
     files.check_names(pid)?;
-    let arguments = line::arguments(&words);
     named::check_unchanged(pid, &arguments, &folder, &files)?;
     named::check_log(&arguments, &folder, &files)?;
-    let way = choose_way(&pair, &facts, version, &ram, wanted.way)?;
+    let way = way::choose(&pair, &facts, version, &ram, wanted.way)?;
     if way == Way::Precopy {
-        check_room(&ram)?;
+        way::check_room(&ram)?;
     }
     let standing = way == Way::Precopy && is_emulated && facts.version < FIRST_WITHOUT_LOSS;
     if standing {
@@ -160,6 +160,17 @@ pub(super) fn prepare(options: &Options, wanted: &UpgradeOptions, progress: &Pro
     })
 }
 
+/// One who waited for the lock of a process whose guest another one has moved meanwhile finds its socket in other hands, or nobody.
+fn overtaken(failure: Failure) -> Failure {
+    match failure {
+        Failure::OtherProcess { expected: old, .. } => UpgradeError::Overtaken { old }.into(),
+        Failure::Lock(LockError::Process { pid: old, cause }) if cause.kind() == ErrorKind::NotFound => {
+            UpgradeError::Overtaken { old }.into()
+        }
+        failure => failure,
+    }
+}
+
 /// Before anything else: what a command says of a domain whose only QMP socket is libvirt's would be of no use here.
 fn refuse_libvirts(options: &Options) -> Result<(), Failure> {
     let survey = domains::all()?;
@@ -177,143 +188,8 @@ fn refuse_libvirts(options: &Options) -> Result<(), Failure> {
     }
 }
 
-fn check_state(pair: &Pair) -> Result<(), UpgradeError> {
-    let RunState::Other(state) = pair.source_state()? else {
-        return Ok(());
-    };
-    let reason = match state.as_str() {
-        "postmigrate" => {
-            "all of it was sent to another process once; if it is to go on in this one, QMP `cont` lets it"
-        }
-        _ => "only one that runs, or is paused by its operator, is moved",
-    };
-    Err(UpgradeError::unfit(
-        format!("the guest is in the state `{state}`"),
-        reason,
-    ))
-}
-
-/// A network that was plugged in later, which the command line does not tell.
-fn check_networks(facts: &Facts) -> Result<(), UpgradeError> {
-    if facts.networks.iter().any(|network| network.contains("type=user")) {
-        return Err(UpgradeError::unfit(
-            "a network of type `user`",
-            "the guest's connections live in the old process; use a tap or a bridge, or -nic none where there is no network",
-        ));
-    }
-    Ok(())
-}
-
-/// The best way that is open, or the one that the operator wants.
-fn choose_way(
-    pair: &Pair,
-    facts: &Facts,
-    version: Version,
-    ram: &RamMap,
-    wanted: Option<WayName>,
-) -> Result<Way, UpgradeError> {
-    let mut reasons = Vec::new();
-    let ways = match wanted {
-        Some(way) => vec![way.way()],
-        None => vec![Way::CprTransfer, Way::IgnoreShared, Way::Precopy],
-    };
-    for way in ways {
-        let in_the_way = obstacles(way, pair, facts, version, ram)?;
-        if in_the_way.is_empty() {
-            return Ok(way);
-        }
-        reasons.push(format!("{}: {}", way.name(), in_the_way.join("; ")));
-    }
-    Err(UpgradeError::unfit("QEMU can't send this guest", reasons.join(". ")))
-}
-
-fn obstacles(
-    way: Way,
-    pair: &Pair,
-    facts: &Facts,
-    version: Version,
-    ram: &RamMap,
-) -> Result<Vec<String>, UpgradeError> {
-    let mut found = Vec::new();
-    let files = kept_files(ram);
-    match way {
-        Way::CprTransfer => {
-            for version in [facts.version, version]
-                .into_iter()
-                .filter(|version| *version < FIRST_WITH_CPR)
-            {
-                found.push(format!("QEMU {} does not know it", binary::spell(version)));
-            }
-            if !found.is_empty() {
-                return Ok(found);
-            }
-        }
-        Way::IgnoreShared if files != Some(ram.regions.len()) => {
-            found.push("the guest's RAM is not in files that both processes can map".to_owned());
-        }
-        // Both would map the same file, and the new one would write old copies of pages over newer ones.
-        Way::Precopy if files != Some(0) => {
-            found.push("the guest's RAM is in a file that the new process would map, too".to_owned());
-        }
-        Way::IgnoreShared | Way::Precopy => {}
-    }
-    found.extend(pair.blockers(way)?);
-    Ok(found)
-}
-
-/// How many regions of RAM lie in a file that has a name, and can be opened by it; None where one of them has lost its name.
-fn kept_files(ram: &RamMap) -> Option<usize> {
-    let mut count = 0;
-    for region in &ram.regions {
-        if let Backing::Shared(file) = &region.backing {
-            if file.path.starts_with("/memfd:") || file.path.starts_with("/dev/zero") {
-                continue;
-            }
-            let found = fs::metadata(Path::new(&file.path)).ok()?;
-            if found.ino() != file.inode {
-                return None;
-            }
-            count += 1;
-        }
-    }
-    Some(count)
-}
-
 /// Whether two paths lead to the same file.
 pub(super) fn is_same(path: &Path, other: &Path) -> bool {
     let identity = |path: &Path| fs::metadata(path).ok().map(|found| (found.dev(), found.ino()));
     path == other || identity(path).is_some_and(|found| identity(other) == Some(found))
-}
-
-/// Whether the host has room for the guest's RAM once more.
-fn check_room(ram: &RamMap) -> Result<(), UpgradeError> {
-    let wanted: u64 = ram.regions.iter().map(|region| region.len).sum();
-    let text = fs::read_to_string("/proc/meminfo").unwrap_or_default();
-    let Some(available) = available(&text) else {
-        return Ok(());
-    };
-    if available < wanted.saturating_add(ROOM_LEFT) {
-        let what = format!("the host has {} MiB of memory left", available >> 20);
-        let reason = format!("a copy of the guest's RAM needs {} MiB", wanted >> 20);
-        return Err(UpgradeError::unfit(what, reason));
-    }
-    Ok(())
-}
-
-/// `proc_meminfo(5)`.
-fn available(meminfo: &str) -> Option<u64> {
-    let line = meminfo.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
-    let kib: u64 = line.trim().strip_suffix(" kB")?.parse().ok()?;
-    kib.checked_mul(1024)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::available;
-
-    #[test]
-    fn the_hosts_memory_is_read_in_bytes() {
-        assert_eq!(available("MemFree: 1 kB\nMemAvailable:   20480 kB\n"), Some(20 << 20));
-        assert_eq!(available("MemFree: 1 kB\n"), None);
-    }
 }

@@ -1,6 +1,7 @@
 //! The move itself.
 
 use super::arrived;
+use super::binary;
 use super::compare;
 use super::error::UpgradeError;
 use super::files::{self, OpenFiles};
@@ -15,6 +16,7 @@ use super::signals::Wish;
 use super::successor::Successor;
 use super::tap::Taps;
 use super::watch::Watcher;
+use super::way;
 use crate::cli::{Options, UpgradeOptions};
 use crate::domains::process;
 use crate::error::Failure;
@@ -223,8 +225,10 @@ impl Move {
             ));
         }
         rights::check_same(prepared.old.pid, new.pid)?;
+        pair.carry_settings_over(&prepared.facts, &pair.destination_facts()?)?;
         compare::same_machine(&prepared.facts, &pair.destination_facts()?)?;
         let ram = pair.destination_ram(new.pid)?;
+        way::check_memory(prepared.way, &ram)?;
         let alone = files::temporary(&prepared.names);
         prepared.files.check_same(&OpenFiles::of(new.pid, &ram, alone)?)?;
         let memory = identity::memory_of(&ram)?;
@@ -300,13 +304,31 @@ impl Move {
         Err(error)
     }
 
+    /// That the new program does not know the guest's machine type, where that is so: QEMU ends without saying which it does know.
+    fn lacking_machine(&self) -> Option<UpgradeError> {
+        let Prepared { program, facts, .. } = &self.prepared;
+        let all = binary::machines(program);
+        if all.is_empty() || all.contains(&facts.machine) {
+            return None;
+        }
+        let of_the_kind = binary::of_the_kind(&facts.machine, &all).join(", ");
+        Some(UpgradeError::unfit(
+            format!("the machine type `{}`", facts.machine),
+            format!(
+                "{} does not know it; of that kind it has {}",
+                program.display(),
+                if of_the_kind.is_empty() { "none" } else { &of_the_kind }
+            ),
+        ))
+    }
+
     /// The reason behind an error, where the new process's end is one.
     fn explain(&self, error: UpgradeError, new: &mut Successor) -> UpgradeError {
         if matches!(error, UpgradeError::Migrate(MigrateError::Cancelled)) || self.wish.is_there() {
             return MigrateError::Cancelled.into();
         }
         match (new.end_within(END_TIME_MAX), error) {
-            (Some(end), _) => end,
+            (Some(end), _) => self.lacking_machine().unwrap_or(end),
             (None, UpgradeError::Migrate(source @ MigrateError::Destination(_))) => UpgradeError::Mute {
                 pid: new.pid,
                 messages: new.messages(),

@@ -134,6 +134,7 @@ fn names_of(new: &Domain) -> Result<Vec<Name>, UpgradeError> {
         new_program: PathBuf::new(),
         data: Vec::new(),
         taps: Vec::new(),
+        generation: None,
     };
     let Rewritten { names, .. } = line::rewrite(&words, &context)?;
     Ok(names.iter().map(|name| name.in_folder(&folder)).collect())

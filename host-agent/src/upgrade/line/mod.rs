@@ -59,6 +59,8 @@ pub(super) struct Context {
     pub(super) data: Vec<PathBuf>,
     /// Tap devices.
     pub(super) taps: Vec<Tap>,
+    /// The identity that a vmgenid device gives to the guest.
+    pub(super) generation: Option<String>,
 }
 
 /// A command line for the new process.
@@ -176,7 +178,7 @@ impl Rewriter<'_> {
             "net" => Some(text.clone()),
             "device" => {
                 check_device(name, &text)?;
-                value
+                Some(self.device(&text))
             }
             "drive" if Params::parse(&text, None).is_on("snapshot", false) => {
                 return refuse("its changes are in a file of the old process that has no name");
@@ -209,6 +211,19 @@ impl Rewriter<'_> {
             self.pinned = true;
         }
         params.render()
+    }
+
+    /// A device with the identity that it gives to the guest, which `auto` chooses anew each time: a guest that sees another one takes itself
+    /// for a copy.
+    fn device(&self, text: &[u8]) -> Vec<u8> {
+        let mut device = Keyed::parse(text, "driver");
+        match &self.context.generation {
+            Some(generation) if device.text("driver").as_deref() == Some("vmgenid") => {
+                device.set("guid", generation);
+                device.render()
+            }
+            _ => text.to_vec(),
+        }
     }
 
     /// A temporary name for a path, noted down.

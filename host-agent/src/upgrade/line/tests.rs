@@ -11,6 +11,7 @@ fn context() -> Context {
             interface: "tap7".to_owned(),
             descriptor: 31,
         }],
+        generation: Some("324e6eaf-d1d1-4bf6-bf41-b9bb6c91fb87".to_owned()),
     }
 }
 
@@ -100,6 +101,14 @@ fn the_new_process_gets_no_rights_to_give_up() {
     assert_eq!(line("q -M q35 -run-with user=qemu"), "-M type=pc-q35-7.2");
     assert!(refused("q -chroot /jail").contains("`-chroot /jail`"));
     assert!(refused("q -run-with chroot=/jail").contains("`-run-with chroot=/jail`"));
+}
+
+#[test]
+fn a_guest_keeps_the_identity_that_was_chosen_for_it() {
+    assert_eq!(
+        line("q -M q35 -device vmgenid,guid=auto,id=v -device pvpanic"),
+        "-M type=pc-q35-7.2 -device driver=vmgenid,guid=324e6eaf-d1d1-4bf6-bf41-b9bb6c91fb87,id=v -device pvpanic"
+    );
 }
 
 #[test]
