@@ -144,6 +144,8 @@ impl Trip {
         let mut config = outfit.fit(kit::guest(Kernel::GENERIC_6_1).name(NAME).ram(Ram::Private));
         config.qemu = programs.first().ok_or("no QEMU")?.clone();
         config.machine = machine.to_owned();
+        // `max` is another CPU in each QEMU, and lacks something on the way back.
+        config.cpu = Some("qemu64".to_owned());
         for word in [
             "-object",
             "iothread,id=io0",
