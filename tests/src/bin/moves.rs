@@ -236,7 +236,7 @@ impl Trip {
     /// Kills a vmpatch after that time, in every second case with the process that watches over its move.
     fn cut_off(&self, child: &Child, after: Duration) {
         sleep(after);
-        if self.kills % 2 == 0 {
+        if self.kills.is_multiple_of(2) {
             let watchers = processes::with_arguments(&["watch-move", &self.guest.pid().to_string()]);
             watchers
                 .into_iter()
