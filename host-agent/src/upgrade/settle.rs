@@ -140,8 +140,13 @@ fn names_of(new: &Domain) -> Result<Vec<Name>, UpgradeError> {
     Ok(names.iter().map(|name| name.in_folder(&folder)).collect())
 }
 
+/// The user of both: they have the same. One that has just ended tells it no more.
+fn owner_of(old: &Domain, new: &Domain) -> Result<Owner, UpgradeError> {
+    Ok(Owner::of(old.pid).or_else(|_| Owner::of(new.pid))?)
+}
+
 fn forward(old: &Domain, new: &Domain, names: &[Name]) -> Result<Settled, UpgradeError> {
-    take_over(new.pid, &Owner::of(new.pid)?, names)?;
+    take_over(new.pid, &owner_of(old, new)?, names)?;
     end_old(old, new.pid)?;
     Ok(Settled::InNew)
 }
@@ -194,7 +199,7 @@ fn back(
 ) -> Result<Settled, UpgradeError> {
     let ending = UpgradeError::host(format!("ending the new process (pid {})", new.pid));
     let taps = process::taps(new.pid);
-    let owner = Owner::of(new.pid)?;
+    let owner = owner_of(old, new)?;
     successor::end(new.pid, new.start_time).map_err(ending)?;
     set_back(old.pid, &taps);
     remove_temporary(&owner, names);
