@@ -37,6 +37,7 @@ mod modinfo;
 mod native;
 mod nops;
 pub mod note;
+mod object_name;
 mod orc;
 mod paravirt;
 mod patch;

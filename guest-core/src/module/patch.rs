@@ -2,7 +2,7 @@
 
 use super::init::{OwnFunction, Work};
 use super::sections::SectionOffset;
-use super::{PatchModule, klp_build, kpatch};
+use super::{PatchModule, klp_build, kpatch, object_name};
 
 /// Most functions that one module may patch, over all its objects.
 pub(super) const FUNCTIONS_MAX: usize = 10_000;
@@ -175,6 +175,14 @@ pub enum PatchError {
         /// Section and offset of the pointer.
         at: String,
     },
+    /// It is for a module of a name that no module can have.
+    #[error("the patch is for module {name:?}, and no module can have that name: {advice}")]
+    ObjectName {
+        /// The name.
+        name: String,
+        /// What is wrong with it.
+        advice: String,
+    },
     /// Init or exit does something else than enabling the patch.
     #[error(
         "{function} {work} ({at}): vmpatch does not run a module's init and exit yet; load the module in the guest, or build the patch without that work"
@@ -212,6 +220,12 @@ impl PatchModule<'_> {
         };
         if patch.objects.iter().all(|object| object.functions.is_empty()) {
             return Err(PatchError::Empty);
+        }
+        for name in patch.objects.iter().filter_map(|object| object.name.as_deref()) {
+            if let Some(advice) = object_name::advice(name) {
+                let name = name.to_owned();
+                return Err(PatchError::ObjectName { name, advice });
+            }
         }
         let described = patch.this_module.map(|this| SectionOffset {
             offset: this.offset.saturating_sub(layout.patch_mod),

@@ -136,6 +136,17 @@ fn a_symbol_position_and_a_module_name_are_read() {
 }
 
 #[test]
+fn an_object_of_a_name_that_no_module_can_have_is_refused() {
+    let mut elf = TestElf::livepatch(RET);
+    elf.set_bytes(2, b"old_f\0kvm-amd\0");
+    elf.relocation(3, 200, R_X86_64_64, 2, 6);
+    assert_eq!(
+        patch_of(&elf.build()).unwrap_err().to_string(),
+        "the patch is for module \"kvm-amd\", and no module can have that name: did you mean kvm_amd?"
+    );
+}
+
+#[test]
 fn a_callback_is_refused_with_its_place() {
     let mut elf = TestElf::livepatch(RET);
     elf.relocation(3, 200 + 16 + 8, R_X86_64_64, 1, 0);
