@@ -28,12 +28,14 @@ impl PatchModule<'_> {
         };
         let objs = at.plus(layout.patch_objs);
         let objs = self.pointer("klp_patch.objs", objs)?.ok_or(PatchError::NoPatch)?;
-        let objects = self.objects(layout, objs)?;
+        let mut descriptors = vec![(at, layout.patch_size)];
+        let objects = self.objects(layout, objs, &mut descriptors)?;
         Ok(Patch {
             objects,
             replace,
             format: PatchFormat::KlpPatch,
             this_module: Some(at.plus(layout.patch_mod)),
+            descriptors,
         })
     }
 
@@ -89,7 +91,13 @@ impl PatchModule<'_> {
         })
     }
 
-    fn objects(&self, layout: &KlpLayout, objs: SectionOffset) -> Result<Vec<PatchObject>, PatchError> {
+    /// The objects from `objs` on; where their structures lie is added to `descriptors`.
+    fn objects(
+        &self,
+        layout: &KlpLayout,
+        objs: SectionOffset,
+        descriptors: &mut Vec<(SectionOffset, u64)>,
+    ) -> Result<Vec<PatchObject>, PatchError> {
         let mut objects = Vec::new();
         let mut functions = 0;
         for at in elements(objs, layout.object_size).take(OBJECTS_MAX) {
@@ -106,6 +114,8 @@ impl PatchModule<'_> {
             self.refuse_callbacks(layout, at, name.as_deref())?;
             let found = self.functions(layout, funcs, FUNCTIONS_MAX - functions)?;
             functions += found.len();
+            descriptors.push((at, layout.object_size));
+            descriptors.push((funcs, layout.func_size.saturating_mul(found.len() as u64)));
             objects.push(PatchObject { name, functions: found });
         }
         Err(PatchError::TooMany {

@@ -50,6 +50,7 @@ impl PatchModule<'_> {
             replace: None,
             format: PatchFormat::KlpBuild,
             this_module: None,
+            descriptors: Vec::new(),
         })
     }
 

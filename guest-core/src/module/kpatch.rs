@@ -59,6 +59,7 @@ impl PatchModule<'_> {
             replace: None,
             format: PatchFormat::Kpatch,
             this_module: None,
+            descriptors: Vec::new(),
         })
     }
 

@@ -7,6 +7,7 @@
 //! - [`Image`]: the sections that those functions need (`selection.rs` follows what refers to what), and their [`Layout`] in
 //!   memory ([`ImageError`]). What each kind of section obliges a loader to is one table in `duty.rs`; what is not handled is
 //!   refused here;
+//! - [`Image::escapes`]: what of the patch the guest may still use after a revert (`escapes.rs`, `flow.rs`);
 //! - [`Linked`]: the finished bytes for given addresses ([`LinkError`]), after the work of the kernel's own loader.
 //!
 //! The work of the kernel's own loader is one file for each kind: `alternatives.rs` and `replace.rs`, `branches.rs` (return
@@ -21,7 +22,9 @@ mod descriptor;
 mod duty;
 mod elf;
 mod error;
+mod escapes;
 mod fentry;
+mod flow;
 mod image;
 mod init;
 mod jump_labels;

@@ -63,6 +63,8 @@ pub struct Patch {
     /// `klp_patch.mod`, where there is a static `klp_patch`: the only place in data that may hold the address of the
     /// module's own `struct module`.
     pub(crate) this_module: Option<SectionOffset>,
+    /// Where static livepatch structures lie, and their bytes: pointers in there are vmpatch's to read, not the guest's.
+    pub(crate) descriptors: Vec<(SectionOffset, u64)>,
 }
 
 /// How a module says what it patches.

@@ -193,6 +193,11 @@ impl Rows {
         self.rows.get(position).map(|row| row.site)
     }
 
+    /// The code of all rows.
+    pub(crate) fn sites(&self) -> impl Iterator<Item = SectionOffset> {
+        self.rows.iter().map(|row| row.site)
+    }
+
     /// The rows whose code `is_placed`, with room reserved for them.
     pub(crate) fn place(
         &self,
