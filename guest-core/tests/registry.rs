@@ -47,6 +47,7 @@ fn record(id: &str) -> Record {
         pending: Vec::new(),
         changes: vec![Change::word("a word", guest_core::Gpa(0x1000), 0, 1)],
         known: None,
+        escapes: Some(Vec::new()),
     }
 }
 
@@ -239,10 +240,10 @@ fn a_record_survives_the_registry() {
 #[test]
 fn another_version_or_a_damaged_header_is_told() {
     let (guest, kernel) = with_registry();
-    guest.put(CAVE + 8, &[3]);
+    guest.put(CAVE + 8, &[4]);
     assert!(matches!(
         find(&guest, &kernel),
-        Err(RegistryError::Version { found: 3, .. })
+        Err(RegistryError::Version { found: 4, .. })
     ));
     for at in [12, 16, 24, 32, 40, 48, 63] {
         let (guest, kernel) = with_registry();
@@ -260,7 +261,7 @@ fn an_older_registry_is_read_and_brought_to_this_version() {
     let older = find(&guest, &kernel).unwrap();
     older.renewal().unwrap().make(&guest.ram).unwrap();
     let newer = find(&guest, &kernel).unwrap();
-    assert_eq!((older.version, newer.version), (1, 2));
+    assert_eq!((older.version, newer.version), (1, 3));
     assert_eq!(newer.renewal(), None);
 }
 
@@ -324,7 +325,9 @@ fn two_registries_are_refused() {
 fn slots_that_lie_about_state_pages_or_record_are_refused() {
     let len = record("fix").to_bytes().unwrap().len() as u64;
     for (state, numbers, says) in [
-        (5, [2, 1, 0, len, 0], "unknown state"),
+        (7, [2, 1, 0, len, 0], "unknown state"),
+        (5, [2, 1, 0, len, 0], "checksum"),
+        (6, [2, 1, 0, len, 0], "checksum"),
         (u64::MAX, [2, 1, 0, len, 0], "unknown state"),
         (3, [0, 1, 0, len, 0], "outside of the pool"),
         (3, [1, 1, 0, len, 0], "outside of the pool"),
@@ -411,7 +414,11 @@ fn pages_are_allocated_from_the_first_gap_that_is_big_enough() {
     assert_eq!(registry.allocate(11).unwrap(), (1, Pages { first: 21, count: 11 }));
     assert!(matches!(
         registry.allocate(300),
-        Err(RegistryError::Full { wanted: 300, free: 235 })
+        Err(RegistryError::Full {
+            wanted: 300,
+            free: 235,
+            ..
+        })
     ));
     assert!(matches!(registry.allocate(u64::MAX), Err(RegistryError::Full { .. })));
 }
@@ -424,8 +431,27 @@ fn a_registry_with_all_slots_taken_says_so() {
     }
     assert!(matches!(
         find(&guest, &kernel).unwrap().allocate(1),
-        Err(RegistryError::NoSlot)
+        Err(RegistryError::NoSlot { .. })
     ));
+}
+
+/// Code that is kept until the guest reboots takes room: whoever finds none must learn why.
+#[test]
+fn a_registry_without_room_names_the_reverted_patches_whose_code_is_kept() {
+    let (guest, kernel) = with_registry();
+    for (slot, id) in [(0, "first"), (1, "second")] {
+        let bytes = record(id).to_bytes().unwrap();
+        let first = 2 + 100 * slot;
+        put(&guest, slot, State::Kept as u64, Pages { first, count: 100 }, &bytes);
+    }
+    let registry = find(&guest, &kernel).unwrap();
+    assert_eq!((registry.records().count(), registry.all_records().count()), (0, 2));
+    let said = registry.allocate(99).unwrap_err().to_string();
+    let kept = "until the guest reboots, the code of 2 reverted patches is kept: first, second";
+    assert!(
+        said.starts_with("no room: 99 pages wanted") && said.ends_with(kept),
+        "{said}"
+    );
 }
 
 #[test]

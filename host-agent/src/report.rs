@@ -267,6 +267,9 @@ pub struct Patch {
     /// Modules that it is for, too, which the guest has not loaded.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub pending: Vec<String>,
+    /// Its own functions and variables whose addresses the guest may have, for which its code stays when it is reverted.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub escapes: Vec<String>,
     /// The pause that it took.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub pause: Option<Pause>,

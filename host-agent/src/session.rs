@@ -306,7 +306,7 @@ impl Session {
             return Err(failure);
         }
         let mended = mended.is_ok();
-        let is_it = |entry: &&Entry| entry.record().is_some_and(|record| record.id == id);
+        let is_it = |entry: &&Entry| entry.state != State::Kept && entry.record().is_some_and(|record| record.id == id);
         let state = self.registry.entries.iter().find(is_it).map(|entry| entry.state);
         match (half, state) {
             (_, Some(State::Applied)) if mended && doing == error::REVERTING => Ok(()),

@@ -48,6 +48,8 @@ const TREE: &str = "the guest's tree of modules";
 const LISTS: &str = "the guest's lists of modules";
 /// What the changes of ftrace's chain of records are called.
 const RECORDS: &str = "the guest's chain of ftrace records";
+/// More bytes than `module.name` has: 56 (`MODULE_NAME_LEN`), 256 in later kernels.
+const NAME_BYTES_MAX: u64 = 256;
 /// More modules than a patch uses.
 const USES_MAX: usize = 4096;
 /// Latches: each change of the tree counts twice (include/linux/rbtree_latch.h, `latch_tree_insert`).
@@ -341,6 +343,22 @@ impl Known {
         let highest = base(words, last)?.wrapping_add(bytes.into());
         words.set(layout.bounds[0], self.bounds[0].min(lowest))?;
         words.set(layout.bounds[1], self.bounds[1].max(highest))
+    }
+
+    /// The change that gives the module another name, as much of it as there is room for; none where it has that already. To be
+    /// made in a pause, while nobody holds `module_mutex`.
+    pub fn rename(&self, live: &Live<'_>, name: &str) -> Result<Option<Change>, KernelError> {
+        let member = live.kernel.btf.structure("module")?.member("name")?;
+        let at = Gva(self.module).wrapping_add(member.offset());
+        let room = usize::try_from(member.size.min(NAME_BYTES_MAX)).unwrap_or(0);
+        let mut now = vec![0; room];
+        live.read(at, &mut now).map_err(|source| unreadable(at, source))?;
+        let len = name.floor_char_boundary(room.saturating_sub(1));
+        let mut new: Vec<u8> = name.bytes().take(len).collect();
+        new.resize(room, 0);
+        // The pages of a patch's data follow one another in the guest's memory.
+        let (gpa, _) = live.physical(at).map_err(|source| unreadable(at, source))?;
+        Ok((now != new).then(|| Change::replace("the name of the patch's module", gpa, now, new).of_data()))
     }
 
     /// The number of references to the module that nobody but vmpatch has taken; none where modules can't be unloaded, so that

@@ -24,8 +24,9 @@ const STEPS_MAX: usize = 200;
 
 /// Functions that are through with what their arguments point at when they return: what they print is formatted at once, or
 /// copied (`vprintk_store`, kernel/printk/printk.c; `set_dev_info`, drivers/base/core.c; lib/vsprintf.c; lib/string.c;
-/// fs/seq_file.c), and a static key is changed at once (kernel/jump_label.c), in 5.10 to 7.2.
-const PASSED_THROUGH: [&str; 69] = [
+/// fs/seq_file.c), and a static key is changed at once (kernel/jump_label.c), in 5.10 to 7.2. Those that return the address that
+/// they were given (`memcpy`, `strcpy` and their like) are not among them: see [`RETURN_FIRST`].
+const PASSED_THROUGH: [&str; 61] = [
     "_printk",
     "printk",
     "_printk_deferred",
@@ -77,24 +78,21 @@ const PASSED_THROUGH: [&str; 69] = [
     "strncmp",
     "strcasecmp",
     "strncasecmp",
-    "strcpy",
-    "strncpy",
     "strlcpy",
     "strscpy",
     "sized_strscpy",
-    "strcat",
-    "strncat",
     "strlcat",
     "memcmp",
-    "memcpy",
-    "__memcpy",
-    "memmove",
-    "memset",
     "static_key_enable",
     "static_key_disable",
     "static_key_slow_inc",
     "static_key_slow_dec",
     "static_key_count",
+];
+
+/// The same, but that they return their first argument, which therefore is not through (lib/string.c).
+const RETURN_FIRST: [&str; 8] = [
+    "strcpy", "strncpy", "strcat", "strncat", "memcpy", "__memcpy", "memmove", "memset",
 ];
 
 /// The instructions of a section of code, or of a part of it.
@@ -228,7 +226,7 @@ impl<'a> Code<'a> {
                 let target = instruction.near_branch_target();
                 match (relocations.next(), instruction.flow_control()) {
                     (Some(relocation), FlowControl::Call | FlowControl::UnconditionalBranch)
-                        if self.passes_through(relocation) =>
+                        if self.passes_through(relocation, register) =>
                     {
                         Step::Ends
                     }
@@ -261,8 +259,8 @@ impl<'a> Code<'a> {
         }
     }
 
-    /// True for a function of the kernel that does not keep its arguments.
-    fn passes_through(&self, relocation: &Relocation) -> bool {
+    /// True for a function of the kernel that neither keeps nor returns what its argument in `register` points at.
+    fn passes_through(&self, relocation: &Relocation, register: Register) -> bool {
         let Some(symbol) = self.image.module.symbol(relocation) else {
             return false;
         };
@@ -275,7 +273,7 @@ impl<'a> Code<'a> {
             } => name,
             _ => return false,
         };
-        PASSED_THROUGH.contains(&name)
+        PASSED_THROUGH.contains(&name) || (RETURN_FIRST.contains(&name) && register != Register::RDI)
     }
 
     /// True where another instruction may stand in the guest, or another one follow: alternatives, branches on static keys,
@@ -329,6 +327,7 @@ mod tests {
     fn a_text_that_goes_to_any_other_function_or_place_escapes() {
         let called = [0x48, 0xc7, 0xc7, 0, 0, 0, 0, 0x31, 0xc0, 0xe8, 0, 0, 0, 0, 0xc3];
         assert!(escapes(&called, 10, "request_threaded_irq"));
+        assert!(escapes(&called, 10, "strcpy"), "it returns the address");
         // mov $text,%rbx; call: no argument
         let kept = [0x48, 0xc7, 0xc3, 0, 0, 0, 0, 0xe8, 0, 0, 0, 0, 0xc3];
         assert!(escapes(&kept, 8, "_printk"));

@@ -6,4 +6,4 @@ pub mod registry;
 
 pub use cave::{Cave, FILLER};
 pub use record::{Orc, PatchedFunction, Record, Redirect, Span};
-pub use registry::{Entry, Pages, Registry, RegistryError, State};
+pub use registry::{Entry, KeptCode, Pages, Registry, RegistryError, State};

@@ -93,6 +93,10 @@ pub struct Record {
     /// How the guest knows the patch as a module; none where it does not, as with a vmpatch of before that.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub known: Option<Known>,
+    /// Its own functions and variables whose addresses the guest may have; none where that is not known, as with a vmpatch of
+    /// before that.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub escapes: Option<Vec<String>>,
 }
 
 impl Record {
@@ -116,6 +120,16 @@ impl Record {
         }
     }
 
+    /// The name by which the guest knows the module while the patch is reverted and its code kept: the patch's own is free then.
+    pub(crate) fn kept_name(&self) -> String {
+        format!("reverted_{}_{}", self.order, self.id)
+    }
+
+    /// True where the guest may use the patch's code or variables after a revert, so that they must stay.
+    pub fn must_stay(&self) -> bool {
+        self.escapes.as_ref().is_none_or(|names| !names.is_empty())
+    }
+
     /// The memory beside its code that the guest knows of: none where it does not know the patch.
     pub(crate) fn known_memory(&self) -> Range<Gva> {
         match self.known {
@@ -129,6 +143,7 @@ impl Record {
         let names = self.functions.iter().map(|function| function.name.as_str());
         let objects = self.functions.iter().filter_map(|function| function.object.as_deref());
         let names = names.chain(objects).chain(self.pending.iter().map(String::as_str));
+        let names = names.chain(self.escapes.iter().flatten().map(String::as_str));
         let own = [&self.id, &self.digest, &self.model].into_iter().map(String::as_str);
         own.chain(names).chain(self.all_changes().map(Change::what))
     }

@@ -2,12 +2,12 @@
 
 use super::areas::Areas;
 use super::redirects::{self, Redirects};
-use super::{Plan, Refusal, fit, from_reads, guard, known, old, parts};
+use super::{Plan, Refusal, fit, from_reads, guard, known, old, parts, reapply};
 use crate::addr::Gva;
 use crate::guest_module::{self, Description, Registration};
 use crate::kernel::resolve::GuestSymbols;
 use crate::kernel::{Live, alternatives, livepatch};
-use crate::module::{Bases, GuestContext, Image, JumpLayout, Patch, PatchModule};
+use crate::module::{Bases, GuestContext, Image, JumpLayout, Note, Patch, PatchModule};
 use crate::paging::PAGE_SIZE;
 use crate::place::{Orc, Record, Registry, Span, State};
 use crate::reads::Preconditions;
@@ -43,6 +43,10 @@ fn plan(live: &Live<'_>, registry: &Registry, file: &[u8], options: &ApplyOption
     if patch.replace == Some(true) {
         fit::refuse_beside_others(live, registry)?;
     }
+    let note = module.note()?;
+    if let Some(plan) = reapply::plan(live, &symbols, registry, (&id, &digest, note.as_ref()), &patch)? {
+        return Ok(plan);
+    }
     let part = Part {
         live,
         registry,
@@ -53,6 +57,7 @@ fn plan(live: &Live<'_>, registry: &Registry, file: &[u8], options: &ApplyOption
         id: &id,
         digest: &digest,
         pending: &parts.pending,
+        note: note.as_ref(),
     };
     // Linking needs the addresses, and only then it shows how long the record is that says where everything is.
     let mut record_bytes = RECORD_BYTES_FIRST;
@@ -77,6 +82,8 @@ struct Part<'a> {
     digest: &'a str,
     /// Modules that the guest has not loaded.
     pending: &'a [String],
+    /// What the module was made for, where it says so.
+    note: Option<&'a Note>,
 }
 
 enum Placed {
@@ -135,7 +142,7 @@ impl Part<'_> {
             sites: &linked.sites,
             symbols: named,
         };
-        let others = registry.records().filter_map(|record| record.known.as_ref());
+        let others = registry.all_records().filter_map(|record| record.known.as_ref());
         let registration = guest.register(live, &description, &room, others)?;
         let module_at = Gva(registration.known.module);
         let (keys, listed) =
@@ -154,13 +161,12 @@ impl Part<'_> {
             paused.extend(piece.take(live, &linked.per_cpu, (data, areas.data(registry)))?);
         }
 
-        let note = self.module.note()?;
         let Redirects {
             functions,
             changes,
             occupied,
-        } = redirects::plan(live, self.symbols, registry, note.as_ref(), &linked.functions)?;
-        let orders = registry.records().map(|record| record.order);
+        } = redirects::plan(live, self.symbols, registry, self.note, &linked.functions)?;
+        let orders = registry.all_records().map(|record| record.order);
         let span = |start: Gva, len| Span { start: start.0, len };
         let record = Record {
             id: self.id.to_owned(),
@@ -180,6 +186,7 @@ impl Part<'_> {
             changes,
             known: Some(known),
             pending: self.pending.to_vec(),
+            escapes: Some(image.escapes()),
         };
         let bytes = record.to_bytes()?;
         if bytes.len() as u64 > areas.record_room() {

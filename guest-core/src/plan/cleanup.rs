@@ -1,6 +1,6 @@
 //! Giving pages back: after a revert, and after a vmpatch that was killed.
 
-use super::{Plan, from_reads, known};
+use super::{Plan, from_reads, known, revert};
 use crate::addr::{Gpa, Gva};
 use crate::change::{Change, ChangeError};
 use crate::guest_module;
@@ -8,7 +8,6 @@ use crate::kernel::{KernelError, Live};
 use crate::paging::PAGE_SIZE;
 use crate::place::{Entry, FILLER, Record, Registry, State};
 use crate::reads::Preconditions;
-use crate::unwind::OldFunction;
 
 /// The changes that wipe every patch that is not in force and not half committed; and, when none is left, the registry.
 /// To be made in this order, while the guest runs: nothing there is reachable for it.
@@ -44,11 +43,14 @@ pub fn cleanup(live: &Live<'_>, registry: &Registry) -> Result<Vec<Change>, Kern
 }
 
 /// The plan that puts back the sites of a patch whose commit was cut off; `None` where there is none.
+///
+/// Code that may have run, and that the guest may use from then on, stays: that of a patch which was applied again after a revert,
+/// and where the guest was resumed with a jump in place.
 pub fn recovery(live: &Live<'_>, registry: &Registry) -> Result<Option<Plan>, KernelError> {
     let Some((entry, record)) = registry
         .entries
         .iter()
-        .filter(|entry| entry.state == State::Applying)
+        .filter(|entry| matches!(entry.state, State::Applying | State::Reapplying))
         .find_map(|e| Some((e, e.record.clone()?)))
     else {
         return Ok(None);
@@ -67,7 +69,14 @@ fn recover(live: &Live<'_>, registry: &Registry, entry: &Entry, record: Record) 
         // Old, new, or cut in the middle: whatever is there becomes old.
         paused.extend(change.restoration(live, change.what()).map_err(unreadable)?);
     }
-    if let Some(module) = &record.known {
+    // Jumps are written when all is there that the guest is to know of the code.
+    let is_jump = |change: &&Change| record.functions.iter().any(|one| one.jump == change.gpa().0);
+    let mut jumps = record.changes.iter().filter(is_jump);
+    let has_run = record.must_stay() && jumps.any(|jump| matches!(jump.is_made(live), Ok(true)));
+    let stays = entry.state == State::Reapplying || has_run;
+    if let (Some(module), true) = (&record.known, stays) {
+        paused.extend(module.rename(live, &record.kept_name())?);
+    } else if let Some(module) = &record.known {
         let unlisted = guest_module::unlist(live, &module.keys)?;
         paused.extend(unlisted.map_err(|key| KernelError::Disagrees {
             what: "the list of a static key",
@@ -77,18 +86,18 @@ fn recover(live: &Live<'_>, registry: &Registry, entry: &Entry, record: Record) 
         paused.extend(known::forget(live, module)?);
         paused.extend(known::give_back(live, module)?);
     }
-    paused.push(registry.state_change(entry.slot, State::Applying, State::Reverted));
-    let text = Gva(record.text.start)..Gva(record.text.start.saturating_add(record.text.len));
-    let occupied = vec![OldFunction {
-        name: format!("the new code of {}", record.id),
-        code: text,
-    }];
+    let after = if stays { State::Kept } else { State::Reverted };
+    paused.push(registry.state_change(entry.slot, entry.state, after));
+    let (occupied, unread) = match stays {
+        true => (revert::replacements(live, &record)?, Gva(0)..Gva(0)),
+        false => (vec![revert::whole_text(&record)], record.known_memory()),
+    };
     Ok(Plan {
         before: Vec::new(),
         paused,
         requires: Preconditions::default(),
         occupied,
-        unread: record.known_memory(),
+        unread,
         laid: registry.laid_code(),
         record,
     })

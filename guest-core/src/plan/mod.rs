@@ -11,6 +11,7 @@ mod known;
 mod old;
 mod old_code;
 mod parts;
+mod reapply;
 mod redirects;
 mod refusal;
 mod revert;

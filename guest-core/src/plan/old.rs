@@ -128,7 +128,7 @@ fn image_parts(live: &Live<'_>, name: &str, at: Gva, len: u64) -> Vec<OldFunctio
 }
 
 /// Likewise, of a module.
-fn module_parts(all: &[ModuleSymbol], name: &str, at: Gva, len: u64) -> Vec<OldFunction> {
+pub(super) fn module_parts(all: &[ModuleSymbol], name: &str, at: Gva, len: u64) -> Vec<OldFunction> {
     let split = all.iter().filter(|symbol| is_part(name, &symbol.name));
     let split = split.map(|symbol| whole(&symbol.name, symbol.address, extent(all, symbol.address)));
     std::iter::once(whole(name, at, len)).chain(split).collect()

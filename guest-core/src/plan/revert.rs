@@ -1,15 +1,16 @@
 //! The plan of taking a patch out.
 
-use super::{Plan, from_reads, guard, known};
+use super::{Plan, from_reads, guard, known, old};
 use crate::addr::Gva;
 use crate::change::Change;
 use crate::kernel::guard::Armed;
 use crate::kernel::livepatch::{self, Held};
-use crate::kernel::{KernelError, Live, ftrace, sites, tracers};
+use crate::kernel::{KernelError, Live, ftrace, modules, sites, tracers};
 use crate::paging::PAGE_SIZE;
 use crate::place::{Entry, FILLER, Record, Redirect, Registry, State};
 use crate::reads::Preconditions;
 use crate::unwind::OldFunction;
+use std::ops::Range;
 
 /// Why a patch can't be taken out. Nothing was changed.
 #[derive(Debug, thiserror::Error)]
@@ -82,16 +83,17 @@ pub enum RevertError {
     Kernel(#[from] KernelError),
 }
 
-/// Plans to take out the patch `id`: sites get their old bytes, and its text becomes filler, in one pause.
-///
-/// The text is wiped within the pause because only there code that was already run may be written.
+/// Plans to take out the patch `id`: sites get their old bytes in one pause. Its text becomes filler in the same pause, because
+/// only there code that was already run may be written; unless the guest may still use what the patch
+/// [has handed out](Record::escapes): then its code and variables stay, and all that the guest knows of them.
 pub fn revert(live: &Live<'_>, registry: &Registry, id: &str) -> Result<Plan, RevertError> {
     from_reads::plan(live, |live| plan(live, registry, id))
 }
 
 fn plan(live: &Live<'_>, registry: &Registry, id: &str) -> Result<Plan, RevertError> {
     let with_record = |entry| Option::zip(Some(entry), Entry::record(entry));
-    let mut patches = registry.entries.iter().filter_map(with_record);
+    let patches = registry.entries.iter().filter(|entry| entry.state != State::Kept);
+    let mut patches = patches.filter_map(with_record);
     let Some((entry, record)) = patches.find(|(_, record)| record.id == id) else {
         let known = registry.records().map(|record| record.id.clone()).collect();
         return Err(RevertError::Unknown {
@@ -99,10 +101,6 @@ fn plan(live: &Live<'_>, registry: &Registry, id: &str) -> Result<Plan, RevertEr
             known,
         });
     };
-    let text = Gva(record.text.start)..Gva(record.text.start.saturating_add(record.text.len));
-    if let Some(at) = sites::probe_in(live, &text)? {
-        return Err(RevertError::Probed { id: id.to_owned(), at });
-    }
     guard::require_survival::<RevertError>(live)?;
     require_untraced(live, record)?;
     let mut paused = Vec::new();
@@ -113,28 +111,82 @@ fn plan(live: &Live<'_>, registry: &Registry, id: &str) -> Result<Plan, RevertEr
             paused.push(change);
         }
     }
-    if let Some(module) = &record.known {
-        known::require_unused(live, id, module)?;
-        known::require_untraced(live, module)?;
-        paused.extend(known::unlist(live, id, module)?);
-        paused.extend(known::forget(live, module)?);
-        paused.extend(known::give_back(live, module)?);
-    }
-    paused.extend(wipe_text(live, registry, entry, record)?);
-    paused.push(registry.state_change(entry.slot, State::Applied, State::Reverted));
-    let occupied = vec![OldFunction {
-        name: format!("the new code of {id}"),
-        code: text,
-    }];
+    let (gone, occupied, unread) = match record.must_stay() {
+        true => keep(live, registry, record)?,
+        false => wipe(live, registry, entry, record)?,
+    };
+    paused.extend(gone);
+    let after = if record.must_stay() {
+        State::Kept
+    } else {
+        State::Reverted
+    };
+    paused.push(registry.state_change(entry.slot, State::Applied, after));
     Ok(Plan {
         before: Vec::new(),
         paused,
         requires: Preconditions::default(),
         occupied,
-        unread: record.known_memory(),
+        unread,
         laid: registry.laid_code(),
         record: record.clone(),
     })
+}
+
+/// What a plan does with a patch's code, what must be on no stack for it, and what nobody may be reading.
+type Gone = (Vec<Change>, Vec<OldFunction>, Range<Gva>);
+
+/// Keeps the code, under another name.
+fn keep(live: &Live<'_>, registry: &Registry, record: &Record) -> Result<Gone, RevertError> {
+    let mut changes = Vec::new();
+    if let Some(module) = &record.known {
+        changes.extend(module.rename(live, &record.kept_name())?);
+    }
+    changes.extend(registry.renewal());
+    Ok((changes, replacements(live, record)?, Gva(0)..Gva(0)))
+}
+
+/// The new functions, with what the compiler split off them: that none of them is under way is all that a revert needs where the
+/// code stays. A thread or timer of the patch's own does not hold it up.
+pub(super) fn replacements(live: &Live<'_>, record: &Record) -> Result<Vec<OldFunction>, KernelError> {
+    let Some(module) = modules::containing(live, Gva(record.text.start))? else {
+        return Ok(vec![whole_text(record)]);
+    };
+    let symbols = modules::symbols(&live.constant(), &module)?;
+    let parts = record.functions.iter().flat_map(|function| {
+        let at = Gva(function.new);
+        let symbol = symbols.iter().find(|symbol| symbol.address == at && symbol.size != 0);
+        let name = symbol.map_or(function.name.as_str(), |symbol| symbol.name.as_str());
+        old::module_parts(&symbols, name, at, function.new_len)
+    });
+    Ok(parts.collect())
+}
+
+/// Wipes the code, and makes the guest forget it.
+fn wipe(live: &Live<'_>, registry: &Registry, entry: &Entry, record: &Record) -> Result<Gone, RevertError> {
+    let id = &record.id;
+    let text = whole_text(record);
+    if let Some(at) = sites::probe_in(live, &text.code)? {
+        return Err(RevertError::Probed { id: id.clone(), at });
+    }
+    let mut changes = Vec::new();
+    if let Some(module) = &record.known {
+        known::require_unused(live, id, module)?;
+        known::require_untraced(live, module)?;
+        changes.extend(known::unlist(live, id, module)?);
+        changes.extend(known::forget(live, module)?);
+        changes.extend(known::give_back(live, module)?);
+    }
+    changes.extend(wipe_text(live, registry, entry, record)?);
+    Ok((changes, vec![text], record.known_memory()))
+}
+
+/// All of the patch's code.
+pub(super) fn whole_text(record: &Record) -> OldFunction {
+    OldFunction {
+        name: format!("the new code of {}", record.id),
+        code: Gva(record.text.start)..Gva(record.text.start.saturating_add(record.text.len)),
+    }
 }
 
 /// Demands that ftrace can take the functions back.

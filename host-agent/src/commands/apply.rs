@@ -15,6 +15,8 @@ use std::path::{Path, PathBuf};
 
 /// The state of a patch that is in the guest already.
 const ALREADY: &str = "already applied";
+/// State of a patch that was reverted, and whose code the guest may still use.
+pub(super) const CODE_KEPT: &str = "reverted, code kept";
 
 /// Applies modules one after another; the first that fails ends it, and those before it stay: the report says which.
 pub fn apply(options: &Options, files: &[PathBuf], progress: &Progress) -> Result<(Patches, Option<Failure>), Failure> {
@@ -69,6 +71,7 @@ pub fn check(options: &Options, files: &[PathBuf], progress: &Progress) -> Resul
         let module = PatchModule::parse(&bytes).ok();
         patch.module = module.as_ref().map(Identity::of);
         say_what_it_was_made_for(&mut patch, module.as_ref(), &record);
+        say_what_stays(&mut patch, &record);
         patches.push(patch);
         planned.push(record);
     }
@@ -159,6 +162,7 @@ pub(super) fn apply_one(
     let mut patch = describe(&record, Some(path), APPLY.done, "patched");
     patch.pause = Some(Pause::from(&committed));
     say_what_it_was_made_for(&mut patch, PatchModule::parse(bytes).ok().as_ref(), &record);
+    say_what_stays(&mut patch, &record);
     if options.model == ModelName::None {
         patch
             .warnings
@@ -199,6 +203,37 @@ pub(super) fn describe(record: &Record, path: Option<&Path>, state: &str, functi
             .map(|function| Function::new(function, functions))
             .collect(),
         pending: record.pending.clone(),
+        escapes: record.escapes.clone().unwrap_or_default(),
         ..Patch::default()
+    }
+}
+
+/// A patch that is reverted: what has become of its code.
+pub(super) fn describe_reverted(record: &Record) -> Patch {
+    if !record.must_stay() {
+        return describe(record, None, "reverted", "original");
+    }
+    Patch {
+        reason: Some(format!("until it reboots, the guest may use {}", used(record))),
+        ..describe(record, None, CODE_KEPT, "original")
+    }
+}
+
+/// What the guest may use of a patch after a revert.
+fn used(record: &Record) -> String {
+    match record.escapes.as_deref() {
+        None => "any of it, as the vmpatch that applied it has not looked".to_owned(),
+        Some(names) => names.join(", "),
+    }
+}
+
+/// Warns of a patch whose code a revert is going to leave in the guest.
+fn say_what_stays(patch: &mut Patch, record: &Record) {
+    if record.must_stay() {
+        patch.warnings.push(format!(
+            "revert will put the old functions back, but keep this patch's code and variables in the guest until it reboots: the \
+             guest may use {}",
+            used(record)
+        ));
     }
 }

@@ -1,5 +1,6 @@
 //! `domains`: the running guests of this host.
 
+use super::apply::CODE_KEPT;
 use super::status::patches;
 use crate::domains::{self, Domain};
 use crate::error::Failure;
@@ -33,7 +34,8 @@ fn line(domain: &Domain, progress: &Progress) -> DomainLine {
         Ok(session) => {
             line.accelerator = Some(session.attached.accelerator().to_owned());
             line.kernel = Some(session.kernel.release.clone());
-            line.patches = patches(&session).into_iter().map(|patch| patch.id).collect();
+            let there = patches(&session).into_iter().filter(|patch| patch.state != CODE_KEPT);
+            line.patches = there.map(|patch| patch.id).collect();
         }
         Err(error) => line.error = Some(error.chain().join(": ")),
     }

@@ -1,6 +1,6 @@
 //! `revert`.
 
-use super::apply::describe;
+use super::apply::describe_reverted;
 use super::steps::{REVERT, Steps};
 use crate::cli::{ModelName, Options};
 use crate::error::Failure;
@@ -38,12 +38,12 @@ pub fn revert(options: &Options, ids: &[String], progress: &Progress) -> Result<
 fn revert_one(session: &mut Session, options: &Options, id: &str, progress: &Progress) -> Result<Patch, Failure> {
     progress.step(&format!("{}: reverting {id}", session.shown()));
     let (record, committed) = session.revert(id, options)?;
-    let mut patch = describe(&record, None, REVERT.done, "original");
+    let mut patch = describe_reverted(&record);
     patch.pause = Some(Pause::from(&committed));
     if options.model == ModelName::None {
-        patch.warnings.push(
-            "--model none is not for revert: it waits until no task is in the new code, which is wiped".to_owned(),
-        );
+        patch
+            .warnings
+            .push("--model none is not for revert: it waits until no task is in the new functions".to_owned());
     }
     Ok(patch)
 }

@@ -1,6 +1,6 @@
 //! `status`: what the guest itself says, nothing else.
 
-use super::apply::describe;
+use super::apply::{CODE_KEPT, describe, describe_reverted};
 use crate::cli::Options;
 use crate::error::Failure;
 use crate::progress::Progress;
@@ -54,7 +54,10 @@ fn patch(session: &Session, entry: &Entry, own: &[Held]) -> Patch {
             .push("vmpatch was killed here; the next apply or revert wipes what is left".to_owned());
         return patch;
     };
-    let mut patch = describe(record, None, state_name(entry.state), "original");
+    let mut patch = match entry.state {
+        State::Kept => describe_reverted(record),
+        state => describe(record, None, state_name(state), "original"),
+    };
     patch.applied_at = Some(record.applied_at);
     patch.pending.retain(|object| !is_patched(session, record, object));
     for (function, shown) in record.functions.iter().zip(&mut patch.functions) {
@@ -68,7 +71,7 @@ fn patch(session: &Session, entry: &Entry, own: &[Held]) -> Patch {
         State::Applied if lost => patch
             .warnings
             .push("not every function is redirected any more".to_owned()),
-        State::Applied => {}
+        State::Applied | State::Kept => {}
         _ => patch
             .warnings
             .push("vmpatch was killed here; the next apply or revert takes care of it".to_owned()),
@@ -165,8 +168,9 @@ fn nameless(entry: &Entry) -> Patch {
 fn state_name(state: State) -> &'static str {
     match state {
         State::Placing => "being laid",
-        State::Applying => "half applied",
+        State::Applying | State::Reapplying => "half applied",
         State::Applied => "applied",
         State::Reverted => "reverted",
+        State::Kept => CODE_KEPT,
     }
 }

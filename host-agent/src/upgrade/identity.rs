@@ -84,8 +84,9 @@ impl Identity {
             let page = usize::try_from(PAGE_SIZE).unwrap_or(IMAGE_LEN);
             wanted.push(("the registry of patches".to_owned(), registry.page(0), page));
         }
-        let applied = registry.entries.iter().filter(|entry| entry.state == State::Applied);
-        let records: Vec<_> = applied.filter_map(|entry| entry.record.as_ref()).collect();
+        let there = registry.entries.iter();
+        let there = there.filter(|entry| matches!(entry.state, State::Applied | State::Kept));
+        let records: Vec<_> = there.filter_map(|entry| entry.record.as_ref()).collect();
         for record in &records {
             // The pool of pages is contiguous in both kinds of memory.
             let offset = record.text.start.wrapping_sub(registry.window.0);

@@ -5,7 +5,7 @@
 //! | offset | size | what |
 //! |---|---|---|
 //! | 0 | 8 | `VMPATCH\0` |
-//! | 8 | 4 | version of this layout: 2; 1 where no patch is known to the guest as a module |
+//! | 8 | 4 | version of this layout: 3; 2 where no record says what of a patch must stay; 1 where no patch is known to the guest as a module |
 //! | 12 | 4 | CRC-32 of bytes 16 to 64 |
 //! | 16 | 8 | guest-virtual address of this page, in the kernel's text |
 //! | 24 | 8 | guest-virtual address of the 2 MiB that the pool is mapped at |
@@ -26,11 +26,13 @@ use crate::addr::{Gpa, Gva};
 use crate::kernel::{KernelError, Live};
 use crate::paging::{PAGE_SIZE, PMD_SIZE};
 use crate::unwind::{OrcTable, PatchCode};
+use std::fmt;
 use std::ops::Range;
 
 const MAGIC: [u8; 8] = *b"VMPATCH\0";
-/// Since 2, a record may say how the guest knows the patch: whoever does not read that must not take the patch out.
-const VERSION: u32 = 2;
+/// Since 2, a record may say how the guest knows the patch, and since 3, that its code must stay: whoever does not read that must
+/// not take the patch out.
+const VERSION: u32 = 3;
 /// The oldest that is understood.
 const VERSION_MIN: u32 = 1;
 const HEADER_BYTES: usize = 64;
@@ -73,22 +75,45 @@ pub enum RegistryError {
     #[error("the kernel has no text cave: no run of {} KiB of int3 in its text", super::cave::CAVE_BYTES_MIN >> 10)]
     NoCave,
     /// No room left.
-    #[error("no room: {wanted} pages wanted, the longest free run of the pool has {free}")]
+    #[error("no room: {wanted} pages wanted, the longest free run of the pool has {free}{kept}")]
     Full {
         /// Pages wanted.
         wanted: u64,
         /// Longest free run.
         free: u64,
+        /// Reverted patches that take room.
+        kept: KeptCode,
     },
     /// Every slot is taken.
-    #[error("the registry's {SLOTS} slots are all taken")]
-    NoSlot,
+    #[error("the registry's {SLOTS} slots are all taken{kept}")]
+    NoSlot {
+        /// Reverted patches that take slots.
+        kept: KeptCode,
+    },
     /// The kernel window has no unused 2 MiB.
     #[error("no unused 2 MiB behind the kernel image to map the pool at")]
     NoWindow,
 }
 
-/// How far a patch has come. Only [`State::Applied`] is in force; the others are seen where vmpatch was killed.
+/// Reverted patches whose code is kept, by name, for a message.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct KeptCode(pub Vec<String>);
+
+impl fmt::Display for KeptCode {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0.as_slice() {
+            [] => Ok(()),
+            names => write!(
+                f,
+                "; until the guest reboots, the code of {} reverted patches is kept: {}",
+                names.len(),
+                names.join(", ")
+            ),
+        }
+    }
+}
+
+/// How far a patch has come. [`State::Applied`] is in force, [`State::Kept`] was; the others are seen where vmpatch was killed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u64)]
 pub enum State {
@@ -100,13 +125,23 @@ pub enum State {
     Applied = 3,
     /// Out of force; its pages are still to be wiped.
     Reverted = 4,
+    /// Out of force; its code and variables stay, and the guest knows them, as it may still use them.
+    Kept = 5,
+    /// The same, being brought into force again: sites may be old or new. To be undone.
+    Reapplying = 6,
 }
 
 impl State {
     fn from_word(word: u64) -> Option<Self> {
-        [Self::Placing, Self::Applying, Self::Applied, Self::Reverted]
-            .into_iter()
-            .find(|state| *state as u64 == word)
+        let all = [
+            Self::Placing,
+            Self::Applying,
+            Self::Applied,
+            Self::Reverted,
+            Self::Kept,
+            Self::Reapplying,
+        ];
+        all.into_iter().find(|state| *state as u64 == word)
     }
 }
 
@@ -183,14 +218,26 @@ pub struct Registry {
 }
 
 impl Registry {
-    /// The records of all patches.
+    /// The records of all patches but those that were reverted and whose code is kept.
     pub fn records(&self) -> impl Iterator<Item = &Record> {
+        let entries = self.entries.iter().filter(|entry| entry.state != State::Kept);
+        entries.filter_map(Entry::record)
+    }
+
+    /// The records of all patches that the guest holds code of.
+    pub fn all_records(&self) -> impl Iterator<Item = &Record> {
         self.entries.iter().filter_map(Entry::record)
+    }
+
+    /// The patches that were reverted and whose code is kept.
+    pub fn kept(&self) -> impl Iterator<Item = (&Entry, &Record)> {
+        let entries = self.entries.iter().filter(|entry| entry.state == State::Kept);
+        entries.filter_map(|entry| Some((entry, entry.record()?)))
     }
 
     /// The code of all patches, with their ORC tables.
     pub fn laid_code(&self) -> Vec<PatchCode> {
-        let code = self.records().map(|record| {
+        let code = self.all_records().map(|record| {
             let orc = OrcTable::new(Gva(record.orc.ips), Gva(record.orc.entries), record.orc.count);
             // Code whose table can't be is code that no stack can be unwound through: not safe, where one leads through it.
             let text = Gva(record.text.start)..Gva(record.text.start.saturating_add(record.text.len));
@@ -217,7 +264,8 @@ impl Registry {
     /// Finds room: a free slot, and the first run of `count` free pages.
     pub fn allocate(&self, count: u64) -> Result<(usize, Pages), RegistryError> {
         let slot = (0..SLOTS).find(|slot| self.entries.iter().all(|entry| entry.slot != *slot));
-        let slot = slot.ok_or(RegistryError::NoSlot)?;
+        let kept = || KeptCode(self.kept().map(|(_, record)| record.id.clone()).collect());
+        let slot = slot.ok_or_else(|| RegistryError::NoSlot { kept: kept() })?;
         let mut taken: Vec<_> = self.entries.iter().map(|entry| entry.pages.range()).collect();
         taken.push(self.pool_pages..u64::MAX);
         taken.sort_by_key(|range| range.start);
@@ -233,6 +281,7 @@ impl Registry {
         Err(RegistryError::Full {
             wanted: count,
             free: longest,
+            kept: kept(),
         })
     }
 
