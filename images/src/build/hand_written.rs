@@ -107,11 +107,13 @@ pub enum Applied {
     /// `__x64_sys_sysinfo`, which warns at its first call, and warns again with a text, in which `vmpatch test: `, the task's
     /// command, and `, 42` stand.
     Warns,
+    /// `__x64_sys_sysinfo`, whose own code the kernel is given to be called later.
+    Outlives,
 }
 
 impl Applied {
     /// All of them.
-    pub const ALL: [Self; 16] = [
+    pub const ALL: [Self; 17] = [
         Self::Pair,
         Self::Pause,
         Self::Kstrtoint,
@@ -128,6 +130,7 @@ impl Applied {
         Self::Printk,
         Self::Faults,
         Self::Warns,
+        Self::Outlives,
     ];
 
     /// The program that sees its effect.
@@ -154,9 +157,13 @@ impl Applied {
             Self::Module => &["vmpatch_target_get"],
             Self::ModuleBranch => &["vmpatch_target_branch"],
             Self::ModuleAndImage => &["__x64_sys_pause", "vmpatch_target_get"],
-            Self::Symbols | Self::Sections | Self::StaticKey | Self::Printk | Self::Faults | Self::Warns => {
-                &["__x64_sys_sysinfo"]
-            }
+            Self::Symbols
+            | Self::Sections
+            | Self::StaticKey
+            | Self::Printk
+            | Self::Faults
+            | Self::Warns
+            | Self::Outlives => &["__x64_sys_sysinfo"],
         }
     }
 
@@ -203,6 +210,7 @@ impl Applied {
             Self::Printk => ("printk", text!("printk")),
             Self::Faults => ("faults", text!("faults")),
             Self::Warns => ("warns", text!("warns")),
+            Self::Outlives => ("outlives", text!("outlives")),
         }
     }
 }

@@ -22,7 +22,7 @@ use crate::cache::{self, Cache};
 use crate::command;
 
 /// Names and texts of all programs.
-const PROGRAMS: [(&str, &str); 27] = [
+const PROGRAMS: [(&str, &str); 28] = [
     ("assoclen", include_str!("../../programs/assoclen.c")),
     ("exit_tail", include_str!("../../programs/exit_tail.c")),
     ("faults", include_str!("../../programs/faults.c")),
@@ -35,6 +35,7 @@ const PROGRAMS: [(&str, &str); 27] = [
     ("msgid", include_str!("../../programs/msgid.c")),
     ("oom", include_str!("../../programs/oom.c")),
     ("nested", include_str!("../../programs/nested.c")),
+    ("outlives", include_str!("../../programs/outlives.c")),
     ("pair", include_str!("../../programs/pair.c")),
     ("pause", include_str!("../../programs/pause.c")),
     ("printk", include_str!("../../programs/printk.c")),
