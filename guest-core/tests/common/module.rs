@@ -123,6 +123,8 @@ fn make(name: &str, vermagic: &str, functions: &[Function], more: &[(&str, &[u8]
     elf.relocation(3, 0, R_64, this_module, 0);
     elf.relocation(3, 8, R_64, 3, PATCH);
     elf.relocation(3, PATCH + 8, R_64, 3, funcs_at);
+    // struct module's pointer to init
+    elf.relocation(5, 8, R_64, 4, 0);
     elf.relocation(4, 3, R_32S, 3, 0);
     elf.relocation(4, 8, R_PLT32, enable, (-4_i64).cast_unsigned());
     for (index, (function, (start, name))) in functions.iter().zip(starts).enumerate() {
