@@ -113,7 +113,7 @@ fn another_patch_of_the_name_or_of_the_function_is_applied_beside_kept_code() {
     assert_eq!(names(&guest, &kernel), ["fix", "reverted_1_fix"]);
     // The kept one can't come back meanwhile.
     let refused = plan(&guest, &kernel, &file("fix")).unwrap_err();
-    assert!(matches!(refused, Refusal::AlreadyApplied { .. }), "{refused}");
+    assert!(matches!(refused, Refusal::OtherModule { .. }), "{refused}");
     take_out(&guest, &kernel);
     assert_eq!(
         (states(&guest, &kernel), names(&guest, &kernel)),

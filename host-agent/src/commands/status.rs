@@ -86,6 +86,7 @@ fn is_redirected(function: &Function) -> bool {
 /// The patch `id`, which is applied. Errors: something else is in place of a redirect, in any part of it.
 pub(super) fn active(session: &Session, id: &str) -> Result<Patch, Refusal> {
     let mut parts = patches(session);
+    parts.retain(|patch| patch.state != CODE_KEPT);
     let digest = parts
         .iter()
         .find(|patch| patch.id == id)
