@@ -111,7 +111,7 @@ fn memory() {
         json!({"driver": "pc-dimm", "memdev": "dimm0", "id": "d0"}),
     );
     patched.wait_for_mib("a DIMM", |mib| mib >= before + 200);
-    // Their stacks lie in the DIMM: the kernel prefers memory above 4 GiB.
+    // Tasks whose stacks the kernel may put into the DIMM. Where they lie was not looked at.
     let tasks = patched.guest.spawn(&["/opt/tasks", "300"]).unwrap();
     tasks.wait_for_stdout("sleeping", UNPLUG_LIMIT).unwrap();
     patched.still_works("device_add of a private DIMM");

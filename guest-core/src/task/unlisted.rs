@@ -1,7 +1,7 @@
 //! Kernel stacks that belong to no task that a list names.
 //!
 //! A task can run the kernel's code, and sleep in it, without being on a list that [`super::list`] walks. The ways, with
-//! their places in the kernel (looked up in 5.10, 6.1, 6.12):
+//! their places in the kernel (looked up in 6.1.170):
 //!
 //! | task | kernel source | how it is found |
 //! |---|---|---|
