@@ -3,7 +3,7 @@
 mod common;
 
 use common::guest::{FUNCTIONS, Guest, RODATA, heap};
-use common::module::{Function, livepatch, livepatch_for, livepatch_made_for, livepatch_of_format};
+use common::module::{Function, livepatch, livepatch_against, livepatch_for, livepatch_made_for, livepatch_of_format};
 use common::patch::{carry_out, mend, patched, plan, plan_for, refusal, registry, target, two};
 use guest_core::module::note::{Note, OldCode};
 use guest_core::module::{NoteError, ResolveError};
@@ -247,6 +247,36 @@ fn a_function_that_the_guests_own_livepatch_holds_is_refused() {
         refusal(&guest, &kernel, "victim"),
         Refusal::Redirect(RedirectError::OwnLivepatch { livepatch, .. }) if livepatch == "own_fix"
     ));
+}
+
+#[test]
+fn a_module_compiled_against_another_type_of_what_a_module_exports_is_refused() {
+    let guest = Guest::new();
+    let kernel = guest.kernel();
+    // A loaded module that exports `helper_get`: value and name are at distances from themselves, 12 bytes an entry.
+    let (module, symbols, crcs, name) = (heap(0x1000), heap(0x2000), heap(0x2100), heap(0x2200));
+    guest.link(guest.symbol("modules"), &[module + 8]);
+    guest.put(module + 24, b"helper\0");
+    guest.put_u64(module + 760, symbols);
+    guest.put_u64(module + 768, crcs);
+    guest.put_u64(module + 776, 1);
+    guest.put(symbols, &0x100_u32.to_le_bytes());
+    guest.put(symbols + 4, &u32::try_from(name - (symbols + 4)).unwrap().to_le_bytes());
+    guest.put(name, b"helper_get\0");
+    guest.put(crcs, &0x1234_u32.to_le_bytes());
+    let against = |crc| livepatch_against("fix", ("helper_get", crc), &[Function::returning_one("victim")]);
+    let refused = plan(&guest, &kernel, &against(0x9999)).unwrap_err();
+    assert!(
+        matches!(&refused, Refusal::Version { symbol, module: 0x9999, guest: 0x1234 } if symbol == "helper_get"),
+        "{refused}"
+    );
+    plan(&guest, &kernel, &against(0x1234)).unwrap();
+    plan(
+        &guest,
+        &kernel,
+        &livepatch_against("fix", ("nobody", 1), &[Function::returning_one("victim")]),
+    )
+    .unwrap();
 }
 
 #[test]

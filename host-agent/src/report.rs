@@ -252,6 +252,9 @@ pub struct Patch {
     /// Whether the guest's code was compared with that which the patch was made for (apply, check).
     #[serde(skip_serializing_if = "Option::is_none")]
     pub verified: Option<Verified>,
+    /// Whether the types that the module was compiled against were compared with the guest's (apply, check).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub checksums: Option<&'static str>,
     /// SHA-256 of the module, decompressed.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub digest: Option<String>,

@@ -166,6 +166,20 @@ pub fn export(live: &Live<'_>, module: &GuestModule, name: &str) -> Result<Optio
     Ok(None)
 }
 
+/// What the first of `modules` that exports `name` exports, and that module.
+pub fn exporting<'m>(
+    live: &Live<'_>,
+    modules: &'m [GuestModule],
+    name: &str,
+) -> Result<Option<(&'m GuestModule, Export)>, KernelError> {
+    for module in modules {
+        if let Some(export) = export(live, module, name)? {
+            return Ok(Some((module, export)));
+        }
+    }
+    Ok(None)
+}
+
 /// Name, section, value and size.
 fn elf_symbol(bytes: &[u8]) -> Option<(u32, u16, u64, u64)> {
     let name = u32::from_le_bytes(*bytes.first_chunk()?);

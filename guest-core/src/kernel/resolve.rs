@@ -66,13 +66,11 @@ impl<'a> GuestSymbols<'a> {
     }
 
     fn exported_by_module(&self, name: &str) -> Result<Option<Gva>, KernelError> {
-        for module in self.modules()? {
-            if let Some(export) = modules::export(&self.live, module, name)? {
-                self.uses(module);
-                return Ok(Some(export.address));
-            }
-        }
-        Ok(None)
+        let found = modules::exporting(&self.live, self.modules()?, name)?;
+        Ok(found.map(|(module, export)| {
+            self.uses(module);
+            export.address
+        }))
     }
 
     fn in_module(&self, object: &str, name: &str, sympos: u64) -> Result<Gva, ResolveError> {

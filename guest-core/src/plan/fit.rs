@@ -1,7 +1,7 @@
 //! Whether a module was made for the guest's kernel.
 
 use super::Refusal;
-use crate::kernel::{KernelError, Live, exports, livepatch};
+use crate::kernel::{KernelError, Live, exports, livepatch, modules};
 use crate::memory::VirtMemory;
 use crate::module::PatchModule;
 use crate::place::Registry;
@@ -10,6 +10,8 @@ use crate::place::Registry;
 const VERMAGIC_BYTES_MAX: usize = 256;
 /// Bytes of a SHA-1.
 const DIGEST_BYTES: usize = 20;
+/// What every kernel with modules exports, and modules are compiled against.
+const IN_EACH_KERNEL: &str = "module_layout";
 /// Where the image has the digest of its ORC format.
 const ORC_HEADER: &str = "__start_orc_header";
 
@@ -60,10 +62,45 @@ fn check_vermagic(live: &Live<'_>, module: &str) -> Result<(), Refusal> {
     }
 }
 
-/// Where module and kernel both have checksums of types, they must be the same, as the kernel's own loader demands.
+/// Whether the types that a module was compiled against were compared with the guest's (`CONFIG_MODVERSIONS`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Checksums {
+    /// All that the module has were compared. A difference is a refusal.
+    Compared,
+    /// The guest's kernel has them, the module has none.
+    NotInModule,
+    /// The guest's kernel has none (Debian's since 7.0).
+    NotInKernel,
+}
+
+/// Tells whether a module's checksums of types can be compared with the guest's.
+pub fn checksums(live: &Live<'_>, module: &PatchModule<'_>) -> Result<Checksums, KernelError> {
+    let kernel = exports::find(live, IN_EACH_KERNEL)?.and_then(|export| export.crc);
+    Ok(match (kernel, module.versions().next()) {
+        (None, _) => Checksums::NotInKernel,
+        (Some(_), None) => Checksums::NotInModule,
+        (Some(_), Some(_)) => Checksums::Compared,
+    })
+}
+
+/// Where module and guest both have checksums of types, they must be the same, as the kernel's own loader demands: those of what
+/// the image exports, and of what the guest's modules export.
 fn check_versions(live: &Live<'_>, module: &PatchModule<'_>) -> Result<(), Refusal> {
+    let mut modules = None;
     for (symbol, crc) in module.versions() {
-        let guest = exports::find(live, symbol)?.and_then(|export| export.crc);
+        let guest = match exports::find(live, symbol)? {
+            Some(export) => Some(export),
+            None => {
+                let loaded = match modules.take() {
+                    Some(loaded) => loaded,
+                    None => modules::all(live)?,
+                };
+                let found = modules::exporting(live, &loaded, symbol)?.map(|(_, export)| export);
+                modules = Some(loaded);
+                found
+            }
+        };
+        let guest = guest.and_then(|export| export.crc);
         if let Some(guest) = guest.filter(|guest| *guest != crc) {
             return Err(Refusal::Version {
                 symbol: symbol.to_owned(),

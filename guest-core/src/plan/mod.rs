@@ -18,6 +18,7 @@ mod revert;
 
 pub use apply::{ApplyOptions, apply};
 pub use cleanup::{cleanup, recovery};
+pub use fit::{Checksums, checksums};
 pub use refusal::Refusal;
 pub use revert::{RevertError, revert};
 

@@ -53,6 +53,14 @@ pub fn livepatch_of_format(name: &str, digest: &[u8], functions: &[Function]) ->
     make(name, VERMAGIC, functions, &[(".orc_header", digest)])
 }
 
+/// A module called `name` that was compiled against an exported `symbol` whose type has that checksum.
+pub fn livepatch_against(name: &str, (symbol, crc): (&str, u32), functions: &[Function]) -> Vec<u8> {
+    let mut version = u64::from(crc).to_le_bytes().to_vec();
+    version.extend_from_slice(symbol.as_bytes());
+    version.resize(64, 0);
+    make(name, VERMAGIC, functions, &[("__versions", &version)])
+}
+
 /// A module called `name` with a note of what it was made for.
 pub fn livepatch_made_for(name: &str, note: &[u8], functions: &[Function]) -> Vec<u8> {
     make(name, VERMAGIC, functions, &[(".note.vmpatch", note)])

@@ -10,7 +10,7 @@ use crate::report::{Function, Identity, Patch, Patches, Pause, Verified};
 use crate::session::{Session, Target};
 use guest_core::module::PatchModule;
 use guest_core::place::Record;
-use guest_core::plan::Refusal;
+use guest_core::plan::{self, Checksums, Refusal};
 use std::path::{Path, PathBuf};
 
 /// The state of a patch that is in the guest already.
@@ -70,7 +70,7 @@ pub fn check(options: &Options, files: &[PathBuf], progress: &Progress) -> Resul
         // What was planned for has been read before.
         let module = PatchModule::parse(&bytes).ok();
         patch.module = module.as_ref().map(Identity::of);
-        say_what_it_was_made_for(&mut patch, module.as_ref(), &record);
+        say_what_it_was_made_for(&mut patch, &session, module.as_ref(), &record);
         say_what_stays(&mut patch, &record);
         patches.push(patch);
         planned.push(record);
@@ -161,7 +161,7 @@ pub(super) fn apply_one(
     };
     let mut patch = describe(&record, Some(path), APPLY.done, "patched");
     patch.pause = Some(Pause::from(&committed));
-    say_what_it_was_made_for(&mut patch, PatchModule::parse(bytes).ok().as_ref(), &record);
+    say_what_it_was_made_for(&mut patch, session, PatchModule::parse(bytes).ok().as_ref(), &record);
     say_what_stays(&mut patch, &record);
     if options.model == ModelName::None {
         patch
@@ -171,10 +171,29 @@ pub(super) fn apply_one(
     Ok(patch)
 }
 
-/// Whether the guest's code was compared with the patch's own idea of it, and what risks its maker took.
-fn say_what_it_was_made_for(patch: &mut Patch, module: Option<&PatchModule<'_>>, record: &Record) {
+/// Whether the guest's code and types were compared with the patch's own idea of them, and what risks its maker took.
+fn say_what_it_was_made_for(patch: &mut Patch, session: &Session, module: Option<&PatchModule<'_>>, record: &Record) {
     let Some(module) = module else { return };
     patch.verified = Some(Verified::of(module, record));
+    let (state, warning) = match plan::checksums(&session.live(), module) {
+        Ok(Checksums::Compared) => ("compared", None),
+        Ok(Checksums::NotInKernel) => ("none in kernel", None),
+        Ok(Checksums::NotInModule) => (
+            "none in module",
+            Some(
+                "not verified: the module has no checksums of the types that it uses, which the guest's kernel has"
+                    .to_owned(),
+            ),
+        ),
+        Err(error) => (
+            "unknown",
+            Some(format!(
+                "not verified: the kernel's checksums of types can't be read: {error}"
+            )),
+        ),
+    };
+    patch.checksums = Some(state);
+    patch.warnings.extend(warning);
     let allowed = module
         .note()
         .ok()
