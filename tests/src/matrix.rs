@@ -265,9 +265,10 @@ fn stays_paused(stage: &Stage<'_>) -> Outcome {
             std::thread::sleep(Duration::from_millis(50));
             assert_eq!(monitor.run_state(), "paused");
             monitor.cont();
-            // A guest that was stopped with a lock in its hand does not let it go.
-            let is_held = answer.code != Some(0) && ["_lock", "_mutex"].iter().any(|lock| answer.stderr.contains(lock));
-            if !is_held || tries == PAUSES_MAX {
+            // A guest that was paused while it held a lock, or in its entry code, stays there.
+            let reasons = ["_lock", "_mutex", "entry code"];
+            let is_stuck = answer.code != Some(0) && reasons.iter().any(|reason| answer.stderr.contains(reason));
+            if !is_stuck || tries == PAUSES_MAX {
                 answer.expect(0);
                 break;
             }
