@@ -170,7 +170,7 @@ fn memory_in_a_folder_and_a_virtio_mem_device_move() {
     );
     let mut folder = folder.qemu_arg("-object").qemu_arg(&object);
     folder.machine = format!("{},memory-backend=folder0", folder.machine);
-    // Only one whose RAM is handed over: QEMU 10.0.2 ends where it is to copy the RAM of an emulated guest that has such a device.
+    // Only by handing its RAM over: other methods are refused.
     let mut elastic = kit::guest(Kernel::CLOUD_6_1).module("virtio_mem");
     elastic.machine = "q35,aux-ram-share=on".to_owned();
     let words = [

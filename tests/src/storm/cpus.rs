@@ -16,8 +16,7 @@ for cpu in /sys/devices/system/cpu/cpu[1-9]; do echo 1 >$cpu/online; done";
 const UNPLUG_LIMIT: Duration = Duration::from_secs(60);
 /// How long a CPU stays: so that the guest has it online for a while.
 const STAY: Duration = Duration::from_millis(300);
-/// How often a vCPU is plugged in at the most: under TCG, QEMU 10.0 has room for `maxcpus` threads of vCPUs in all its life, and
-/// aborts at the next one (`tcg_register_thread: assertion failed: (n < tcg_max_ctxs)`).
+/// How often a vCPU is plugged in at the most, and has room reserved for it.
 const PLUGS_MAX: u32 = 100;
 /// What a CPU that is plugged in is called.
 const PLUGGED: &str = "storm-cpu";
