@@ -151,7 +151,7 @@ fn the_program_pair_notices_a_new_function_beside_an_old_one() {
     guest.text(&["kill", &load_program.pid().to_string()]).unwrap();
     let output = load_program.wait(Duration::from_secs(10)).unwrap();
     let line = String::from_utf8(output.stdout).unwrap();
-    assert!(output.status.success() && line.ends_with(" mixed 0\n"), "{line}");
+    assert!(output.status.success() && line.ends_with(" mixed 0 lost 0\n"), "{line}");
     assert!(!line.contains("old 0 ") && !line.contains("new 0 "), "{line}");
     guest.shutdown().unwrap();
 }
