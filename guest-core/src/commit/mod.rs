@@ -133,7 +133,7 @@ fn after(first: Option<&str>) -> String {
 }
 
 /// Carries out `plan`. On an error [`CommitError::effect`] tells what the guest is like; where [`CommitError::left_paused`], the
-/// journal stays outstanding: whoever guards the change is to resume the guest.
+/// journal stays outstanding: the guard of the change must resume the guest.
 pub fn commit(
     live: &Live<'_>,
     machine: &mut dyn Machine,

@@ -19,7 +19,7 @@ const BUCKET_BYTES: u64 = 8;
 /// Finds out whether anybody wants to see the function whose ftrace site is at `site`. A kernel that has no list of
 /// `ftrace_ops` was built without tracers.
 ///
-/// Whoever registers, leaves or changes a filter changes one of the pointers that lead to it: an `ftrace_hash` in use is replaced
+/// A tracer that registers, leaves or changes its filter changes one of the pointers that lead to it: an `ftrace_hash` in use is replaced
 /// and not changed (`ftrace_hash_move`, kernel/trace/ftrace.c).
 pub fn is_wanted(live: &Live<'_>, site: Gva) -> Result<bool, KernelError> {
     let Some(mut link) = live.kernel.symbols.unique("ftrace_ops_list") else {

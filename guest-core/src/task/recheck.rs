@@ -225,7 +225,7 @@ impl Survey<'_> {
         let mut new: Vec<Gva> = found.into_iter().filter(|&at| !self.is_known(view, at)).collect();
         new.sort_unstable();
         new.dedup();
-        // a thread that takes its leader's place also takes over when that was born (`de_thread`): it is no birth
+        // a thread that replaces its leader also takes over the leader's start time (`de_thread`): it is no birth
         let latest = self.tasks.iter().map(|task| task.start_time).max();
         let births = new.iter().filter(|&&at| Some(self.start_time(view, at)) > latest);
         let listed_births = births.count() as u64;
@@ -244,7 +244,7 @@ impl Survey<'_> {
         self.tasks.retain(|task| new.binary_search(&task.at).is_err());
         self.tasks.extend(looked);
         self.tasks.sort_by_key(|task| task.at);
-        // whoever was born since, and is on no list, may be at its end already
+        // a task that was born since, and that no list names, may be exiting already
         if born != Some(listed_births) {
             self.unlisted = self.unlisted_stacks(view)?;
         }

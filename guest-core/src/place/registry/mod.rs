@@ -30,8 +30,8 @@ use std::fmt;
 use std::ops::Range;
 
 const MAGIC: [u8; 8] = *b"VMPATCH\0";
-/// Since 2, a record may say how the guest knows the patch, and since 3, that its code must stay: whoever does not read that must
-/// not take the patch out.
+/// Since 2, a record may say how the guest knows the patch, and since 3, that its code must stay. A vmpatch that does not know
+/// the version must not revert the patch.
 const VERSION: u32 = 3;
 /// The oldest that is understood.
 const VERSION_MIN: u32 = 1;
