@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 use std::fs::{DirBuilder, File};
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -222,14 +222,30 @@ fn remove(directory: &Path) {
 /// Removes names that a killed process left: a name is needed for milliseconds.
 fn remove_stale(parent: &Path, age: Duration) {
     for entry in std::fs::read_dir(parent).into_iter().flatten().flatten() {
-        let ours = entry
+        let named_as_ours = entry
             .file_name()
             .to_str()
             .is_some_and(|name| name.starts_with(DIRECTORY_PREFIX));
-        let made = entry.metadata().and_then(|data| data.modified());
-        if ours && made.is_ok_and(|made| made.elapsed().is_ok_and(|passed| passed >= age)) {
-            remove(&entry.path());
+        if named_as_ours {
+            remove_if_stale(&entry.path(), age);
         }
+    }
+}
+
+/// Removes a directory and its socket if this user made it, at least `age` ago. Anybody can make such a name in a directory that all
+/// users share, also as a link to elsewhere: links are not followed, and the socket is looked for in the very directory that was judged.
+fn remove_if_stale(path: &Path, age: Duration) {
+    let flags = nix::libc::O_DIRECTORY | nix::libc::O_NOFOLLOW;
+    let Ok(directory) = File::options().read(true).custom_flags(flags).open(path) else {
+        return;
+    };
+    let stale = directory.metadata().is_ok_and(|data| {
+        let passed = data.modified().ok().and_then(|made| made.elapsed().ok());
+        data.uid() == nix::unistd::geteuid().as_raw() && passed.is_some_and(|passed| passed >= age)
+    });
+    if stale {
+        let _ = std::fs::remove_file(format!("/proc/self/fd/{}/{SOCKET}", directory.as_raw_fd()));
+        let _ = std::fs::remove_dir(path);
     }
 }
 
@@ -266,5 +282,19 @@ mod tests {
         remove_stale(&parent.directory, Duration::ZERO);
         assert!(!left.directory.exists() && other.exists());
         std::fs::remove_dir(&other).unwrap();
+    }
+
+    #[test]
+    fn a_link_that_bears_the_name_of_a_left_over_is_not_followed() {
+        let parent = SocketName::new(&std::env::temp_dir()).unwrap();
+        let elsewhere = parent.directory.join("elsewhere");
+        std::fs::create_dir(&elsewhere).unwrap();
+        std::fs::write(elsewhere.join(SOCKET), "").unwrap();
+        let link = parent.directory.join(format!("{DIRECTORY_PREFIX}1-0"));
+        std::os::unix::fs::symlink(&elsewhere, &link).unwrap();
+        remove_stale(&parent.directory, Duration::ZERO);
+        assert!(elsewhere.join(SOCKET).exists());
+        std::fs::remove_file(&link).unwrap();
+        std::fs::remove_dir_all(&elsewhere).unwrap();
     }
 }
