@@ -119,10 +119,7 @@ impl KernelFiles {
         };
         let (file, modules) = if is_old {
             let file = |name| folder.join(format!("{name}-{release}"));
-            (
-                [file("vmlinuz"), file("config")],
-                tree.join("lib/modules").join(release),
-            )
+            ([file("vmlinuz"), file("config")], modules_in(tree, release))
         } else {
             let modules = folder.join(release);
             ([modules.join("vmlinuz"), modules.join("config")], modules)
@@ -142,6 +139,12 @@ impl KernelFiles {
     }
 }
 
+/// The folder with a kernel's modules in an unpacked package: Debian 13's packages have it below `usr`.
+fn modules_in(tree: &Path, release: &str) -> PathBuf {
+    let [old, new] = ["lib/modules", "usr/lib/modules"].map(|folder| tree.join(folder).join(release));
+    if new.is_dir() { new } else { old }
+}
+
 fn spelled(packages: &[Package]) -> Vec<String> {
     let spelled = |package: &Package| format!("{}={}", package.name(), package.version());
     packages.iter().map(spelled).collect()
@@ -150,6 +153,18 @@ fn spelled(packages: &[Package]) -> Vec<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn modules_are_found_where_the_release_of_debian_puts_them() {
+        let root = std::env::temp_dir().join(format!("vmpatch-modules-in-{}", std::process::id()));
+        for folder in ["lib/modules", "usr/lib/modules"] {
+            let tree = root.join(folder.replace('/', "-"));
+            let modules = tree.join(folder).join("6.12.0-x");
+            fs::create_dir_all(&modules).unwrap();
+            assert_eq!(modules_in(&tree, "6.12.0-x"), modules);
+        }
+        fs::remove_dir_all(&root).unwrap();
+    }
 
     /// What `uname -r` says is at hand sooner than the package's name.
     #[test]
