@@ -6,8 +6,8 @@
 //! - [`kernel_files`] are what a kernel's packages have: image, configuration, modules;
 //! - [`target`] is the kernel that a patch is made for: those files, its exports and its [`source`],
 //!   with the change to it: a diff, or functions of a newer version;
-//! - [`tree`] is that source made ready to compile single files of it, with the kernel's own [`compiler`], which [`toolchain`]
-//!   takes out of a package where the machine has it not;
+//! - [`tree`] is that source made ready to compile single files of it, with the kernel's own [`compiler`] and [`binutils`], which
+//!   [`toolchain`] takes out of packages where the machine has them not;
 //! - [`facts`] is what is known of the kernel: its image, symbols, exports, configuration;
 //! - [`touched`] says which of the kernel's files the change gets into;
 //! - [`compile`] makes a [`pair`] of a source file: its object file before and after the change;
@@ -22,6 +22,7 @@
 //! Below them, [`cache`] keeps what was fetched and made, so that a second build needs no network, and [`command`] runs the
 //! host's programs and says what went wrong.
 
+pub mod binutils;
 pub mod build;
 pub mod cache;
 pub mod command;

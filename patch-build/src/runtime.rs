@@ -48,14 +48,8 @@ pub(crate) struct Runtime {
 impl Runtime {
     /// The libraries for the programs in these packages.
     pub(crate) fn fetch(cache: &Cache, programs: &[Package]) -> Result<Self, Error> {
-        let wanted = dependencies(programs)?;
-        let names: Vec<String> = programs
-            .iter()
-            .map(|package| format!("{}={}", package.name(), package.version()))
-            .collect();
-        let root = cache.folder(&format!("runtimes/{}", digest(&names)), |root| {
-            unpack_all(cache, wanted, &names, root)
-        })?;
+        let key = format!("runtimes/{}", digest(&spelled(programs)));
+        let root = cache.folder(&key, |root| unpack_all(cache, programs, root))?;
         Ok(Self {
             libraries: root.join(LIBRARIES),
         })
@@ -93,11 +87,19 @@ pub(crate) fn is_needed(programs: &[Package]) -> Result<bool, Error> {
     Ok(!wanted.all(is_fulfilled))
 }
 
-/// What a package needs beside it, and the version of which that must be at least (Debian policy 7.1).
+/// What a package needs beside it (Debian policy 7.1).
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Dependency {
     name: String,
-    at_least: Option<String>,
+    version: Wanted,
+}
+
+/// Which version of it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Wanted {
+    Any,
+    AtLeast(String),
+    Exactly(String),
 }
 
 fn dependencies(programs: &[Package]) -> Result<Vec<Dependency>, Error> {
@@ -115,11 +117,14 @@ fn parse(field: &str) -> Vec<Dependency> {
     entries
         .map(|entry| {
             let (name, relation) = entry.split_once(' ').unwrap_or((entry, ""));
-            let at_least = relation.strip_prefix("(>= ").and_then(|rest| rest.strip_suffix(')'));
+            let version = |sign| Some(relation.strip_prefix(sign)?.strip_suffix(')')?.to_owned());
+            let at_least = version("(>= ").map(Wanted::AtLeast);
             Dependency {
                 // "libc6:any" is libc6 of whatever architecture.
                 name: name.split(':').next().unwrap_or(name).to_owned(),
-                at_least: at_least.map(str::to_owned),
+                version: at_least
+                    .or_else(|| version("(= ").map(Wanted::Exactly))
+                    .unwrap_or(Wanted::Any),
             }
         })
         .collect()
@@ -127,31 +132,55 @@ fn parse(field: &str) -> Vec<Dependency> {
 
 /// Whether the machine's own package is recent enough.
 fn is_fulfilled(wanted: &Dependency) -> bool {
-    let Some(version) = &wanted.at_least else { return true };
+    let (sign, version) = match &wanted.version {
+        Wanted::Any => return true,
+        Wanted::AtLeast(version) => ("ge", version),
+        Wanted::Exactly(version) => ("eq", version),
+    };
     let query = format!("{}:amd64", wanted.name);
     let Ok(own) = command::output("dpkg-query", &["-W", "-f", "${Version}", &query], Path::new("/")) else {
         return false;
     };
     let own = String::from_utf8_lossy(&own).into_owned();
-    command::output("dpkg", &["--compare-versions", &own, "ge", version], Path::new("/")).is_ok()
+    command::output("dpkg", &["--compare-versions", &own, sign, version], Path::new("/")).is_ok()
 }
 
-/// Unpacks the libraries that are wanted, and theirs, each in the newest version of all releases that apt knows: the C
-/// library, whose loader starts the programs, runs whatever was linked against an older one.
-fn unpack_all(cache: &Cache, mut wanted: Vec<Dependency>, of: &[String], root: &Path) -> Result<(), Error> {
+/// Unpacks the libraries that are wanted, and theirs. Those that were made together with the programs are of the programs' own
+/// version; all others of the newest that apt knows: the C library, whose loader starts the programs, runs whatever was
+/// linked against an older one.
+fn unpack_all(cache: &Cache, programs: &[Package], root: &Path) -> Result<(), Error> {
+    let own: Vec<&str> = programs.iter().map(Package::version).collect();
+    let mut wanted = dependencies(programs)?;
     let mut seen = BTreeSet::new();
     while let Some(library) = wanted.pop() {
         if !is_library(&library.name) || !seen.insert(library.name.clone()) {
             continue;
         }
         if seen.len() > PACKAGES_MAX {
-            return Err(Error::TooMany { of: of.join(", ") });
+            return Err(Error::TooMany {
+                of: spelled(programs).join(", "),
+            });
         }
-        let package = packages::fetch_newest(cache, &library.name)?;
+        let version = choose(&library, &packages::versions(&library.name)?, &own);
+        let package = packages::fetch_into(cache, &library.name, version.as_deref())?;
         package.unpack_into(root)?;
         wanted.extend(dependencies(&[package])?);
     }
     Ok(())
+}
+
+/// The version to take of those that apt knows, newest first; `own` are those of the programs. None where apt knows none.
+fn choose(library: &Dependency, known: &[String], own: &[&str]) -> Option<String> {
+    if let Wanted::Exactly(version) = &library.version {
+        return Some(version.clone());
+    }
+    let made_together = known.iter().find(|version| own.contains(&version.as_str()));
+    made_together.or(known.first()).cloned()
+}
+
+fn spelled(packages: &[Package]) -> Vec<String> {
+    let spelled = |package: &Package| format!("{}={}", package.name(), package.version());
+    packages.iter().map(spelled).collect()
 }
 
 /// Whether a package is one of libraries that programs are linked against at run time (Debian policy 8.1).
@@ -193,7 +222,7 @@ mod tests {
     fn dependency(at_least: &str) -> Dependency {
         Dependency {
             name: C_LIBRARY.to_owned(),
-            at_least: Some(at_least.to_owned()),
+            version: Wanted::AtLeast(at_least.to_owned()),
         }
     }
 
@@ -204,19 +233,37 @@ mod tests {
     }
 
     #[test]
-    fn of_alternatives_the_first_is_wanted_and_of_versions_the_least() {
+    fn of_alternatives_the_first_is_wanted_and_of_versions_the_least_or_the_very_one() {
         let found = parse("libc6:any (>= 2.38) | libc6.1, gcc-16-base (= 16.2.0-4), pahole\n");
-        let named = |name: &str, at_least: Option<&str>| Dependency {
+        let named = |name: &str, version: Wanted| Dependency {
             name: name.to_owned(),
-            at_least: at_least.map(str::to_owned),
+            version,
         };
         let expected = [
-            named("libc6", Some("2.38")),
-            named("gcc-16-base", None),
-            named("pahole", None),
+            named("libc6", Wanted::AtLeast("2.38".to_owned())),
+            named("gcc-16-base", Wanted::Exactly("16.2.0-4".to_owned())),
+            named("pahole", Wanted::Any),
         ];
         assert_eq!(found, expected);
         assert_eq!(parse("\n"), []);
+    }
+
+    /// binutils 2.44 with the libctf of 2.47 would have two versions of libbfd in one process.
+    #[test]
+    fn libraries_that_were_made_with_the_program_are_of_its_version_and_others_the_newest() {
+        let known = ["2.47-1", "2.44-3", "2.40-2"].map(str::to_owned);
+        let chosen = |version: Wanted, own: &str| {
+            let library = Dependency {
+                name: "libctf0".to_owned(),
+                version,
+            };
+            choose(&library, &known, &[own])
+        };
+        let at_least = || Wanted::AtLeast("2.36".to_owned());
+        assert_eq!(chosen(at_least(), "2.44-3").as_deref(), Some("2.44-3"));
+        assert_eq!(chosen(at_least(), "14.2.0-19").as_deref(), Some("2.47-1"));
+        let exactly = Wanted::Exactly("2.40-2".to_owned());
+        assert_eq!(chosen(exactly, "2.44-3").as_deref(), Some("2.40-2"));
     }
 
     #[test]

@@ -1,13 +1,15 @@
-//! The compiler that made a kernel: the machine's own, or out of Debian's packages, unpacked and not installed.
+//! The compiler, assembler and linker that made a kernel: the machine's own, or out of Debian's packages, unpacked and not
+//! installed.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
 use crate::cache::{self, Cache};
-use crate::packages::{self, Package};
+use crate::facts::Config;
+use crate::packages;
 use crate::runtime::{self, Runtime};
-use crate::{command, compiler};
+use crate::{binutils, command, compiler};
 
 /// What Debian puts before a program's name that works for this machine's architecture.
 const TARGET: &str = "x86_64-linux-gnu";
@@ -18,17 +20,15 @@ const SCRIPTS: &str = "scripts";
 
 /// Starts a compiler that knows the machine's assembler by an absolute path, and has it call another one.
 const COMPILER_SCRIPT: &str = r#"#!/bin/sh
-here=$(dirname "$(readlink -f "$0")")
-exec "$here/../usr/bin/$(basename "$0")" -wrapper "$here/run" "$@"
+here=${0%/*}
+exec "$here/../usr/bin/${0##*/}" -wrapper "$here/run" "$@"
 "#;
-/// Runs what the compiler would, but its own assembler.
+/// Runs what the compiler would, but the assembler that `PATH` has.
 const RUN_SCRIPT: &str = r#"#!/bin/sh
-program=$1
-shift
-case $program in
-*-as) program=$(dirname "$0")/../usr/bin/${program##*/} ;;
+case $1 in
+*-as) shift; exec as "$@" ;;
 esac
-exec "$program" "$@"
+exec "$@"
 "#;
 
 /// Why there is no compiler for a kernel.
@@ -43,6 +43,9 @@ pub enum Error {
     /// The cache could not be used.
     #[error(transparent)]
     Cache(#[from] cache::Error),
+    /// There is no assembler like the kernel's.
+    #[error(transparent)]
+    Binutils(#[from] binutils::Error),
     /// There is neither one on the machine nor in a package that apt knows.
     #[error(transparent)]
     Compiler(#[from] compiler::Error),
@@ -58,51 +61,26 @@ pub enum Error {
     },
 }
 
-/// The kernel's own compiler.
+/// The kernel's own compiler, with assembler and linker.
 #[derive(Clone, Debug)]
 pub(crate) struct Toolchain {
     version: String,
-    /// Folders in which it is found; none where it is the machine's own.
-    folders: Vec<PathBuf>,
+    /// Folders in which the compiler is found; none where it is the machine's own.
+    compiler: Vec<PathBuf>,
+    /// The folder in which the rest is found, unless it is the machine's own.
+    binutils: Option<PathBuf>,
 }
 
 impl Toolchain {
-    /// The compiler that a kernel's configuration names: the machine's own where it is the same, else out of a package.
+    /// The compiler that a kernel's configuration names, and the assembler: the machine's own where they are the same, else out
+    /// of packages.
     pub(crate) fn fetch(cache: &Cache, release: &str, config: &Path) -> Result<Self, Error> {
-        let missing = match compiler::check(release, config) {
-            Ok(own) => {
-                return Ok(Self {
-                    version: own.text,
-                    folders: Vec::new(),
-                });
-            }
-            Err(error) => error,
-        };
-        let (compiler::Error::NoCompiler { expected, .. } | compiler::Error::WrongCompiler { expected, .. }) = &missing
-        else {
-            return Err(missing.into());
-        };
-        let program = expected.split(' ').next().unwrap_or_default();
-        let Some((major, version)) = package_of(expected) else {
-            return Err(missing.into());
-        };
-        let root = unpacked(cache, program, major, version)?;
-        let folders = [SCRIPTS, PROGRAMS].map(|folder| root.join(folder));
-        let path = folders
-            .iter()
-            .map(|folder| folder.join(program))
-            .find(|path| path.exists());
-        let found = first_line(&path.unwrap_or_default().to_string_lossy());
-        if found != *expected {
-            return Err(Error::Wrong {
-                release: release.to_owned(),
-                expected: expected.clone(),
-                found,
-            });
-        }
+        let (version, compiler) = compiler(cache, release, config)?;
+        let text = fs::read_to_string(config).map_err(cache::Error::io("read", config))?;
         Ok(Self {
-            version: found,
-            folders: folders.to_vec(),
+            version,
+            compiler,
+            binutils: binutils::fetch(cache, release, &Config::parse(&text))?,
         })
     }
 
@@ -111,9 +89,9 @@ impl Toolchain {
         &self.version
     }
 
-    /// Whether it is the machine's own.
+    /// Whether the compiler is the machine's own.
     pub(crate) fn is_own(&self) -> bool {
-        self.folders.is_empty()
+        self.compiler.is_empty()
     }
 
     /// The program's name, as `PATH` finds it.
@@ -121,12 +99,48 @@ impl Toolchain {
         self.version.split(' ').next().unwrap_or_default()
     }
 
-    /// The value of `PATH` with which the kernel's build finds it.
+    /// The value of `PATH` with which the kernel's build finds it, and the assembler and linker.
     pub(crate) fn search_path(&self) -> String {
         let own = std::env::var("PATH").unwrap_or_default();
-        let folders = self.folders.iter().map(|folder| folder.to_string_lossy().into_owned());
+        let folders = self
+            .compiler
+            .iter()
+            .chain(&self.binutils)
+            .map(|folder| folder.to_string_lossy().into_owned());
         folders.chain([own]).collect::<Vec<_>>().join(":")
     }
+}
+
+/// The first line of the `--version` of the compiler that a configuration names, and the folders in which it is found unless it is
+/// the machine's own.
+fn compiler(cache: &Cache, release: &str, config: &Path) -> Result<(String, Vec<PathBuf>), Error> {
+    let missing = match compiler::check(release, config) {
+        Ok(own) => return Ok((own.text, Vec::new())),
+        Err(error) => error,
+    };
+    let (compiler::Error::NoCompiler { expected, .. } | compiler::Error::WrongCompiler { expected, .. }) = &missing
+    else {
+        return Err(missing.into());
+    };
+    let program = expected.split(' ').next().unwrap_or_default();
+    let Some((major, version)) = package_of(expected) else {
+        return Err(missing.into());
+    };
+    let root = unpacked(cache, program, major, version)?;
+    let folders = [SCRIPTS, PROGRAMS].map(|folder| root.join(folder));
+    let path = folders
+        .iter()
+        .map(|folder| folder.join(program))
+        .find(|path| path.exists());
+    let found = first_line(&path.unwrap_or_default().to_string_lossy());
+    if found != *expected {
+        return Err(Error::Wrong {
+            release: release.to_owned(),
+            expected: expected.clone(),
+            found,
+        });
+    }
+    Ok((found, folders.to_vec()))
 }
 
 /// The first line of what a program says to `--version`; nothing where there is no such program.
@@ -149,7 +163,7 @@ fn package_of(text: &str) -> Option<(&str, &str)> {
 
 /// The folder into which that compiler is unpacked.
 fn unpacked(cache: &Cache, program: &str, major: &str, version: &str) -> Result<PathBuf, Error> {
-    cache.folder(&format!("compilers/gcc-{major}_{version}"), |root| {
+    cache.folder(&format!("gcc/{major}_{version}"), |root| {
         let fetch = |name: &str| packages::fetch_into(cache, name, Some(version));
         // Since Debian 13 the program is in a package that names what it compiles for.
         let either = |name: &str| match fetch(&format!("{name}-{}", TARGET.replace('_', "-"))) {
@@ -162,17 +176,23 @@ fn unpacked(cache: &Cache, program: &str, major: &str, version: &str) -> Result<
             package.unpack_into(root)?;
         }
         if runtime::is_needed(&compiler)? {
-            add_assembler(cache, program, &compiler, root)?;
+            Runtime::fetch(cache, &compiler)?.give_to(root)?;
+        }
+        if !asks_for_assembler(&root.join(PROGRAMS).join(program)) {
+            add_scripts(program, root)?;
         }
         Ok(())
     })
 }
 
-/// A compiler of a newer Debian writes what an older assembler does not read: it gets that release's own.
-fn add_assembler(cache: &Cache, program: &str, compiler: &[Package], root: &Path) -> Result<(), Error> {
-    let binutils = packages::fetch_newest(cache, &format!("binutils-{}", TARGET.replace('_', "-")))?;
-    binutils.unpack_into(root)?;
-    Runtime::fetch(cache, &[compiler, &[binutils]].concat())?.give_to(root)?;
+/// Whether a compiler asks `PATH` for its assembler; some know the machine's by an absolute path.
+fn asks_for_assembler(compiler: &Path) -> bool {
+    let said = command::output(&compiler.to_string_lossy(), &["-print-prog-name=as"], Path::new("/"));
+    said.is_ok_and(|name| name.trim_ascii() == b"as")
+}
+
+/// Has a compiler call the assembler that `PATH` has.
+fn add_scripts(program: &str, root: &Path) -> Result<(), Error> {
     let scripts = root.join(SCRIPTS);
     fs::create_dir(&scripts).map_err(cache::Error::io("make the folder", &scripts))?;
     for (name, text) in [(program, COMPILER_SCRIPT), ("run", RUN_SCRIPT)] {

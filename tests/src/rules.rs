@@ -28,6 +28,23 @@ pub const KERNEL_7_2: Target = Target {
     package: "linux-image-7.2.13+deb14-cloud-amd64=7.2.13-1",
     source: "linux-source-7.2=7.2.13-1",
 };
+/// One of Debian 13, whose compiler asks for the assembler of that release.
+pub const KERNEL_6_12: Target = Target {
+    package: "linux-image-6.12.117+deb13-cloud-amd64=6.12.117-1",
+    source: "linux-source-6.12=6.12.117-1",
+};
+/// The newest, made with the same compiler.
+pub const KERNEL_7_3: Target = Target {
+    package: "linux-image-7.3.4+deb13-cloud-amd64=7.3.4-1~bpo13+1",
+    source: "linux-source-7.3=7.3.4-1~bpo13+1",
+};
+
+impl Target {
+    /// Its package, as `NAME=VERSION`.
+    pub const fn package(&self) -> &'static str {
+        self.package
+    }
+}
 
 /// A change: in the file, this text becomes that.
 pub type Edit = (&'static str, &'static str, &'static str);
@@ -110,6 +127,12 @@ pub const ALIGNED_LOOP: &[Edit] = &[(
     "kernel/time/namespace.c",
     "off->val.tv_nsec >= NSEC_PER_SEC)\n",
     "off->val.tv_nsec >= NSEC_PER_SEC ||\n\t\t    WARN_ONCE(off->val.tv_sec == 4242, \"no clock moves by %lld s\\n\", off->val.tv_sec))\n",
+)];
+/// The same as 6.12 has it.
+pub const ALIGNED_LOOP_6_12: &[Edit] = &[(
+    "kernel/time/namespace.c",
+    "off->val.tv_nsec >= NSEC_PER_SEC) {\n",
+    "off->val.tv_nsec >= NSEC_PER_SEC ||\n\t\t    WARN_ONCE(off->val.tv_sec == 4242, \"no clock moves by %lld s\\n\", off->val.tv_sec)) {\n",
 )];
 /// Where it warns.
 pub const ALIGNED_LOOP_WARNS: &str = "kernel/time/namespace.c:";

@@ -103,14 +103,10 @@ pub fn fetch_into(cache: &Cache, name: &str, version: Option<&str>) -> Result<Pa
     Ok(package)
 }
 
-/// Like [`fetch_into`], in the newest version of all releases whose lists apt has.
-pub fn fetch_newest(cache: &Cache, name: &str) -> Result<Package, Error> {
+/// All versions of a package that apt knows, of all releases whose lists it has, the newest first.
+pub fn versions(name: &str) -> Result<Vec<String>, Error> {
     check_characters("name", name)?;
-    let newest = apt::versions(name).into_iter().next().ok_or_else(|| Error::Unknown {
-        wanted: name.to_owned(),
-        known: "none of that name".to_owned(),
-    })?;
-    fetch_into(cache, name, Some(&newest))
+    Ok(apt::versions(name))
 }
 
 impl Package {
