@@ -50,7 +50,7 @@ pub struct Facts {
     pub devices: BTreeSet<String>,
     /// The types of those without one, sorted.
     pub nameless: Vec<String>,
-    /// Objects, with their types.
+    /// Objects, with their types; not the monitors, which QEMU 11.1 makes objects, too.
     pub objects: BTreeSet<String>,
     /// Character devices, but for those that QEMU, or vmpatch, names itself.
     pub characters: BTreeSet<String>,
@@ -99,11 +99,7 @@ impl Facts {
             blocks: fixed_blocks(&table.human_readable_text),
             devices: names(children(client, "/machine/peripheral").await?),
             nameless: kinds(children(client, "/machine/peripheral-anon").await?),
-            objects: children(client, "/objects")
-                .await?
-                .into_iter()
-                .map(|(name, kind)| format!("{name} ({kind})"))
-                .collect(),
+            objects: objects(children(client, "/objects").await?),
             characters: characters
                 .iter()
                 .map(|one| text(one, "label"))
@@ -172,6 +168,11 @@ fn kinds(children: Vec<(String, String)>) -> Vec<String> {
     kinds
 }
 
+fn objects(children: Vec<(String, String)>) -> BTreeSet<String> {
+    let of_guest = children.into_iter().filter(|(_, kind)| !kind.starts_with("monitor-"));
+    of_guest.map(|(name, kind)| format!("{name} ({kind})")).collect()
+}
+
 fn is_elastic(device: &Value) -> bool {
     text(device, "type") == "virtio-mem"
 }
@@ -238,6 +239,16 @@ mod tests {
         let dimm = json!({"type": "dimm", "data": {"size": 32}});
         assert_eq!(ram(&memory(64 + 32), &[device(64), dimm]), 256 + 128 + 32);
         assert_eq!(ram(&memory(0), &[device(0)]), 256 + 128);
+    }
+
+    #[test]
+    fn monitors_are_no_objects_of_the_guest() {
+        let child = |name: &str, kind: &str| (name.to_owned(), kind.to_owned());
+        let of_11_1 = vec![
+            child("compat_monitor0", "monitor-qmp"),
+            child("ram0", "memory-backend-ram"),
+        ];
+        assert_eq!(objects(of_11_1), ["ram0 (memory-backend-ram)".to_owned()].into());
     }
 
     #[test]
