@@ -5,6 +5,8 @@
  *   fexit churn FUNCTION   attaches and detaches both, again and again
  *   fexit sleep FUNCTION   attaches both, and while they are there a task sleeps
  *                          in nanosleep() for a tenth of a second, again and again
+ *   fexit hold FUNCTION    attaches both, says "sleeping", and sleeps in pause()
+ *                          until SIGUSR1
  *
  * The function's number in the kernel's types is looked up in its BTF
  * (Documentation/bpf/btf.rst); the programs do nothing.
@@ -138,9 +140,28 @@ static void attach_and_detach(void)
 	close(entry);
 }
 
+static void nothing(int signal)
+{
+	(void)signal;
+}
+
+static void hold(void)
+{
+	struct sigaction action = { .sa_handler = nothing };
+	int entry = attach(BPF_TRACE_FENTRY), exit = attach(BPF_TRACE_FEXIT);
+
+	sigaction(SIGUSR1, &action, NULL);
+	puts("sleeping");
+	fflush(stdout);
+	pause();
+	rounds++;
+	close(exit);
+	close(entry);
+}
+
 static int usage(void)
 {
-	puts("error: fexit churn|sleep FUNCTION");
+	puts("error: fexit churn|sleep|hold FUNCTION");
 	return UNKNOWN;
 }
 
@@ -157,6 +178,8 @@ int main(int argc, char **argv)
 		repeat(nap);
 		close(exit);
 		close(entry);
+	} else if (!strcmp(argv[1], "hold")) {
+		hold();
 	} else {
 		return usage();
 	}

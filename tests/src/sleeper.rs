@@ -25,7 +25,22 @@ impl Sleeper {
     /// If it never does.
     #[track_caller]
     pub fn start(guest: &Guest) -> Self {
-        let running = guest.spawn(&["/opt/pause", "sleep"]).expect("the guest runs a program");
+        Self::running(guest, &["/opt/pause", "sleep"])
+    }
+
+    /// The same below BPF programs that are attached to `function`, which it calls.
+    ///
+    /// # Panics
+    ///
+    /// If it never does.
+    #[track_caller]
+    pub fn below_bpf(guest: &Guest, function: &str) -> Self {
+        Self::running(guest, &["/opt/fexit", "hold", function])
+    }
+
+    #[track_caller]
+    fn running(guest: &Guest, command: &[&str]) -> Self {
+        let running = guest.spawn(command).expect("the guest runs a program");
         running.wait_for_stdout("sleeping", PROGRAM_LIMIT).unwrap();
         let sleeper = Self { running };
         // It says so just before it does. A line of this file begins with the system call that a task sleeps in.
@@ -43,7 +58,7 @@ impl Sleeper {
         self.running.pid()
     }
 
-    /// Wakes it and gives what it saw: which function it has slept in.
+    /// Wakes it and gives what it saw: which function it has slept in; below BPF programs, [`Seen::Fixed`] where nothing was wrong.
     ///
     /// # Panics
     ///

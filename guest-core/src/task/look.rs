@@ -7,7 +7,7 @@ use crate::addr::Gva;
 use crate::unwind::returns::Hidden;
 use crate::unwind::scan::{Finding, scan, scan_words};
 use crate::unwind::{
-    CodeMap, Frame, KernelView, OldCode, PtRegs, Returns, Stack, StackKind, Start, UnwindError, Unwinder,
+    CodeMap, Frame, KernelView, OldCode, OldFunction, PtRegs, Returns, Stack, StackKind, Start, UnwindError, Unwinder,
 };
 use crate::vcpu::Registers;
 use std::cell::Cell;
@@ -197,13 +197,8 @@ impl Look<'_> {
             if frames.len() < Blocker::FRAMES_MAX {
                 frames.push(frame);
             }
-            let old = if frame.interrupted {
-                self.old.at_instruction(frame.ip)
-            } else {
-                self.old.at_return(frame.ip)
-            };
-            if let (None, Some(old)) = (&inside, old) {
-                inside = Some(old.name.clone());
+            if inside.is_none() {
+                inside = self.old_function(frame).map(|old| old.name.clone());
             }
         });
         match (inside, end) {
@@ -211,6 +206,16 @@ impl Look<'_> {
             (None, Ok(())) => Ok(State::Clear),
             (None, Err(error)) => Err(error.into()),
         }
+    }
+
+    /// The old function that a frame is in, or will call.
+    fn old_function(&self, frame: Frame) -> Option<&OldFunction> {
+        let here = if frame.interrupted {
+            self.old.at_instruction(frame.ip)
+        } else {
+            self.old.at_return(frame.ip)
+        };
+        here.or_else(|| self.code.calls_from_bpf(self.view, frame, self.old))
     }
 
     fn word(&self, at: Gva) -> Result<u64, UnwindError> {

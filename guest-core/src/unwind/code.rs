@@ -1,16 +1,20 @@
 //! All code that the kernel may be running, and how to unwind through each piece: the kernel's own text, its modules,
 //! what vmpatch has laid, and ftrace's trampolines.
 //!
-//! What is not in here is unknown code: BPF programs and trampolines, kprobes' instruction slots, modules that came
-//! later. A frame in it cannot be unwound. A *word* that points into it must not be taken for harmless either: a
-//! kprobe's slot goes on, with a jump, in the function that it was set on, whose address is then on no stack.
+//! What is not in here is unknown code: kprobes' instruction slots, modules that came later. A frame in it cannot be
+//! unwound. A *word* that points into it must not be taken for harmless either: a kprobe's slot goes on, with a jump, in
+//! the function that it was set on, whose address is then on no stack. So it is with code of BPF, which is looked up only
+//! where a frame is in it: see [`super::bpf`].
 
+use super::bpf::BpfCode;
 use super::error::{SetupError, UnwindError};
 use super::modules::Modules;
 use super::orc::{ENTRY_BYTES_MAX, OrcFormat, Rule};
+use super::scan::{OldCode, OldFunction};
 use super::table::OrcTable;
 use super::trampolines::{Trampoline, Trampolines};
 use super::view::KernelView;
+use super::walk::Frame;
 use crate::addr::Gva;
 use std::ops::Range;
 
@@ -37,6 +41,8 @@ pub struct PatchCode {
 struct Piece {
     text: Range<Gva>,
     orc: Option<OrcTable>,
+    /// The module's name; none for a patch.
+    module: Option<Box<str>>,
 }
 
 /// All known code of a kernel at one moment.
@@ -53,6 +59,7 @@ pub struct CodeMap {
     orc: OrcTable,
     modules: Option<Modules>,
     tracers: Option<Trampolines>,
+    bpf: Option<BpfCode>,
     loaded: Loaded,
 }
 
@@ -82,6 +89,7 @@ impl CodeMap {
             orc,
             modules: Modules::find(view)?,
             tracers: Trampolines::find(view)?,
+            bpf: BpfCode::find(view),
             loaded: Loaded::default(),
         };
         map.refresh(view, patches)?;
@@ -96,14 +104,18 @@ impl CodeMap {
             .map_or(Ok(Vec::new()), |modules| modules.read(view))?;
         let mut now = Loaded::default();
         for module in modules {
-            let orc = module.orc;
-            now.pieces
-                .extend(module.text.into_iter().map(|text| Piece { text, orc }));
+            let piece = |text| Piece {
+                text,
+                orc: module.orc,
+                module: Some(module.name.clone()),
+            };
+            now.pieces.extend(module.text.into_iter().map(piece));
             now.data.extend(module.data);
         }
         let laid = |patch: &PatchCode| Piece {
             text: patch.text.clone(),
             orc: Some(patch.orc),
+            module: None,
         };
         now.pieces.extend(patches.iter().map(laid));
         now.pieces.sort_by_key(|piece| piece.text.start);
@@ -133,14 +145,23 @@ impl CodeMap {
             && holding(&self.loaded.data, at, |data| data).is_none()
     }
 
-    /// How to unwind from `at`: an instruction, or the last byte of a call.
-    pub fn rule(&self, view: &dyn KernelView, at: Gva) -> Result<Rule, UnwindError> {
-        let memory = as_memory(view);
+    /// How to unwind from `frame`, whose BP is `bp`.
+    pub fn rule(&self, view: &dyn KernelView, frame: Frame, bp: u64) -> Result<Rule, UnwindError> {
+        let (at, memory) = (frame.code(), as_memory(view));
+        if !self.is_text(at) {
+            let Frame { ip, sp, .. } = frame;
+            let of_bpf = self.bpf.as_ref().and_then(|bpf| bpf.rule(view, frame, bp));
+            return of_bpf.unwrap_or(Err(UnwindError::NotText { ip, sp }));
+        }
         if let Some(piece) = self.piece(at) {
-            return piece
-                .orc
-                .ok_or(UnwindError::NoOrc { ip: at })?
-                .rule(memory, &self.format, at);
+            let missing = || match &piece.module {
+                Some(module) => UnwindError::NoTable {
+                    ip: frame.ip,
+                    module: module.to_string(),
+                },
+                None => UnwindError::NoOrc { ip: at },
+            };
+            return piece.orc.ok_or_else(missing)?.rule(memory, &self.format, at);
         }
         let there = self
             .trampoline(at)
@@ -150,6 +171,12 @@ impl CodeMap {
             return Err(UnwindError::NoOrc { ip: at });
         }
         self.orc.rule(memory, &self.format, there)
+    }
+
+    /// The function of `old` that code of BPF, in which `frame` is, may be about to call though no stack has its address.
+    pub fn calls_from_bpf<'o>(&self, view: &dyn KernelView, frame: Frame, old: &'o OldCode) -> Option<&'o OldFunction> {
+        let bpf = self.bpf.as_ref().filter(|_| !self.is_text(frame.code()))?;
+        bpf.calls(view, frame.code(), old)
     }
 
     fn is_own_text(&self, at: Gva) -> bool {

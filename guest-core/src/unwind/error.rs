@@ -38,13 +38,31 @@ pub enum SetupError {
 /// Why a stack could not be unwound to its end. Such a stack is not safe.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum UnwindError {
-    /// A frame's code is no text of the kernel, of a module or of a patch: a BPF program, a kprobe's slot, or garbage.
+    /// A frame's code is no text of the kernel, of a module, of a patch or of BPF: a kprobe's slot, or garbage.
     #[error("frame {ip} (stack pointer {sp:#x}) is not in known kernel text")]
     NotText {
         /// The frame's instruction or return address.
         ip: Gva,
         /// Its stack pointer.
         sp: u64,
+    },
+    /// The frame is in a module that was built without ORC, or whose table is not understood.
+    #[error("frame {ip} is in the module {module}, which has no ORC table")]
+    NoTable {
+        /// The frame's instruction or return address.
+        ip: Gva,
+        /// The module's name.
+        module: String,
+    },
+    /// The frame is in code that the kernel's BPF compiler has made, and it is not certain that it has a frame pointer there.
+    #[error("frame {ip} is in BPF's {name}, {why}")]
+    Bpf {
+        /// The frame's instruction or return address.
+        ip: Gva,
+        /// The name by which `/proc/kallsyms` lists the code.
+        name: String,
+        /// What is in the way.
+        why: &'static str,
     },
     /// The code has no ORC table, or its entry says that the stack is not known there.
     #[error("frame {ip}: its stack layout is unknown (no ORC entry)")]

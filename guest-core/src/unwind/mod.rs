@@ -8,6 +8,7 @@
 //! A stack that cannot be unwound to its end is not safe; nothing here guesses. Who has which stack is told by
 //! [`crate::task`].
 
+mod bpf;
 pub mod code;
 mod error;
 pub(crate) mod list;
@@ -21,6 +22,8 @@ mod trampolines;
 mod view;
 pub mod walk;
 
+#[cfg(test)]
+mod bpf_tests;
 #[cfg(test)]
 mod orc_tests;
 #[cfg(test)]

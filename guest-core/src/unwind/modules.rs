@@ -8,7 +8,8 @@ use super::list;
 use super::table::OrcTable;
 use super::view::KernelView;
 use crate::addr::Gva;
-use crate::btf::Struct;
+use crate::btf::{BtfError, Struct};
+use crate::text::plain;
 use std::ops::Range;
 
 /// More modules than any guest has loaded.
@@ -23,6 +24,7 @@ const LAYOUTS: [&str; 2] = ["core_layout", "init_layout"];
 /// What one module has in memory.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(super) struct ModuleCode {
+    pub name: Box<str>,
     pub text: Vec<Range<Gva>>,
     pub data: Vec<Range<Gva>>,
     pub orc: Option<OrcTable>,
@@ -42,6 +44,7 @@ struct Area {
 pub(super) struct Modules {
     head: Gva,
     bytes: usize,
+    name: Range<usize>,
     node: u64,
     areas: Vec<Area>,
     orc_count: u64,
@@ -59,6 +62,7 @@ impl Modules {
         Ok(Some(Self {
             head,
             bytes: usize::try_from(module.size()).unwrap_or(0).min(STRUCT_BYTES_MAX),
+            name: name(&module)?,
             node: module.offset("list")?,
             areas: areas(view, &module)?,
             orc_count: module.offset("arch.num_orcs")?,
@@ -116,6 +120,12 @@ fn areas(view: &dyn KernelView, module: &Struct<'_>) -> Result<Vec<Area>, SetupE
     Ok(areas)
 }
 
+fn name(module: &Struct<'_>) -> Result<Range<usize>, BtfError> {
+    let name = module.member("name")?;
+    let at = |offset| usize::try_from(offset).unwrap_or(usize::MAX);
+    Ok(at(name.offset())..at(name.end()))
+}
+
 fn decode(layout: &Modules, bytes: &[u8]) -> ModuleCode {
     let half = |at: u64| {
         let at = usize::try_from(at).ok()?;
@@ -126,7 +136,11 @@ fn decode(layout: &Modules, bytes: &[u8]) -> ModuleCode {
         let at = usize::try_from(at).ok()?;
         Some(Gva(u64::from_le_bytes(*bytes.get(at..)?.first_chunk::<8>()?)))
     };
-    let mut module = ModuleCode::default();
+    let name = plain(bytes.get(layout.name.clone()).unwrap_or_default());
+    let mut module = ModuleCode {
+        name: name.into(),
+        ..ModuleCode::default()
+    };
     for area in &layout.areas {
         let (Some(base), Some(size)) = (word(area.base), half(area.size)) else {
             continue;

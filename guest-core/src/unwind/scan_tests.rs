@@ -93,7 +93,12 @@ fn what_vmpatch_has_laid_is_known_code_with_its_own_table() {
     };
     let code = CodeMap::read(&sample, &[patch]).unwrap();
     assert!(code.is_text(Gva(new)) && !code.is_text(Gva(new + 0x100)));
-    assert_eq!(code.rule(&sample, Gva(new + 0x10)).unwrap().sp_offset, 16);
+    let frame = Frame {
+        ip: Gva(new + 0x10),
+        sp: 0,
+        interrupted: true,
+    };
+    assert_eq!(code.rule(&sample, frame, 0).unwrap().sp_offset, 16);
     assert!(!code.may_be_unknown_code(new + 0x100));
     assert!(code.may_be_unknown_code(new + 0x101));
 }

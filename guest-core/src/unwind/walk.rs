@@ -1,7 +1,7 @@
 //! Walking up a stack, frame by frame, as the kernel's own unwinder does (arch/x86/kernel/unwind_orc.c,
 //! `unwind_next_frame`), with its rules for a *reliable* trace (`arch_stack_walk_reliable`): a walk ends at registers
 //! saved in user mode or at an ORC entry that says "end"; anything else is an error. Here, unlike there, a frame whose
-//! code has no ORC entry is an error too, and never guessed from the frame pointer.
+//! code has no ORC entry is an error too, and never guessed from the frame pointer; in code of BPF it is shown that there is one.
 //!
 //! Nor is an end believed that is not at the end of the stack. The kernel never unwinds from some instructions, for which ORC is
 //! wrong; a stopped vCPU may be at any. Up to 6.3 that is the beginning of every retpoline (`UNWIND_HINT_EMPTY`,
@@ -84,6 +84,18 @@ pub struct Frame {
     pub interrupted: bool,
 }
 
+impl Frame {
+    /// The address whose code the frame stands for: where it called, that is the call, whose stack layout may differ from that of
+    /// what follows it.
+    pub fn code(&self) -> Gva {
+        if self.interrupted {
+            self.ip
+        } else {
+            Gva(self.ip.0.wrapping_sub(1))
+        }
+    }
+}
+
 /// Where a walk starts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Start {
@@ -154,15 +166,11 @@ impl Unwinder<'_> {
             });
         }
         for _ in 0..FRAMES_MAX {
-            let Frame { ip, sp, .. } = state.frame;
             visit(state.frame);
-            if !self.code.is_text(at_code(state.frame)) {
-                return Err(UnwindError::NotText { ip, sp });
+            if self.returns.is_returning(state.frame.code()) {
+                return Err(UnwindError::Returning { ip: state.frame.ip });
             }
-            if self.returns.is_returning(at_code(state.frame)) {
-                return Err(UnwindError::Returning { ip });
-            }
-            let rule = self.code.rule(view, at_code(state.frame))?;
+            let rule = self.code.rule(view, state.frame, state.bp)?;
             match self.step(view, &state, rule, &mut stacks, hidden)? {
                 Step::End => return Ok(()),
                 Step::Frame(next) => state = next,
@@ -313,16 +321,6 @@ impl Unwinder<'_> {
                 general.get(index).copied().ok_or(missing)
             }
         }
-    }
-}
-
-/// The address whose code a frame stands for: where it called, that is the call, whose stack layout may differ from
-/// that of what follows it.
-fn at_code(frame: Frame) -> Gva {
-    if frame.interrupted {
-        frame.ip
-    } else {
-        Gva(frame.ip.0.wrapping_sub(1))
     }
 }
 

@@ -1,7 +1,8 @@
 use super::returns::Hidden;
-use super::testing::{STACK_BYTES, Sample, entry};
+use super::testing::{STACK_BYTES, Sample, basic_types, entry};
 use super::*;
 use crate::addr::Gva;
+use crate::btf::builder::{Builder, STRUCT};
 
 const STACK: u64 = 0xffff_c900_0000_0000;
 const IRQ: u64 = 0xffff_c900_0010_0000;
@@ -352,4 +353,53 @@ fn frames_of_boot_code_that_is_gone_end_the_first_idle_tasks_stack() {
     case.sample.set_symbol("_sinittext", at(16, 0));
     case.sample.set_symbol("_einittext", at(17, 0));
     assert_eq!(walked(&case), (vec!["0x10".into(), "0x20".into()], Ok(())));
+}
+
+#[test]
+fn a_frame_in_a_module_without_orc_names_the_module() {
+    const MODULE: u64 = 0xffff_ffff_c010_0000;
+    const TEXT: u64 = 0xffff_ffff_c000_0000;
+    let mut types = Builder::new();
+    basic_types(&mut types);
+    let (bits, byte) = (types.int("unsigned int", 4), types.int("char", 1));
+    let (name, list) = (
+        types.array(byte, 8),
+        types.composite("list_head", STRUCT, 16, &[("next", 1, 0)]),
+    );
+    let layout = [("base", 1, 0), ("size", bits, 64), ("text_size", bits, 96)];
+    let layout = types.composite("module_layout", STRUCT, 16, &layout);
+    let arch = [("num_orcs", bits, 0), ("orc_unwind_ip", 1, 64), ("orc_unwind", 1, 128)];
+    let arch = types.composite("mod_arch_specific", STRUCT, 24, &arch);
+    types.composite(
+        "module",
+        STRUCT,
+        80,
+        &[
+            ("list", list, 0),
+            ("name", name, 128),
+            ("core_layout", layout, 192),
+            ("init_layout", layout, 320),
+            ("arch", arch, 448),
+        ],
+    );
+    let mut sample = Sample::with_types(&[], &types);
+    sample.set_symbol("modules", MODULE - 0x100);
+    sample.put_words(MODULE - 0x100, &[MODULE]);
+    let name = u64::from_le_bytes(*b"no_orc\0\0");
+    sample.put_words(
+        MODULE,
+        &[MODULE - 0x100, 0, name, TEXT, 0x1000 | 0x1000 << 32, 0, 0, 0, 0, 0],
+    );
+    sample.put_words(STACK, &[0; 8]);
+    let frame = Frame {
+        ip: Gva(TEXT + 0x10),
+        sp: STACK,
+        interrupted: false,
+    };
+    let code = CodeMap::read(&sample, &[]).unwrap();
+    let error = code.rule(&sample, frame, 0).unwrap_err();
+    assert_eq!(
+        error.to_string(),
+        "frame GVA 0xffffffffc0000010 is in the module no_orc, which has no ORC table"
+    );
 }
