@@ -28,6 +28,8 @@ const GUEST_LIST: &str = "the guest would have to offer it to modules of its own
 const NAMES: &str = "a list for people and tools";
 const TRACING: &str =
     "a list of tracepoints and trace events for the guest's tracers, which don't get to know those of a patch";
+const PARAMETERS: &str =
+    "parameters of the module, which the guest does not show: their variables have the values of the file";
 const OWNED: &str = "tells the kernel's own loader about the module as a whole, which that loader never sees";
 
 /// Section name, or its beginning where the pattern ends in `*`, and its duty. The first line that fits decides.
@@ -92,6 +94,7 @@ const TABLE: &[(&str, Duty)] = &[
     (".exit.*",                 Drop(INIT)),
     (".gnu.linkonce.this_module", Drop(OWNED)),
     (".modinfo",                Drop(OWNED)),
+    ("__param",                 Drop(PARAMETERS)),
     ("__versions",              Drop(OWNED)),
     ("__version_ext_crcs",      Drop(OWNED)),
     ("__version_ext_names",     Drop(OWNED)),
@@ -106,7 +109,6 @@ const TABLE: &[(&str, Duty)] = &[
     ("__kcrctab*",              Refuse(GUEST_LIST)),
     ("__ksymtab*",              Refuse(GUEST_LIST)),
     ("__kflagstab*",            Refuse(GUEST_LIST)),
-    ("__param",                 Refuse("a module parameter, which the guest would have to show and set")),
     (".ctors*",                 Refuse("functions to be run at load")),
     (".init_array*",            Refuse("functions to be run at load")),
 

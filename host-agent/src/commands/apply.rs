@@ -194,6 +194,7 @@ fn say_what_it_was_made_for(patch: &mut Patch, session: &Session, module: Option
     };
     patch.checksums = Some(state);
     patch.warnings.extend(warning);
+    patch.warnings.extend(parameters(module));
     let allowed = module
         .note()
         .ok()
@@ -206,6 +207,20 @@ fn say_what_it_was_made_for(patch: &mut Patch, session: &Session, module: Option
             allowed.risk, allowed.place, allowed.reason
         )
     }));
+}
+
+/// What becomes of the parameters of a module (`parmtype` in its `.modinfo`: name and type, since Linux 2.6).
+fn parameters(module: &PatchModule<'_>) -> Option<String> {
+    let types = module.info().all("parmtype");
+    let names: Vec<_> = types.map(|text| text.split(':').next().unwrap_or(text)).collect();
+    let keeps = match names.as_slice() {
+        [] => return None,
+        [name] => format!("{name} keeps its value"),
+        _ => format!("{} keep their values", names.join(", ")),
+    };
+    Some(format!(
+        "{keeps} of the module's file: a patch has no parameters in the guest's /sys/module"
+    ))
 }
 
 /// A patch, for the report.
