@@ -82,8 +82,12 @@ impl Image<'_, '_> {
             );
             return;
         };
+        let not_run = self.not_run(id, section);
         for (index, instruction) in code.instructions().enumerate() {
             let (start, end) = (instruction.ip(), instruction.next_ip());
+            if not_run.iter().any(|range| range.contains(&start)) {
+                continue;
+            }
             let relocations = section.relocations_in(start, end);
             for relocation in relocations.iter().filter(|relocation| self.module.is_own(relocation)) {
                 let escapes = !code.uses_in_place(index, relocation) && !code.hands_over(index);

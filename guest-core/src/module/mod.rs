@@ -7,7 +7,7 @@
 //! - [`Image`]: the sections that those functions need (`selection.rs` follows what refers to what), and their [`Layout`] in
 //!   memory ([`ImageError`]). What each kind of section obliges a loader to is one table in `duty.rs`; what is not handled is
 //!   refused here;
-//! - [`Image::escapes`]: what of the patch the guest may still use after a revert (`escapes.rs`, `flow.rs`);
+//! - [`Image::escapes`]: what of the patch the guest may still use after a revert (`escapes.rs`, `flow.rs`, `not_run.rs`);
 //! - [`Linked`]: the finished bytes for given addresses ([`LinkError`]), after the work of the kernel's own loader.
 //!
 //! The work of the kernel's own loader is one file for each kind: `alternatives.rs` and `replace.rs`, `branches.rs` (return
@@ -39,6 +39,7 @@ mod modinfo;
 #[cfg(test)]
 mod native;
 mod nops;
+mod not_run;
 pub mod note;
 mod object_name;
 mod orc;

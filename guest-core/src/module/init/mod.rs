@@ -112,7 +112,7 @@ impl PatchModule<'_> {
     }
 
     /// Init and exit, and where they begin.
-    fn own_functions(&self) -> Result<Vec<(OwnFunction, SectionOffset)>, PatchError> {
+    pub(super) fn own_functions(&self) -> Result<Vec<(OwnFunction, SectionOffset)>, PatchError> {
         let Some((id, section)) = self.section_named(THIS_MODULE) else {
             return Ok(Vec::new());
         };
