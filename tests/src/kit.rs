@@ -101,6 +101,11 @@ impl Modules {
         text(hand_written::many(&self.tree, functions).expect("the module builds"))
     }
 
+    /// `test_klp_livepatch` of the kernel's selftests.
+    pub fn selftest(&self) -> String {
+        text(hand_written::selftest(&self.tree).expect("the module builds"))
+    }
+
     /// One of our own that is to be refused.
     pub fn refused(&self, module: Refused) -> String {
         text(module.build(&self.tree).expect("the module builds"))

@@ -44,7 +44,19 @@ fn damaged(modules: &Modules) -> Vec<(&'static str, Spoiled, &'static str)> {
     };
     let [text, rodata] = [".text", ".rodata"].map(|name| sections.section(name).1.len() as u64);
     let common = first_symbol_of_text(&sections, 0);
+    let this_module = ".gnu.linkonce.this_module";
     vec![
+        // The module's own structure.
+        (
+            "a struct module of another size",
+            faults.clone().header(this_module, Header::Size, |size| size - 64),
+            "compiled with a struct module of",
+        ),
+        (
+            "a pointer to init in another place",
+            faults.clone().rela(this_module, 0, Rela::Offset, |at| at + 8),
+            "compiled with another struct module",
+        ),
         // What the guest searches for an instruction.
         (
             "a fixup of code past the end",

@@ -30,6 +30,7 @@ pub fn run(data: &[u8]) {
                 rodata: Gva(FUNCTIONS + 0x10_0000),
                 data: Gva(FUNCTIONS + 0x20_0000),
                 per_cpu: Gva(0x2_f000),
+                module: Gva(FUNCTIONS + 0x28_0000),
             };
             let context = GuestContext {
                 symbols: &GuestSymbols::new(&live),

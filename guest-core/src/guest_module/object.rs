@@ -218,6 +218,13 @@ pub(super) fn module(
     let out_of_tree = if description.in_tree { 0 } else { TAINT_OUT_OF_TREE };
     module.put("taints", TAINT_LIVEPATCH | out_of_tree)?;
     module.put_if_there("klp", 1)?;
+    module.put_if_there("mkobj.mod", at.0)?;
+    // An empty list (include/linux/mutex.h); other forms of a free mutex are all zeroes (PREEMPT_RT; 7.1 and later).
+    if let Some(waiters) = module.layout.try_member("param_lock.wait_list") {
+        let head = at.wrapping_add(waiters.offset());
+        module.put("param_lock.wait_list.next", head.0)?;
+        module.put("param_lock.wait_list.prev", head.0)?;
+    }
     let tables = at.wrapping_add(module.layout.offset("core_kallsyms")?);
     module.put("kallsyms", tables.0)?;
     module.put("core_kallsyms.symtab", symbols_at.0)?;

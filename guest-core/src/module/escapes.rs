@@ -12,12 +12,10 @@ use super::layout::AreaKind;
 use super::sections::{Relocation, Section, SectionId, SectionOffset, SymbolPlace};
 use super::{Image, PatchModule};
 use crate::text::plain;
-use object::elf::{R_X86_64_NONE, R_X86_64_PC32, R_X86_64_PLT32};
+use object::elf::R_X86_64_NONE;
 use std::collections::BTreeSet;
 use std::ops::Range;
 
-/// The module's own `struct module`.
-const THIS_MODULE: &str = "__this_module";
 /// Names that are told; more are counted.
 const NAMES_MAX: usize = 16;
 
@@ -92,14 +90,7 @@ impl Image<'_, '_> {
             for relocation in relocations.iter().filter(|relocation| self.module.is_own(relocation)) {
                 let escapes = !code.uses_in_place(index, relocation) && !code.hands_over(index);
                 if escapes {
-                    // A distance counts from the end of its instruction.
-                    let is_distance = [R_X86_64_PC32.0, R_X86_64_PLT32.0].contains(&relocation.kind);
-                    let bias = if is_distance {
-                        end.wrapping_sub(relocation.offset)
-                    } else {
-                        0
-                    };
-                    found.insert(self.module.own_name(relocation, bias.cast_signed()));
+                    found.insert(self.module.own_name(relocation, relocation.bias(end)));
                 }
             }
             // The assembler itself knows the distance to what is in the same section.
@@ -119,8 +110,7 @@ impl PatchModule<'_> {
         let Some(symbol) = self.symbol(relocation) else {
             return false;
         };
-        let is_defined = matches!(symbol.place, SymbolPlace::Defined(_));
-        relocation.kind != R_X86_64_NONE.0 && (is_defined || symbol.name == THIS_MODULE)
+        relocation.kind != R_X86_64_NONE.0 && matches!(symbol.place, SymbolPlace::Defined(_))
     }
 
     /// What a relocation means, by name; `bias` is what its addend lacks.

@@ -24,9 +24,10 @@ const STEPS_MAX: usize = 200;
 
 /// Functions that are through with what their arguments point at when they return: what they print is formatted at once, or
 /// copied (`vprintk_store`, kernel/printk/printk.c; `set_dev_info`, drivers/base/core.c; lib/vsprintf.c; lib/string.c;
-/// fs/seq_file.c), and a static key is changed at once (kernel/jump_label.c), in 5.10 to 7.2. Those that return the address that
+/// fs/seq_file.c), a static key is changed at once (kernel/jump_label.c), and so is a count of references to a module
+/// (kernel/module/main.c; a revert looks at that count), in 5.10 to 7.2. Those that return the address that
 /// they were given (`memcpy`, `strcpy` and their like) are not among them: see [`RETURN_FIRST`].
-const PASSED_THROUGH: [&str; 61] = [
+const PASSED_THROUGH: [&str; 65] = [
     "_printk",
     "printk",
     "_printk_deferred",
@@ -88,6 +89,10 @@ const PASSED_THROUGH: [&str; 61] = [
     "static_key_slow_inc",
     "static_key_slow_dec",
     "static_key_count",
+    "try_module_get",
+    "__module_get",
+    "module_put",
+    "module_refcount",
 ];
 
 /// The same, but that they return their first argument, which therefore is not through (lib/string.c).
@@ -147,6 +152,13 @@ impl<'a> Code<'a> {
     /// The instructions; the address of each is its offset in the section.
     pub fn instructions(&self) -> impl Iterator<Item = &Instruction> {
         self.instructions.iter().map(|(instruction, _)| instruction)
+    }
+
+    /// The instruction that the byte at `offset` of the section belongs to.
+    pub fn at(&self, offset: u64) -> Option<&Instruction> {
+        let after = self.instructions.partition_point(|(one, _)| one.ip() <= offset);
+        let (instruction, _) = self.instructions.get(after.checked_sub(1)?)?;
+        (offset < instruction.next_ip()).then_some(instruction)
     }
 
     /// True where the instruction uses the address of a relocation in it and leaves it nowhere: it goes there, or loads or

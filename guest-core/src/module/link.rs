@@ -21,6 +21,8 @@ pub struct Bases {
     pub data: Gva,
     /// What a per-CPU pointer to the first byte of the per-CPU area is; of no matter where that is empty.
     pub per_cpu: Gva,
+    /// The `struct module` by which the guest is going to know the patch: what `THIS_MODULE` is for the patch's code.
+    pub module: Gva,
 }
 
 /// What linking asks of the guest.
@@ -112,6 +114,7 @@ pub(super) struct Linker<'i, 'd, 'g> {
     pub(super) image: &'i Image<'i, 'd>,
     pub(super) guest: &'i GuestContext<'g>,
     buffers: [Buffer; 5],
+    this_module: Gva,
     /// By symbol: the address found, so that each symbol is looked up once.
     addresses: Vec<Option<u64>>,
 }
@@ -171,6 +174,7 @@ impl<'i, 'd, 'g> Linker<'i, 'd, 'g> {
             image,
             guest,
             buffers,
+            this_module: bases.module,
             addresses: vec![None; image.module.symbol_count()],
         })
     }
@@ -325,6 +329,9 @@ impl<'i, 'd, 'g> Linker<'i, 'd, 'g> {
         };
         let resolved = match symbol.place {
             SymbolPlace::Absolute(value) => Ok(Gva(value)),
+            SymbolPlace::Defined(place) if module.is_this_module(place) => {
+                Ok(self.this_module.wrapping_add(place.offset))
+            }
             SymbolPlace::Defined(place) => Ok(Gva(self.section_address(place)?)),
             SymbolPlace::Livepatch { object, name, sympos } => {
                 self.guest

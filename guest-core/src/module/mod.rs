@@ -7,6 +7,7 @@
 //! - [`Image`]: the sections that those functions need (`selection.rs` follows what refers to what), and their [`Layout`] in
 //!   memory ([`ImageError`]). What each kind of section obliges a loader to is one table in `duty.rs`; what is not handled is
 //!   refused here;
+//! - [`Image::this_module_uses`]: what refers to the module's own `struct module`, which is the guest's (`this_module.rs`);
 //! - [`Image::escapes`]: what of the patch the guest may still use after a revert (`escapes.rs`, `flow.rs`, `not_run.rs`);
 //! - [`Linked`]: the finished bytes for given addresses ([`LinkError`]), after the work of the kernel's own loader.
 //!
@@ -56,6 +57,7 @@ mod sites;
 mod testing;
 #[cfg(test)]
 mod tests;
+mod this_module;
 mod thunks;
 
 pub use alternatives::AltLayout;
@@ -75,6 +77,7 @@ pub use resolve::{ResolveError, ResolveSymbol};
 pub use rows::Table;
 pub use sections::{SectionId, SectionOffset};
 pub use sites::TableError;
+pub use this_module::ThisModuleUse;
 
 use elf::Elf;
 use sections::{Relocation, Section, Symbol, SymbolPlace};

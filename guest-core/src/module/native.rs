@@ -123,6 +123,7 @@ fn link(image: &Image<'_, '_>, guest: &TestGuest, text: u64) -> Linked {
         rodata: near(0x10_0000),
         data: near(0x20_0000),
         per_cpu: near(0x30_0000),
+        module: near(0x40_0000),
     };
     image
         .link(&bases, &guest.context())
@@ -201,6 +202,7 @@ fn real_modules_cut_or_damaged_never_panic() {
             rodata: text.wrapping_add(0x10_0000),
             data: text.wrapping_add(0x20_0000),
             per_cpu: text.wrapping_add(0x30_0000),
+            module: text.wrapping_add(0x40_0000),
         };
         module.image(&patch, &ALT_6_1).ok()?.link(&bases, &guest.context()).ok()
     };

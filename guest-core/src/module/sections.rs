@@ -40,6 +40,15 @@ pub(crate) struct Relocation {
     pub addend: i64,
 }
 
+impl Relocation {
+    /// What the addend lacks in an instruction that ends at `end`: a distance counts from there, an address from nowhere.
+    pub fn bias(&self, end: u64) -> i64 {
+        let is_distance = [elf::R_X86_64_PC32.0, elf::R_X86_64_PLT32.0].contains(&self.kind);
+        let from_end = end.wrapping_sub(self.offset).cast_signed();
+        if is_distance { from_end } else { 0 }
+    }
+}
+
 /// A section.
 #[derive(Debug)]
 pub(crate) struct Section<'d> {

@@ -120,6 +120,8 @@ impl<'m, 'd> Selection<'m, 'd> {
             SymbolPlace::Absolute(_) => return Ok(()),
             // `klp_patch.mod`: the guest does not know the module, and the descriptor is not read any more.
             SymbolPlace::Defined(_) if Some(at) == self.patch.this_module => return Ok(()),
+            // The guest gets one, though not from the file.
+            SymbolPlace::Defined(target) if module.is_this_module(target) => return Ok(()),
             SymbolPlace::Defined(target) => {
                 let bugs = self.bugs;
                 let row = bugs.referred(module, at, relocation)?.and_then(|row| bugs.site(row));

@@ -55,6 +55,7 @@ pub(super) const BASES: Bases = Bases {
     rodata: Gva(0xffff_ffff_8200_0000),
     data: Gva(0xffff_ffff_8300_0000),
     per_cpu: Gva(0x2_f000),
+    module: Gva(0xffff_ffff_8300_0400),
 };
 
 const TEXT_FLAGS: u64 = SHF_ALLOC.0 | SHF_EXECINSTR.0;

@@ -2,7 +2,7 @@
 
 use super::areas::Areas;
 use super::redirects::{self, Redirects};
-use super::{Plan, Refusal, fit, from_reads, guard, known, old, parts, reapply};
+use super::{Plan, Refusal, fit, from_reads, guard, known, old, parts, reapply, this_module};
 use crate::addr::Gva;
 use crate::guest_module::{self, Description, Registration};
 use crate::kernel::resolve::GuestSymbols;
@@ -47,13 +47,15 @@ fn plan(live: &Live<'_>, registry: &Registry, file: &[u8], options: &ApplyOption
     if let Some(plan) = reapply::plan(live, &symbols, registry, (&id, &digest, note.as_ref()), &patch)? {
         return Ok(plan);
     }
+    let image = module.image(&patch, &alternatives)?;
+    this_module::check_uses(live, &image)?;
     let part = Part {
         live,
         registry,
         symbols: &symbols,
         module: &module,
         patch: &patch,
-        image: &module.image(&patch, &alternatives)?,
+        image: &image,
         id: &id,
         digest: &digest,
         pending: &parts.pending,
@@ -115,6 +117,7 @@ impl Part<'_> {
             rodata,
             data,
             per_cpu: Gva(per_cpu.map_or(0, |piece| piece.at)),
+            module: data.wrapping_add(room.module),
         };
         let context = GuestContext {
             symbols: self.symbols,

@@ -45,7 +45,7 @@ pub fn cleanup(live: &Live<'_>, registry: &Registry) -> Result<Vec<Change>, Kern
 /// The plan that puts back the sites of a patch whose commit was cut off; `None` where there is none.
 ///
 /// Code that may have run, and that the guest may use from then on, stays: that of a patch which was applied again after a revert,
-/// and where the guest was resumed with a jump in place.
+/// and where the guest was resumed with a jump in place, if that code hands itself to the guest or holds a reference to its module.
 pub fn recovery(live: &Live<'_>, registry: &Registry) -> Result<Option<Plan>, KernelError> {
     let Some((entry, record)) = registry
         .entries
@@ -72,7 +72,11 @@ fn recover(live: &Live<'_>, registry: &Registry, entry: &Entry, record: Record) 
     // Jumps are written when all is there that the guest is to know of the code.
     let is_jump = |change: &&Change| record.functions.iter().any(|one| one.jump == change.gpa().0);
     let mut jumps = record.changes.iter().filter(is_jump);
-    let has_run = record.must_stay() && jumps.any(|jump| matches!(jump.is_made(live), Ok(true)));
+    let is_used = match &record.known {
+        Some(module) => record.must_stay() || module.references(live)? != 0,
+        None => record.must_stay(),
+    };
+    let has_run = is_used && jumps.any(|jump| matches!(jump.is_made(live), Ok(true)));
     let stays = entry.state == State::Reapplying || has_run;
     if let (Some(module), true) = (&record.known, stays) {
         paused.extend(module.rename(live, &record.kept_name())?);

@@ -1,6 +1,6 @@
 //! Whether a module was made for the guest's kernel.
 
-use super::Refusal;
+use super::{Refusal, this_module};
 use crate::kernel::{KernelError, Live, exports, livepatch, modules};
 use crate::memory::VirtMemory;
 use crate::module::PatchModule;
@@ -20,6 +20,7 @@ pub(super) fn check(live: &Live<'_>, module: &PatchModule<'_>) -> Result<(), Ref
     let live = &live.constant();
     check_vermagic(live, module.info().get("vermagic").unwrap_or_default())?;
     check_versions(live, module)?;
+    this_module::check_layout(live, module)?;
     check_orc_header(live, module)
 }
 

@@ -15,6 +15,7 @@ mod reapply;
 mod redirects;
 mod refusal;
 mod revert;
+mod this_module;
 
 pub use apply::{ApplyOptions, apply};
 pub use cleanup::{cleanup, recovery};

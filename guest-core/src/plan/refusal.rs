@@ -43,6 +43,41 @@ pub enum Refusal {
         /// That of the guest's kernel.
         guest: u32,
     },
+    /// It was compiled with a `struct module` of another size.
+    #[error("the module was compiled with a struct module of {module} bytes, the guest's kernel has one of {guest}")]
+    ModuleSize {
+        /// Bytes of the module's.
+        module: u64,
+        /// Bytes of the kernel's.
+        guest: u64,
+    },
+    /// Its `struct module` has a pointer where the guest's kernel has neither init nor exit.
+    #[error(
+        "the module was compiled with another struct module: at byte {offset}, where it points at init or exit, the guest's kernel has something else"
+    )]
+    ModulePointer {
+        /// Bytes from the structure's start.
+        offset: u64,
+    },
+    /// It uses a part of its own `struct module` that the guest's does not have filled in.
+    #[error(
+        "{at} uses {} of THIS_MODULE: in a guest that is patched from outside, only its address, state, name and refcnt can be used",
+        offset.map_or_else(|| "an unknown part".to_owned(), |offset| format!("byte {offset}"))
+    )]
+    ThisModule {
+        /// Section and offset.
+        at: String,
+        /// Bytes from the structure's start, where it can be told.
+        offset: Option<u64>,
+    },
+    /// It registers something that is linked with its module in sysfs.
+    #[error(
+        "the patch uses THIS_MODULE and calls {function}, which links what it registers with the module in the guest's sysfs, where a patch from outside is not"
+    )]
+    InSysfs {
+        /// The function.
+        function: String,
+    },
     /// Its tables for unwinding have another format than the guest's kernel reads.
     #[error("the module was built for another ORC format ({module}) than the guest's kernel has ({guest})")]
     OrcHeader {

@@ -49,7 +49,8 @@ pub enum RevertError {
     },
     /// Somebody in the guest uses the patch's module.
     #[error(
-        "{id} is in use: the guest holds {references} references to its module; end what traces or probes it first"
+        "{id} is in use: the guest holds {references} references to its module; end what uses it (a file that its code has opened or \
+         that is its own, a tracer, a probe), then revert again"
     )]
     InUse {
         /// The patch.

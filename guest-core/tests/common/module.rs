@@ -12,6 +12,8 @@ pub struct Function {
     pub code: Vec<u8>,
     /// A symbol whose 32-bit distance is written into the code: where, and which.
     pub calls: Option<(u64, &'static str)>,
+    /// Where the code has the address of its module's `struct module`, and how many bytes behind that start.
+    pub this_module: Option<(u64, u64)>,
 }
 
 impl Function {
@@ -23,6 +25,7 @@ impl Function {
             sympos: 0,
             code,
             calls: None,
+            this_module: None,
         }
     }
 }
@@ -94,6 +97,9 @@ const PERCPU: &str = ".data..percpu";
 const COUNT: [u8; 9] = [0x65, 0x48, 0xff, 0x04, 0x25, 0, 0, 0, 0];
 const COUNTED: u64 = 4 + 5 + 5;
 
+/// `module.init` in a guest made by hand.
+const INIT: u64 = 784;
+
 fn make(name: &str, vermagic: &str, functions: &[Function], more: &[(&str, &[u8])]) -> Vec<u8> {
     let mut elf = Elf::default();
     let (mut text, mut names, mut starts) = (Vec::new(), Vec::new(), Vec::new());
@@ -116,7 +122,7 @@ fn make(name: &str, vermagic: &str, functions: &[Function], more: &[(&str, &[u8]
         ALLOC | EXEC,
         &[0x48, 0xc7, 0xc7, 0, 0, 0, 0, 0xe9, 0, 0, 0, 0],
     );
-    elf.section(".gnu.linkonce.this_module", ALLOC | WRITE, &[0; 64]);
+    elf.section(".gnu.linkonce.this_module", ALLOC | WRITE, &[0; 1024]);
     elf.section(".modinfo", ALLOC, info.as_bytes());
     for (name, data) in more {
         elf.section(name, if *name == PERCPU { ALLOC | WRITE } else { ALLOC }, data);
@@ -124,7 +130,7 @@ fn make(name: &str, vermagic: &str, functions: &[Function], more: &[(&str, &[u8]
     for section in 1..=5 {
         elf.symbol("", 3, section, 0, 0);
     }
-    let this_module = elf.symbol("__this_module", 0x11, 5, 0, 64);
+    let this_module = elf.symbol("__this_module", 0x11, 5, 0, 1024);
     let enable = elf.symbol("klp_enable_patch", 0x10, 0, 0, 0);
     let has_duties = more.iter().any(|(name, _)| *name == SITES);
     let calls = if has_duties { elf.symbol("calls", 1, 8, 8, 8) } else { 0 };
@@ -132,7 +138,7 @@ fn make(name: &str, vermagic: &str, functions: &[Function], more: &[(&str, &[u8]
     elf.relocation(3, 8, R_64, 3, PATCH);
     elf.relocation(3, PATCH + 8, R_64, 3, funcs_at);
     // struct module's pointer to init
-    elf.relocation(5, 8, R_64, 4, 0);
+    elf.relocation(5, INIT, R_64, 4, 0);
     elf.relocation(4, 3, R_32S, 3, 0);
     elf.relocation(4, 8, R_PLT32, enable, (-4_i64).cast_unsigned());
     for (index, (function, (start, name))) in functions.iter().zip(starts).enumerate() {
@@ -150,6 +156,9 @@ fn make(name: &str, vermagic: &str, functions: &[Function], more: &[(&str, &[u8]
         if has_duties {
             elf.relocation(7, 8 * index as u64, R_64, 1, start + 4);
             elf.relocation(1, start + COUNTED, R_32S, calls, 0);
+        }
+        if let Some((offset, further)) = function.this_module {
+            elf.relocation(1, start + offset, R_32S, this_module, further);
         }
         if let Some((offset, symbol)) = function.calls {
             let symbol = elf.symbol(symbol, 0x10, 0, 0, 0);

@@ -177,6 +177,7 @@ const STRUCTS: &[(&str, u32, &[Member])] = &[
             ("syms", 760, U64),
             ("crcs", 768, U64),
             ("num_syms", 776, U32),
+            ("init", 784, U64),
         ],
     ),
     ("qspinlock", 8, &[("val", 4, Struct("atomic_t"))]),

@@ -2,9 +2,13 @@
 //! kernel that the tests boot.
 
 use std::fmt::Write as _;
+use std::fs;
 use std::path::PathBuf;
 
+use patch_build::source::package;
+
 use super::{Error, KernelTree, Module};
+use crate::cache;
 
 macro_rules! text {
     ($path:literal) => {
@@ -51,6 +55,25 @@ pub fn ioctl(tree: &KernelTree) -> Result<PathBuf, Error> {
 pub fn exit_tail(tree: &KernelTree) -> Result<PathBuf, Error> {
     Module::new("test-exit-tail")
         .source("exit_tail", text!("exit_tail"))
+        .build(tree)
+}
+
+/// Builds `test_klp_livepatch` of the kernel's own selftests, out of that kernel's source package. Returns the `.ko` in the cache.
+pub fn selftest(tree: &KernelTree) -> Result<PathBuf, Error> {
+    let (package, version, file) = match tree.release() {
+        release if release.starts_with("6.1.") => {
+            ("linux-source-6.1", "6.1.192-2", "lib/livepatch/test_klp_livepatch.c")
+        }
+        _ => (
+            "linux-source-7.2",
+            "7.2.13-1",
+            "tools/testing/selftests/livepatch/test_modules/test_klp_livepatch.c",
+        ),
+    };
+    let path = package::files(tree.cache(), package, version, &[file])?.join(file);
+    let text = fs::read_to_string(&path).map_err(cache::Error::io("read", &path))?;
+    Module::new("test_klp_livepatch")
+        .source("test_klp_livepatch", text)
         .build(tree)
 }
 
@@ -109,11 +132,13 @@ pub enum Applied {
     Warns,
     /// `__x64_sys_sysinfo`, whose own code the kernel is given to be called later.
     Outlives,
+    /// `__x64_sys_sysinfo`, which takes a reference to its own module at one call, and gives it back at the next.
+    References,
 }
 
 impl Applied {
     /// All of them.
-    pub const ALL: [Self; 17] = [
+    pub const ALL: [Self; 18] = [
         Self::Pair,
         Self::Pause,
         Self::Kstrtoint,
@@ -131,6 +156,7 @@ impl Applied {
         Self::Faults,
         Self::Warns,
         Self::Outlives,
+        Self::References,
     ];
 
     /// The program that sees its effect.
@@ -163,7 +189,8 @@ impl Applied {
             | Self::Printk
             | Self::Faults
             | Self::Warns
-            | Self::Outlives => &["__x64_sys_sysinfo"],
+            | Self::Outlives
+            | Self::References => &["__x64_sys_sysinfo"],
         }
     }
 
@@ -211,6 +238,7 @@ impl Applied {
             Self::Faults => ("faults", text!("faults")),
             Self::Warns => ("warns", text!("warns")),
             Self::Outlives => ("outlives", text!("outlives")),
+            Self::References => ("references", text!("references")),
         }
     }
 }

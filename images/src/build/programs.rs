@@ -22,7 +22,7 @@ use crate::cache::{self, Cache};
 use crate::command;
 
 /// Names and texts of all programs.
-const PROGRAMS: [(&str, &str); 28] = [
+const PROGRAMS: [(&str, &str); 29] = [
     ("assoclen", include_str!("../../programs/assoclen.c")),
     ("exit_tail", include_str!("../../programs/exit_tail.c")),
     ("faults", include_str!("../../programs/faults.c")),
@@ -39,6 +39,7 @@ const PROGRAMS: [(&str, &str); 28] = [
     ("pair", include_str!("../../programs/pair.c")),
     ("pause", include_str!("../../programs/pause.c")),
     ("printk", include_str!("../../programs/printk.c")),
+    ("references", include_str!("../../programs/references.c")),
     ("sections", include_str!("../../programs/sections.c")),
     ("static_key", include_str!("../../programs/static_key.c")),
     ("siocatmark", include_str!("../../programs/siocatmark.c")),

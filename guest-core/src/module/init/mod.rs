@@ -18,13 +18,12 @@ mod tests;
 mod walk;
 
 use super::sections::{SectionOffset, SymbolPlace};
+use super::this_module::SECTION as THIS_MODULE;
 use super::{PatchError, PatchFormat, PatchModule};
 use calls::Rules;
 use std::fmt;
 use walk::Walk;
 
-/// The section with the module's `struct module`, whose only pointers lead to init and exit (include/linux/module.h).
-const THIS_MODULE: &str = ".gnu.linkonce.this_module";
 /// By this name the loader's headers know a module's exit function.
 const EXIT: &str = "cleanup_module";
 /// Tables of code that the loader rewrites, or that goes on elsewhere after a fault: what stands in the file does not say what
