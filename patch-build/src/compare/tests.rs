@@ -176,3 +176,11 @@ fn what_a_table_says_holds_for_every_name_of_a_function() {
     let entries = |name| unit.entries(unit.named(name).unwrap()).len();
     assert_eq!((entries("f"), entries("g")), (1, 1));
 }
+
+#[test]
+fn tables_that_stand_in_another_order_change_nothing() {
+    let before = "#define FIXED_UP() asm volatile(\"1: nop\\n.pushsection __ex_table,\\\"a\\\"\\n.long 1b - .\\n.long 1b - .\\n.long 0\\n.popsection\")\n\
+                  void f(int a) { FIXED_UP(); if (a) WARN(); }\n";
+    let after = before.replace("void f", "void e(void) { WARN(); }\nvoid f");
+    assert_eq!(changes("table-order", before, &after), ["e new"]);
+}

@@ -102,6 +102,11 @@ impl Unit {
                 unit.entries.entry(alias).or_default().push(entry.clone());
             }
         }
+        // Which table comes first in the file, and what stands first in it, code decides that came before.
+        for entries in unit.entries.values_mut() {
+            let name = |entry: &Entry| unit.object.sections.get(entry.at.section).map(|section| &section.name);
+            entries.sort_by(|a, b| (a.table, name(a), a.place).cmp(&(b.table, name(b), b.place)));
+        }
         Ok(unit)
     }
 
