@@ -66,7 +66,7 @@ impl Differ<'_> {
         if let Some(found) = self.pieces(piece(old), piece(new), 0) {
             return Some(found);
         }
-        let (old_entries, new_entries) = (self.before.entries(b), self.after.entries(a));
+        let (old_entries, new_entries) = (own_entries(self.before, b), own_entries(self.after, a));
         if old_entries.len() != new_entries.len() {
             return Some(format!(
                 "{} table entries became {}",
@@ -74,7 +74,7 @@ impl Differ<'_> {
                 new_entries.len()
             ));
         }
-        let mut both = old_entries.iter().zip(new_entries);
+        let mut both = old_entries.into_iter().zip(new_entries);
         both.find_map(|(x, y)| self.entries(old.at, x, new.at, y))
     }
 
@@ -229,6 +229,17 @@ impl Differ<'_> {
     fn section<'a>(&self, unit: &'a Unit, at: At) -> Option<&'a Section> {
         unit.object.section(at.section)
     }
+}
+
+/// What tables say of places in an item. The unwinder's table also says where a section's code ends, right behind the last
+/// function of it, whichever that is (tools/objtool/orc_gen.c of 6.1).
+fn own_entries(unit: &Unit, id: ItemId) -> Vec<&Entry> {
+    let item = unit.item(id);
+    let is_inside = |entry: &&Entry| {
+        let past = entry.place.offset.saturating_sub(item.at.offset);
+        past == 0 || past < item.size
+    };
+    unit.entries(id).iter().filter(is_inside).collect()
 }
 
 impl From<(At, u64)> for Piece {

@@ -184,3 +184,16 @@ fn tables_that_stand_in_another_order_change_nothing() {
     let after = before.replace("void f", "void e(void) { WARN(); }\nvoid f");
     assert_eq!(changes("table-order", before, &after), ["e new"]);
 }
+
+#[test]
+fn where_a_section_ends_is_nothing_of_its_last_function() {
+    let end = "#define __init __attribute__((section(\".init.text\")))\n\
+               asm(\".pushsection .init.text,99,\\\"ax\\\"\\n9:\\n.popsection\\n.pushsection .orc_unwind_ip,\\\"a\\\"\\n.long 9b - .\\n.popsection\\n\
+               .pushsection .orc_unwind,\\\"a\\\"\\n.fill 6\\n.popsection\");\n";
+    let before = format!("{end}int __init f(int a) {{ return a + 1; }}\nint __init g(int a) {{ return a * 7; }}\n");
+    let after = format!("{before}int __init h(int a) {{ return a - 3; }}\n");
+    let found = changes("section-end", &before, &after);
+    assert_eq!(found, ["h new"]);
+    let turned = format!("{end}int __init g(int a) {{ return a * 7; }}\nint __init f(int a) {{ return a + 1; }}\n");
+    assert_eq!(changes("section-end-turned", &before, &turned), [""; 0]);
+}
