@@ -2,6 +2,7 @@
 
 use object::elf::{R_X86_64_64, R_X86_64_PC64};
 
+use super::contents::bytes_without_lines;
 use super::tables::Entry;
 use super::unit::{ItemId, Target, Unit};
 use super::{Pairs, names};
@@ -10,8 +11,6 @@ use crate::elf::{At, Relocation, Section};
 
 /// How deep constants may refer to constants that have no name: ends what would not end.
 const DEPTH_MAX: usize = 16;
-/// Where `pr_debug()` sites are described, with their lines.
-const DEBUG_SITES: &str = "__dyndbg";
 /// Where WARN() and BUG() are described, with their lines.
 const WARNINGS: &str = "__bug_table";
 /// What the sanitizer of undefined behaviour says of a place in the code, each in a section of its own; first the place in the
@@ -91,8 +90,11 @@ impl Differ<'_> {
         if relocations.is_some() {
             return relocations;
         }
-        let (x, y) = (old.bytes(b.at.offset, b.len), new.bytes(a.at.offset, a.len));
-        if x == y || old.name == DEBUG_SITES {
+        let (x, y) = (
+            bytes_without_lines(old, b.at, b.len),
+            bytes_without_lines(new, a.at, a.len),
+        );
+        if x == y {
             return None;
         }
         let (x, y) = (x.unwrap_or_default(), y.unwrap_or_default());

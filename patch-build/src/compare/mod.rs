@@ -3,6 +3,7 @@
 //! Compared is what code does, not how the compiler numbered it: line numbers, counted names, the order in the file and where a
 //! text constant stands make no difference.
 
+mod contents;
 mod differ;
 mod lines;
 pub(crate) mod names;
@@ -12,6 +13,7 @@ pub(crate) mod tables;
 mod tests;
 mod unit;
 
+pub(crate) use contents::is_forgetful;
 pub use differ::Difference;
 pub(crate) use differ::{is_by_contents, replacement, unnamed_piece, width};
 pub use pairs::Pairs;

@@ -28,6 +28,9 @@ const FORGETFUL: [&str; 8] = [
     "__once_key",
 ];
 
+/// Names of macros that end in a line or a count: `__UNIQUE_ID()` (include/linux/compiler.h), `BTF_ID()` (include/linux/btf_ids.h).
+const NUMBERED: [&str; 2] = ["__UNIQUE_ID_", "__BTF_ID__"];
+
 /// A function's name without the numbers that the compiler put into it: `f.isra.0.cold` becomes `f.isra.cold`.
 pub(crate) fn function(name: &str) -> String {
     let mut parts = name.split('.');
@@ -42,23 +45,21 @@ pub(crate) fn function(name: &str) -> String {
 }
 
 /// A variable's name without the number that the compiler put behind it: `warned.3` becomes `warned`.
-pub(crate) fn variable(name: &str) -> &str {
+fn plain(name: &str) -> &str {
     match name.rsplit_once('.') {
         Some((plain, number)) if is_number(number) && !plain.is_empty() => plain,
         _ => name,
     }
 }
 
-/// Names of macros that end in a line or a count: `__UNIQUE_ID()` (include/linux/compiler.h), `BTF_ID()` (include/linux/btf_ids.h).
-const NUMBERED: [&str; 2] = ["__UNIQUE_ID_", "__BTF_ID__"];
-
-/// A file-wide static's name without the compiler's number, nor that of such a macro.
-pub(crate) fn unnumbered(name: &str) -> String {
-    let plain = variable(name);
+/// A variable's name without the compiler's number, nor that of a macro that counts: `__UNIQUE_ID_ddebug12.3` becomes
+/// `__UNIQUE_ID_ddebug`.
+pub(crate) fn variable(name: &str) -> &str {
+    let plain = plain(name);
     if NUMBERED.iter().any(|prefix| plain.starts_with(prefix)) {
-        return plain.trim_end_matches(|c: char| c.is_ascii_digit()).to_owned();
+        return plain.trim_end_matches(|c: char| c.is_ascii_digit());
     }
-    plain.to_owned()
+    plain
 }
 
 /// The function that a part was split off from for being rarely run: `f` for `f.cold`.
@@ -84,6 +85,11 @@ pub(crate) fn is_forgetful(name: &str) -> bool {
     FORGETFUL.contains(&variable(name))
 }
 
+/// True for what only a count tells from others of its kind, as the source gives it no name of its own.
+pub(crate) fn is_counted(name: &str) -> bool {
+    is_known_by_contents(name) || is_forgetful(name) || NUMBERED.iter().any(|prefix| name.starts_with(prefix))
+}
+
 fn is_number(text: &str) -> bool {
     !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit())
 }
@@ -101,10 +107,19 @@ mod tests {
         assert_eq!(variable("cpu_info"), "cpu_info");
         assert_eq!(variable("a.b"), "a.b");
         assert_eq!(
-            unnumbered("__BTF_ID__struct__sk_buff__10884593"),
+            variable("__BTF_ID__struct__sk_buff__10884593"),
             "__BTF_ID__struct__sk_buff__"
         );
-        assert_eq!(unnumbered("name5"), "name5");
+        assert_eq!(variable("__UNIQUE_ID_ddebug12.3"), "__UNIQUE_ID_ddebug");
+        assert_eq!(variable("name5"), "name5");
+    }
+
+    #[test]
+    fn what_macros_and_the_compiler_count_is_told_from_what_the_source_names() {
+        for name in ["__UNIQUE_ID_ddebug12.3", "_rs.0", "__already_done.7", "__func__.1"] {
+            assert!(is_counted(name), "{name}");
+        }
+        assert!(!is_counted("warned.3"));
     }
 
     #[test]

@@ -2,8 +2,8 @@
 
 use std::collections::BTreeMap;
 
-use super::names;
 use super::unit::{ItemId, Unit};
+use super::{contents, names};
 
 /// More rounds of finding renamed functions than a chain of calls between such functions is long.
 const ROUNDS_MAX: usize = 16;
@@ -16,8 +16,9 @@ pub struct Pairs {
 }
 
 impl Pairs {
-    /// Pairs items of one name, as the source has it. Where there are several (static locals of one name in one function),
-    /// they pair in their order if both files have as many, else none of them does.
+    /// Pairs items of one name, as the source has it, and where a macro or the compiler counts, of one name with the same contents.
+    /// Where there are several (static locals of one name in one function), they pair in their order if both files have as many, else
+    /// none of them does.
     pub(super) fn by_key(before: &Unit, after: &Unit) -> Self {
         let mut pairs = Self {
             to_after: vec![None; before.items.len()],
@@ -97,10 +98,11 @@ impl Pairs {
     }
 }
 
-fn by_key(unit: &Unit) -> BTreeMap<&str, Vec<ItemId>> {
-    let mut keys: BTreeMap<&str, Vec<ItemId>> = BTreeMap::new();
+fn by_key(unit: &Unit) -> BTreeMap<(&str, Option<String>), Vec<ItemId>> {
+    let mut keys: BTreeMap<_, Vec<ItemId>> = BTreeMap::new();
     for (id, item) in unit.items.iter().enumerate() {
-        keys.entry(&item.key).or_default().push(id);
+        let key = (item.key.as_str(), contents::of_counted(unit, id));
+        keys.entry(key).or_default().push(id);
     }
     keys
 }

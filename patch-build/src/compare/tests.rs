@@ -197,3 +197,78 @@ fn where_a_section_ends_is_nothing_of_its_last_function() {
     let turned = format!("{end}int __init g(int a) {{ return a * 7; }}\nint __init f(int a) {{ return a + 1; }}\n");
     assert_eq!(changes("section-end-turned", &before, &turned), [""; 0]);
 }
+
+/// A debug print as the kernel's macros make it, with the number that its descriptor gets.
+fn debug_print(number: u32, format: &str) -> String {
+    format!(
+        "do {{ static struct _ddebug __attribute__((aligned(8), section(\"__dyndbg\"))) __UNIQUE_ID_ddebug{number} =\n\
+         {{ \"m\", __func__, __FILE__, \"{format}\", __LINE__, 63, 0 }}; say(&__UNIQUE_ID_ddebug{number}); }} while (0);\n"
+    )
+}
+
+const DEBUG_PRINTS: &str = "struct _ddebug { const char *modname, *function, *filename, *format; unsigned lineno:18, class_id:6, flags:8; void *key; };\n\
+                            extern void say(struct _ddebug *);\n";
+
+#[test]
+fn one_more_debug_print_changes_its_function_only() {
+    let text = |in_f: &str, numbers: [u32; 2]| {
+        let [first, second] = numbers.map(|number| debug_print(number, &format!("g {}", number % 2)));
+        format!("{DEBUG_PRINTS}void f(void) {{ {in_f} }}\nvoid g(void) {{ {first} {second} }}\n")
+    };
+    let before = text(&debug_print(1, "f"), [2, 3]);
+    let after = text(&format!("{}{}", debug_print(1, "f"), debug_print(2, "more")), [4, 5]);
+    let found = changes("debug-print", &before, &after);
+    assert_eq!(found, ["__UNIQUE_ID_ddebug2.4 new", "f changed"]);
+    // Only the numbers differ, as after a changed header.
+    let after = text(&debug_print(8, "f"), [14, 15]);
+    assert_eq!(changes("debug-print-numbers", &before, &after), [""; 0]);
+}
+
+#[test]
+fn of_several_debug_prints_of_a_function_each_is_known_by_its_text() {
+    let text = |prints: &[(u32, &str)]| {
+        let prints: String = prints
+            .iter()
+            .map(|(number, format)| debug_print(*number, format))
+            .collect();
+        format!(
+            "{DEBUG_PRINTS}static inline void h(void) {{ {prints} }}\nvoid f(void) {{ h(); }}\nvoid g(void) {{ f(); }}\n"
+        )
+    };
+    let before = text(&[(1, "a"), (2, "b"), (3, "c")]);
+    let found = changes("debug-print-one-less", &before, &text(&[(1, "b"), (2, "c")]));
+    let only = |name: &str| found.iter().any(|change| change.starts_with(name));
+    assert!(
+        only("f changed")
+            && !found
+                .iter()
+                .any(|change| change.starts_with("__UNIQUE") && change.ends_with("changed")),
+        "{found:?}"
+    );
+    let gone = found.iter().filter(|change| change.ends_with("gone")).count();
+    assert_eq!(gone, 1, "{found:?}");
+}
+
+#[test]
+fn a_debug_print_that_is_on_from_the_start_is_another_one() {
+    let before = format!("{DEBUG_PRINTS}void f(void) {{ {} }}\n", debug_print(1, "f"));
+    let after = before.replace("63, 0 }", "63, 1 }");
+    let found = changes("debug-print-on", &before, &after);
+    assert!(found.contains(&"f changed".to_owned()), "{found:?}");
+}
+
+#[test]
+fn a_limit_of_messages_that_a_header_counts_otherwise_is_the_same() {
+    let text = |more: &str| {
+        format!(
+            "struct limit {{ int interval, burst; }};\nextern int limited(struct limit *);\n\
+             static inline void h(int a) {{ {{ static struct limit _rs = {{ 5, 10 }}; if (limited(&_rs)) printk(\"h\"); }}\n\
+             {{ static struct limit _rs = {{ 5, 20 }}; if (limited(&_rs)) printk(\"h2\"); }} {more} }}\n\
+             void f(void) {{ h(1); }}\n"
+        )
+    };
+    let more = "{ static struct limit _rs = { 1, 1 }; if (limited(&_rs)) printk(\"more\"); }";
+    let found = changes("limits", &text(""), &text(more));
+    let new = found.iter().filter(|change| change.ends_with(" new")).count();
+    assert!(new == 1 && found.len() == 2, "{found:?}");
+}

@@ -279,7 +279,7 @@ fn items(object: &Object, statics: &Statics) -> Vec<Item> {
         } else {
             match statics.owner(at) {
                 Some(owner) => format!("{owner}:{}", names::variable(&symbol.name)),
-                None if symbol.is_local() => names::unnumbered(&symbol.name),
+                None if symbol.is_local() => names::variable(&symbol.name).to_owned(),
                 None => symbol.name.clone(),
             }
         };

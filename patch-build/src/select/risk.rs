@@ -6,7 +6,7 @@ use std::str::FromStr;
 use super::reference::is_never_switched;
 use super::{SelectError, Selection, Side};
 use crate::compare::tables::{ORC, TABLES};
-use crate::compare::{Target, Verdict, is_of_boot, names};
+use crate::compare::{Target, Verdict, is_of_boot};
 use crate::elf::Section;
 
 /// Kinds of risk, each of which `--allow` can name.
@@ -229,7 +229,7 @@ fn new_data(index: usize, side: &Side<'_>, selection: &Selection, findings: &mut
         let same_key = |other: &&crate::compare::Item| !other.is_function && other.key == item.key;
         let was = side.comparison.before.items.iter().filter(same_key).count();
         if was > 0
-            && !names::is_forgetful(&item.name)
+            && !crate::compare::is_forgetful(unit, item)
             && !crate::compare::is_by_contents(unit, *id)
             && unit.section_of(item).is_writable()
         {
