@@ -127,14 +127,24 @@ fn files(image: &str) -> Vec<String> {
     found
 }
 
-/// A feature that no CPU ever had: `pcommit`, which QEMU's emulation dropped after 7.2. Losing it takes nothing from a guest.
-const PCOMMIT: (&str, u64) = ("CPUID 0x7.0 EBX", 1 << 22);
+/// Bits that a QEMU may not name although the guest loses nothing: by leaf.
+const UNSAID: [(&str, u64); 3] = [
+    // `pcommit`: no CPU ever had it, and QEMU's emulation dropped it after 7.2.
+    ("CPUID 0x7.0 EBX", 1 << 22),
+    // HTT and CmpLegacy: both follow from the number of cores and threads. QEMU 7.2 sets them when the guest asks (`cpu_x86_cpuid`), 10.0
+    // among the features that it names (`x86_cpu_expand_features`; both in target/i386/cpu.c).
+    ("CPUID 0x1 EDX", 1 << 28),
+    ("CPUID 0x80000001 ECX", 1 << 1),
+];
 
 /// Bits of CPUID that the old CPU has and the new one lacks, by leaf.
 fn lost_features(old: &Facts, new: &Facts) -> Vec<String> {
     let lost = |(leaf, bits): (&String, &u64)| {
-        let ignored = if leaf == PCOMMIT.0 { PCOMMIT.1 } else { 0 };
-        let missing = bits & !new.cpu.get(leaf).unwrap_or(&0) & !ignored;
+        let unsaid = UNSAID
+            .iter()
+            .filter(|(of, _)| of == leaf)
+            .fold(0, |all, (_, bit)| all | bit);
+        let missing = bits & !new.cpu.get(leaf).unwrap_or(&0) & !unsaid;
         (missing != 0).then(|| format!("{leaf} bits {missing:#x}"))
     };
     old.cpu.iter().filter_map(lost).collect()
@@ -184,6 +194,25 @@ mod tests {
             message(|new| new.cpu = [("CPUID 7 EBX".to_owned(), 0b1111)].into()),
             "the same"
         );
+    }
+
+    #[test]
+    fn cpu_bits_that_follow_from_the_number_of_cores_are_not_lost_where_a_qemu_does_not_name_them() {
+        let cpu = |bits: [u64; 2]| {
+            let [features, extended] = bits;
+            [
+                ("CPUID 0x1 EDX".to_owned(), features),
+                ("CPUID 0x80000001 ECX".to_owned(), extended),
+            ]
+            .into()
+        };
+        let with = |bits| Facts {
+            cpu: cpu(bits),
+            ..facts()
+        };
+        let by_10_0 = with([1 << 28 | 1, 1 << 1 | 1]);
+        assert!(same_machine(&by_10_0, &with([1, 1])).is_ok());
+        assert!(same_machine(&by_10_0, &with([1 << 28, 1])).is_err());
     }
 
     #[test]
