@@ -22,6 +22,7 @@
 //! Below them, [`cache`] keeps what was fetched and made, so that a second build needs no network, and [`command`] runs the
 //! host's programs and says what went wrong.
 
+mod assembler;
 pub mod binutils;
 pub mod build;
 pub mod cache;

@@ -3,12 +3,12 @@
 use std::fs;
 use std::path::Path;
 
-use crate::command;
 use crate::compare::Comparison;
 use crate::elf::Object;
 use crate::facts::Exports;
 use crate::running::{Places, Shipped};
 use crate::select::{Finding, SelectError, Selection, Side, Why};
+use crate::{assembler, command};
 
 /// Flags that decide what the kernel's code looks like.
 const FLAGS: [&str; 11] = [
@@ -44,7 +44,15 @@ pub(crate) fn compiled(test: &str, text: &str, sections: bool) -> Vec<u8> {
         args.extend(["-ffunction-sections", "-fdata-sections"]);
     }
     args.extend(["-o", "x.o", "x.c"]);
-    command::output("gcc-12", &args, Path::new(&folder)).unwrap();
+    let mut path = std::env::var("PATH").unwrap();
+    if sections {
+        let assembler = folder.join("assembler");
+        assembler::write(&assembler).unwrap();
+        path = format!("{}:{path}", assembler.display());
+    }
+    let path = format!("PATH={path}");
+    let command = [&[path.as_str(), "gcc-12"], args.as_slice()].concat();
+    command::output("env", &command, Path::new(&folder)).unwrap();
     let bytes = fs::read(folder.join("x.o")).unwrap();
     fs::remove_dir_all(&folder).unwrap();
     bytes

@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use crate::assembler;
 use crate::cache::{self, Cache, Lock};
 use crate::facts::Config;
 use crate::target::Target;
@@ -27,6 +28,8 @@ const OF_THE_TOOLS: [&str; 7] = [
 ];
 /// Where a tree notes settings of the tools that differ, each with a space behind it.
 const OTHER_SETTINGS: &str = "vmpatch-other-settings";
+/// The folder with the assembler that keeps names.
+const ASSEMBLER: &str = "vmpatch-assembler";
 /// The last file of a tree: one without it is not ready.
 const READY: &str = "vmpatch-vermagic";
 
@@ -85,7 +88,7 @@ impl Tree {
         let compiler = toolchain.program();
         let io = |action| cache::Error::io(action, &target.config);
         let config = fs::read_to_string(&target.config).map_err(io("read"))?;
-        let id = digest(&[&target.source.id, &config, toolchain.version()]);
+        let id = digest(&[&target.source.id, &config, toolchain.version(), assembler::SCRIPT]);
         let lock = cache.lock(&format!("builds/{}_{id}", target.release))?;
         let folder = lock.entry().to_owned();
         let mut make = vec![
@@ -162,21 +165,40 @@ impl Tree {
     }
 
     /// Runs make in the source for `goals`.
-    pub(crate) fn make(&self, goals: &[&str]) -> Result<(), command::Error> {
+    fn make(&self, search_path: &str, goals: &[&str]) -> Result<(), command::Error> {
         let jobs = std::thread::available_parallelism().map_or(1, usize::from);
         let jobs = format!("-j{jobs}");
         // Where this runs under another make, that one's flags are none of ours.
-        let path = format!("PATH={}", self.search_path);
+        let path = format!("PATH={search_path}");
         let mut args = vec!["-u", "MAKEFLAGS", "-u", "MFLAGS", &path, "make", "-s", &jobs];
         args.extend(self.make.iter().map(String::as_str));
         args.extend(goals);
         command::output("env", &args, &self.source).map(drop)
     }
 
+    /// Makes objects of the kernel's own C files, in which every reference names what is meant.
+    pub(crate) fn compile(&self, goals: &[&str]) -> Result<(), command::Error> {
+        self.make(&self.naming_path(), goals)
+    }
+
     /// Runs a shell command in the tree's folder, as the build would.
     pub(crate) fn shell(&self, text: &str) -> Result<(), command::Error> {
-        let path = format!("PATH={}", self.search_path);
+        self.run(&self.search_path, text)
+    }
+
+    /// As [`Tree::shell`], for a command that makes objects as [`Tree::compile`] does.
+    pub(crate) fn compile_by(&self, text: &str) -> Result<(), command::Error> {
+        self.run(&self.naming_path(), text)
+    }
+
+    fn run(&self, search_path: &str, text: &str) -> Result<(), command::Error> {
+        let path = format!("PATH={search_path}");
         command::output("env", &[&path, "sh", "-ec", text], &self.folder).map(drop)
+    }
+
+    /// The value of `PATH` with which the assembler keeps names.
+    fn naming_path(&self) -> String {
+        format!("{}:{}", self.folder.join(ASSEMBLER).display(), self.search_path)
     }
 
     fn make_ready(&self, target: &Target, config: &str, progress: &dyn Fn(&str)) -> Result<(), Error> {
@@ -190,7 +212,8 @@ impl Tree {
         fs::write(&own, config).map_err(cache::Error::io("write", &own))?;
         let symvers = self.folder.join("Module.symvers");
         fs::copy(&target.symvers, &symvers).map_err(cache::Error::io("copy to", &symvers))?;
-        self.make(&["olddefconfig"])?;
+        assembler::write(&self.folder.join(ASSEMBLER))?;
+        self.make(&self.search_path, &["olddefconfig"])?;
         let taken = fs::read_to_string(&own).map_err(cache::Error::io("read", &own))?;
         let (of_tools, others): (Vec<Change>, Vec<Change>) = changes(config, &taken)
             .into_iter()
@@ -204,7 +227,7 @@ impl Tree {
         let names: String = of_tools.iter().map(|change| format!("{} ", change.name)).collect();
         let file = self.folder.join(OTHER_SETTINGS);
         fs::write(&file, names).map_err(cache::Error::io("write", &file))?;
-        self.make(&["modules_prepare"])?;
+        self.make(&self.search_path, &["modules_prepare"])?;
         let vermagic = self.read_vermagic()?;
         let ready = self.folder.join(READY);
         fs::write(&ready, vermagic).map_err(cache::Error::io("write", &ready))?;
@@ -237,7 +260,7 @@ impl Tree {
         let kbuild = format!("obj-m := {module}.o\n{module}-y := glue.o\nccflags-y := -g0\n");
         fs::write(work.join("Kbuild"), kbuild).map_err(io("write to"))?;
         fs::write(work.join("glue.c"), text).map_err(io("write to"))?;
-        self.make(&[&format!("M={}", work.display()), "glue.o"])?;
+        self.make(&self.search_path, &[&format!("M={}", work.display()), "glue.o"])?;
         let object = fs::read(work.join("glue.o")).map_err(io("read from"))?;
         fs::remove_dir_all(&work).map_err(io("remove"))?;
         Ok(object)

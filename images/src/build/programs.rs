@@ -22,7 +22,7 @@ use crate::cache::{self, Cache};
 use crate::command;
 
 /// Names and texts of all programs.
-const PROGRAMS: [(&str, &str); 29] = [
+const PROGRAMS: [(&str, &str); 30] = [
     ("assoclen", include_str!("../../programs/assoclen.c")),
     ("exit_tail", include_str!("../../programs/exit_tail.c")),
     ("faults", include_str!("../../programs/faults.c")),
@@ -40,6 +40,7 @@ const PROGRAMS: [(&str, &str); 29] = [
     ("pause", include_str!("../../programs/pause.c")),
     ("printk", include_str!("../../programs/printk.c")),
     ("references", include_str!("../../programs/references.c")),
+    ("readlink", include_str!("../../programs/readlink.c")),
     ("sections", include_str!("../../programs/sections.c")),
     ("static_key", include_str!("../../programs/static_key.c")),
     ("siocatmark", include_str!("../../programs/siocatmark.c")),

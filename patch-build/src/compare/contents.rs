@@ -72,9 +72,9 @@ fn target(unit: &Unit, target: &Target, depth: usize) -> String {
             }
             format!("{} {offset}", item.key)
         }
-        Target::Text(text) => format!("{text:x?}"),
+        Target::Text(text, offset) => format!("{offset} {text:x?}"),
         // A constant without a name: who compares the items follows it.
-        Target::Unnamed(_) => "a constant".to_owned(),
+        Target::Unnamed(..) => "a constant".to_owned(),
         Target::Number(number) => number.to_string(),
     }
 }

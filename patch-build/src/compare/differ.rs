@@ -143,9 +143,12 @@ impl Differ<'_> {
                 let paired = self.pairs.to_after(*x) == Some(*y);
                 (!paired).then(text)
             }
-            (Target::Text(x), Target::Text(y)) => (!self.lines.explain_text(x, y)).then(text),
-            (Target::Unnamed(x), Target::Unnamed(y)) if self.is_warning(*x) => (!self.same_warning(*x, *y)).then(text),
-            (Target::Unnamed(x), Target::Unnamed(y)) => {
+            (Target::Text(x, from), Target::Text(y, to)) if from == to => (!self.lines.explain_text(x, y)).then(text),
+            (Target::Unnamed(x, from), Target::Unnamed(y, to)) if from != to => Some(text()),
+            (Target::Unnamed(x, _), Target::Unnamed(y, _)) if self.is_warning(*x) => {
+                (!self.same_warning(*x, *y)).then(text)
+            }
+            (Target::Unnamed(x, _), Target::Unnamed(y, _)) => {
                 let (old, new) = (unnamed(self.before, *x), unnamed(self.after, *y));
                 match (old, new) {
                     (Some((x, from)), Some((y, to))) if x.len == y.len && from == to => self.pieces(x, y, depth + 1),
@@ -268,7 +271,7 @@ pub(crate) fn replacement(unit: &Unit, entry: &Entry) -> Option<(At, u64)> {
         .bytes(entry.at.offset, entry.len)?
         .get(replacement_len_offset(entry.len))?;
     match unit.target(entry.at.section, relocation) {
-        Target::Unnamed(at) => Some((at, u64::from(len))),
+        Target::Unnamed(at, 0) => Some((at, u64::from(len))),
         _ => None,
     }
 }
@@ -325,13 +328,16 @@ fn shown(unit: &Unit, target: &Target) -> String {
     match target {
         Target::Extern(name, offset) => with(name, *offset),
         Target::Item(id, offset) => with(&unit.item(*id).name, *offset),
-        Target::Text(text) => format!("{:?}", String::from_utf8_lossy(text).trim_end_matches('\0')),
-        Target::Unnamed(at) => {
+        Target::Text(text, offset) => {
+            let text = String::from_utf8_lossy(text);
+            with(&format!("{:?}", text.trim_end_matches('\0')), *offset)
+        }
+        Target::Unnamed(at, past) => {
             let name = unit
                 .object
                 .section(at.section)
                 .map_or("?", |section| section.name.as_str());
-            with(name, at.offset.try_into().unwrap_or(i64::MAX))
+            with(name, past.saturating_add_unsigned(at.offset))
         }
         Target::Number(number) => format!("{number:#x}"),
     }

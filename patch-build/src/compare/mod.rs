@@ -36,6 +36,11 @@ pub enum CompareError {
     /// A table is not understood.
     #[error(transparent)]
     Table(#[from] TableError),
+    /// It was assembled by another program than the one that keeps names.
+    #[error(
+        "the object file does not say which variables and functions its references mean: was it assembled by GNU as, and is awk there?"
+    )]
+    Nameless,
     /// Debug information is damaged.
     #[error(transparent)]
     Debug(#[from] DebugError),
@@ -159,6 +164,9 @@ fn retyped(before: &str, after: &str) -> Option<Difference> {
 
 fn read(bytes: &[u8]) -> Result<(Unit, Statics, Layouts), CompareError> {
     let object = Object::parse(bytes)?;
+    if !object.names_what_is_meant() {
+        return Err(CompareError::Nameless);
+    }
     let info = DebugInfo::of(&object);
     let statics = Statics::read(&info)?;
     let layouts = Layouts::read(&info)?;

@@ -7,7 +7,7 @@ use object::elf::{R_X86_64_NONE, R_X86_64_PC32, R_X86_64_PLT32, STB_WEAK};
 use super::tables::{self, Entry, TableError};
 use super::{CompareError, names};
 use crate::elf::code::Code;
-use crate::elf::{At, Object, Place, Relocation, Section};
+use crate::elf::{At, Object, Place, Relocation, Section, Symbol};
 use crate::types::Statics;
 
 /// Index of an [`Item`] in its [`Unit`].
@@ -46,10 +46,10 @@ pub enum Target {
     Extern(String, i64),
     /// A place in an item, counted from its start.
     Item(ItemId, i64),
-    /// A text constant.
-    Text(Vec<u8>),
-    /// A place in a section, in no item.
-    Unnamed(At),
+    /// A text constant, and how far from its start.
+    Text(Vec<u8>, i64),
+    /// A label that is in no item, and how far from it.
+    Unnamed(At, i64),
     /// A number.
     Number(i64),
 }
@@ -61,6 +61,8 @@ pub struct Unit {
     pub object: Object,
     /// Its functions and variables, in the order of their places.
     pub items: Vec<Item>,
+    /// By symbol.
+    by_symbol: BTreeMap<usize, ItemId>,
     /// By section: items, ascending.
     by_section: BTreeMap<usize, Vec<ItemId>>,
     /// By section of code.
@@ -87,9 +89,11 @@ impl Unit {
             .filter(|(_, section)| section.is_code())
             .map(|(index, section)| (index, Code::of(section)))
             .collect();
+        let by_symbol = items.iter().enumerate().map(|(id, item)| (item.symbol, id)).collect();
         let mut unit = Self {
             object,
             items,
+            by_symbol,
             by_section,
             code,
             entries: BTreeMap::new(),
@@ -199,6 +203,11 @@ impl Unit {
         ids.iter().filter(same).copied().collect()
     }
 
+    /// The last of an item's names, which stands for all.
+    fn last_alias(&self, id: ItemId) -> ItemId {
+        self.aliases(id).last().copied().unwrap_or(id)
+    }
+
     /// What a relocation of section `section` refers to.
     pub fn target(&self, section: usize, relocation: &Relocation) -> Target {
         if relocation.kind == R_X86_64_NONE.0 {
@@ -209,7 +218,11 @@ impl Unit {
         };
         let addend = relocation.addend.saturating_add(self.bias(section, relocation));
         match symbol.place {
-            Place::In(base) => self.place_target(base, addend, symbol.is_section()),
+            Place::In(base) => match self.by_symbol.get(&relocation.symbol) {
+                // A named symbol is what is meant, even where the value lies outside it: `&table[-1]`.
+                Some(id) => Target::Item(self.last_alias(*id), addend),
+                None => self.label_target(section, relocation, base, addend),
+            },
             Place::Absolute(value) => Target::Number(addend.saturating_add_unsigned(value)),
             _ => Target::Extern(symbol.name.clone(), addend),
         }
@@ -227,22 +240,68 @@ impl Unit {
         }
     }
 
-    fn place_target(&self, base: At, addend: i64, of_section: bool) -> Target {
-        let offset = base.offset.saturating_add_signed(addend);
-        let at = At { offset, ..base };
-        // A named symbol is what is meant, even where the value lies outside it: `&table[-1]`.
-        let named = if of_section { None } else { self.item_at(base, false) };
-        if let Some((id, start)) = named {
-            return Target::Item(id, start.saturating_add(addend));
+    /// What a label of the compiler's or of inline assembly means: of a section's own symbol, the addend says where the label is.
+    fn label_target(&self, section: usize, relocation: &Relocation, base: At, addend: i64) -> Target {
+        let size = self.object.section(base.section).map_or(0, |section| section.size);
+        let is_section = self.object.symbol(relocation).is_some_and(Symbol::is_section);
+        let moved = base
+            .offset
+            .checked_add_signed(addend)
+            .filter(|offset| is_section && *offset <= size);
+        let (label, past) = match moved {
+            Some(offset) => (At { offset, ..base }, 0),
+            None => (base, addend),
+        };
+        if let Some((id, inside)) = self.item_of_label(section, relocation, label) {
+            return Target::Item(id, inside.saturating_add(past));
         }
-        if let Some((id, inside)) = self.item_at(at, true) {
-            return Target::Item(id, inside);
+        let strings = self
+            .object
+            .section(label.section)
+            .filter(|section| section.is_strings());
+        match strings.and_then(|section| text_at(section, label.offset)) {
+            Some(text) => Target::Text(text, past),
+            None => Target::Unnamed(label, past),
         }
-        let strings = self.object.section(at.section).filter(|section| section.is_strings());
-        match strings.and_then(|section| text_at(section, offset)) {
-            Some(text) => Target::Text(text),
-            None => Target::Unnamed(at),
+    }
+
+    /// The item that a label is in. Where one function ends and another starts, the label is of the function that refers to it.
+    fn item_of_label(&self, section: usize, relocation: &Relocation, label: At) -> Option<(ItemId, i64)> {
+        let holder = self.item_at(label, false);
+        if !self.code.contains_key(&label.section) {
+            return holder.filter(|(id, _)| self.item(*id).size > 0);
         }
+        let Some((ended, size)) = self.item_that_ends_at(label) else {
+            return holder;
+        };
+        let from = At {
+            section,
+            offset: relocation.offset,
+        };
+        let by = self.item_at(from, false).map(|(id, _)| id);
+        let by = by.or_else(|| Some(self.entry_at(from)?.0));
+        let is_own = by.is_some_and(|by| {
+            let whole = names::warm_part(&self.item(by).name).and_then(|name| self.named(name));
+            [Some(by), whole]
+                .into_iter()
+                .flatten()
+                .any(|by| self.last_alias(by) == ended)
+        });
+        match holder {
+            Some(_) if !is_own => holder,
+            _ => Some((ended, size)),
+        }
+    }
+
+    /// The item that ends at a place, and its size.
+    fn item_that_ends_at(&self, at: At) -> Option<(ItemId, i64)> {
+        let ids = self.by_section.get(&at.section)?;
+        let ends = |id: &&ItemId| {
+            let item = self.item(**id);
+            item.size > 0 && item.at.offset.checked_add(item.size) == Some(at.offset)
+        };
+        let id = *ids.iter().rev().find(ends)?;
+        Some((id, i64::try_from(self.item(id).size).ok()?))
     }
 
     /// True where a relocation of code is the target of a call or jump: the value is run, not kept.

@@ -100,7 +100,7 @@ pub fn before(tree: &Tree, files: &[&str], progress: &dyn Fn(&str)) -> Result<Ve
     if !missing.is_empty() {
         progress(&format!("compiling {}", named(&missing)));
         let goals: Vec<&str> = missing.iter().map(String::as_str).collect();
-        tree.make(&goals).map_err(|source| Error::Before {
+        tree.compile(&goals).map_err(|source| Error::Before {
             files: files.iter().map(|file| (*file).to_owned()).collect(),
             source,
         })?;
@@ -116,7 +116,7 @@ pub fn before_where_possible(tree: &Tree, files: &[&str], progress: &dyn Fn(&str
         let mut goals = vec!["-k"];
         goals.extend(missing.iter().map(String::as_str));
         // What did not compile has no object.
-        drop(tree.make(&goals));
+        drop(tree.compile(&goals));
     }
     let is_there = |file: &&&str| {
         object_name(file).is_ok_and(|name| tree.folder().join(&name).exists() && note(tree, &name).exists())
@@ -270,7 +270,7 @@ fn recompile(
     // Relative: some of the compiler's messages and sanitizers keep the path, and no module should depend on where it was built.
     let relative = root.strip_prefix(tree.folder()).unwrap_or(root);
     let shell = unit.command.redirected(tree.source(), relative, object);
-    tree.shell(&shell).map_err(|source| Error::After {
+    tree.compile_by(&shell).map_err(|source| Error::After {
         file: unit.source.clone(),
         source,
     })?;

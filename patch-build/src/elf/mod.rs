@@ -12,6 +12,8 @@ pub use write::write;
 
 use object::elf;
 
+use crate::assembler::LOCALS;
+
 /// `SHN_LIVEPATCH` (include/uapi/linux/elf.h): a symbol that the guest's livepatch core resolves.
 pub const SHN_LIVEPATCH: u16 = 0xff20;
 /// `SHF_RELA_LIVEPATCH` (include/uapi/linux/elf.h): relocations that refer to such symbols.
@@ -169,6 +171,11 @@ impl Object {
     /// The symbol of a relocation, where there is one.
     pub fn symbol(&self, relocation: &Relocation) -> Option<&Symbol> {
         self.symbols.get(relocation.symbol)
+    }
+
+    /// True where every reference to a function or variable of the file names it; see [`crate::assembler`].
+    pub fn names_what_is_meant(&self) -> bool {
+        self.section_named(LOCALS).is_some()
     }
 
     /// The section of that name and its index, where there is one.

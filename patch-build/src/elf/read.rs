@@ -1,9 +1,13 @@
 //! Reading an object file.
 
+use std::collections::BTreeSet;
+
 use object::LittleEndian as LE;
 use object::elf::{self, FileHeader64, SectionHeader64, Sym64};
 use object::read::elf::{FileHeader as _, Rela as _, SectionHeader as _, SectionTable, Sym as _, SymbolTable};
 use object::read::{SectionIndex, SymbolIndex};
+
+use crate::assembler::LOCALS;
 
 use super::{At, Object, Place, Relocation, SHN_LIVEPATCH, Section, Symbol};
 
@@ -81,7 +85,22 @@ impl Object {
             let symbol = symbol(&symbols, SymbolIndex(index), raw, &object.sections)?;
             object.symbols.push(symbol);
         }
+        object.restore_locals();
         Ok(object)
+    }
+}
+
+impl Object {
+    /// Makes those symbols local again that are global only for the assembler to keep their names.
+    fn restore_locals(&mut self) {
+        let Some((_, listed)) = self.section_named(LOCALS) else {
+            return;
+        };
+        let names: BTreeSet<Vec<u8>> = listed.data.split(|byte| *byte == 0).map(<[u8]>::to_vec).collect();
+        let is_listed = |symbol: &&mut Symbol| names.contains(symbol.name.as_bytes());
+        for symbol in self.symbols.iter_mut().filter(is_listed) {
+            symbol.binding = elf::STB_LOCAL.0;
+        }
     }
 }
 

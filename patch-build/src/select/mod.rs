@@ -1,6 +1,8 @@
 //! What goes into the module: the changed and new functions, and the new data that they need. All else stays the running
 //! kernel's, and is referred to.
 
+#[cfg(test)]
+mod meant;
 mod reference;
 mod risk;
 mod roots;
@@ -305,7 +307,7 @@ impl Closure<'_, '_> {
                     self.queue.push_back(Node::Piece(piece));
                 }
             }
-            Reference::Running { .. } | Reference::Text(_) | Reference::Number(_) => {}
+            Reference::Running { .. } | Reference::Text(..) | Reference::Number(_) => {}
         }
     }
 

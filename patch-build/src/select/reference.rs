@@ -49,8 +49,8 @@ pub enum Reference {
         /// Bytes from it.
         offset: i64,
     },
-    /// A text constant.
-    Text(Vec<u8>),
+    /// A text constant, and bytes from its start.
+    Text(Vec<u8>, i64),
     /// A place in a piece that has no name.
     Piece {
         /// The piece, which is carried.
@@ -173,19 +173,19 @@ impl Resolver<'_, '_> {
         let unit = &of.comparison.after;
         match unit.target(section, relocation) {
             Target::Number(number) => Ok(Reference::Number(number)),
-            Target::Text(text) => Ok(Reference::Text(text)),
-            Target::Unnamed(at) => {
+            Target::Text(text, offset) => Ok(Reference::Text(text, offset)),
+            Target::Unnamed(at, past) => {
                 if let Some((item, entry)) = unit.entry_at(at) {
                     return Ok(Reference::Entry {
                         item: (side, item),
                         at: entry.at,
-                        offset: i64::try_from(at.offset - entry.at.offset).unwrap_or(0),
+                        offset: past.saturating_add_unsigned(at.offset - entry.at.offset),
                     });
                 }
                 match unnamed_piece(unit, at) {
                     Some((at, len, inside)) => Ok(Reference::Piece {
                         piece: Piece { side, at, len },
-                        offset: i64::try_from(inside).unwrap_or(0),
+                        offset: past.saturating_add_unsigned(inside),
                     }),
                     None => Err(self.unknown(of, "a constant without a name", by)),
                 }

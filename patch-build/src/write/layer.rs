@@ -228,9 +228,9 @@ impl<'s, 'k> Layer<'s, 'k> {
         };
         Ok(match reference {
             Reference::Number(number) => (0, number - bias),
-            Reference::Text(text) => {
+            Reference::Text(text, offset) => {
                 let at = self.output.text(&text);
-                self.at(at, -bias)
+                self.at(at, offset - bias)
             }
             Reference::Running { symbol, offset } => (self.output.out_symbol(&symbol), offset - bias),
             Reference::Carried { item, offset } => match self.items.get(&item) {

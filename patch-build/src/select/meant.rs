@@ -1,0 +1,117 @@
+//! That a reference leads to what the compiler meant, where the assembler alone would only say how far it is into a section.
+
+use crate::elf::{Object, Relocation};
+use crate::testing::{laid, selected};
+
+/// What the module's code refers to: each symbol's name and what is added to it, place-relative ones without the four bytes that
+/// they count from.
+fn references(object: &Object) -> Vec<(String, i64)> {
+    let code = object.sections.iter().filter(|section| section.is_code());
+    let shown = |relocation: &Relocation| {
+        let symbol = object.symbol(relocation).unwrap();
+        let relative = relocation.kind == object::elf::R_X86_64_PC32.0;
+        (symbol.name.clone(), relocation.addend + if relative { 4 } else { 0 })
+    };
+    code.flat_map(|section| section.relocations.iter().map(shown)).collect()
+}
+
+/// Laid out for a change of `from` to `to`, which replaces `f` alone.
+fn changed(test: &str, before: &str, after: &str) -> Object {
+    let chosen = selected(test, before, after);
+    assert_eq!(chosen.replaced(), ["f"]);
+    laid(&chosen)
+}
+
+const READ_MOSTLY: &str = "__attribute__((section(\".data..read_mostly\")))";
+
+#[test]
+fn the_end_of_an_array_is_not_the_start_of_the_variable_behind_it() {
+    let before = format!(
+        "static int a[4] {READ_MOSTLY} = {{ 1, 2, 3, 4 }};\n\
+         int f(int *q) {{ int s = 0; for (int *p = a; p < a + 4; p++) s += printk(\"%d\", *p); return s; }}\n\
+         void g(int i) {{ a[i] = 5; }}\n"
+    );
+    // The compiler writes variables in reverse order.
+    let after = format!(
+        "static int behind {READ_MOSTLY} = 9;\n{}",
+        before.replace("return s;", "return s + behind++;")
+    );
+    let found = references(&changed("array-end", &before, &after));
+    let of_array: Vec<i64> = found
+        .iter()
+        .filter(|(name, _)| name == ".klp.sym.m.a,0")
+        .map(|(_, past)| *past)
+        .collect();
+    assert_eq!(of_array, [0, 16], "{found:?}");
+}
+
+#[test]
+fn the_place_in_front_of_an_array_is_not_the_end_of_the_variable_there() {
+    let before = format!(
+        "static long a[4] {READ_MOSTLY} = {{ 1, 2, 3, 4 }};\nstatic long b[4] {READ_MOSTLY} = {{ 5, 6, 7, 8 }};\n\
+         long f(long i) {{ return (a - 1)[i] + (b - 5)[i]; }}\nvoid g(int i) {{ a[i] = b[i]++; }}\n"
+    );
+    let found = references(&changed(
+        "array-front",
+        &before,
+        &before.replace("[i] + (b", "[i] - (b"),
+    ));
+    let past = |array: &str| {
+        let named = format!(".klp.sym.m.{array},0");
+        found.iter().find(|(name, _)| *name == named).map(|(_, past)| *past)
+    };
+    assert_eq!((past("a"), past("b")), (Some(-8), Some(-40)), "{found:?}");
+}
+
+#[test]
+fn the_place_in_front_of_a_constant_that_has_a_section_of_its_own_stays_in_front() {
+    let before = "static const long a[4] = { 1, 2, 3, 4 };\nlong f(long i) { return (a - 3)[i] + 1; }\n";
+    let after = before.replace("[i] + 1", "[i] + 2");
+    let object = changed("constant-front", before, &after);
+    assert!(
+        references(&object).contains(&(".klp.sym.m.a,0".to_owned(), -24)),
+        "{:?}",
+        references(&object)
+    );
+}
+
+/// The text behind it is laid out first, for the other function.
+#[test]
+fn the_end_of_a_text_is_not_the_start_of_the_text_behind_it() {
+    let before = "int f(int c) { int n = 0; for (const char *p = \"abc\"; p < \"abc\" + 4; p++) n += printk(p); \
+                  return n + printk(\"hello\"); }\nint g(int a) { return printk(\"hello\") + a; }\n";
+    let after = before.replace("return n", "return 1 + n").replace("+ a;", "- a;");
+    let object = laid(&selected("text-end", before, &after));
+    let (_, texts) = object.section_named(".rodata.str1.1").unwrap();
+    let start = texts.data.windows(4).position(|window| window == b"abc\0").unwrap();
+    let start = i64::try_from(start).unwrap();
+    let found = references(&object);
+    let places: Vec<i64> = found
+        .iter()
+        .filter(|(name, _)| name.is_empty())
+        .map(|(_, past)| *past)
+        .collect();
+    assert!(places.contains(&start) && places.contains(&(start + 4)), "{found:?}");
+}
+
+/// As in `.noinstr.text`: the assembler does the call itself, and nobody would see that it leads out of what is carried.
+#[test]
+fn a_call_within_a_section_of_several_functions_leads_to_the_kernels_function() {
+    let section = "__attribute__((section(\".noinstr.text\")))";
+    let before = format!(
+        "static noinline {section} int h(int a) {{ return printk(\"%d\", a) * 3; }}\n\
+         {section} int g(int a) {{ return h(a) + 7; }}\n{section} int f(int a) {{ return h(a) + 1; }}\n"
+    );
+    let found = references(&changed("same-section", &before, &before.replace("+ 1", "+ 2")));
+    assert!(found.contains(&(".klp.sym.m.h,0".to_owned(), 0)), "{found:?}");
+}
+
+#[test]
+fn a_jump_within_a_section_of_several_functions_leads_to_the_kernels_function() {
+    let section = "__attribute__((section(\".noinstr.text\")))";
+    let before = format!(
+        "{section} __attribute__((noipa)) int h(int a) {{ return printk(\"%d\", a) * 3; }}\n{section} int f(int a) {{ return h(a + 1); }}\n"
+    );
+    let found = references(&changed("same-section-jump", &before, &before.replace("+ 1", "+ 2")));
+    assert!(found.iter().any(|(name, _)| name == ".klp.sym.m.h,0"), "{found:?}");
+}
