@@ -2,7 +2,7 @@
 //! command line.
 
 use super::error::UpgradeError;
-use qmp::migrate::{BlockDevice, Facts, differences};
+use qmp::migrate::{BlockDevice, Facts, lost};
 use serde_json::Value;
 use std::collections::BTreeSet;
 
@@ -58,7 +58,7 @@ pub(super) fn same_machine(old: &Facts, new: &Facts) -> Result<(), UpgradeError>
             return differs("size of a block of memory", format!("{name} {size}"), new, reason);
         }
     }
-    if let Some((what, old, new)) = differences(&old.settings, &new.settings).next() {
+    if let Some((what, old, new)) = lost(&old.settings, &new.settings).next() {
         let new = new.map_or("none".to_owned(), |new| new.value.to_string());
         let reason = "it was set through QMP, and can't be set in the new one";
         return differs("setting", format!("{what}: {}", old.value), new, reason);

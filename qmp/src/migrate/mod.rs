@@ -21,7 +21,7 @@ pub use error::MigrateError;
 pub use facts::{BlockDevice, Facts};
 pub use pair::Pair;
 pub use progress::{Progress, Status};
-pub use settings::{Setting, Settings, differences};
+pub use settings::{Setting, Settings, lost};
 
 use std::time::Duration;
 

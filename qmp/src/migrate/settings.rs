@@ -45,6 +45,9 @@ const PROPERTIES: [(&str, &str); 7] = [
     ("iothread", "thread-pool-max"),
     ("throttle-group", "limits"),
 ];
+/// Those of them whose zero leaves the choice to QEMU. 10.0 tells the zero, 11.1 what it chose, also after the zero was set (seen with
+/// 10.0.2 and 11.1.3).
+const ZERO_IS_QEMUS_CHOICE: [&str; 2] = ["poll-grow", "poll-shrink"];
 /// Folders of the object tree with what a command line, or QMP, has made.
 const FOLDERS: [&str; 3] = ["/objects", "/machine/peripheral", "/machine/peripheral-anon"];
 
@@ -54,6 +57,13 @@ pub struct Setting {
     /// What it is set to.
     pub value: Value,
     how: How,
+}
+
+impl Setting {
+    fn is_qemus_choice(&self) -> bool {
+        self.value == json!(0)
+            && matches!(&self.how, How::Property(_, name) if ZERO_IS_QEMUS_CHOICE.contains(&name.as_str()))
+    }
 }
 
 /// How it is set.
@@ -119,7 +129,7 @@ fn of_drive(block: &Value, found: &mut Settings) {
 }
 
 /// Settings that one has and the other has not, or that differ: what it is, and both values. One that only the new QEMU knows is its own.
-pub fn differences<'a>(
+fn differences<'a>(
     old: &'a Settings,
     new: &'a Settings,
 ) -> impl Iterator<Item = (&'a str, &'a Setting, Option<&'a Setting>)> {
@@ -128,6 +138,14 @@ pub fn differences<'a>(
         let same = found.is_some_and(|found| found.value == setting.value);
         (!same).then_some((what.as_str(), setting, found))
     })
+}
+
+/// What the new QEMU has otherwise after [`carry_over`], as [`differences`] gives it; not what the old one left to QEMU.
+pub fn lost<'a>(
+    old: &'a Settings,
+    new: &'a Settings,
+) -> impl Iterator<Item = (&'a str, &'a Setting, Option<&'a Setting>)> {
+    differences(old, new).filter(|(_, setting, found)| found.is_none() || !setting.is_qemus_choice())
 }
 
 /// Gives a QEMU what differs from the old one's, where it can be set. Whether it was has to be looked at.
@@ -173,6 +191,19 @@ mod tests {
         let arguments = throttle("device", "d1", &limits.value);
         let all = json!({"device": "d1", "iops": 100, "group": "d1", "bps": 0, "bps_rd": 0, "bps_wr": 0, "iops_rd": 0, "iops_wr": 0});
         assert_eq!(arguments, all);
+    }
+
+    #[test]
+    fn what_the_old_one_left_to_qemu_is_not_lost_whatever_the_new_one_chose() {
+        let set = |property: &str, value| {
+            let how = How::Property("/objects/io0".to_owned(), property.to_owned());
+            let value = json!(value);
+            Settings::from([(property.to_owned(), Setting { value, how })])
+        };
+        assert_eq!(lost(&set("poll-grow", 0), &set("poll-grow", 2)).count(), 0);
+        assert_eq!(lost(&set("poll-grow", 3), &set("poll-grow", 2)).count(), 1);
+        // Zero nanoseconds are no polling at all.
+        assert_eq!(lost(&set("poll-max-ns", 0), &set("poll-max-ns", 32768)).count(), 1);
     }
 
     #[test]
