@@ -320,7 +320,8 @@ fn unnamed(unit: &Unit, at: At) -> Option<(Piece, u64)> {
     (at.offset <= section.size).then_some((whole, at.offset))
 }
 
-fn shown(unit: &Unit, target: &Target) -> String {
+/// What a reference refers to, for people.
+pub(crate) fn shown(unit: &Unit, target: &Target) -> String {
     let with = |name: &str, offset: i64| match offset {
         0 => name.to_owned(),
         _ => format!("{name}{offset:+#x}"),

@@ -15,7 +15,7 @@ mod unit;
 
 pub(crate) use contents::is_forgetful;
 pub use differ::Difference;
-pub(crate) use differ::{is_by_contents, replacement, unnamed_piece, width};
+pub(crate) use differ::{is_by_contents, replacement, shown, unnamed_piece, width};
 pub use pairs::Pairs;
 pub use tables::TableError;
 pub use unit::{Item, ItemId, Target, Unit, is_of_boot};

@@ -20,7 +20,7 @@ pub(crate) struct Table {
 }
 
 impl Table {
-    fn is(&self, section: &str) -> bool {
+    pub(crate) fn is(&self, section: &str) -> bool {
         self.name == section || (self.name.ends_with('_') && section.starts_with(self.name))
     }
 }

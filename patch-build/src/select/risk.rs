@@ -4,7 +4,7 @@ use std::fmt;
 use std::str::FromStr;
 
 use super::reference::is_never_switched;
-use super::{SelectError, Selection, Side};
+use super::{SelectError, Selection, Side, left_out};
 use crate::compare::tables::{ORC, TABLES};
 use crate::compare::{Target, Verdict, is_of_boot};
 use crate::elf::Section;
@@ -30,9 +30,11 @@ pub enum Risk {
     FreshStatic,
     /// Objects that exist already lack what new code looks for in them.
     NewState,
+    /// Something new that the module does not carry.
+    LeftOut,
 }
 
-const NAMES: [(Risk, &str); 9] = [
+const NAMES: [(Risk, &str); 10] = [
     (Risk::ChangedData, "changed-data"),
     (Risk::Layout, "layout"),
     (Risk::Init, "init"),
@@ -42,6 +44,7 @@ const NAMES: [(Risk, &str); 9] = [
     (Risk::OtherCode, "other-code"),
     (Risk::FreshStatic, "fresh-static"),
     (Risk::NewState, "new-state"),
+    (Risk::LeftOut, "left-out"),
 ];
 
 impl Risk {
@@ -124,6 +127,7 @@ pub(super) fn look(sides: &[Side<'_>], selection: &mut Selection) -> Result<(), 
     for (index, side) in sides.iter().enumerate() {
         let touched = selection.carried.keys().any(|(of, _)| *of == index);
         changed_data(side, &mut findings);
+        left_out::look(index, side, selection, &mut findings);
         if touched {
             layouts(side, &mut findings);
             new_data(index, side, selection, &mut findings);
