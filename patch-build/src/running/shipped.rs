@@ -1,7 +1,7 @@
 //! The kernel image, or one of its modules, as the distribution shipped it.
 
 use guest_core::addr::Gva;
-use object::elf::{R_X86_64_32, R_X86_64_32S, R_X86_64_64, R_X86_64_PC32, R_X86_64_PLT32, RelocationType};
+use object::elf::{R_X86_64_32, R_X86_64_32S, R_X86_64_64, R_X86_64_PC32, R_X86_64_PLT32, RelocationType, STB_WEAK};
 use object::{Object as _, ObjectSection as _};
 
 use crate::compare::is_of_boot;
@@ -119,6 +119,20 @@ impl<'k> Shipped<'k> {
         match found.as_slice() {
             [only] => Some(*only),
             _ => None,
+        }
+    }
+
+    /// True where the symbol of that name there is weak: no other file has what the linker would have taken instead. The linker leaves
+    /// that in the kernel's own table as `W` or `V` (nm(1)).
+    pub fn is_weak(&self, name: &str, address: u64) -> bool {
+        match self {
+            Self::Kernel { facts, .. } => facts
+                .symbols
+                .named(name)
+                .any(|symbol| symbol.address.0 == address && matches!(symbol.kind, 'W' | 'V')),
+            Self::Module { object, .. } => object.symbols.iter().any(|symbol| {
+                symbol.name == name && symbol.binding == STB_WEAK.0 && self::address(symbol.place) == Some(address)
+            }),
         }
     }
 

@@ -82,6 +82,17 @@ pub enum SelectError {
         /// The function.
         name: String,
     },
+    /// The linker took another file's function of that name.
+    #[error(
+        "{file}: {name} changed, but the kernel's {name} is another file's, which is taken instead: what the change does to this one has no effect; \
+         leave it out"
+    )]
+    Overridden {
+        /// The source file.
+        file: String,
+        /// The function.
+        name: String,
+    },
     /// Several symbols have a name, and nothing tells which one is meant.
     #[error("{file}: the kernel has {count} symbols named {name}, and its code does not tell which one is meant")]
     Ambiguous {

@@ -221,7 +221,13 @@ impl Resolver<'_, '_> {
         // Of several names the last is meant, which may be new: then one that was there before.
         let mut names = unit.aliases(chosen.1).into_iter().rev();
         let Some(before) = names.find_map(|name| of.before(name)) else {
-            return carried;
+            // A new default does not take the place of what another file has.
+            let others = if unit.is_weak(item) {
+                global(&of.shipped, &of.source, &item.name)?
+            } else {
+                None
+            };
+            return others.map_or(carried, |symbol| Ok(Reference::Running { symbol, offset }));
         };
         match self.running(of, before)? {
             Some(symbol) => Ok(Reference::Running { symbol, offset }),

@@ -109,6 +109,9 @@ pub(super) fn replaced(sides: &[Side<'_>], root: &Root) -> Result<Vec<Replaced>,
         let name = before.item(old).name.clone();
         let file = side.source.clone();
         match (side.places.get(old), side.places.count(old)) {
+            (Some(found), _) if before.is_weak(before.item(old)) != side.shipped.is_weak(&name, found.address) => {
+                Err(SelectError::Overridden { file, name })
+            }
             (Some(found), _) => Ok(Replaced {
                 new: root.new,
                 old,

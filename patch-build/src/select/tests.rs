@@ -347,3 +347,40 @@ fn a_new_structure_behind_a_pointer_is_a_finding_and_one_on_the_stack_is_none() 
     let local = "struct pair { int a, b; };\nint f(void **private) { struct pair pair = { 1, 2 }; return printk(\"%p %d\", *private, pair.b); }\n";
     assert_eq!(selected("stack-state", before, local).findings(), []);
 }
+
+/// A file of a module with a default, and the module: what the linker took is weak, or another file's.
+fn of_default(test: &str, linked: &str) -> Result<Vec<String>, SelectError> {
+    let text = "__attribute__((weak)) int f(int a) { return printk(\"%d\", a); }\n";
+    let comparison = crate::testing::compared(test, text, &text.replace("return", "return 1 +"));
+    let object = Object::parse(&crate::testing::compiled(test, linked, false)).unwrap();
+    let chosen = crate::testing::selected_of(comparison, object);
+    chosen.selection.as_ref().map_err(Clone::clone)?;
+    Ok(chosen.replaced().into_iter().map(str::to_owned).collect())
+}
+
+#[test]
+fn a_default_that_another_file_overrides_is_refused_by_name() {
+    let strong = "int f(int a) { return printk(\"%d\", a); }\n";
+    let selection = of_default("overridden", strong);
+    assert!(
+        matches!(&selection, Err(SelectError::Overridden { name, .. }) if name == "f"),
+        "{selection:?}"
+    );
+    let weak = format!("__attribute__((weak)) {strong}");
+    assert_eq!(of_default("default", &weak).unwrap(), ["f"]);
+}
+
+#[test]
+fn a_new_default_is_not_taken_where_the_kernel_has_that_function() {
+    let before = "int f(int a) { return a; }\n";
+    let after = "__attribute__((weak)) int g(int a) { return a * 3; }\nint f(int a) { return g(a) + 1; }\n";
+    let linked = format!("int g(int a) {{ return a * 5; }}\n{before}");
+    let object = Object::parse(&crate::testing::compiled("new-default", &linked, false)).unwrap();
+    let chosen = crate::testing::selected_of(crate::testing::compared("new-default", before, after), object);
+    let object = crate::testing::laid(&chosen);
+    assert!(
+        object.symbols.iter().any(|symbol| symbol.name == ".klp.sym.m.g,0"),
+        "{:?}",
+        chosen.brought()
+    );
+}
