@@ -144,7 +144,6 @@ pub fn build(inputs: &Inputs<'_>, compile: &dyn Compile) -> Result<Built, BuildE
         description: &note.description,
         version: &note.version,
         vermagic: &inputs.facts.vermagic,
-        depends: layer.output.modules_used(),
         namespaces: namespaces(inputs.facts, &layer),
     };
     let text = write::text(&named, &objects);
@@ -243,7 +242,7 @@ fn objects<'s>(sides: &'s [Side<'_>], selection: &Selection, layer: &Layer<'_, '
 /// Namespaces of the exported symbols that are used.
 fn namespaces(facts: &KernelFacts, layer: &Layer<'_, '_>) -> Vec<String> {
     let used = layer.output.out_symbols().filter_map(|symbol| match symbol {
-        OutSymbol::Exported { name, .. } => Some(facts.exports.get(name)?.namespace.clone()),
+        OutSymbol::Exported(name) => Some(facts.exports.get(name)?.namespace.clone()),
         _ => None,
     });
     let namespaces: BTreeSet<String> = used.filter(|namespace| !namespace.is_empty()).collect();

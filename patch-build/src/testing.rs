@@ -63,9 +63,9 @@ pub(crate) fn compared(test: &str, before: &str, after: &str) -> Comparison {
     Comparison::of(&compiled(test, before, true), &compiled(test, after, true)).unwrap()
 }
 
-/// What would be in a module for a change of one file, which is all of a module named `m`.
+/// What would be in a module for a change of files, each all of a module: the first is named `m`.
 pub(crate) struct Chosen {
-    pub side: [Side<'static>; 1],
+    pub side: Vec<Side<'static>>,
     pub selection: Result<Selection, SelectError>,
 }
 
@@ -77,15 +77,34 @@ pub(crate) fn selected(test: &str, before: &str, after: &str) -> Chosen {
 
 /// Selects for a change of one file of a module that was shipped as that object.
 pub(crate) fn selected_of(comparison: Comparison, object: Object) -> Chosen {
-    let name = "m".to_owned();
-    let shipped = Shipped::Module { name, object };
-    let side = [Side {
+    chosen(vec![side("m", comparison, object)])
+}
+
+/// Selects for changes of several modules: of each its name, and its file before and after.
+pub(crate) fn selected_of_modules(test: &str, modules: &[(&str, &str, &str)]) -> Chosen {
+    let side = |(name, before, after): &(&str, &str, &str)| {
+        let test = format!("{test}-{name}");
+        let object = Object::parse(&compiled(&test, before, false)).unwrap();
+        side(name, compared(&test, before, after), object)
+    };
+    chosen(modules.iter().map(side).collect())
+}
+
+fn side(name: &str, comparison: Comparison, object: Object) -> Side<'static> {
+    let shipped = Shipped::Module {
+        name: name.to_owned(),
+        object,
+    };
+    Side {
         source: "x.c".to_owned(),
         has_ftrace: true,
         places: Places::find(&comparison.before, &shipped),
         comparison,
         shipped,
-    }];
+    }
+}
+
+fn chosen(side: Vec<Side<'static>>) -> Chosen {
     let selection = Selection::of(&side, &exports());
     Chosen { side, selection }
 }
@@ -93,7 +112,7 @@ pub(crate) fn selected_of(comparison: Comparison, object: Object) -> Chosen {
 /// What the kernel exports.
 pub(crate) fn exports() -> Exports {
     Exports::parse(
-        "0x1\tprintk\tvmlinux\tEXPORT_SYMBOL\t\n0x3\tpanic\tvmlinux\tEXPORT_SYMBOL\t\n0x2\tsleepy\tvmlinux\tEXPORT_SYMBOL\t\n",
+        "0x1\tprintk\tvmlinux\tEXPORT_SYMBOL\t\n0x3\tpanic\tvmlinux\tEXPORT_SYMBOL\t\n0x4\tof_third\tlib/third\tEXPORT_SYMBOL\t\n0x2\tsleepy\tvmlinux\tEXPORT_SYMBOL\t\n",
     )
 }
 

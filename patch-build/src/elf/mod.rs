@@ -10,6 +10,8 @@ mod write;
 pub use read::ElfError;
 pub use write::write;
 
+use std::collections::BTreeMap;
+
 use object::elf;
 
 use crate::assembler::LOCALS;
@@ -26,6 +28,8 @@ pub struct Object {
     pub sections: Vec<Section>,
     /// All symbols. Index 0 is no symbol.
     pub symbols: Vec<Symbol>,
+    /// Livepatch symbols, by index, that are resolved when another object than their own is loaded, with that object.
+    pub resolved_with: BTreeMap<usize, String>,
 }
 
 /// A section with the relocations that change it.

@@ -1,6 +1,6 @@
 //! Reading an object file.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use object::LittleEndian as LE;
 use object::elf::{self, FileHeader64, SectionHeader64, Sym64};
@@ -80,6 +80,7 @@ impl Object {
         let mut object = Self {
             sections,
             symbols: Vec::with_capacity(symbols.len()),
+            resolved_with: BTreeMap::new(),
         };
         for (index, raw) in symbols.iter().enumerate() {
             let symbol = symbol(&symbols, SymbolIndex(index), raw, &object.sections)?;

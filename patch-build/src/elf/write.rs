@@ -138,7 +138,8 @@ fn relocations(
             r_type: elf::RelocationType(relocation.kind),
             r_addend: relocation.addend,
         };
-        match object.symbol(relocation).and_then(livepatch_object) {
+        let with = object.resolved_with.get(&relocation.symbol).map(String::as_str);
+        match with.or_else(|| object.symbol(relocation).and_then(livepatch_object)) {
             Some(of) => livepatch.entry(of).or_default().push(made),
             None => ordinary.push(made),
         }
@@ -205,6 +206,7 @@ mod tests {
                 symbol("exported", Place::Undefined, elf::STB_GLOBAL.0),
                 symbol("new", here, elf::STB_LOCAL.0),
             ],
+            resolved_with: BTreeMap::new(),
         }
     }
 

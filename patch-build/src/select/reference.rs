@@ -12,13 +12,8 @@ use crate::running::Shipped;
 /// A symbol that the module leaves to the guest.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum OutSymbol {
-    /// Exported to modules, by the kernel or by the module of that name.
-    Exported {
-        /// Its name.
-        name: String,
-        /// The module that exports it.
-        module: Option<String>,
-    },
+    /// Exported to modules by the kernel.
+    Exported(String),
     /// Any symbol of an object (`vmlinux` or a module).
     Livepatch {
         /// The object.
@@ -297,17 +292,20 @@ impl Resolver<'_, '_> {
         }
     }
 
-    /// A symbol that modules may use. One that the patched module itself exports is a livepatch symbol, else the patch could
-    /// not be loaded before that module.
+    /// A symbol that modules may use; none of the patched module itself. One that a module exports is a livepatch symbol, which is
+    /// found when the patched module is there, which needs that one: else the patch could not be loaded before them.
     fn exported(&self, of: &Side<'_>, name: &str) -> Option<OutSymbol> {
         let export = self.exports.get(name)?;
-        if export.module.is_some() && export.module.as_deref() == of.shipped.name() {
-            return None;
+        match &export.module {
+            None => Some(OutSymbol::Exported(name.to_owned())),
+            Some(module) if Some(module.as_str()) == of.shipped.name() => None,
+            // Of a name that is exported there is one.
+            Some(module) => Some(OutSymbol::Livepatch {
+                object: module.clone(),
+                name: name.to_owned(),
+                sympos: 0,
+            }),
         }
-        Some(OutSymbol::Exported {
-            name: name.to_owned(),
-            module: export.module.clone(),
-        })
     }
 
     fn unknown(&self, of: &Side<'_>, name: &str, by: &str) -> SelectError {

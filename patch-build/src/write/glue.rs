@@ -70,7 +70,7 @@ pub(crate) fn text(named: &Named<'_>, objects: &[ObjectOf<'_>]) -> String {
     info(&mut c, "livepatch", "Y");
     info(&mut c, "description", named.description);
     info(&mut c, "version", named.version);
-    info(&mut c, "depends", &named.depends.join(","));
+    info(&mut c, "depends", "");
     info(&mut c, "name", named.name);
     info(&mut c, "vermagic", named.vermagic);
     for namespace in &named.namespaces {
@@ -86,8 +86,6 @@ pub(crate) struct Named<'a> {
     pub description: &'a str,
     pub version: &'a str,
     pub vermagic: &'a str,
-    /// Modules that must be there first.
-    pub depends: Vec<&'a str>,
     /// Namespaces of the exported symbols that are used.
     pub namespaces: Vec<String>,
 }
@@ -191,10 +189,7 @@ fn add_symbol(output: &mut Output, places: &BTreeMap<usize, At>, symbol: &Symbol
         }
         Place::Undefined => match symbol.name.strip_prefix(NEW) {
             Some(index) => index.parse().ok(),
-            None => Some(output.out_symbol(&crate::select::OutSymbol::Exported {
-                name: symbol.name.clone(),
-                module: None,
-            })),
+            None => Some(output.out_symbol(&crate::select::OutSymbol::Exported(symbol.name.clone()), None)),
         },
         Place::Absolute(_) if symbol.kind == elf::STT_FILE.0 => None,
         _ => Some(output.add_symbol(symbol.clone())),

@@ -17,6 +17,8 @@ const FUNCTION_ALIGN: u64 = 16;
 /// Lays a selection out.
 pub(crate) struct Layer<'s, 'k> {
     resolver: Resolver<'s, 'k>,
+    /// True for a patch of several objects, one of which may not be loaded.
+    is_of_several: bool,
     pub output: Output,
     items: BTreeMap<Chosen, (At, usize)>,
     pieces: BTreeMap<Piece, At>,
@@ -35,7 +37,9 @@ struct Work {
 
 impl<'s, 'k> Layer<'s, 'k> {
     pub fn new(resolver: Resolver<'s, 'k>) -> Self {
+        let first = resolver.sides.first().map(|side| side.shipped.name());
         Self {
+            is_of_several: resolver.sides.iter().any(|side| Some(side.shipped.name()) != first),
             resolver,
             output: Output::new(),
             items: BTreeMap::new(),
@@ -76,7 +80,7 @@ impl<'s, 'k> Layer<'s, 'k> {
         let unit = &side.comparison.after;
         let item = unit.item(chosen.1);
         let section = unit.section_of(item);
-        let to = self.output.section(&kind(section));
+        let to = self.output.section(&self.kind_of(side, section));
         let (align, gap) = if item.is_function {
             (FUNCTION_ALIGN, FUNCTION_GAP)
         } else {
@@ -172,7 +176,7 @@ impl<'s, 'k> Layer<'s, 'k> {
             return none;
         };
         let bytes = section.bytes(piece.at.offset, piece.len).unwrap_or_default();
-        let to = self.output.section(&kind(section));
+        let to = self.output.section(&self.kind_of(side, section));
         let at = self.output.append(to, &bytes, alignment(section, piece.at.offset), 0);
         self.pieces.insert(piece, at);
         self.work.push(Work {
@@ -232,7 +236,9 @@ impl<'s, 'k> Layer<'s, 'k> {
                 let at = self.output.text(&text);
                 self.at(at, offset - bias)
             }
-            Reference::Running { symbol, offset } => (self.output.out_symbol(&symbol), offset - bias),
+            Reference::Running { symbol, offset } => {
+                (self.output.out_symbol(&symbol, side.shipped.name()), offset - bias)
+            }
             Reference::Carried { item, offset } => match self.items.get(&item) {
                 Some((_, symbol)) => (*symbol, offset - bias),
                 None => return Err(self.not_laid(side, section, work)),
@@ -272,6 +278,18 @@ impl<'s, 'k> Layer<'s, 'k> {
             at,
             len,
         })
+    }
+
+    /// The section for what a module's code or variables become: its own where the patch is for several objects, so that what a module
+    /// needs that is not loaded is only needed where it is.
+    fn kind_of(&self, side: &Side<'_>, section: &Section) -> Kind {
+        let mut kind = kind(section);
+        if let Some(module) = side.shipped.name().filter(|_| self.is_of_several)
+            && [".text", ".rodata", ".data", ".bss"].contains(&kind.name.as_str())
+        {
+            kind.name = format!("{}.{module}", kind.name);
+        }
+        kind
     }
 
     /// Symbol and addend that mean a place in the module.

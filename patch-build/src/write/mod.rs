@@ -7,6 +7,8 @@
 mod glue;
 mod layer;
 mod output;
+#[cfg(test)]
+mod parts;
 
 pub(crate) use glue::{Named, ObjectOf, add_glue, text};
 pub(crate) use layer::Layer;

@@ -7,6 +7,9 @@ use object::elf;
 use crate::elf::{At, Object, Place, Relocation, Section, Symbol};
 use crate::select::OutSymbol;
 
+/// How livepatch names the kernel image.
+const KERNEL: &str = "vmlinux";
+
 /// An object file that grows by pieces of sections.
 #[derive(Debug, Default)]
 pub(crate) struct Output {
@@ -16,7 +19,7 @@ pub(crate) struct Output {
     /// Symbols of sections, by section.
     section_symbols: BTreeMap<usize, usize>,
     /// Symbols that the guest resolves.
-    out_symbols: BTreeMap<OutSymbol, usize>,
+    out_symbols: BTreeMap<(OutSymbol, Option<String>), usize>,
     /// Text constants, by contents, with their offset.
     texts: BTreeMap<Vec<u8>, At>,
 }
@@ -115,13 +118,16 @@ impl Output {
         index
     }
 
-    /// A symbol that the guest resolves.
-    pub fn out_symbol(&mut self, of: &OutSymbol) -> usize {
-        if let Some(index) = self.out_symbols.get(of) {
+    /// A symbol that the guest resolves, for a part of the patch of module `by`: what another module has is there when that one is.
+    pub fn out_symbol(&mut self, of: &OutSymbol, by: Option<&str>) -> usize {
+        let is_others =
+            matches!(of, OutSymbol::Livepatch { object, .. } if object != KERNEL && Some(object.as_str()) != by);
+        let by = by.filter(|_| is_others).map(str::to_owned);
+        if let Some(index) = self.out_symbols.get(&(of.clone(), by.clone())) {
             return *index;
         }
         let made = match of {
-            OutSymbol::Exported { name, .. } => symbol(name, Place::Undefined),
+            OutSymbol::Exported(name) => symbol(name, Place::Undefined),
             OutSymbol::Weak(name) => Symbol {
                 binding: elf::STB_WEAK.0,
                 ..symbol(name, Place::Undefined)
@@ -131,7 +137,10 @@ impl Output {
             }
         };
         let index = self.add_symbol(made);
-        self.out_symbols.insert(of.clone(), index);
+        if let Some(by) = &by {
+            self.object.resolved_with.insert(index, by.clone());
+        }
+        self.out_symbols.insert((of.clone(), by), index);
         index
     }
 
@@ -141,21 +150,9 @@ impl Output {
         }
     }
 
-    /// The modules whose exports are used.
-    pub fn modules_used(&self) -> Vec<&str> {
-        let modules = self.out_symbols.keys().filter_map(|of| match of {
-            OutSymbol::Exported { module, .. } => module.as_deref(),
-            _ => None,
-        });
-        let mut modules: Vec<&str> = modules.collect();
-        modules.sort_unstable();
-        modules.dedup();
-        modules
-    }
-
     /// The symbols that the guest resolves.
     pub fn out_symbols(&self) -> impl Iterator<Item = &OutSymbol> {
-        self.out_symbols.keys()
+        self.out_symbols.keys().map(|(of, _)| of)
     }
 }
 
