@@ -73,6 +73,11 @@ fn a_6_1_rt_guest_with_2_vcpus_no_pti_and_5_levels_in_shared_ram_is_patched() {
 }
 
 #[test]
+fn a_6_12_rt_guest_with_2_vcpus_pti_and_4_levels_in_private_ram_is_patched() {
+    is_patched(K::RT_6_12, 2, On, Four, Private);
+}
+
+#[test]
 fn a_5_10_cloud_guest_with_2_vcpus_pti_and_4_levels_in_shared_ram_is_patched() {
     is_patched(K::CLOUD_5_10, 2, On, Four, Shared);
 }
@@ -80,4 +85,9 @@ fn a_5_10_cloud_guest_with_2_vcpus_pti_and_4_levels_in_shared_ram_is_patched() {
 #[test]
 fn a_7_2_cloud_guest_with_2_vcpus_no_pti_and_5_levels_in_private_ram_is_patched() {
     is_patched(K::CLOUD_7_2, 2, Off, Five, Private);
+}
+
+#[test]
+fn a_7_3_cloud_guest_with_1_vcpu_pti_and_5_levels_in_shared_ram_is_patched() {
+    is_patched(K::CLOUD_7_3, 1, On, Five, Shared);
 }

@@ -32,6 +32,18 @@ const PARAMETERS: &str =
     "parameters of the module, which the guest does not show: their variables have the values of the file";
 const OWNED: &str = "tells the kernel's own loader about the module as a whole, which that loader never sees";
 
+/// Numbers of types for BPF (include/linux/btf_ids.h), which count in the module's own BTF: the guest does not get that.
+const BTF_IDS: &str = ".BTF_ids";
+/// What may refer to them: from 7.3 on each class of trace events does (include/trace/trace_events.h), for a file in the guest's
+/// tracefs that those of a patch don't have. Nothing reads the numbers there.
+const EVENT_CLASSES: &str = ".ref.data";
+
+/// Why a section, by its name, may not be used by what is in section `from`; none where it may.
+pub(crate) fn bars(section: &str, from: &str) -> Option<&'static str> {
+    (section == BTF_IDS && from != EVENT_CLASSES)
+        .then_some("numbers of types for BPF, which mean something only with the module's own BTF, and the guest does not get that")
+}
+
 /// Section name, or its beginning where the pattern ends in `*`, and its duty. The first line that fits decides.
 #[rustfmt::skip]
 const TABLE: &[(&str, Duty)] = &[
@@ -99,6 +111,8 @@ const TABLE: &[(&str, Duty)] = &[
     ("__version_ext_crcs",      Drop(OWNED)),
     ("__version_ext_names",     Drop(OWNED)),
     (".note*",                  Drop(NAMES)),
+    // Only classes of trace events may refer to it (selection.rs).
+    (BTF_IDS,                   Place(RoData)),
     (".BTF*",                   Drop(NAMES)),
     (".printk_index",           Drop(NAMES)),
     ("__tracepoints_ptrs",      Drop(TRACING)),
@@ -196,6 +210,12 @@ mod tests {
             duty(&section(".data..ro_after_init", SHF_ALLOC.0 | SHF_WRITE.0)),
             Place(RoData)
         );
+    }
+
+    #[test]
+    fn only_classes_of_trace_events_may_use_numbers_of_types() {
+        assert!(bars(".BTF_ids", ".text").is_some() && bars(".BTF_ids", ".data").is_some());
+        assert_eq!((bars(".BTF_ids", ".ref.data"), bars(".rodata", ".text")), (None, None));
     }
 
     #[test]

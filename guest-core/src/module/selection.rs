@@ -1,7 +1,7 @@
 //! Which sections a patch needs: those of its functions, and all that they refer to, directly or through others.
 
 use super::alternatives::Alternative;
-use super::duty::{Duty, duty};
+use super::duty::{Duty, bars, duty};
 use super::image::{ImageError, Undefined};
 use super::jump_rows::JumpRows;
 use super::layout::AreaKind;
@@ -126,6 +126,15 @@ impl<'m, 'd> Selection<'m, 'd> {
                 let bugs = self.bugs;
                 let row = bugs.referred(module, at, relocation)?.and_then(|row| bugs.site(row));
                 let needed = row.unwrap_or(target);
+                let section = module.section_name(needed.section);
+                if let Some(reason) = bars(section, module.section_name(from)) {
+                    return Err(ImageError::NotPlaced {
+                        needed_by: module.place(at),
+                        symbol: symbol.name.to_owned(),
+                        section: section.to_owned(),
+                        reason,
+                    });
+                }
                 return self.need(needed.section, symbol.name, || module.place(at));
             }
             SymbolPlace::Undefined { weak } => (None, weak),
