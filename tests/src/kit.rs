@@ -101,6 +101,11 @@ impl Modules {
         text(hand_written::many(&self.tree, functions).expect("the module builds"))
     }
 
+    /// With the init and exit of kpatch-build itself.
+    pub fn kpatch_hook(&self) -> String {
+        text(hand_written::kpatch_hook(&self.tree).expect("the module builds"))
+    }
+
     /// `test_klp_livepatch` of the kernel's selftests.
     pub fn selftest(&self) -> String {
         text(hand_written::selftest(&self.tree).expect("the module builds"))

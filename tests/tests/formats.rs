@@ -77,6 +77,15 @@ fn a_module_of_every_tool_is_applied_from_every_kind_of_file() {
         assert_eq!(see(&guest, "pause"), Seen::Flawed);
     }
 
+    // What kpatch-build itself links with a patch: its init allocates and fills a klp_patch, its exit frees it.
+    let hooked = MODULES.kpatch_hook();
+    let said = vmpatch.run(&["check", "--json", &hooked]).expect(0).json();
+    assert_eq!(said["patches"][0]["module"]["format"], "kpatch-build");
+    vmpatch.run(&["apply", &hooked]).expect(0);
+    assert_eq!(see(&guest, "pause"), Seen::Fixed);
+    vmpatch.revert_all();
+    assert_eq!(see(&guest, "pause"), Seen::Flawed);
+
     // The bare command takes packed modules, too.
     vmpatch.run(&["--patches", folder.to_str().unwrap()]).expect(3);
     assert_eq!(

@@ -8,7 +8,7 @@ use std::path::PathBuf;
 use patch_build::source::package;
 
 use super::{Error, KernelTree, Module};
-use crate::cache;
+use crate::{cache, packages};
 
 macro_rules! text {
     ($path:literal) => {
@@ -57,6 +57,31 @@ pub fn exit_tail(tree: &KernelTree) -> Result<PathBuf, Error> {
         .source("exit_tail", text!("exit_tail"))
         .build(tree)
 }
+
+/// The package with what kpatch-build links patches with, and its version.
+const KPATCH: (&str, &str) = ("kpatch-build", "0.9.11-1.1");
+
+/// Builds `test-kpatch-hook`: [`Applied::Kpatch`]'s function and table, linked with kpatch-build's own init and exit out of Debian's
+/// package, as its Makefile does. Returns the `.ko` in the cache.
+pub fn kpatch_hook(tree: &KernelTree) -> Result<PathBuf, Error> {
+    let (name, version) = KPATCH;
+    let folder = packages::fetch_into(tree.cache(), name, Some(version))?.unpacked()?;
+    let read = |file: &str| {
+        let path = folder.join("usr/share/kpatch/patch").join(file);
+        fs::read_to_string(&path).map_err(cache::Error::io("read", &path))
+    };
+    Module::new("test-kpatch-hook")
+        .source("patch-hook", read("patch-hook.c")?)
+        .source("output", text!("kpatch_output"))
+        .header("livepatch-patch-hook.c", read("livepatch-patch-hook.c")?)
+        .header("kpatch-patch.h", read("kpatch-patch.h")?)
+        .header("kpatch_output.h", KPATCH_OUTPUT)
+        .linker_script(read("kpatch.lds.S")?)
+        .allow_undefined()
+        .build(tree)
+}
+
+const KPATCH_OUTPUT: &str = include_str!("../../modules/kpatch_output.h");
 
 /// Builds `test_klp_livepatch` of the kernel's own selftests, out of that kernel's source package. Returns the `.ko` in the cache.
 pub fn selftest(tree: &KernelTree) -> Result<PathBuf, Error> {
@@ -213,6 +238,7 @@ impl Applied {
             module
         };
         let module = match self {
+            Self::Kpatch => module.header("kpatch_output.h", KPATCH_OUTPUT),
             Self::Sections => module.header("vmpatch_trace.h", include_str!("../../modules/vmpatch_trace.h")),
             _ => module,
         };

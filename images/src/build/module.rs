@@ -23,7 +23,8 @@ const FLAGS: &str = "-g0 -Werror";
 pub struct Module {
     name: String,
     sources: Vec<Source>,
-    headers: Vec<(&'static str, &'static str)>,
+    headers: Vec<(&'static str, Cow<'static, str>)>,
+    linker_script: Option<Cow<'static, str>>,
     undefined_allowed: bool,
 }
 
@@ -43,6 +44,7 @@ impl Module {
             name: name.to_owned(),
             sources: Vec::new(),
             headers: Vec::new(),
+            linker_script: None,
             undefined_allowed: false,
         }
     }
@@ -60,8 +62,15 @@ impl Module {
 
     /// Adds a header, which the kernel's headers can include, too.
     #[must_use]
-    pub fn header(mut self, name: &'static str, text: &'static str) -> Self {
-        self.headers.push((name, text));
+    pub fn header(mut self, name: &'static str, text: impl Into<Cow<'static, str>>) -> Self {
+        self.headers.push((name, text.into()));
+        self
+    }
+
+    /// Has the objects linked by this script, which the C preprocessor reads first.
+    #[must_use]
+    pub fn linker_script(mut self, text: impl Into<Cow<'static, str>>) -> Self {
+        self.linker_script = Some(text.into());
         self
     }
 
@@ -100,7 +109,8 @@ impl Module {
                 .iter()
                 .flat_map(|source| [source.stem.as_str(), &*source.text]),
         );
-        inputs.extend(self.headers.iter().flat_map(|(name, text)| [*name, *text]));
+        inputs.extend(self.headers.iter().flat_map(|(name, text)| [*name, &**text]));
+        inputs.extend(self.linker_script.as_deref());
         let key = format!("modules/{}/{}-{}", tree.release(), self.name, digest(&inputs));
         let file = format!("{}.ko", self.name);
         let folder = tree.cache().folder(&key, |folder| {
@@ -123,8 +133,11 @@ impl Module {
             fs::write(&path, text).map_err(cache::Error::io("write", &path))
         };
         write("Kbuild", kbuild)?;
-        let mut headers = HEADERS.iter().chain(&self.headers);
-        headers.try_for_each(|(name, text)| write(name, text))?;
+        HEADERS.iter().try_for_each(|(name, text)| write(name, text))?;
+        self.headers.iter().try_for_each(|(name, text)| write(name, text))?;
+        if let Some(text) = &self.linker_script {
+            write("module.lds.S", text)?;
+        }
         for source in &self.sources {
             write(&format!("{}.c", source.stem), &source.text)?;
         }
@@ -164,6 +177,13 @@ impl Module {
             let objects: Vec<String> = self.sources.iter().map(|source| format!("{}.o", source.stem)).collect();
             // Writing to a string can't fail.
             let _ = writeln!(text, "{}-y := {}", self.name, objects.join(" "));
+        }
+        if self.linker_script.is_some() {
+            let _ = writeln!(
+                text,
+                "ldflags-y += -T $(src)/module.lds\ntargets += module.lds\n$(obj)/{}.o: $(obj)/module.lds",
+                self.name
+            );
         }
         for source in self.sources.iter().filter(|source| !source.checked) {
             let _ = writeln!(text, "OBJECT_FILES_NON_STANDARD_{}.o := y", source.stem);

@@ -1,0 +1,1 @@
+#include "kpatch_output.h"
