@@ -8,6 +8,7 @@ use e2e::ftrace::Ftrace;
 use e2e::kit::{self, Modules};
 use e2e::probe::{Seen, see};
 use e2e::report::states;
+use e2e::spoil::{Header, Spoiled};
 use e2e::vmpatch::Vmpatch;
 use images::build::hand_written::Applied;
 use images::guest::Guest;
@@ -77,6 +78,100 @@ fn a_function_of_a_module_is_patched_and_the_module_stays_until_revert() {
     vmpatch.revert_all();
     assert_eq!(target_says(&guest), OLD);
     unload_target(&guest).unwrap();
+}
+
+/// The checksum of a type in `__versions`: 8 bytes in front of the symbol's name (include/linux/module.h).
+fn checksum_at(module: &Spoiled, symbol: &str) -> usize {
+    let section = module.section("__versions").1;
+    let name = format!("{symbol}\0");
+    let entries = module.bytes()[section].chunks(64);
+    let index = entries
+        .into_iter()
+        .position(|entry| entry[8..].starts_with(name.as_bytes()));
+    index.unwrap_or_else(|| panic!("no {symbol}")) * 64
+}
+
+#[test]
+fn a_module_whose_checksums_of_types_are_not_the_guests_is_refused() {
+    let guest = guest();
+    let vmpatch = Vmpatch::on(&guest);
+    load_target(&guest);
+    let good = Spoiled::of(&MODULES.applied(Applied::Module));
+    let folder = std::env::temp_dir().join(format!("vmpatch-checksums-{}", std::process::id()));
+    fs::create_dir_all(&folder).unwrap();
+    let file = |name: &str, module: &Spoiled| {
+        let path = folder.join(name);
+        fs::write(&path, module.bytes()).unwrap();
+        path.to_str().unwrap().to_owned()
+    };
+    let other = |symbol| {
+        let at = checksum_at(&good, symbol);
+        good.clone().data("__versions", at, &[0xde, 0xad, 0xbe, 0xef])
+    };
+    // The module's own build did not know what another module exports: that symbol takes the place of another one.
+    let at = checksum_at(&good, "klp_enable_patch");
+    let of_module = good.clone().data("__versions", at + 8, b"vmpatch_target_exported\0");
+    for (name, module, words) in [
+        (
+            "image.ko",
+            other("sprintf"),
+            "compiled against another sprintf (checksum 0xefbeadde;",
+        ),
+        (
+            "layout.ko",
+            other("module_layout"),
+            "compiled against another module_layout",
+        ),
+        (
+            "module.ko",
+            of_module,
+            "compiled against another vmpatch_target_exported",
+        ),
+        (
+            "cut.ko",
+            good.clone().header("__versions", Header::Size, |size| size - 8),
+            "the last entry is cut off",
+        ),
+        (
+            "wide.ko",
+            good.clone().data("__versions", at + 4, &[1]),
+            "more than 32 bits",
+        ),
+    ] {
+        let file = file(name, &module);
+        for command in ["check", "apply"] {
+            let refused = vmpatch.run(&[command, &file]).expect(3);
+            assert!(refused.complaint().contains(words), "{words:?} is not in {refused}");
+        }
+    }
+    assert_eq!(target_says(&guest), OLD);
+
+    // Without any there is nothing to be compared: not loaded any more, for want of SHF_ALLOC.
+    let none = file(
+        "none.ko",
+        &good.clone().header("__versions", Header::Flags, |flags| flags & !2),
+    );
+    let said = "not verified: the module has no checksums of the types that it uses";
+    let answer = vmpatch.run(&["check", "--json", &none]).expect(0).json();
+    assert_eq!(answer["patches"][0]["checksums"], "none in module");
+    assert!(answer["patches"][0]["warnings"].to_string().contains(said), "{answer}");
+    let text = vmpatch.run(&["apply", &none]).expect(0);
+    assert!(text.to_string().contains(said), "{text}");
+    assert_eq!(target_says(&guest), OF_MODULE);
+    vmpatch.revert_all();
+    let answer = vmpatch
+        .run(&["check", "--json", &file("good.ko", &good)])
+        .expect(0)
+        .json();
+    assert_eq!(answer["patches"][0]["checksums"], "incomplete");
+    let said = "not verified: the module has no checksum of the type of vmpatch_target_exported";
+    assert!(answer["patches"][0]["warnings"].to_string().contains(said), "{answer}");
+    let whole = vmpatch
+        .run(&["check", "--json", &MODULES.applied(Applied::Pause)])
+        .expect(0);
+    assert_eq!(whole.json()["patches"][0]["checksums"], "compared");
+    unload_target(&guest).unwrap();
+    fs::remove_dir_all(folder).unwrap();
 }
 
 /// A kprobe holds the site, so the jump would have to stand behind it: where the module has a jump label.

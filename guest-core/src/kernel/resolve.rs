@@ -1,5 +1,6 @@
 //! Symbols for a module that is about to be linked against the guest's kernel.
 
+use super::exports::Export;
 use super::modules::{GuestModule, ModuleSymbol};
 use super::{KernelError, Live, exports, modules};
 use crate::addr::Gva;
@@ -63,6 +64,14 @@ impl<'a> GuestSymbols<'a> {
     /// Counts a module among the used ones.
     pub fn uses(&self, module: &GuestModule) {
         self.used.borrow_mut().insert(module.name.clone(), module.clone());
+    }
+
+    /// What the image exports as `name`, else a module. That module does not count as used.
+    pub fn export(&self, name: &str) -> Result<Option<Export>, KernelError> {
+        match exports::find(&self.live, name)? {
+            Some(export) => Ok(Some(export)),
+            None => Ok(modules::exporting(&self.live, self.modules()?, name)?.map(|(_, export)| export)),
+        }
     }
 
     fn exported_by_module(&self, name: &str) -> Result<Option<Gva>, KernelError> {

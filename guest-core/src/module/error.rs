@@ -49,6 +49,16 @@ pub enum ModuleError {
         /// The limit.
         max: usize,
     },
+    /// The module's checksums of types are not what the kernel's loader could compare.
+    #[error("{section}+{at:#x}: {problem}")]
+    Versions {
+        /// The section.
+        section: &'static str,
+        /// Bytes from its start.
+        at: usize,
+        /// What is wrong there.
+        problem: &'static str,
+    },
     /// A name that is not text.
     #[error("the name of {of} is not UTF-8: {found}")]
     Name {

@@ -59,6 +59,7 @@ mod testing;
 mod tests;
 mod this_module;
 mod thunks;
+mod versions;
 
 pub use alternatives::AltLayout;
 pub use error::ModuleError;
@@ -78,12 +79,10 @@ pub use rows::Table;
 pub use sections::{SectionId, SectionOffset};
 pub use sites::TableError;
 pub use this_module::ThisModuleUse;
+pub use versions::Version;
 
 use elf::Elf;
 use sections::{Relocation, Section, Symbol, SymbolPlace};
-
-/// Bytes of a `struct modversion_info`.
-const VERSION_BYTES: usize = 64;
 
 /// A livepatch module file that has been read and checked. It borrows the file's bytes.
 #[derive(Debug)]
@@ -151,19 +150,11 @@ impl<'d> PatchModule<'d> {
         section.map(|(_, section)| Note::parse(section.data)).transpose()
     }
 
-    /// What the module was compiled against: names of exported symbols and the checksums of their types (`__versions`,
-    /// `struct modversion_info` of include/linux/module.h: 8 bytes and a name of 56). Empty without `CONFIG_MODVERSIONS`.
-    pub fn versions(&self) -> impl Iterator<Item = (&'d str, u32)> {
-        let data = self
-            .section_named("__versions")
-            .map_or(&[][..], |(_, section)| section.data);
-        data.chunks_exact(VERSION_BYTES).filter_map(|entry| {
-            let (crc, name) = entry.split_first_chunk::<8>()?;
-            let name = name.split(|byte| *byte == 0).next()?;
-            // The kernel compares the low half only (kernel/module/version.c).
-            let crc = u32::try_from(u64::from_le_bytes(*crc) & 0xffff_ffff).ok()?;
-            Some((std::str::from_utf8(name).ok()?, crc))
-        })
+    /// The names of the symbols that it takes from others: those that the kernel's own loader looks for among exports.
+    pub fn undefined(&self) -> impl Iterator<Item = &'d str> {
+        let symbols = self.elf.symbols.iter().filter(|symbol| !symbol.name.is_empty());
+        let undefined = symbols.filter(|symbol| matches!(symbol.place, SymbolPlace::Undefined { .. }));
+        undefined.map(|symbol| symbol.name)
     }
 
     /// All sections that a loader gives memory to.

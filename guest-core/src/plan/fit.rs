@@ -1,10 +1,12 @@
 //! Whether a module was made for the guest's kernel.
 
 use super::{Refusal, this_module};
-use crate::kernel::{KernelError, Live, exports, livepatch, modules};
+use crate::kernel::resolve::GuestSymbols;
+use crate::kernel::{KernelError, Live, exports, livepatch};
 use crate::memory::VirtMemory;
 use crate::module::PatchModule;
 use crate::place::Registry;
+use std::collections::BTreeSet;
 
 /// Longest `vermagic` read.
 const VERMAGIC_BYTES_MAX: usize = 256;
@@ -64,10 +66,13 @@ fn check_vermagic(live: &Live<'_>, module: &str) -> Result<(), Refusal> {
 }
 
 /// Whether the types that a module was compiled against were compared with the guest's (`CONFIG_MODVERSIONS`).
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Checksums {
-    /// All that the module has were compared. A difference is a refusal.
+    /// All were compared. A difference is a refusal.
     Compared,
+    /// Those that the module has were compared; it has none of these symbols, which it takes from others and whose checksums the
+    /// guest has.
+    Incomplete(Vec<String>),
     /// The guest's kernel has them, the module has none.
     NotInModule,
     /// The guest's kernel has none (Debian's since 7.0).
@@ -75,34 +80,39 @@ pub enum Checksums {
 }
 
 /// Tells whether a module's checksums of types can be compared with the guest's.
-pub fn checksums(live: &Live<'_>, module: &PatchModule<'_>) -> Result<Checksums, KernelError> {
-    let kernel = exports::find(live, IN_EACH_KERNEL)?.and_then(|export| export.crc);
-    Ok(match (kernel, module.versions().next()) {
-        (None, _) => Checksums::NotInKernel,
-        (Some(_), None) => Checksums::NotInModule,
-        (Some(_), Some(_)) => Checksums::Compared,
+pub fn checksums(live: &Live<'_>, module: &PatchModule<'_>) -> Result<Checksums, Refusal> {
+    let live = &live.constant();
+    if exports::find(live, IN_EACH_KERNEL)?
+        .and_then(|export| export.crc)
+        .is_none()
+    {
+        return Ok(Checksums::NotInKernel);
+    }
+    let versions = module.versions()?;
+    if versions.is_empty() {
+        return Ok(Checksums::NotInModule);
+    }
+    let known: BTreeSet<_> = versions.iter().map(|(symbol, _)| *symbol).collect();
+    let guest = GuestSymbols::new(live);
+    let mut missing = Vec::new();
+    for symbol in module.undefined().filter(|symbol| !known.contains(symbol)) {
+        if guest.export(symbol)?.is_some_and(|export| export.crc.is_some()) {
+            missing.push(symbol.to_owned());
+        }
+    }
+    Ok(match missing.as_slice() {
+        [] => Checksums::Compared,
+        [..] => Checksums::Incomplete(missing),
     })
 }
 
-/// Where module and guest both have checksums of types, they must be the same, as the kernel's own loader demands: those of what
-/// the image exports, and of what the guest's modules export.
+/// Where module and guest both have checksums of types, they must be the same, as the kernel's own loader demands
+/// (kernel/module/version.c, `check_version`): those of what the image exports, and of what the guest's modules export.
 fn check_versions(live: &Live<'_>, module: &PatchModule<'_>) -> Result<(), Refusal> {
-    let mut modules = None;
-    for (symbol, crc) in module.versions() {
-        let guest = match exports::find(live, symbol)? {
-            Some(export) => Some(export),
-            None => {
-                let loaded = match modules.take() {
-                    Some(loaded) => loaded,
-                    None => modules::all(live)?,
-                };
-                let found = modules::exporting(live, &loaded, symbol)?.map(|(_, export)| export);
-                modules = Some(loaded);
-                found
-            }
-        };
-        let guest = guest.and_then(|export| export.crc);
-        if let Some(guest) = guest.filter(|guest| *guest != crc) {
+    let guest = GuestSymbols::new(live);
+    for (symbol, crc) in module.versions()? {
+        let found = guest.export(symbol)?.and_then(|export| export.crc);
+        if let Some(guest) = found.filter(|guest| *guest != crc) {
             return Err(Refusal::Version {
                 symbol: symbol.to_owned(),
                 module: crc,

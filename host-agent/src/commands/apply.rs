@@ -177,6 +177,13 @@ fn say_what_it_was_made_for(patch: &mut Patch, session: &Session, module: Option
     patch.verified = Some(Verified::of(module, record));
     let (state, warning) = match plan::checksums(&session.live(), module) {
         Ok(Checksums::Compared) => ("compared", None),
+        Ok(Checksums::Incomplete(symbols)) => (
+            "incomplete",
+            Some(format!(
+                "not verified: the module has no checksum of the type of {}, which the guest has",
+                symbols.join(", ")
+            )),
+        ),
         Ok(Checksums::NotInKernel) => ("none in kernel", None),
         Ok(Checksums::NotInModule) => (
             "none in module",
