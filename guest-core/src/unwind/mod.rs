@@ -11,6 +11,7 @@
 mod bpf;
 pub mod code;
 mod error;
+mod kretprobes;
 pub(crate) mod list;
 mod modules;
 pub mod orc;

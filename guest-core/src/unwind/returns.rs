@@ -4,14 +4,16 @@
 //! their own code's (`return_to_handler`, `arch_rethook_trampoline`) and keep the real one beside the stack:
 //! - function graph: `task->ret_stack`, up to 6.9 an array of `struct ftrace_ret_stack` up to index
 //!   `curr_ret_stack`, from 6.10 words up to offset `curr_ret_stack` in which such structs lie (kernel/trace/fgraph.c);
-//! - rethook: the list `task->rethooks` of `struct rethook_node` (kernel/trace/rethook.c, 6.1's kretprobes and later).
+//! - rethook: the list `task->rethooks` of `struct rethook_node` (kernel/trace/rethook.c, 6.1's kretprobes and later);
+//! - kretprobes up to 5.10: [`super::kretprobes`].
 //!
 //! A scan for old functions would call a task safe that is about to return into one. So where a trampoline is on a
 //! stack, only a walk decides. Both remember the place on the stack: the walk finds the address that belongs there,
 //! whatever their order. Where it finds none, the stack is not safe: a kernel that keeps them in another way
-//! (kretprobes up to 5.17), or one stopped between replacing the address and noting it down (`rethook_hook`).
+//! (kretprobes of 5.11 to 5.17), or one stopped between replacing the address and noting it down (`rethook_hook`).
 
 use super::error::{SetupError, UnwindError};
+use super::kretprobes::Kretprobes;
 use super::view::KernelView;
 use crate::addr::Gva;
 use crate::btf::BtfError;
@@ -53,6 +55,7 @@ pub struct Returns {
     code: Vec<Range<Gva>>,
     graph: Option<Graph>,
     rethook: Option<Rethook>,
+    kretprobes: Option<Kretprobes>,
 }
 
 #[derive(Debug, Clone)]
@@ -90,6 +93,7 @@ impl Returns {
             code,
             graph: graph(view)?,
             rethook: rethook(view)?,
+            kretprobes: Kretprobes::find(view)?,
         })
     }
 
@@ -118,6 +122,9 @@ impl Returns {
         }
         if let Some(rethook) = &self.rethook {
             rethook.collect(view, task, &mut found)?;
+        }
+        if let Some(kretprobes) = &self.kretprobes {
+            kretprobes.collect(view, task, &mut found)?;
         }
         Ok(found)
     }
