@@ -22,12 +22,13 @@ use crate::cache::{self, Cache};
 use crate::command;
 
 /// Names and texts of all programs.
-const PROGRAMS: [(&str, &str); 30] = [
+const PROGRAMS: [(&str, &str); 31] = [
     ("assoclen", include_str!("../../programs/assoclen.c")),
     ("exit_tail", include_str!("../../programs/exit_tail.c")),
     ("faults", include_str!("../../programs/faults.c")),
     ("fexit", include_str!("../../programs/fexit.c")),
     ("forks", include_str!("../../programs/forks.c")),
+    ("hash", include_str!("../../programs/hash.c")),
     ("insmods", include_str!("../../programs/insmods.c")),
     ("kstrtoint", include_str!("../../programs/kstrtoint.c")),
     ("load", include_str!("../../programs/load.c")),
