@@ -6,6 +6,7 @@ pub mod functions;
 pub mod includers;
 pub mod package;
 pub mod patch;
+pub mod slice;
 mod tokens;
 
 use std::path::PathBuf;
