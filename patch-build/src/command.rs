@@ -78,7 +78,7 @@ fn result(program: &str, args: &[&str], output: io::Result<Output>) -> Result<Ve
 }
 
 /// The last [`STDERR_TAIL_BYTES`] of a text, without the line break at its end.
-fn tail(text: &[u8]) -> String {
+pub(crate) fn tail(text: &[u8]) -> String {
     let start = text.len().saturating_sub(STDERR_TAIL_BYTES);
     String::from_utf8_lossy(text.get(start..).unwrap_or_default())
         .trim()

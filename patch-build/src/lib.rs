@@ -9,6 +9,7 @@
 //! - [`tree`] is that source made ready to compile single files of it, with the kernel's own [`compiler`] and [`binutils`], which
 //!   [`toolchain`] takes out of packages where the machine has them not;
 //! - [`facts`] is what is known of the kernel: its image, symbols, exports, configuration;
+//! - [`plan`] is what the kernel's own build would compile, and how;
 //! - [`touched`] says which of the kernel's files the change gets into;
 //! - [`compile`] makes a [`pair`] of a source file: its object file before and after the change;
 //! - [`mod@compare`] finds what differs between the two, function by function, with what debug information tells ([`types`]);
@@ -36,6 +37,7 @@ pub mod headers;
 pub mod kernel_files;
 pub mod packages;
 pub mod pair;
+pub mod plan;
 pub mod request;
 pub mod running;
 pub mod runtime;

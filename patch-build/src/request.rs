@@ -109,7 +109,8 @@ impl Error {
             Self::Change(_) => true,
             Self::Tree(error) => matches!(error, tree::Error::Config { .. } | tree::Error::Toolchain(_)),
             Self::Touched(touched::Error::Compile(error)) | Self::Compile(error) => is_refusal_of_code(error),
-            Self::Touched(touched::Error::Files(_) | touched::Error::Modules(_)) | Self::Facts(_) => false,
+            Self::Touched(touched::Error::Files(_) | touched::Error::Modules(_) | touched::Error::Plan(_))
+            | Self::Facts(_) => false,
             Self::Touched(_) => true,
         }
     }
@@ -121,8 +122,13 @@ fn is_refusal_of_code(error: &compile::Error) -> bool {
 
 /// Builds what is asked for: fetches and prepares what is not in the cache, changes the source, compiles, compares, writes.
 ///
-/// `progress` is told what takes time.
-pub fn build(cache: &Cache, request: &Request, progress: &dyn Fn(&str)) -> Result<Built, Error> {
+/// `progress` is told what takes time, `warning` what the operator has to know: what of the change is left out.
+pub fn build(
+    cache: &Cache,
+    request: &Request,
+    progress: &dyn Fn(&str),
+    warning: &dyn Fn(&str),
+) -> Result<Built, Error> {
     check_name(&request.name)?;
     let target = match &request.kernel {
         KernelChoice::Package(name) => Target::package(cache, name, progress)?,
@@ -145,6 +151,9 @@ pub fn build(cache: &Cache, request: &Request, progress: &dyn Fn(&str)) -> Resul
         modules: target.modules.clone(),
     })?;
     let touched = touched::find(&tree, &facts, &change, progress)?;
+    for (file, why) in &touched.left_out {
+        warning(&format!("{file} is left out: {why}"));
+    }
     let pairs = compile::after(&tree, touched.units, &change.files, progress)?;
     progress("comparing");
     let mut sources = target.packages;

@@ -2,20 +2,20 @@
 
 use std::collections::BTreeSet;
 use std::fs;
-use std::path::Path;
 
 use object::{Object, ObjectSymbol, SymbolKind};
 
+use crate::cache;
 use crate::compile::{self, Unit};
 use crate::facts::{Config, KernelFacts, ModuleError};
-use crate::source::c_text;
+use crate::plan::{self, Plan, Planned};
 use crate::source::change::Change;
-use crate::source::includers::{self, Includers};
+use crate::source::included_c;
+use crate::source::includers::{Index, Read};
 use crate::tree::Tree;
-use crate::{cache, facts};
 
-/// A changed header that gets into more files than these would take as long as a kernel.
-const FILES_MAX: usize = 100;
+/// Where a tree notes that what the build makes for single files has been made.
+const MADE: &str = "vmpatch-made";
 
 /// Why it could not be told.
 #[derive(Debug, thiserror::Error)]
@@ -26,6 +26,9 @@ pub enum Error {
     /// The list of modules could not be read.
     #[error(transparent)]
     Modules(#[from] ModuleError),
+    /// The kernel's build does not say what it compiles.
+    #[error(transparent)]
+    Plan(#[from] plan::Error),
     /// A file could not be compiled.
     #[error(transparent)]
     Compile(#[from] compile::Error),
@@ -37,33 +40,6 @@ pub enum Error {
         /// The cause.
         source: object::Error,
     },
-    /// The kernel does not have that file's code.
-    #[error("{file} is not part of kernel {release}: {reason}")]
-    NotInKernel {
-        /// The source file.
-        file: String,
-        /// The kernel's release.
-        release: String,
-        /// What was looked for.
-        reason: String,
-    },
-    /// The header is included nearly everywhere.
-    #[error(
-        "{} may get into {found} files of the kernel; more than {FILES_MAX} are not compiled for one patch",
-        headers.join(", ")
-    )]
-    TooMany {
-        /// The changed headers.
-        headers: Vec<String>,
-        /// How many files include them.
-        found: usize,
-    },
-    /// The header is read for every file.
-    #[error("{} gets into every file of the kernel, as the compiler reads it first of all", headers.join(", "))]
-    Everything {
-        /// The changed headers.
-        headers: Vec<String>,
-    },
     /// Code of any file may be in any other.
     #[error("kernel {release} was optimised as a whole ({setting}): code of one file may be inlined in every other")]
     Whole {
@@ -72,27 +48,45 @@ pub enum Error {
         /// The setting that says so.
         setting: String,
     },
+    /// Code is changed that no patch of the kernel reaches.
+    #[error("{file} is changed, and compiled {what}: no patch of a running kernel can replace that")]
+    NotOfKernel {
+        /// The changed file.
+        file: String,
+        /// For what.
+        what: &'static str,
+    },
+    /// An object is linked into more than one module.
+    #[error("{file} is linked into more than one module ({modules}): a patch for it is not made yet")]
+    Shared {
+        /// The source file.
+        file: String,
+        /// The modules.
+        modules: String,
+    },
     /// Nothing of the kernel is made of what was changed.
-    #[error("no file of kernel {release} includes {}", headers.join(", "))]
+    #[error("nothing of kernel {release} is made of what was changed: {}", left_out.join(", "))]
     Nowhere {
-        /// The changed headers.
-        headers: Vec<String>,
+        /// Each changed file, and why it is left out.
+        left_out: Vec<String>,
         /// The kernel's release.
         release: String,
     },
 }
 
 /// Where a change gets into.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct Touched {
     /// The C files, compiled as they are.
     pub units: Vec<Unit>,
     /// Places that may have changed code in them, and could not be compiled: file, and why.
     pub not_compiled: Vec<(String, String)>,
+    /// Places that the change gets into and that are none of the running kernel: file, and why.
+    pub left_out: Vec<(String, String)>,
 }
 
-/// Finds the C files that the change is in or that include a changed file, as far as this kernel is made of them, and compiles them
-/// as they are.
+/// Finds the C files that the change is in or that read a changed file, as far as this kernel is made of them and their code may
+/// change, and compiles them as they are.
 ///
 /// Code of a file is inlined in that file, or where the file is included; nowhere else, as long as the linker does not
 /// optimise. So no debug information of the whole kernel is needed to find inlined copies.
@@ -102,34 +96,247 @@ pub fn find(tree: &Tree, facts: &KernelFacts, change: &Change, progress: &dyn Fn
     check_link(&facts.config, &facts.release)?;
     let changed: Vec<&str> = change.files.keys().map(String::as_str).collect();
     progress("looking for files that include what changed");
-    let includers = includers::find(tree.source(), &changed)?;
-    if includers.everything {
-        let headers = changed.iter().map(|file| (*file).to_owned()).collect();
-        return Err(Error::Everything { headers });
-    }
-    // A file that others include may have no object of its own.
-    let is_alone = |file: &&str| file.ends_with(".c") && !includers.included.contains(*file);
-    let (alone, included): (Vec<&str>, Vec<&str>) = changed.iter().partition(|file| is_alone(file));
-    let mut units = compile::before(tree, &alone, progress)?;
-    for unit in &units {
-        if let Some(reason) = missing(unit, facts)? {
-            return Err(Error::NotInKernel {
-                file: unit.source.clone(),
-                release: facts.release.clone(),
-                reason,
-            });
-        }
-    }
-    let mut touched = including(tree, facts, &included, &includers, progress)?;
-    units.retain(|unit| touched.units.iter().all(|other| other.source != unit.source));
-    touched.units.splice(0..0, units);
-    if touched.units.is_empty() {
-        return Err(Error::Nowhere {
-            headers: changed.iter().map(|file| (*file).to_owned()).collect(),
-            release: facts.release.clone(),
+    let may_be_included =
+        !changed.iter().all(|file| file.ends_with(".c")) || included_c::may_be_included(tree, &changed)?;
+    if !may_be_included
+        && included_c::are_of_their_folders(tree.source(), &changed)
+        && let Some(units) = alone(tree, facts, &changed, progress)?
+    {
+        return Ok(Touched {
+            units,
+            ..Touched::default()
         });
     }
-    Ok(touched)
+    let plan = Plan::of(tree, &facts.release, &facts.modules.names()?, progress)?;
+    let mut reads = reads(tree, &plan, &changed, may_be_included, progress);
+    if !may_be_included {
+        // Whatever could not be followed does not lead to what nobody includes.
+        reads.iter_mut().for_each(|read| read.unknown = false);
+    }
+    Search {
+        tree,
+        facts,
+        change,
+        progress,
+    }
+    .touched(&plan, &reads)
+}
+
+/// C files that no other includes, compiled by themselves; `None` where one of them is not part of the kernel, or not by itself.
+fn alone(
+    tree: &Tree,
+    facts: &KernelFacts,
+    changed: &[&str],
+    progress: &dyn Fn(&str),
+) -> Result<Option<Vec<Unit>>, Error> {
+    let units = match compile::before(tree, changed, progress) {
+        Err(compile::Error::Before { .. } | compile::Error::NoCommand { .. }) => return Ok(None),
+        units => units?,
+    };
+    for unit in &units {
+        if !unit.is_of_running_kernel() || missing(unit, facts)?.is_some() {
+            return Ok(None);
+        }
+    }
+    Ok(Some(units))
+}
+
+/// What the compiler reads for each object of the plan. Files that the build makes for single objects are made first: what they
+/// include is not known before.
+fn reads(tree: &Tree, plan: &Plan, changed: &[&str], may_be_included: bool, progress: &dyn Fn(&str)) -> Vec<Read> {
+    let read = || -> Vec<Read> {
+        let mut index = Index::new(tree.source(), tree.folder(), plan);
+        plan.objects
+            .iter()
+            .map(|planned| index.read(planned, changed))
+            .collect()
+    };
+    let reads = read();
+    let made = tree.folder().join(MADE);
+    let unknown: Vec<&str> = plan
+        .objects
+        .iter()
+        .zip(&reads)
+        .filter(|(planned, read)| read.unknown && planned.is_of_running_kernel())
+        .map(|(planned, _)| planned.object.as_str())
+        .collect();
+    if unknown.is_empty() || !may_be_included || (tree.is_fixed() && made.exists()) {
+        return reads;
+    }
+    progress("making the files that the kernel's build makes for single objects");
+    compile::make(tree, &unknown, progress);
+    // Without this note they are made once more.
+    drop(fs::write(made, ""));
+    read()
+}
+
+/// What a search goes by.
+struct Search<'a> {
+    tree: &'a Tree,
+    facts: &'a KernelFacts,
+    change: &'a Change,
+    progress: &'a dyn Fn(&str),
+}
+
+impl Search<'_> {
+    fn touched(&self, plan: &Plan, reads: &[Read]) -> Result<Touched, Error> {
+        let mut touched = Touched::default();
+        let is_changed = |planned: &Planned| !planned.made && self.change.files.contains_key(&planned.source);
+        let concerned: Vec<(&Planned, &Read)> = plan
+            .objects
+            .iter()
+            .zip(reads)
+            .filter(|(_, read)| read.unknown || !read.changed.is_empty())
+            .collect();
+        let (running, others): (Vec<&Planned>, Vec<&Planned>) = concerned
+            .iter()
+            .map(|(planned, _)| *planned)
+            .partition(|planned| what_for(planned).is_none());
+        let (certain, maybe): (Vec<&Planned>, Vec<&Planned>) = running.iter().partition(|planned| is_changed(planned));
+        for planned in &others {
+            self.outside(planned, is_changed(planned), &running, &mut touched)?;
+        }
+        let differ = compile::changed_code(self.tree, &maybe, &self.change.files, self.progress)?;
+        let maybe = maybe
+            .into_iter()
+            .zip(differ)
+            .filter(|(_, differs)| *differs)
+            .map(|(planned, _)| planned);
+        let (assembly, maybe): (Vec<&Planned>, Vec<&Planned>) =
+            maybe.partition(|planned| planned.source.ends_with(".S"));
+        let mut wanted = certain.clone();
+        wanted.extend(maybe);
+        touched.not_compiled.extend(assembly.iter().map(|planned| {
+            let why = "what it includes changes, and assembly is not compared";
+            (planned.source.clone(), why.to_owned())
+        }));
+        self.compile(&wanted, &mut touched)?;
+        let of_running = concerned.iter().filter(|(planned, _)| what_for(planned).is_none());
+        let read: BTreeSet<&str> = of_running
+            .flat_map(|(_, read)| read.changed.iter().map(String::as_str))
+            .collect();
+        self.left_out(&read, &mut touched)?;
+        Ok(touched)
+    }
+
+    /// Compiles what is to be compared.
+    fn compile(&self, wanted: &[&Planned], touched: &mut Touched) -> Result<(), Error> {
+        for planned in wanted {
+            if let Some(modules) = planned.module().filter(|module| module.contains(':')) {
+                return Err(Error::Shared {
+                    file: planned.source.clone(),
+                    modules: modules.replace(':', ", "),
+                });
+            }
+        }
+        // What is named after another file would be taken for that one's.
+        let (own, others): (Vec<&Planned>, Vec<&Planned>) =
+            wanted.iter().partition(|planned| planned.is_named_after_source());
+        let units = compile::planned(self.tree, &own, self.progress)?;
+        for planned in own.iter().chain(&others) {
+            if !units.iter().any(|unit| unit.source == planned.source) {
+                let why = "what it includes changes, and it does not compile here";
+                touched.not_compiled.push((planned.source.clone(), why.to_owned()));
+            }
+        }
+        for unit in units {
+            match missing(&unit, self.facts)? {
+                None => touched.units.push(unit),
+                Some(reason) => touched.left_out.push((unit.source, reason)),
+            }
+        }
+        Ok(())
+    }
+
+    /// An object that the running kernel has no code of.
+    fn outside(
+        &self,
+        planned: &Planned,
+        is_changed: bool,
+        running: &[&Planned],
+        touched: &mut Touched,
+    ) -> Result<(), Error> {
+        let Some(place) = what_for(planned) else {
+            return Ok(());
+        };
+        if place == VDSO {
+            let is_same = || compile::changed_code(self.tree, &[planned], &self.change.files, self.progress);
+            if is_changed || is_same()?.contains(&true) {
+                return Err(Error::NotOfKernel {
+                    file: planned.source.clone(),
+                    what: place,
+                });
+            }
+        } else if is_changed {
+            let is_running = running.iter().any(|other| other.source == planned.source);
+            if is_running {
+                let why = format!("it is compiled {place}, too: only the kernel's own copy is patched");
+                touched.left_out.push((planned.source.clone(), why));
+            } else {
+                touched
+                    .left_out
+                    .push((planned.source.clone(), format!("it is compiled {place}")));
+            }
+        }
+        Ok(())
+    }
+
+    /// Says which of the changed files are none of this kernel, and refuses where that is all of them.
+    fn left_out(&self, read: &BTreeSet<&str>, touched: &mut Touched) -> Result<(), Error> {
+        for file in self.change.files.keys().filter(|file| !read.contains(file.as_str())) {
+            if !touched.left_out.iter().any(|(name, _)| name == file) {
+                let why = format!("no code of kernel {} is made of it", self.facts.release);
+                touched.left_out.push((file.clone(), why));
+            }
+        }
+        if !read.is_empty() || !touched.units.is_empty() || !touched.not_compiled.is_empty() {
+            return Ok(());
+        }
+        Err(Error::Nowhere {
+            left_out: touched
+                .left_out
+                .iter()
+                .map(|(file, why)| format!("{file}: {why}"))
+                .collect(),
+            release: self.facts.release.clone(),
+        })
+    }
+}
+
+/// The vDSO: the kernel maps it into processes, and does not run it.
+const VDSO: &str = "for the vDSO, which processes run";
+
+/// What an object is for that is not of the running kernel; `None` for those that are.
+fn what_for(planned: &Planned) -> Option<&'static str> {
+    const FOLDERS: [(&str, &str); 8] = [
+        ("arch/x86/boot/startup/", ""),
+        ("arch/x86/boot/", "for what runs before the kernel does"),
+        ("arch/x86/realmode/", "for what starts other processors"),
+        (
+            "arch/x86/purgatory/",
+            "for what runs between this kernel and the next (kexec)",
+        ),
+        ("drivers/firmware/efi/libstub/", "for what runs before the kernel does"),
+        ("scripts/", "for the build itself"),
+        ("tools/", "for the build itself"),
+        ("usr/", "for the first programs"),
+    ];
+    let is_below = |folder: &str| planned.object.starts_with(folder);
+    if let Some((_, what)) = FOLDERS
+        .iter()
+        .find(|(folder, _)| is_below(folder))
+        .filter(|(_, what)| !what.is_empty())
+    {
+        return Some(what);
+    }
+    if planned.is_of_running_kernel() {
+        return None;
+    }
+    Some(if is_below("arch/x86/entry/vdso/") {
+        VDSO
+    } else {
+        "for another place in memory than the kernel's"
+    })
 }
 
 /// Refuses a kernel whose files were not compiled one by one (Kconfig of 6.1: `LTO_CLANG_FULL`, `LTO_CLANG_THIN`).
@@ -142,67 +349,6 @@ fn check_link(config: &Config, release: &str) -> Result<(), Error> {
             setting: format!("CONFIG_{setting}"),
         }),
     }
-}
-
-/// Of the files that others include: those that include them, and themselves where they are compiled by themselves, too.
-fn including(
-    tree: &Tree,
-    facts: &KernelFacts,
-    included: &[&str],
-    includers: &Includers,
-    progress: &dyn Fn(&str),
-) -> Result<Touched, Error> {
-    let folders = module_folders(facts)?;
-    let mut files: BTreeSet<&str> = BTreeSet::new();
-    for file in included.iter().copied().chain(includers.c.iter().map(String::as_str)) {
-        let is_named = includers::has_own_object(tree.source(), file)?;
-        if is_named && may_be_in_kernel(tree.source(), facts, &folders, file)? {
-            files.insert(file);
-        }
-    }
-    if files.len() > FILES_MAX {
-        return Err(Error::TooMany {
-            headers: included.iter().map(|file| (*file).to_owned()).collect(),
-            found: files.len(),
-        });
-    }
-    let files: Vec<&str> = files.into_iter().collect();
-    let mut units = compile::before_where_possible(tree, &files, progress)?;
-    let mut not_compiled = Vec::new();
-    for file in files {
-        let compiled = units.iter().any(|unit| unit.source == file);
-        if !compiled && is_of_kernel(&functions(tree.source(), file)?, facts) {
-            not_compiled.push((
-                file.to_owned(),
-                "it includes what changed, and does not compile here".to_owned(),
-            ));
-        }
-    }
-    let not_running = |file: &&String| {
-        ["arch/x86/boot/", "arch/x86/realmode/", "arch/x86/purgatory/"]
-            .iter()
-            .any(|folder| file.starts_with(folder))
-    };
-    let assembly = includers.assembly.iter().filter(|file| !not_running(file));
-    not_compiled.extend(assembly.map(|file| {
-        (
-            file.clone(),
-            "it includes what changed, and assembly is not compared".to_owned(),
-        )
-    }));
-    let mut in_kernel = Vec::new();
-    for unit in units.drain(..) {
-        let concerned = included
-            .iter()
-            .any(|file| unit.source == *file || unit.includes(tree, file));
-        if concerned && missing(&unit, facts)?.is_none() {
-            in_kernel.push(unit);
-        }
-    }
-    Ok(Touched {
-        units: in_kernel,
-        not_compiled,
-    })
 }
 
 /// What the kernel lacks of a file that was compiled for it; `None` where it is part of the kernel.
@@ -236,63 +382,6 @@ fn missing(unit: &Unit, facts: &KernelFacts) -> Result<Option<String>, Error> {
 
 fn is_symbol(facts: &KernelFacts, name: &str) -> bool {
     facts.symbols.named(name).next().is_some()
-}
-
-/// The folders of the source that modules come from.
-fn module_folders(facts: &KernelFacts) -> Result<BTreeSet<String>, facts::ModuleError> {
-    let folder = |file: &String| {
-        let file = file.strip_prefix("kernel/").unwrap_or(file);
-        file.rsplit_once('/').map(|(folder, _)| folder.to_owned())
-    };
-    Ok(facts.modules.list()?.iter().filter_map(folder).collect())
-}
-
-/// Spares most files that this kernel is not made of being compiled: a file has a function among the kernel's symbols, or a
-/// module comes from its folder or one above.
-fn may_be_in_kernel(
-    source: &Path,
-    facts: &KernelFacts,
-    module_folders: &BTreeSet<String>,
-    file: &str,
-) -> Result<bool, cache::Error> {
-    let mut folder = file;
-    while let Some((above, _)) = folder.rsplit_once('/') {
-        if module_folders.contains(above) {
-            return Ok(true);
-        }
-        folder = above;
-    }
-    let functions = functions(source, file)?;
-    // What macros make, or another file has that this one includes, has other names.
-    let is_plain = |function: &(String, bool)| !function.1;
-    Ok(!functions.iter().any(is_plain)
-        || functions
-            .iter()
-            .any(|(name, is_made)| *is_made || is_symbol(facts, name)))
-}
-
-/// The functions that a file's text defines: name, and whether a macro makes it.
-fn functions(source: &Path, file: &str) -> Result<Vec<(String, bool)>, cache::Error> {
-    let path = source.join(file);
-    let text = fs::read(&path).map_err(cache::Error::io("read", &path))?;
-    let text = String::from_utf8_lossy(&text);
-    let functions = c_text::functions(&text);
-    Ok(functions
-        .iter()
-        .map(|function| (function.name.to_owned(), function.made_by.is_some()))
-        .collect())
-}
-
-/// Whether most of a file's functions are the kernel's: then it is part of it. Names of static functions are not rare enough to
-/// go by one of them.
-fn is_of_kernel(functions: &[(String, bool)], facts: &KernelFacts) -> bool {
-    let plain: Vec<&String> = functions
-        .iter()
-        .filter(|(_, is_made)| !is_made)
-        .map(|(name, _)| name)
-        .collect();
-    let found = plain.iter().filter(|name| is_symbol(facts, name)).count();
-    found > 0 && found * 2 >= plain.len()
 }
 
 #[cfg(test)]

@@ -32,6 +32,8 @@ const OTHER_SETTINGS: &str = "vmpatch-other-settings";
 const ASSEMBLER: &str = "vmpatch-assembler";
 /// The last file of a tree: one without it is not ready.
 const READY: &str = "vmpatch-vermagic";
+/// A copy of a tree without its objects, for a run of make that makes nothing.
+const DRY: &str = "vmpatch-dry";
 
 /// Why a tree could not be made ready.
 #[derive(Debug, thiserror::Error)]
@@ -92,7 +94,6 @@ impl Tree {
         let lock = cache.lock(&format!("builds/{}_{id}", target.release))?;
         let folder = lock.entry().to_owned();
         let mut make = vec![
-            format!("O={}", folder.display()),
             format!("KERNELRELEASE={}", target.release),
             format!("CC={}", compiler),
             format!("HOSTCC={}", host_compiler(&toolchain)),
@@ -166,12 +167,9 @@ impl Tree {
 
     /// Runs make in the source for `goals`.
     fn make(&self, search_path: &str, goals: &[&str]) -> Result<(), command::Error> {
-        let jobs = std::thread::available_parallelism().map_or(1, usize::from);
-        let jobs = format!("-j{jobs}");
-        // Where this runs under another make, that one's flags are none of ours.
-        let path = format!("PATH={search_path}");
-        let mut args = vec!["-u", "MAKEFLAGS", "-u", "MFLAGS", &path, "make", "-s", &jobs];
-        args.extend(self.make.iter().map(String::as_str));
+        let args = self.make_args(search_path, &format!("O={}", self.folder.display()));
+        let mut args: Vec<&str> = args.iter().map(String::as_str).collect();
+        args.push("-s");
         args.extend(goals);
         command::output("env", &args, &self.source).map(drop)
     }
@@ -179,6 +177,50 @@ impl Tree {
     /// Makes objects of the kernel's own C files, in which every reference names what is meant.
     pub(crate) fn compile(&self, goals: &[&str]) -> Result<(), command::Error> {
         self.make(&self.naming_path(), goals)
+    }
+
+    /// What make says that it would run for the whole kernel, were there no object yet, and the end of its complaints: of files that
+    /// only a whole build has, so that they are no error.
+    pub(crate) fn dry_run(&self) -> Result<(Vec<u8>, String), Error> {
+        /// What a prepared tree has beside objects of the kernel. What make would make anew it would not look behind.
+        const PREPARED: &str = "for one in .config Makefile Module.symvers source scripts tools include arch/x86/include; do \
+            [ ! -e \"$one\" ] || { mkdir -p \"$0/$(dirname \"$one\")\"; cp -a \"$one\" \"$0/$one\"; }; done";
+        let dry = self.folder.join(DRY);
+        let io = |action| cache::Error::io(action, &dry);
+        if dry.exists() {
+            fs::remove_dir_all(&dry).map_err(io("remove what an interrupted run left in"))?;
+        }
+        command::output("sh", &["-ec", PREPARED, &dry.to_string_lossy()], &self.folder)?;
+        let complaints = dry.join("vmpatch-complaints");
+        let script = "file=$1; shift; \"$@\" 2>\"$file\" || :";
+        let complaints_path = complaints.to_string_lossy();
+        let mut args = vec!["-c", script, "sh", &complaints_path];
+        let output = format!("O={}", dry.display());
+        let make = self.make_args(&self.search_path, &output);
+        args.push("env");
+        args.extend(make.iter().map(String::as_str));
+        // One at a time: lines of several at once would get into one another.
+        args.extend(["-j1", "-n", "-k", "vmlinux", "modules"]);
+        let said = command::output("sh", &args, &self.source)?;
+        let complaints = fs::read(&complaints).map_err(cache::Error::io("read", &complaints))?;
+        fs::remove_dir_all(&dry).map_err(io("remove"))?;
+        let said = String::from_utf8_lossy(&said).replace(&*dry.to_string_lossy(), &self.folder.to_string_lossy());
+        Ok((said.into_bytes(), command::tail(&complaints)))
+    }
+
+    /// The arguments of `env` that run make, with that `O=`. Where this runs under another make, that one's flags are none of ours.
+    fn make_args(&self, search_path: &str, output: &str) -> Vec<String> {
+        let jobs = std::thread::available_parallelism().map_or(1, usize::from);
+        let own = ["-u", "MAKEFLAGS", "-u", "MFLAGS"].map(str::to_owned);
+        let mut args = own.to_vec();
+        args.extend([
+            format!("PATH={search_path}"),
+            "make".to_owned(),
+            format!("-j{jobs}"),
+            output.to_owned(),
+        ]);
+        args.extend(self.make.iter().cloned());
+        args
     }
 
     /// Runs a shell command in the tree's folder, as the build would.

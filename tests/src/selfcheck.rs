@@ -14,8 +14,8 @@ use patch_build::compare::{Comparison, Unit, Verdict, is_of_boot};
 use patch_build::compile;
 use patch_build::facts::{KernelFacts, Sources};
 use patch_build::pair::ObjectPair;
+use patch_build::plan::{Plan, Planned};
 use patch_build::running::{Places, Shipped};
-use patch_build::source::includers;
 use patch_build::target::Target;
 use patch_build::tree::Tree;
 
@@ -52,6 +52,7 @@ pub type Error = Box<dyn std::error::Error>;
 pub struct Source {
     tree: Tree,
     facts: KernelFacts,
+    plan: Plan,
 }
 
 impl Source {
@@ -73,24 +74,22 @@ impl Source {
             symvers: &target.symvers,
             modules: target.modules.clone(),
         })?;
-        Ok(Self { tree, facts })
+        let plan = Plan::of(&tree, &target.release, &facts.modules.names()?, &silent)?;
+        Ok(Self { tree, facts, plan })
     }
 
     /// About `count` C files, the same ones each time, spread evenly over the folders.
-    pub fn files(&self, count: usize) -> Result<Vec<String>, Error> {
-        let mut files = Vec::new();
-        for folder in FOLDERS {
-            for entry in fs::read_dir(self.tree.source().join(folder))? {
-                let name = entry?.file_name().to_string_lossy().into_owned();
-                let file = format!("{folder}/{name}");
-                if includers::has_own_object(self.tree.source(), &file)? {
-                    files.push(file);
-                }
-            }
-        }
+    pub fn files(&self, count: usize) -> Vec<String> {
+        let is_wanted = |planned: &&Planned| {
+            let folder = planned.source.rsplit_once('/').map(|(folder, _)| folder);
+            let is_c = planned.source.ends_with(".c") && !planned.made && planned.is_of_running_kernel();
+            is_c && planned.is_named_after_source() && folder.is_some_and(|folder| FOLDERS.contains(&folder))
+        };
+        let planned = self.plan.objects.iter().filter(is_wanted);
+        let mut files: Vec<String> = planned.map(|planned| planned.source.clone()).collect();
         files.sort();
         let step = files.len().div_ceil(count.max(1)).max(1);
-        Ok(files.into_iter().step_by(step).collect())
+        files.into_iter().step_by(step).collect()
     }
 
     /// Compiles and compares files with the guest. `said` is told of each file.
@@ -98,8 +97,9 @@ impl Source {
         let slide = self.slide(live)?;
         let mut tally = Tally::default();
         for files in files.chunks(FILES_AT_ONCE) {
-            let files: Vec<&str> = files.iter().map(String::as_str).collect();
-            let units = compile::before_where_possible(&self.tree, &files, &|_| {})?;
+            let is_of = |planned: &&Planned| planned.is_named_after_source() && files.contains(&planned.source);
+            let planned: Vec<&Planned> = self.plan.objects.iter().filter(is_of).collect();
+            let units = compile::planned(&self.tree, &planned, &|_| {})?;
             // Modules are not in the image; what is in neither has no code in the guest.
             let units: Vec<compile::Unit> = units.into_iter().filter(|unit| unit.module.is_none()).collect();
             let mut changed = BTreeMap::new();

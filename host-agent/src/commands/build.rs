@@ -27,7 +27,10 @@ pub fn build(options: &BuildOptions, progress: &Progress) -> Result<(Building, O
         builder: concat!("vmpatch ", env!("CARGO_PKG_VERSION")).to_owned(),
         allow: options.allow.iter().copied().collect(),
     };
-    let built = request::build(&cache, &request, &|what| progress.step(what)).map_err(|source| Failure::Build {
+    let built = request::build(&cache, &request, &|what| progress.step(what), &|what| {
+        progress.warning(what)
+    })
+    .map_err(|source| Failure::Build {
         name: request.name.clone(),
         source: Box::new(source),
     })?;

@@ -2,11 +2,12 @@
 
 use std::path::Path;
 
+use crate::plan::plain;
 use crate::tree::SECTIONS;
 
 /// A command for the shell, run in the tree's folder, that makes one object file.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct SavedCommand {
+pub(crate) struct SavedCommand {
     /// The object, relative to the tree: `net/unix/af_unix.o`.
     object: String,
     text: String,
@@ -18,19 +19,53 @@ impl SavedCommand {
     pub(super) fn parse(object: &str, text: &str) -> Option<Self> {
         let line = text.lines().next()?;
         let line = line.strip_prefix("saved").unwrap_or(line).strip_prefix("cmd_")?;
-        let command = line.strip_prefix(object)?.strip_prefix(" := ")?;
+        // One of another folder is spelled with `..` (arch/x86/kvm/Makefile of 6.1).
+        let (spelled, command) = line.split_once(" := ")?;
+        if plain(spelled)? != object {
+            return None;
+        }
         Some(Self {
-            object: object.to_owned(),
+            object: spelled.to_owned(),
             text: command.replace("$(pound)", "#").replace("$$", "$"),
         })
     }
 
+    /// A command that make would run.
+    pub(crate) fn new(object: &str, text: &str) -> Self {
+        Self {
+            object: object.to_owned(),
+            text: text.to_owned(),
+        }
+    }
+
+    /// Whether both make the same object in the same manner.
+    pub(super) fn is_same(&self, other: &Self) -> bool {
+        self.object == other.object && self.words().eq(other.words())
+    }
+
+    /// Its words, as far as spaces part them.
+    pub(crate) fn words(&self) -> impl Iterator<Item = &str> {
+        self.text.split(' ').filter(|word| !word.is_empty())
+    }
+
+    /// The object, as make spells it.
+    pub(super) fn object(&self) -> &str {
+        &self.object
+    }
+
     /// The module that the file is compiled for, by the name that `/proc/modules` has; `None` for the kernel itself.
-    pub(super) fn module(&self) -> Option<&str> {
+    pub(crate) fn module(&self) -> Option<&str> {
         let mut words = self.text.split(' ');
         words.clone().find(|word| *word == "-DMODULE")?;
         let name = words.find_map(|word| word.strip_prefix("-DKBUILD_MODNAME="))?;
         Some(name.trim_matches(['\'', '"']))
+    }
+
+    /// Whether it compiles for the place in memory where the kernel is (arch/x86/Makefile of 6.1: `-mcmodel=kernel`); the boot
+    /// loader's side, the vDSO and the like are compiled for others.
+    pub(crate) fn is_of_running_kernel(&self) -> bool {
+        let model = self.words().filter(|word| word.starts_with("-mcmodel=")).last();
+        model == Some("-mcmodel=kernel")
     }
 
     /// Whether the compiler makes call sites for ftrace.
@@ -56,6 +91,45 @@ impl SavedCommand {
     /// The same command for another object, without the flags that only comparing takes; the list of headers goes to `OBJECT.d`.
     pub(super) fn as_shipped(&self, object: &Path) -> String {
         self.for_object(object, |word| (!SECTIONS.contains(&word)).then(|| word.to_owned()))
+    }
+
+    /// The command with the note that make leaves behind it (scripts/Kbuild.include of 6.1, `cmd_and_fixdep`).
+    pub(super) fn noted(&self) -> String {
+        let (folder, name) = self.object.rsplit_once('/').unwrap_or(("", &self.object));
+        let (list, note) = (format!("{folder}/.{name}.d"), format!("{folder}/.{name}.cmd"));
+        let saved = self.text.replace('$', "$$").replace('#', "$(pound)");
+        let saved = saved.replace('\'', "'\\''");
+        format!(
+            "mkdir -p {folder}; {}; scripts/basic/fixdep {list} {object} '{saved}' > {note}; rm -f {list}",
+            self.text.trim_end().trim_end_matches(';'),
+            object = self.object,
+        )
+    }
+
+    /// The compiler's part of the command, to preprocess only into the file `output`; from another source folder, if one is given.
+    pub(super) fn preprocessing(&self, moved: Option<(&Path, &Path)>, output: &Path) -> String {
+        let [from, to] = moved.map_or_else(Default::default, |(from, to)| {
+            [from, to].map(|path| format!("{}/", path.display()))
+        });
+        let list = format!("-Wp,-MMD,{}.d", output.display());
+        let mut kept = Vec::new();
+        let mut words = self.text.split(' ');
+        while let Some(word) = words.next() {
+            let bare = word.trim_end_matches(';');
+            match bare {
+                "-o" => drop(words.next()),
+                "-c" => {}
+                "&&" => break,
+                bare if bare.starts_with("-Wp,-M") => kept.push(list.clone()),
+                bare if from.is_empty() => kept.push(bare.to_owned()),
+                bare => kept.push(bare.replace(&from, &to)),
+            }
+            if bare.len() < word.len() {
+                break;
+            }
+        }
+        kept.push(format!("-E -o {}", output.display()));
+        kept.join(" ")
     }
 
     /// The same command for another object; what becomes of all other words, `other` says.
@@ -128,6 +202,33 @@ mod tests {
         assert!(saved().has_ftrace());
         let without = SAVED.replace("-pg -mfentry ", "");
         assert!(!SavedCommand::parse("crypto/af-alg.o", &without).unwrap().has_ftrace());
+    }
+
+    #[test]
+    fn the_compiler_alone_is_told_to_preprocess() {
+        assert_eq!(
+            saved().preprocessing(Some((Path::new("/src"), Path::new("new"))), Path::new("/out/1.i")),
+            "gcc-12 -Wp,-MMD,/out/1.i.d -Inew/include -I./include -pg -mfentry -DMODULE -DA='\"#$\"' \
+             -DKBUILD_MODNAME='\"af_alg\"' new/crypto/af-alg.c    -E -o /out/1.i"
+        );
+    }
+
+    #[test]
+    fn a_command_leaves_the_note_that_make_would() {
+        let noted = saved().noted();
+        let start = "scripts/basic/fixdep crypto/.af-alg.o.d crypto/af-alg.o '";
+        let (_, rest) = noted.split_once(start).unwrap();
+        assert!(rest.contains("-DA='\\''\"$(pound)$$\"'\\''"), "{rest}");
+        assert!(
+            rest.ends_with("' > crypto/.af-alg.o.cmd; rm -f crypto/.af-alg.o.d"),
+            "{rest}"
+        );
+    }
+
+    #[test]
+    fn an_object_may_be_spelled_by_the_folder_that_takes_it() {
+        let text = "cmd_arch/x86/kvm/../../../virt/kvm/k.o := gcc-12 -c -o arch/x86/kvm/../../../virt/kvm/k.o\n";
+        assert!(SavedCommand::parse("virt/kvm/k.o", text).is_some());
     }
 
     #[test]

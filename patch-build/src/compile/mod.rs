@@ -1,19 +1,22 @@
 //! Compiles source files of the kernel as the kernel's own build does, before and after a change.
 
-mod command;
+pub(crate) mod command;
 mod overlay;
+mod parallel;
+mod same;
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::panic::resume_unwind;
 use std::path::{Path, PathBuf};
-use std::thread;
 
 use crate::cache;
 use crate::command as host;
 use crate::pair::ObjectPair;
+use crate::plan::Planned;
 use crate::tree::Tree;
 use command::{SavedCommand, dependencies};
+use parallel::in_parallel;
+pub use same::changed_code;
 
 /// Why a file could not be compiled.
 #[derive(Debug, thiserror::Error)]
@@ -81,14 +84,12 @@ pub struct Unit {
     /// The object file.
     pub object: Vec<u8>,
     command: SavedCommand,
-    note: String,
 }
 
 impl Unit {
-    /// Whether the compiler read that file of the source for it.
-    pub fn includes(&self, tree: &Tree, header: &str) -> bool {
-        let path = tree.source().join(header).display().to_string();
-        self.note.split_whitespace().any(|word| word == path)
+    /// Whether its code is the running kernel's, see [`Planned::is_of_running_kernel`].
+    pub fn is_of_running_kernel(&self) -> bool {
+        self.command.is_of_running_kernel()
     }
 }
 
@@ -108,20 +109,44 @@ pub fn before(tree: &Tree, files: &[&str], progress: &dyn Fn(&str)) -> Result<Ve
     files.iter().map(|file| unit(tree, file)).collect()
 }
 
-/// Like [`before`], for files that need not be part of the kernel: those that do not compile are left out.
-pub fn before_where_possible(tree: &Tree, files: &[&str], progress: &dyn Fn(&str)) -> Result<Vec<Unit>, Error> {
-    let missing = missing(tree, files)?;
-    if !missing.is_empty() {
-        progress(&format!("compiling {}", named(&missing)));
-        let mut goals = vec!["-k"];
-        goals.extend(missing.iter().map(String::as_str));
-        // What did not compile has no object.
-        drop(tree.compile(&goals));
-    }
-    let is_there = |file: &&&str| {
-        object_name(file).is_ok_and(|name| tree.folder().join(&name).exists() && note(tree, &name).exists())
+/// Makes objects of the plan, with the plan's own commands; where one fails, by make, which makes first what the file includes.
+/// Those that can't be made are left out.
+///
+/// `progress` is told what takes time.
+pub fn planned(tree: &Tree, planned: &[&Planned], progress: &dyn Fn(&str)) -> Result<Vec<Unit>, Error> {
+    // One that was made by another command is none of the kernel's.
+    let is_there = |planned: &Planned| {
+        let Ok(name) = object_name(&planned.source) else {
+            return false;
+        };
+        let text = fs::read_to_string(note(tree, &name)).unwrap_or_default();
+        let is_its = SavedCommand::parse(&name, &text).is_some_and(|command| command.is_same(&planned.command));
+        is_its && tree.folder().join(&name).exists()
     };
-    files.iter().filter(is_there).map(|file| unit(tree, file)).collect()
+    let missing = |planned: &&Planned| !tree.is_fixed() || !is_there(planned);
+    let wanted: Vec<&Planned> = planned.iter().copied().filter(missing).collect();
+    let all = wanted.len();
+    let made = in_parallel(
+        &wanted,
+        |_, planned| tree.compile_by(&planned.command.noted()).is_ok(),
+        &|number, planned: &&Planned| progress(&format!("compiling {} ({} of {all})", planned.source, number + 1)),
+    );
+    let failed = wanted.iter().zip(made).filter(|(_, made)| !made);
+    let failed: Vec<&str> = failed.map(|(planned, _)| planned.object.as_str()).collect();
+    if !failed.is_empty() {
+        make(tree, &failed, progress);
+    }
+    let there = planned.iter().filter(|planned| is_there(planned));
+    there.map(|planned| unit(tree, &planned.source)).collect()
+}
+
+/// Makes objects (by the names that make knows) as far as they can be made; what can't has no object.
+pub fn make(tree: &Tree, objects: &[&str], progress: &dyn Fn(&str)) {
+    let names: Vec<String> = objects.iter().map(|name| (*name).to_owned()).collect();
+    progress(&format!("compiling {}", named(&names)));
+    let mut goals = vec!["-k"];
+    goals.extend(objects.iter().filter(|object| !object.contains("..")));
+    drop(tree.compile(&goals));
 }
 
 /// Compiles a file that [`before`] compiled once more, as the kernel's own build does: without a section for each function. In the
@@ -156,15 +181,24 @@ pub fn after(
     if root.exists() {
         fs::remove_dir_all(&root).map_err(cache::Error::io("remove what an interrupted run left in", &root))?;
     }
-    let files: Vec<&str> = units.iter().map(|unit| unit.source.as_str()).collect();
-    overlay::make(tree.source(), &root, changed, &files)?;
+    let files = units
+        .iter()
+        .flat_map(|unit| [unit.source.as_str(), unit.command.object()]);
+    overlay::make(tree.source(), &root, changed, &files.collect::<Vec<_>>())?;
+    let all = units.len();
     let objects = in_parallel(
         &units,
         |number, unit| {
             let object = root.join(format!("vmpatch-object-{number}.o"));
             recompile(tree, &root, unit, &object, changed)
         },
-        &|unit| progress(&format!("compiling the changed {}", unit.source)),
+        &|number, unit: &Unit| {
+            progress(&format!(
+                "compiling the changed {} ({} of {all})",
+                unit.source,
+                number + 1
+            ))
+        },
     );
     let mut pairs = Vec::new();
     for (unit, after) in units.into_iter().zip(objects) {
@@ -178,27 +212,6 @@ pub fn after(
     }
     fs::remove_dir_all(&root).map_err(cache::Error::io("remove", &root))?;
     Ok(pairs)
-}
-
-/// Does the work for each unit, for as many at a time as there are processors. `said` is told of each that begins.
-fn in_parallel<T: Send>(units: &[Unit], work: impl Fn(usize, &Unit) -> T + Sync, said: &dyn Fn(&Unit)) -> Vec<T> {
-    let jobs = thread::available_parallelism().map_or(1, usize::from);
-    let numbered: Vec<(usize, &Unit)> = units.iter().enumerate().collect();
-    let mut done = Vec::new();
-    for some in numbered.chunks(jobs) {
-        some.iter().for_each(|(_, unit)| said(unit));
-        done.extend(thread::scope(|scope| {
-            let work = &work;
-            let threads: Vec<_> = some
-                .iter()
-                .map(|(number, unit)| scope.spawn(move || work(*number, unit)))
-                .collect();
-            let ends = threads.into_iter().map(|thread| thread.join());
-            ends.map(|end| end.unwrap_or_else(|panic| resume_unwind(panic)))
-                .collect::<Vec<T>>()
-        }));
-    }
-    done
 }
 
 /// The objects that have to be made.
@@ -243,7 +256,6 @@ fn unit(tree: &Tree, file: &str) -> Result<Unit, Error> {
         module: command.module().map(str::to_owned),
         object: fs::read(&path).map_err(cache::Error::io("read", &path))?,
         command,
-        note: text,
     })
 }
 

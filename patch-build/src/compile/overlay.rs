@@ -10,7 +10,7 @@ use crate::cache::Error;
 /// Makes the folder `root`, which must not exist: as `source`, with the text of `changed` files in place of theirs.
 ///
 /// Real folders are those of the changed files and of the `compiled` ones, with those above them; everything else is a link.
-/// So a `#include "x.h"` finds a changed file beside the one that includes it, and `-I` those in include folders. Where a
+/// Of a compiled file that is spelled with `..`, the folders before that are real, too. So a `#include "x.h"` finds a changed file beside the one that includes it, and `-I` those in include folders. Where a
 /// header reaches a changed one by `..` through a link, it would find the unchanged one: see the list of files that the
 /// compiler leaves.
 pub(super) fn make(
@@ -21,7 +21,8 @@ pub(super) fn make(
 ) -> Result<(), Error> {
     let mut folders = BTreeSet::from([""]);
     for file in changed.keys().map(String::as_str).chain(compiled.iter().copied()) {
-        folders.extend(file.match_indices('/').filter_map(|(at, _)| file.get(..at)));
+        let above = file.match_indices('/').filter_map(|(at, _)| file.get(..at));
+        folders.extend(above.take_while(|folder| !folder.ends_with("..")));
     }
     // In order, a folder comes before those in it.
     for folder in &folders {

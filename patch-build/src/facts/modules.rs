@@ -62,6 +62,11 @@ impl Modules {
         Ok(text.lines().map(name).collect())
     }
 
+    /// The modules' names, as `/proc/modules` has them.
+    pub fn names(&self) -> Result<Vec<String>, Error> {
+        Ok(self.list()?.iter().map(|file| module_name(file)).collect())
+    }
+
     /// The file of a module, decompressed: the module as it was shipped, with its symbols.
     pub fn read(&self, name: &str) -> Result<Vec<u8>, Error> {
         let folder = self

@@ -3,6 +3,7 @@
 pub mod c_text;
 pub mod change;
 pub mod functions;
+pub mod included_c;
 pub mod includers;
 pub mod package;
 pub mod patch;

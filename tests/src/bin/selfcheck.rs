@@ -36,7 +36,7 @@ fn run() -> Result<bool, Error> {
     let guest = Guest::boot(kit::guest(kernel).name(&format!("vmselfcheck-{}", std::process::id())))?;
     let options = Cli::parse_from(["vmpatch", "--domain", guest.name()]).options;
     let session = Session::open(&Target::from_options(&options)?, &Progress::new(0))?;
-    let tally = source.check(&session.live(), &source.files(count)?, &|line| println!("{line}"))?;
+    let tally = source.check(&session.live(), &source.files(count), &|line| println!("{line}"))?;
     println!("{tally}");
     Ok(tally.is_clean())
 }

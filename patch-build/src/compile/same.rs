@@ -1,0 +1,124 @@
+//! Which files a change of headers changes the code of: by what the compiler reads of each before and after.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::Path;
+
+use super::{Error, in_parallel, old_header, overlay};
+use crate::cache;
+use crate::plan::Planned;
+use crate::source::slice;
+use crate::tree::Tree;
+
+/// Whether the change changes the code of each of the files, or might: where one can't be preprocessed, or reads an old header.
+///
+/// `progress` is told what takes time.
+pub fn changed_code(
+    tree: &Tree,
+    planned: &[&Planned],
+    changed: &BTreeMap<String, String>,
+    progress: &dyn Fn(&str),
+) -> Result<Vec<bool>, Error> {
+    let root = tree.folder().join("vmpatch-read");
+    if root.exists() {
+        fs::remove_dir_all(&root).map_err(cache::Error::io("remove what an interrupted run left in", &root))?;
+    }
+    let mut texts = BTreeMap::new();
+    for (file, text) in changed {
+        let path = tree.source().join(file);
+        let old = fs::read_to_string(&path).map_err(cache::Error::io("read", &path))?;
+        texts.insert(file.clone(), with_old_numbers(&old, text));
+    }
+    let files = planned
+        .iter()
+        .flat_map(|one| [one.source.as_str(), one.object.as_str()]);
+    overlay::make(tree.source(), &root, &texts, &files.collect::<Vec<_>>())?;
+    let all = planned.len();
+    let done = in_parallel(
+        planned,
+        |number, planned| !is_same(tree, &root, number, planned, changed).unwrap_or(false),
+        &|number, planned: &&Planned| {
+            progress(&format!(
+                "looking at what {} uses of the change ({} of {all})",
+                planned.source,
+                number + 1
+            ));
+        },
+    );
+    fs::remove_dir_all(&root).map_err(cache::Error::io("remove", &root))?;
+    Ok(done)
+}
+
+/// Whether the compiler makes the same of a file; `None` where that could not be told.
+fn is_same(
+    tree: &Tree,
+    root: &Path,
+    number: usize,
+    planned: &Planned,
+    changed: &BTreeMap<String, String>,
+) -> Option<bool> {
+    let [before, after] = ["before", "after"].map(|side| root.join(format!("vmpatch-{side}-{number}.i")));
+    tree.shell(&planned.command.preprocessing(None, &before)).ok()?;
+    let relative = root.strip_prefix(tree.folder()).unwrap_or(root);
+    let moved = Some((tree.source(), relative));
+    tree.shell(&planned.command.preprocessing(moved, &after)).ok()?;
+    let list = fs::read_to_string(after.with_extension("i.d")).ok()?;
+    if old_header(tree, &list, changed).is_some() {
+        return None;
+    }
+    let [one, other] = [&before, &after].map(|path| fs::read(path).ok());
+    let (one, other) = (one?, other?);
+    let (one, other) = (String::from_utf8_lossy(&one), String::from_utf8_lossy(&other));
+    // They take as much room as the sources of the kernel.
+    for path in [&before, &after] {
+        fs::remove_file(path).ok()?;
+    }
+    Some(if planned.source.ends_with(".S") {
+        slice::same_assembly(&one, &other)
+    } else {
+        slice::same_code(&one, &other)
+    })
+}
+
+/// The new text of a file, in which the lines behind the change have the numbers that they had: a number of a line alone is no change
+/// of code.
+fn with_old_numbers(old: &str, new: &str) -> String {
+    let (old_lines, new_lines): (Vec<&str>, Vec<&str>) = (old.lines().collect(), new.lines().collect());
+    let same = old_lines
+        .iter()
+        .rev()
+        .zip(new_lines.iter().rev())
+        .take_while(|(one, other)| one == other)
+        .count();
+    let kept = new_lines.len() - same;
+    let is_continued = kept
+        .checked_sub(1)
+        .and_then(|last| new_lines.get(last))
+        .is_some_and(|line| line.ends_with('\\'));
+    if is_continued || old_lines.len() == new_lines.len() || same == 0 {
+        return new.to_owned();
+    }
+    let (first, rest) = new_lines.split_at(kept);
+    let number = format!("#line {}", old_lines.len() - same + 1);
+    let lines = first
+        .iter()
+        .copied()
+        .chain([number.as_str()])
+        .chain(rest.iter().copied());
+    lines.flat_map(|line| [line, "\n"]).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lines_behind_a_change_keep_their_numbers() {
+        assert_eq!(
+            with_old_numbers("a\nb\nc\n", "a\nx\ny\nb\nc\n"),
+            "a\nx\ny\n#line 2\nb\nc\n"
+        );
+        assert_eq!(with_old_numbers("a\nb\n", "a\nx\n"), "a\nx\n");
+        assert_eq!(with_old_numbers("a \\\nb\n", "a \\\nx \\\nb\n"), "a \\\nx \\\nb\n");
+    }
+}
