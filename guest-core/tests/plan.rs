@@ -3,7 +3,9 @@
 mod common;
 
 use common::guest::{FUNCTIONS, Guest, RODATA, heap};
-use common::module::{Function, livepatch, livepatch_against, livepatch_for, livepatch_made_for, livepatch_of_format};
+use common::module::{
+    Function, livepatch, livepatch_against, livepatch_for, livepatch_made_for, livepatch_of_format, livepatch_with_type,
+};
 use common::patch::{carry_out, mend, patched, plan, plan_for, refusal, registry, target, two};
 use guest_core::module::note::{Note, OldCode};
 use guest_core::module::{NoteError, ResolveError};
@@ -40,6 +42,34 @@ fn a_patched_function_jumps_into_code_that_only_runs() {
         (record.functions[0].redirect, record.functions[0].new),
         (Redirect::Ftrace, new)
     );
+}
+
+#[test]
+fn a_module_with_a_type_of_another_size_or_of_no_size_here_is_refused() {
+    let guest = Guest::new();
+    let kernel = guest.kernel();
+    let planned = |tag, bytes| {
+        let file = livepatch_with_type("fix", (tag, bytes), &[Function::returning_one("victim")]);
+        plan(&guest, &kernel, &file)
+    };
+    planned("task_struct", 512).unwrap();
+    let refused = planned("task_struct", 520).unwrap_err();
+    assert!(
+        matches!(&refused, Refusal::TypeSize { name, module: 520, guest } if name == "task_struct" && guest == &[512]),
+        "{refused}"
+    );
+    let refused = planned("not_there", 8).unwrap_err();
+    assert!(
+        refused
+            .to_string()
+            .ends_with("the guest's kernel has none of that name"),
+        "{refused}"
+    );
+    let mut file = livepatch_with_type("fix", ("task_struct", 512), &[Function::returning_one("victim")]);
+    let magic = file.windows(4).position(|part| part == [0x9f, 0xeb, 1, 0]).unwrap();
+    file[magic + 2] = 9;
+    let refused = plan(&guest, &kernel, &file).unwrap_err();
+    assert!(matches!(refused, Refusal::BaseTypes(_)), "{refused}");
 }
 
 #[test]

@@ -78,6 +78,20 @@ impl Btf {
         Struct::by_id(self, id)
     }
 
+    /// The structs and unions that have a name: that, and bytes.
+    pub fn named_sizes(&self) -> impl Iterator<Item = (&[u8], u64)> {
+        let named = self.names.iter().filter_map(|(_, id)| self.record(TypeId(*id)));
+        let composite = named.filter(|record| matches!(record.kind, Kind::Struct | Kind::Union));
+        composite.map(|record| (self.name(record.name_off), record.size_or_type.into()))
+    }
+
+    /// The sizes, in bytes, of all structs and unions of that name: none where there is none.
+    pub fn sizes_of(&self, name: &str) -> Vec<u64> {
+        let named = self.named(name).map(|(_, record)| record);
+        let composite = named.filter(|record| matches!(record.kind, Kind::Struct | Kind::Union));
+        composite.map(|record| record.size_or_type.into()).collect()
+    }
+
     /// Size in bytes of a type.
     ///
     /// Error: it has none (a function, a forward declaration, `void`), or its chain of typedefs does not end.

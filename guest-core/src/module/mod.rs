@@ -81,6 +81,7 @@ pub use sites::TableError;
 pub use this_module::ThisModuleUse;
 pub use versions::Version;
 
+use crate::btf::{Btf, BtfError};
 use elf::Elf;
 use sections::{Relocation, Section, Symbol, SymbolPlace};
 
@@ -148,6 +149,15 @@ impl<'d> PatchModule<'d> {
     pub fn note(&self) -> Result<Option<Note>, NoteError> {
         let section = self.section_named(note::NOTE_SECTION);
         section.map(|(_, section)| Note::parse(section.data)).transpose()
+    }
+
+    /// The kernel's types that the module's own types are made of, by name and size, where it was built with BTF (`.BTF.base`,
+    /// since 6.11; tools/lib/bpf/btf.c, `btf__distill_base`): a BTF of its own.
+    ///
+    /// Errors: see [`BtfError`].
+    pub fn base_types(&self) -> Result<Option<Btf>, BtfError> {
+        let section = self.elf.sections.iter().find(|section| section.name == ".BTF.base");
+        section.map(|section| Btf::parse(section.data.to_vec())).transpose()
     }
 
     /// The names of the symbols that it takes from others: those that the kernel's own loader looks for among exports.

@@ -6,6 +6,7 @@ use crate::kernel::{KernelError, Live, exports, livepatch};
 use crate::memory::VirtMemory;
 use crate::module::PatchModule;
 use crate::place::Registry;
+use crate::text::plain;
 use std::collections::BTreeSet;
 
 /// Longest `vermagic` read.
@@ -22,6 +23,7 @@ pub(super) fn check(live: &Live<'_>, module: &PatchModule<'_>) -> Result<(), Ref
     let live = &live.constant();
     check_vermagic(live, module.info().get("vermagic").unwrap_or_default())?;
     check_versions(live, module)?;
+    check_sizes(live, module)?;
     this_module::check_layout(live, module)?;
     check_orc_header(live, module)
 }
@@ -77,6 +79,8 @@ pub enum Checksums {
     NotInModule,
     /// The guest's kernel has none (Debian's since 7.0).
     NotInKernel,
+    /// The guest's kernel has none, but the sizes of the module's types were compared. A difference is a refusal.
+    Sizes,
 }
 
 /// Tells whether a module's checksums of types can be compared with the guest's.
@@ -86,7 +90,13 @@ pub fn checksums(live: &Live<'_>, module: &PatchModule<'_>) -> Result<Checksums,
         .and_then(|export| export.crc)
         .is_none()
     {
-        return Ok(Checksums::NotInKernel);
+        let types = module.base_types().map_err(Refusal::BaseTypes)?;
+        let has_any = types.is_some_and(|types| types.named_sizes().next().is_some());
+        return Ok(if has_any {
+            Checksums::Sizes
+        } else {
+            Checksums::NotInKernel
+        });
     }
     let versions = module.versions()?;
     if versions.is_empty() {
@@ -116,6 +126,26 @@ fn check_versions(live: &Live<'_>, module: &PatchModule<'_>) -> Result<(), Refus
             return Err(Refusal::Version {
                 symbol: symbol.to_owned(),
                 module: crc,
+                guest,
+            });
+        }
+    }
+    Ok(())
+}
+
+/// Where the module says which types of the kernel its own are made of, the kernel must have each of them in that size, as it demands
+/// itself when it takes up a module's BTF (kernel/bpf/btf.c, `btf_relocate` of tools/lib/bpf/btf_relocate.c, since 6.11).
+fn check_sizes(live: &Live<'_>, module: &PatchModule<'_>) -> Result<(), Refusal> {
+    let Some(types) = module.base_types().map_err(Refusal::BaseTypes)? else {
+        return Ok(());
+    };
+    for (name, bytes) in types.named_sizes() {
+        let name = plain(name);
+        let guest = live.kernel.btf.sizes_of(&name);
+        if !guest.contains(&bytes) {
+            return Err(Refusal::TypeSize {
+                name,
+                module: bytes,
                 guest,
             });
         }

@@ -1,6 +1,7 @@
 //! Why a patch is not applied.
 
 use crate::addr::Gva;
+use crate::btf::BtfError;
 use crate::kernel::KernelError;
 use crate::kernel::guard::Armed;
 use crate::module::{ImageError, LinkError, ModuleError, NoteError, PatchError, ResolveError};
@@ -43,6 +44,22 @@ pub enum Refusal {
         /// That of the guest's kernel.
         guest: u32,
     },
+    /// It was compiled with another type than the guest's kernel has.
+    #[error(
+        "the module was compiled with a struct or union {name} of {module} bytes, the guest's kernel has {}",
+        sizes(guest)
+    )]
+    TypeSize {
+        /// Its name.
+        name: String,
+        /// Bytes of the module's.
+        module: u64,
+        /// Bytes of those of that name that the kernel has.
+        guest: Vec<u64>,
+    },
+    /// Its types can't be read.
+    #[error("the module's .BTF.base can't be read: {0}")]
+    BaseTypes(BtfError),
     /// It was compiled with a `struct module` of another size.
     #[error("the module was compiled with a struct module of {module} bytes, the guest's kernel has one of {guest}")]
     ModuleSize {
@@ -206,4 +223,13 @@ pub enum Refusal {
     /// Its record could not be written down.
     #[error("writing the patch's record")]
     Record(#[from] serde_json::Error),
+}
+
+/// The sizes of the types of a name, for a message.
+fn sizes(sizes: &[u64]) -> String {
+    let sizes: Vec<_> = sizes.iter().map(u64::to_string).collect();
+    match sizes.as_slice() {
+        [] => "none of that name".to_owned(),
+        sizes => format!("{} bytes", sizes.join(" or ")),
+    }
 }

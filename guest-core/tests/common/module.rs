@@ -64,6 +64,22 @@ pub fn livepatch_against(name: &str, (symbol, crc): (&str, u32), functions: &[Fu
     make(name, VERMAGIC, functions, &[("__versions", &version)])
 }
 
+/// A module called `name` that was compiled with a struct of that name and size.
+pub fn livepatch_with_type(name: &str, (tag, bytes): (&str, u32), functions: &[Function]) -> Vec<u8> {
+    let strings = [b"\0", tag.as_bytes(), b"\0"].concat();
+    // The header: magic, version, flags, its length; types and strings, each by offset and length.
+    let mut btf = vec![0x9f, 0xeb, 1, 0];
+    for word in [24, 0, 12, 12, u32::try_from(strings.len()).unwrap()] {
+        btf.extend(word.to_le_bytes());
+    }
+    // BTF_KIND_STRUCT without members
+    for word in [1, 4 << 24, bytes] {
+        btf.extend(word.to_le_bytes());
+    }
+    btf.extend(strings);
+    make(name, VERMAGIC, functions, &[(".BTF.base", &btf)])
+}
+
 /// A module called `name` with a note of what it was made for.
 pub fn livepatch_made_for(name: &str, note: &[u8], functions: &[Function]) -> Vec<u8> {
     make(name, VERMAGIC, functions, &[(".note.vmpatch", note)])

@@ -184,7 +184,14 @@ fn say_what_it_was_made_for(patch: &mut Patch, session: &Session, module: Option
                 symbols.join(", ")
             )),
         ),
-        Ok(Checksums::NotInKernel) => ("none in kernel", None),
+        Ok(Checksums::NotInKernel) => (
+            "none in kernel",
+            (patch.verified != Some(Verified::All)).then(|| {
+                "not verified: the guest's kernel has no checksums of types, and the module no sizes of them (.BTF.base)"
+                    .to_owned()
+            }),
+        ),
+        Ok(Checksums::Sizes) => ("sizes only", None),
         Ok(Checksums::NotInModule) => (
             "none in module",
             Some(
