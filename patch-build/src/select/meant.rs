@@ -115,3 +115,23 @@ fn a_jump_within_a_section_of_several_functions_leads_to_the_kernels_function() 
     let found = references(&changed("same-section-jump", &before, &before.replace("+ 1", "+ 2")));
     assert!(found.iter().any(|(name, _)| name == ".klp.sym.m.h,0"), "{found:?}");
 }
+
+/// The running kernel's is the one that old code counts in, and nothing says which it is.
+#[test]
+fn a_variable_of_inline_assembly_that_has_no_name_is_refused() {
+    let before = "int f(int a) { asm volatile(\"incl 1f(%rip)\\n.pushsection .data\\n1: .long 7\\n.popsection\"); return a + 1; }\n";
+    let chosen = selected("unnamed-variable", before, &before.replace("+ 1", "+ 2"));
+    let error = chosen.selection.as_ref().map(|_| ()).unwrap_err().to_string();
+    assert!(
+        error.contains("f needs a variable of .data that has no name"),
+        "{error}"
+    );
+}
+
+#[test]
+fn what_a_sanitizer_notes_has_no_name_and_is_carried() {
+    let site = "asm volatile(\"incl .Lsite(%rip)\\n.pushsection .data..Lubsan_data1,\\\"aw\\\"\\n.Lsite: .long 7\\n.popsection\");";
+    let before = format!("int f(int a) {{ {site} return a + 1; }}\n");
+    let object = changed("unnamed-note", &before, &before.replace("+ 1", "+ 2"));
+    assert_eq!(object.section_named(".data").unwrap().1.size, 4);
+}

@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use super::{Chosen, Piece, SelectError, Side};
 use crate::compare::tables::Entry;
 use crate::compare::{ItemId, Target, Verdict, is_by_contents, names, replacement, unnamed_piece};
-use crate::elf::{At, Relocation};
+use crate::elf::{At, Relocation, Section};
 use crate::facts::Exports;
 use crate::running::Shipped;
 
@@ -177,6 +177,10 @@ impl Resolver<'_, '_> {
                         offset: past.saturating_add_unsigned(at.offset - entry.at.offset),
                     });
                 }
+                if let Some(section) = unit.object.section(at.section).filter(|section| is_shared(section)) {
+                    let what = format!("a variable of {} that has no name", section.name);
+                    return Err(self.unknown(of, &what, by));
+                }
                 match unnamed_piece(unit, at) {
                     Some((at, len, inside)) => Ok(Reference::Piece {
                         piece: Piece { side, at, len },
@@ -322,6 +326,13 @@ pub(super) fn is_never_switched(section: &str) -> bool {
     ["__dyndbg", "__tracepoints"]
         .iter()
         .any(|name| section.starts_with(name))
+}
+
+/// True for a section of variables that old code may use, too. What the compiler itself has no name for is a constant (`.data.rel.ro`),
+/// or the note of one place in the code.
+fn is_shared(section: &Section) -> bool {
+    let own = [".data.rel.ro", ".data..L"];
+    section.is_writable() && !own.iter().any(|prefix| section.name.starts_with(prefix))
 }
 
 /// A symbol that all files of the kernel image, or of a module, see.
