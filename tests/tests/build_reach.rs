@@ -14,6 +14,17 @@ const OPEN_FLAGS: Hunk = (
     127,
     " struct open_flags {\n+\tint more;\n \tint open_flag;\n \tumode_t mode;\n",
 );
+/// A function and a constant that one file uses; some fifty read the header.
+const LIMIT: Hunk = (
+    "fs/internal.h",
+    127,
+    "+static inline int limit_of(int a)\n+{\n+\treturn a > 100 ? 100 : a;\n+}\n+#define MORE 3\n struct open_flags {\n",
+);
+const SYNC: Hunk = (
+    "fs/sync.c",
+    237,
+    "-\tif (flags & ~VALID_FLAGS)\n+\tif (limit_of(flags) & ~(VALID_FLAGS + MORE))\n",
+);
 const NOT_BUILT: Hunk = (
     "drivers/net/wireless/ath/ath9k/main.c",
     16,
@@ -27,7 +38,7 @@ const MESSAGES: Hunk = (
 const KVM: Hunk = (
     "virt/kvm/kvm_main.c",
     4530,
-    " \tcase KVM_CAP_NR_MEMSLOTS:\n-\t\treturn KVM_USER_MEM_SLOTS;\n+\t\treturn KVM_USER_MEM_SLOTS - 1;\n",
+    " \tcase KVM_CAP_NR_MEMSLOTS:\n-\t\treturn KVM_USER_MEM_SLOTS;\n+\t\treturn KVM_USER_MEM_SLOTS - 1;\n \tcase KVM_CAP_DIRTY_LOG_RING:\n",
 );
 const VDSO: Hunk = (
     "arch/x86/entry/vdso/vclock_gettime.c",
@@ -69,6 +80,14 @@ fn a_private_header_gets_into_files_of_other_folders() {
         complaint.contains("io_uring/openclose.c: struct open_flags"),
         "{answer}"
     );
+}
+
+#[test]
+fn files_that_use_nothing_of_a_changed_header_are_left_out() {
+    let answer = build("used", &[LIMIT, SYNC]).expect(0);
+    let changed = answer.stdout.lines().filter(|line| line.starts_with("  changed "));
+    let changed: Vec<&str> = changed.filter_map(|line| line.split_whitespace().nth(1)).collect();
+    assert_eq!(changed, ["sync_file_range"], "{answer}");
 }
 
 #[test]
