@@ -149,8 +149,8 @@ fn section<'d>(
             len: bytes.len(),
         });
     }
-    let loaded = in_file && flags.0 & elf::SHF_ALLOC.0 != 0;
-    let data = if loaded {
+    let is_read = flags.0 & elf::SHF_ALLOC.0 != 0 || name == super::BASE_TYPES;
+    let data = if in_file && is_read {
         raw.data(LE, bytes)
             .map_err(|e| ModuleError::elf(&format!("section {name}"), e))?
     } else {

@@ -85,6 +85,9 @@ use crate::btf::{Btf, BtfError};
 use elf::Elf;
 use sections::{Relocation, Section, Symbol, SymbolPlace};
 
+/// Types of the kernel that a module's own are made of: BTF that the kernel reads from the file, without loading the section.
+const BASE_TYPES: &str = ".BTF.base";
+
 /// A livepatch module file that has been read and checked. It borrows the file's bytes.
 #[derive(Debug)]
 pub struct PatchModule<'d> {
@@ -156,7 +159,7 @@ impl<'d> PatchModule<'d> {
     ///
     /// Errors: see [`BtfError`].
     pub fn base_types(&self) -> Result<Option<Btf>, BtfError> {
-        let section = self.elf.sections.iter().find(|section| section.name == ".BTF.base");
+        let section = self.elf.sections.iter().find(|section| section.name == BASE_TYPES);
         section.map(|section| Btf::parse(section.data.to_vec())).transpose()
     }
 

@@ -141,7 +141,12 @@ fn make(name: &str, vermagic: &str, functions: &[Function], more: &[(&str, &[u8]
     elf.section(".gnu.linkonce.this_module", ALLOC | WRITE, &[0; 1024]);
     elf.section(".modinfo", ALLOC, info.as_bytes());
     for (name, data) in more {
-        elf.section(name, if *name == PERCPU { ALLOC | WRITE } else { ALLOC }, data);
+        let flags = match *name {
+            PERCPU => ALLOC | WRITE,
+            ".BTF.base" => 0,
+            _ => ALLOC,
+        };
+        elf.section(name, flags, data);
     }
     for section in 1..=5 {
         elf.symbol("", 3, section, 0, 0);
