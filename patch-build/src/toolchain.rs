@@ -94,6 +94,13 @@ impl Toolchain {
         self.compiler.is_empty()
     }
 
+    /// The folder of the machine's own assembler and linker, where others come first in [`Toolchain::search_path`].
+    pub(crate) fn passed_over(&self) -> Option<PathBuf> {
+        self.binutils.as_ref()?;
+        let path = std::env::var_os("PATH")?;
+        std::env::split_paths(&path).find(|folder| folder.join("as").is_file())
+    }
+
     /// The program's name, as `PATH` finds it.
     pub(crate) fn program(&self) -> &str {
         self.version.split(' ').next().unwrap_or_default()

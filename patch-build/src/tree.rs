@@ -309,14 +309,20 @@ impl Tree {
     }
 }
 
-/// The compiler for the build's own tools, which run on this machine: any that is made for it.
-fn host_compiler(toolchain: &Toolchain) -> &str {
+/// The compiler for the build's own tools, which run on this machine: any that is made for it, with this machine's own assembler and
+/// linker, as those of another release may not read its libraries.
+fn host_compiler(toolchain: &Toolchain) -> String {
     const CANDIDATES: [&str; 3] = ["gcc", "cc", "gcc-12"];
-    if toolchain.is_own() {
-        return toolchain.program();
-    }
     let works = |program: &&str| command::output(program, &["--version"], Path::new("/")).is_ok();
-    CANDIDATES.into_iter().find(works).unwrap_or("gcc")
+    let program = if toolchain.is_own() {
+        toolchain.program()
+    } else {
+        CANDIDATES.into_iter().find(works).unwrap_or("gcc")
+    };
+    match toolchain.passed_over() {
+        Some(folder) => format!("{program} -B{}/", folder.display()),
+        None => program.to_owned(),
+    }
 }
 
 /// What follows `needle`.
