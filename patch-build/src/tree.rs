@@ -99,6 +99,9 @@ impl Tree {
             format!("HOSTCC={}", host_compiler(&toolchain)),
             format!("KCFLAGS={}", SECTIONS.join(" ")),
         ];
+        // With it make builds and checks a tool that only the linking of a whole kernel takes (resolve_btfids, with all of libbpf).
+        // C files see the setting as it is.
+        make.push("CONFIG_DEBUG_INFO_BTF=".to_owned());
         // A Rust compiler that the kernel's makers had not would change the configuration.
         if Config::parse(&config)
             .value("RUSTC_VERSION")
