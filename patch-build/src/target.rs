@@ -4,6 +4,7 @@ use std::fs;
 use std::path::PathBuf;
 
 use crate::cache::{self, Cache};
+use crate::facts::Config;
 use crate::kernel_files::{self, KernelFiles};
 use crate::packages;
 use crate::source::{Source, package};
@@ -92,14 +93,16 @@ impl Target {
         })?;
         let source_name = format!("linux-source-{series}");
         progress(&format!("fetching {source_name}={version}"));
-        let source = package::whole(cache, &source_name, version)?;
+        let config = headers_tree.join(".config");
+        let settings = fs::read_to_string(&config).map_err(cache::Error::io("read", &config))?;
+        let source = package::whole(cache, &source_name, version, &Config::parse(&settings))?;
         let mut packages = kernel.packages;
         packages.extend([
             format!("{}={}", headers.name(), headers.version()),
             format!("{source_name}={version}"),
         ]);
         Ok(Self {
-            config: headers_tree.join(".config"),
+            config,
             symvers: headers_tree.join("Module.symvers"),
             image: kernel.vmlinuz,
             modules: Some(kernel.modules),

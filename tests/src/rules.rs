@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use patch_build::cache::Cache;
+use patch_build::facts::Config;
 use patch_build::source::package;
 
 use crate::fixes;
@@ -216,7 +217,7 @@ pub const REFUSED: &[Edit] = &[
 pub fn write_diff(target: Target, edits: &[Edit], folder: &Path) -> PathBuf {
     let cache = Cache::from_env().expect("there is a cache");
     let (name, version) = target.source.split_once('=').expect("a package and its version");
-    let source = package::whole(&cache, name, version)
+    let source = package::whole(&cache, name, version, &Config::default())
         .expect("the source can be had")
         .folder;
     let mut files: Vec<&str> = edits.iter().map(|(file, _, _)| *file).collect();

@@ -92,9 +92,10 @@ impl Change {
                 .ok_or_else(|| form(name, "FILE:FUNCTION with a file of the kernel's source"))?;
             by_file.entry(file).or_default().push(function);
         }
+        let files: Vec<&str> = by_file.keys().copied().collect();
         let fetched = |package| {
             progress(&format!("fetching {package}"));
-            fetched(cache, package)
+            fetched(cache, package, &files)
         };
         let newer = fetched(to)?;
         let is_own = source.id == from.replace('=', "_");
@@ -130,15 +131,15 @@ impl Change {
     }
 }
 
-/// The folder of the source in a package `NAME=VERSION`.
-fn fetched(cache: &Cache, package: &str) -> Result<PathBuf, Error> {
+/// A folder with these files of the source in a package `NAME=VERSION`.
+fn fetched(cache: &Cache, package: &str, files: &[&str]) -> Result<PathBuf, Error> {
     let (name, version) = package.split_once('=').ok_or_else(|| {
         form(
             package,
             "PACKAGE=VERSION of a source package, as linux-source-6.1=6.1.170-3",
         )
     })?;
-    Ok(package::whole(cache, name, version)?.folder)
+    Ok(package::files(cache, name, version, files)?)
 }
 
 fn form(found: &str, wanted: &'static str) -> Error {

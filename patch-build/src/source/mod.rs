@@ -1,5 +1,6 @@
 //! The kernel's source, and a change to it.
 
+mod archive;
 pub mod c_text;
 pub mod change;
 pub mod functions;

@@ -1,27 +1,54 @@
 //! The kernel's source out of a `linux-source` package, whose archive of 130 MB takes some ten seconds to read.
 
+use std::fs;
 use std::path::{Path, PathBuf};
 
 use super::Source;
-use crate::cache::Cache;
+use super::archive::Archive;
+use crate::cache::{self, Cache};
 use crate::command;
 use crate::digest;
+use crate::facts::Config;
 use crate::packages::{self, Package};
 
-/// Reads the named files out of the archive in a package, all of them where none is named: package file, archive's path
-/// in it, target folder, archive's top folder, files. All stages must succeed, hence bash.
+/// Reads files out of the archive in a package, below the archive's top folder: package file, archive's path in it, target folder,
+/// and what tells tar which. All stages must succeed, hence bash.
 const EXTRACT: &str = r#"set -o pipefail
-deb=$1 archive=$2 target=$3 top=$4; shift 4
+deb=$1 archive=$2 target=$3; shift 3
 dpkg-deb --fsys-tarfile "$deb" | tar -xO "./usr/src/$archive" | xz -dc -T0 |
-    tar -x -C "$target" --strip-components=1 "${@/#/$top/}""#;
+    tar -x -C "$target" --strip-components=1 "$@""#;
+/// Writes the archive in a package.
+const ARCHIVE: &str = r#"set -o pipefail
+dpkg-deb --fsys-tarfile "$1" | tar -xO "./usr/src/$2""#;
 
-/// The whole source in one version of a `linux-source` package.
-pub fn whole(cache: &Cache, name: &str, version: &str) -> Result<Source, packages::Error> {
+/// What no file of the kernel is compiled from, and is a good part of the source: text for people, descriptions of boards, tools that the
+/// build does not use. As tar takes patterns, below the top folder.
+const UNUSED: [&str; 8] = [
+    "*.rst",
+    "*.yaml",
+    "*.svg",
+    "*.dts",
+    "*.dtsi",
+    "Documentation/*.txt",
+    "tools/perf/*",
+    "tools/testing/*",
+];
+/// What only kernels with one of these settings read, and is much: headers that list all registers of a family of chips.
+const LARGE: &str = "drivers/gpu/drm/amd/include";
+const LARGE_IS_OF: [&str; 2] = ["DRM_AMDGPU", "HSA_AMD"];
+
+/// The source in one version of a `linux-source` package, with all that a kernel of that configuration is compiled from.
+pub fn whole(cache: &Cache, name: &str, version: &str, config: &Config) -> Result<Source, packages::Error> {
     let id = format!("{name}_{version}");
+    let fetch = || packages::fetch_into(cache, name, Some(version));
     let folder = cache.folder(&format!("sources/{id}"), |folder| {
-        let package = packages::fetch_into(cache, name, Some(version))?;
-        extract(&package, folder, &[])
+        let left_out = [&[LARGE], &UNUSED[..]].concat();
+        let patterns = left_out.iter().map(|pattern| format!("--exclude={name}/{pattern}"));
+        extract(&fetch()?, folder, &patterns.collect::<Vec<_>>())
     })?;
+    if LARGE_IS_OF.iter().any(|setting| config.value(setting).is_some()) {
+        add(cache, &folder, &id, LARGE, &fetch)?;
+    }
     Ok(Source {
         folder,
         id,
@@ -29,26 +56,76 @@ pub fn whole(cache: &Cache, name: &str, version: &str) -> Result<Source, package
     })
 }
 
+/// Adds a folder that was left out.
+fn add(
+    cache: &Cache,
+    source: &Path,
+    id: &str,
+    part: &str,
+    fetch: &dyn Fn() -> Result<Package, packages::Error>,
+) -> Result<(), packages::Error> {
+    let _lock = cache.lock(&format!("sources/{id}-part"))?;
+    let (there, partial) = (
+        source.join(part),
+        cache.root().join(format!("sources/{id}-part.partial")),
+    );
+    if there.is_dir() {
+        return Ok(());
+    }
+    let io = |action| cache::Error::io(action, &partial);
+    if partial.exists() {
+        fs::remove_dir_all(&partial).map_err(io("remove what an interrupted run left in"))?;
+    }
+    fs::create_dir(&partial).map_err(io("make the folder"))?;
+    let package = fetch()?;
+    extract(&package, &partial, &[format!("{}/{part}", package.name())])?;
+    fs::rename(partial.join(part), &there).map_err(cache::Error::io("rename into its place", &there))?;
+    fs::remove_dir_all(&partial).map_err(io("remove"))?;
+    Ok(())
+}
+
 /// The folder that holds `files` (paths in the kernel's source) of one version of a `linux-source` package.
 pub fn files(cache: &Cache, name: &str, version: &str, files: &[&str]) -> Result<PathBuf, packages::Error> {
     let whole = cache.root().join(format!("sources/{name}_{version}"));
-    if whole.is_dir() {
+    if files.iter().all(|file| whole.join(file).is_file()) {
         return Ok(whole);
     }
     let key = format!("kernel-files/{name}_{version}/{}", digest(files));
     cache.folder(&key, |folder| {
         let package = packages::fetch_into(cache, name, Some(version))?;
-        extract(&package, folder, files)
+        if !look_up(&package, folder, files)? {
+            let names = files.iter().map(|file| format!("{name}/{file}"));
+            extract(&package, folder, &names.collect::<Vec<_>>())?;
+        }
+        Ok(())
     })
 }
 
-fn extract(package: &Package, folder: &Path, files: &[&str]) -> Result<(), packages::Error> {
+/// Writes some files of a package's archive into a folder. False where they could not be looked up.
+fn look_up(package: &Package, folder: &Path, files: &[&str]) -> Result<bool, packages::Error> {
+    let (deb, archive) = (package.deb(), format!("{}.tar.xz", package.name()));
+    let args = ["-c", ARCHIVE, "bash", &deb.to_string_lossy(), &archive];
+    let names: Vec<String> = files.iter().map(|file| format!("{}/{file}", package.name())).collect();
+    let archive = Archive::open(command::output("bash", &args, Path::new("/"))?);
+    let Some(found) = archive.and_then(|archive| archive.files(&names)) else {
+        return Ok(false);
+    };
+    for (file, name) in files.iter().zip(&names) {
+        let path = folder.join(file);
+        let parent = path.parent().unwrap_or(folder);
+        fs::create_dir_all(parent).map_err(cache::Error::io("make the folder", parent))?;
+        let text = found.get(name).map(Vec::as_slice).unwrap_or_default();
+        fs::write(&path, text).map_err(cache::Error::io("write", &path))?;
+    }
+    Ok(true)
+}
+
+fn extract(package: &Package, folder: &Path, which: &[String]) -> Result<(), packages::Error> {
     let (deb, target) = (package.deb(), folder.to_string_lossy());
     let archive = format!("{}.tar.xz", package.name());
-    let mut args = vec!["-c", EXTRACT, "bash"];
     let deb = deb.to_string_lossy();
-    args.extend([&*deb, &archive, &target, package.name()]);
-    args.extend(files);
+    let mut args = vec!["-c", EXTRACT, "bash", &*deb, &archive, &target];
+    args.extend(which.iter().map(String::as_str));
     command::output("bash", &args, Path::new("/"))?;
     Ok(())
 }
