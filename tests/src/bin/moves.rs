@@ -43,8 +43,8 @@ const DISKS: [(&str, &str, &str, &str); 2] = [
 const DISK_LEN: u64 = 4 << 20;
 const MOVES_DEFAULT: usize = 200;
 const KILLS_DEFAULT: usize = 20;
-/// A vmpatch is killed within this time from its start.
-const KILL_WITHIN_MS: u64 = 1200;
+/// A vmpatch is killed within this time from its start, until a whole move has told how long one takes.
+const KILL_WITHIN_FIRST_MS: u64 = 1200;
 /// How far the guest's clock may be from where it should be, in seconds, beside how long the guest takes to tell it: it tells whole seconds.
 const CLOCK_ERROR_S: f64 = 2.0;
 /// Times that it is asked for: the fastest answer counts, as a busy host can take seconds for one.
@@ -76,11 +76,11 @@ fn run() -> Result<()> {
     println!("random numbers from {}", dice.0);
     // A guest whose RAM QEMU 7.2 could give it, and one whose RAM can be handed over.
     let halves = [
-        (MACHINE_FIRST, &programs[..]),
-        (MACHINE, programs.get(1..).unwrap_or_default()),
+        (MACHINE_FIRST, Ram::Private, &programs[..]),
+        (MACHINE, Ram::SharedMemfd, programs.get(1..).unwrap_or_default()),
     ];
-    for (half, (machine, programs)) in halves.into_iter().enumerate() {
-        let mut trip = Trip::boot(machine, programs)?;
+    for (half, (machine, ram, programs)) in halves.into_iter().enumerate() {
+        let mut trip = Trip::boot(machine, ram, programs)?;
         let (moves, kills) = ((moves + half) / 2, (kills + half) / 2);
         for left in (1..=moves).rev() {
             let is_kill = dice.below(left as u64) < kills.saturating_sub(trip.kills) as u64;
@@ -146,14 +146,16 @@ struct Trip {
     vmpatch: Vmpatch,
     programs: Vec<PathBuf>,
     kills: usize,
+    /// How long the last whole move took.
+    within_ms: u64,
     /// The guest's clock less the host's, as it should be: it stands while the guest is paused.
     clock: f64,
 }
 
 impl Trip {
-    fn boot(machine: &str, programs: &[PathBuf]) -> Result<Self> {
+    fn boot(machine: &str, ram: Ram, programs: &[PathBuf]) -> Result<Self> {
         let outfit = Outfit::new();
-        let mut config = outfit.fit(kit::guest(Kernel::GENERIC_6_1).name(NAME).ram(Ram::Private));
+        let mut config = outfit.fit(kit::guest(Kernel::GENERIC_6_1).name(NAME).ram(ram));
         config.qemu = programs.first().ok_or("no QEMU")?.clone();
         config.machine = machine.to_owned();
         // `max` is another CPU in each QEMU, and lacks something on the way back.
@@ -197,6 +199,7 @@ impl Trip {
             outfit,
             programs: programs.to_vec(),
             kills: 0,
+            within_ms: KILL_WITHIN_FIRST_MS,
             clock: 0.0,
         };
         trip.clock = trip.clock_ahead()?.0;
@@ -215,9 +218,12 @@ impl Trip {
         let child = self.vmpatch.start(&line);
         if is_kill {
             self.kills += 1;
-            self.cut_off(&child, Duration::from_millis(dice.below(KILL_WITHIN_MS)));
+            self.cut_off(&child, Duration::from_millis(dice.below(self.within_ms)));
         }
         let answer = self.vmpatch.finish(&line, child);
+        if !is_kill {
+            self.within_ms = u64::try_from(begun.elapsed().as_millis())?;
+        }
         let report: Option<Value> = serde_json::from_str(&answer.stdout).ok();
         if !is_kill && answer.code != Some(0) {
             return Err(format!("{answer}").into());
