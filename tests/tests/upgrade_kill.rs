@@ -162,6 +162,16 @@ fn a_vmpatch_that_is_killed_at_any_step_leaves_the_guest_in_one_process() {
             assert_eq!(stage.guest.pid() != old, outcome == IN_NEW, "{context}");
         }
     }
+    // Killed before anything was sent, in a process whose own arrival is what `query-migrate` tells as "completed".
+    for all in [false, true] {
+        let context = format!("at the start, all: {all}");
+        let (old, child) = (stage.guest.pid(), stage.start(&["--way", "cpr-transfer"]));
+        wait_for(|| (processes_of(stage.guest.name()).len() == 2).then_some(()));
+        let said = stage.kill(child, all);
+        assert!(said.contains(IN_OLD), "{context}: {said}");
+        stage.is_in_one_process("running", &context);
+        assert_eq!(stage.guest.pid(), old, "{context}");
+    }
     stage.end();
 }
 

@@ -277,7 +277,8 @@ impl Pair {
     }
 
     /// Gives the move up. Afterwards the old QEMU is at rest, with the guest running there, or standing where `completed` is
-    /// told: then all had been sent already.
+    /// told: then all had been sent already. A QEMU that was moved into tells its own arrival as `completed` until it sends for the
+    /// first time; where the guest runs, or its operator paused it, nothing has been sent, and `None` is told.
     pub fn cancel(&mut self, within: Duration) -> Result<Status, MigrateError> {
         let end = Instant::now() + within;
         let give_up = async {
@@ -288,7 +289,9 @@ impl Pair {
                 if progress.status != Status::UnderWay || Instant::now() >= end {
                     // One that QEMU leaves as it is does no harm, but the next migration would be of that kind.
                     let _ = set_mode(source, "normal").await;
-                    return Ok(progress);
+                    // Where all has been sent it is `postmigrate`.
+                    let state = RunState::query(source).await?;
+                    return Ok((progress, matches!(state, RunState::Running | RunState::Paused)));
                 }
                 if !asked {
                     let _: Value = source.execute_as("migrate_cancel", json!({})).await?;
@@ -297,8 +300,9 @@ impl Pair {
                 sleep(Duration::from_millis(CANCEL_POLL_MS)).await;
             }
         };
-        let progress = self.runtime.block_on(give_up).map_err(MigrateError::old)?;
+        let (progress, is_here) = self.runtime.block_on(give_up).map_err(MigrateError::old)?;
         match progress.status {
+            Status::Completed if is_here => Ok(Status::None),
             Status::UnderWay => Err(MigrateError::TooLong {
                 within_s: within.as_secs(),
                 state: progress.state,
