@@ -79,6 +79,9 @@ pub(crate) struct Entry {
     pub place: At,
     /// For `.orc_unwind_ip`: the row that goes with it.
     pub row: Option<Vec<u8>>,
+    /// The entry stands for the start of a function, where the file has none: objtool leaves out a row that is as the one in front of it
+    /// in the section (tools/objtool/orc_gen.c of 6.1), which is of another function. `at` is that one's.
+    pub is_inherited: bool,
 }
 
 impl Entry {
@@ -154,6 +157,7 @@ fn split(object: &Object, index: usize, section: &Section, table: usize, stride:
             len,
             place,
             row: None,
+            is_inherited: false,
         });
         start += stride;
     }
@@ -193,6 +197,18 @@ fn add_rows(object: &Object, ips: &Section, entries: &mut [Entry]) -> Result<(),
         entry.row = rows.bytes(start, row);
     }
     Ok(())
+}
+
+/// How to unwind at the start of a function that has no row of its own there; none where nothing in front of it says so either.
+pub(crate) fn inherited(entries: &[Entry], start: At) -> Option<Entry> {
+    let rows = entries.iter().filter(|entry| entry.row.is_some());
+    let in_front = rows.filter(|entry| entry.place.section == start.section && entry.place.offset <= start.offset);
+    let last = in_front.max_by_key(|entry| entry.place.offset)?;
+    (last.place != start).then(|| Entry {
+        place: start,
+        is_inherited: true,
+        ..last.clone()
+    })
 }
 
 impl Entry {

@@ -1,6 +1,6 @@
 //! One object file as a programmer sees it: functions and variables, and what each refers to.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use object::elf::{R_X86_64_NONE, R_X86_64_PC32, R_X86_64_PLT32, STB_WEAK};
 
@@ -98,7 +98,15 @@ impl Unit {
             code,
             entries: BTreeMap::new(),
         };
-        for entry in tables::entries(&unit.object)? {
+        let mut entries = tables::entries(&unit.object)?;
+        let functions = unit.items.iter().filter(|item| item.is_function && item.size > 0);
+        let starts: BTreeSet<At> = functions.map(|item| item.at).collect();
+        let inherited = starts
+            .into_iter()
+            .filter_map(|start| tables::inherited(&entries, start));
+        let inherited: Vec<Entry> = inherited.collect();
+        entries.extend(inherited);
+        for entry in entries {
             let Some((id, _)) = unit.item_at(entry.place, true) else {
                 continue;
             };
@@ -164,7 +172,7 @@ impl Unit {
     pub(crate) fn entry_at(&self, at: At) -> Option<(ItemId, &Entry)> {
         let holds = |entry: &&Entry| {
             let past = at.offset.checked_sub(entry.at.offset);
-            entry.at.section == at.section && past.is_some_and(|past| past < entry.len)
+            !entry.is_inherited && entry.at.section == at.section && past.is_some_and(|past| past < entry.len)
         };
         // Of several names of one piece the last one is meant, as by `item_at`.
         let mut items = self.entries.iter().rev();

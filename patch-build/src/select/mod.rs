@@ -268,7 +268,7 @@ impl Closure<'_, '_> {
         for relocation in unit.relocations(item) {
             self.follow(side, item.at.section, relocation, &item.name)?;
         }
-        for entry in unit.entries(id) {
+        for entry in unit.entries(id).iter().filter(|entry| !entry.is_inherited) {
             let Some(section) = unit.object.section(entry.at.section) else {
                 continue;
             };

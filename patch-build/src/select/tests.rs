@@ -3,7 +3,7 @@
 use super::{Risk, SelectError, Why};
 use crate::elf::Object;
 use crate::running::{Places, Shipped};
-use crate::testing::selected;
+use crate::testing::{laid, selected};
 
 #[test]
 fn a_static_local_stays_the_running_one_and_a_new_one_is_carried() {
@@ -383,4 +383,23 @@ fn a_new_default_is_not_taken_where_the_kernel_has_that_function() {
         "{:?}",
         chosen.brought()
     );
+}
+
+/// Of two functions of one section objtool leaves out the first row of the second where the first one ends with the same.
+#[test]
+fn a_function_whose_first_row_is_that_of_the_function_in_front_gets_it_in_the_module() {
+    let shared = "#define SHARED __attribute__((section(\".shared.text\")))\n\
+                  asm(\".pushsection .shared.text,\\\"ax\\\"\\n9:\\n.popsection\\n.pushsection .orc_unwind_ip,\\\"a\\\"\\n.long 9b - .\\n.popsection\\n\
+                  .pushsection .orc_unwind,\\\"a\\\"\\n.fill 6,1,7\\n.popsection\");\n";
+    let before = format!("{shared}int SHARED g(int a) {{ return a * 7; }}\nint SHARED f(int a) {{ return a + 1; }}\n");
+    let chosen = selected("inherited-row", &before, &before.replace("a + 1", "a + 2"));
+    assert_eq!(chosen.replaced(), ["f"]);
+    let object = laid(&chosen);
+    let (_, rows) = object.section_named(".orc_unwind").unwrap();
+    assert_eq!(rows.data, [7; 6]);
+    let (_, places) = object.section_named(".orc_unwind_ip").unwrap();
+    let [place] = &places.relocations[..] else {
+        panic!("{places:?}")
+    };
+    assert_eq!((object.symbol(place).unwrap().name.as_str(), place.addend), ("f", 0));
 }

@@ -132,6 +132,11 @@ impl<'s, 'k> Layer<'s, 'k> {
             let bytes = section.bytes(entry.at.offset, entry.len).unwrap_or_default();
             let to = self.output.section(&kind(section));
             let at = self.output.append(to, &bytes, section.align.max(1), 0);
+            if entry.is_inherited {
+                self.refer_to_start((side, id), at);
+                self.lay_row(side, entry);
+                continue;
+            }
             self.entries.insert(((side, id), entry.at), at);
             self.work.push(Work {
                 from: Piece {
@@ -149,6 +154,20 @@ impl<'s, 'k> Layer<'s, 'k> {
             }
         }
         Ok(())
+    }
+
+    /// Has the entry at `at` of the unwinder's table mean the start of something that is carried.
+    fn refer_to_start(&mut self, chosen: Chosen, at: At) {
+        let Some(symbol) = self.symbol(chosen) else { return };
+        self.output.relocate(
+            at.section,
+            Relocation {
+                offset: at.offset,
+                kind: elf::R_X86_64_PC32.0,
+                symbol,
+                addend: 0,
+            },
+        );
     }
 
     fn lay_row(&mut self, side: usize, entry: &Entry) {
