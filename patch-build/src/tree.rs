@@ -28,6 +28,8 @@ const OF_THE_TOOLS: [&str; 7] = [
 ];
 /// Where a tree notes settings of the tools that differ, each with a space behind it.
 const OTHER_SETTINGS: &str = "vmpatch-other-settings";
+/// Has objtool run on each object as it is made, whatever the configuration says.
+const OBJTOOL_AT_ONCE: &str = "objtool-enabled=y";
 /// The folder with the assembler that keeps names.
 const ASSEMBLER: &str = "vmpatch-assembler";
 /// The last file of a tree: one without it is not ready.
@@ -111,7 +113,7 @@ impl Tree {
         }
         // With IBT, objtool would wait for the whole kernel to be linked (scripts/Makefile.lib, delay-objtool).
         if Config::parse(&config).enabled("X86_KERNEL_IBT") {
-            make.push("objtool-enabled=y".to_owned());
+            make.push(OBJTOOL_AT_ONCE.to_owned());
         }
         // As make spells it, where the cache is behind a link: commands that make notes down are changed by it later.
         let source = &target.source.folder;
@@ -272,6 +274,10 @@ impl Tree {
         let names: String = of_tools.iter().map(|change| format!("{} ", change.name)).collect();
         let file = self.folder.join(OTHER_SETTINGS);
         fs::write(&file, names).map_err(cache::Error::io("write", &file))?;
+        if self.make.iter().any(|word| word == OBJTOOL_AT_ONCE) {
+            // Objects that are made on the way to `modules_prepare` do not wait for it.
+            self.make(&self.search_path, &["tools/objtool"])?;
+        }
         self.make(&self.search_path, &["modules_prepare"])?;
         let vermagic = self.read_vermagic()?;
         let ready = self.folder.join(READY);
