@@ -4,14 +4,14 @@ use crate::elf::{Object, write};
 use crate::testing::{laid, selected_of_modules};
 
 /// Two modules that change, of which the second uses what a third one exports, and has variables of its own.
-fn of_two_modules() -> Object {
+fn of_two_modules(test: &str) -> Object {
     let first = "int f(int a) { return printk(\"f %d\", a); }\n";
     let second = "extern int of_third(int);\nint g(int a) { return of_third(a) + 1; }\n";
     let changed = second
         .replace("int g", "static int calls;\nint g")
         .replace("+ 1", "+ ++calls");
     let chosen = selected_of_modules(
-        "parts",
+        test,
         &[
             ("m", first, &first.replace("return", "return 1 +")),
             ("n", second, &changed),
@@ -22,7 +22,7 @@ fn of_two_modules() -> Object {
 
 #[test]
 fn code_and_variables_of_each_module_are_in_sections_of_their_own() {
-    let object = of_two_modules();
+    let object = of_two_modules("parts-sections");
     let names = |section: &str| -> Vec<&str> {
         let (index, _) = object.section_named(section).unwrap();
         let here = object.symbols.iter().filter(|symbol| {
@@ -38,7 +38,7 @@ fn code_and_variables_of_each_module_are_in_sections_of_their_own() {
 /// kernel/livepatch/core.c, `klp_resolve_symbols`: the section's object says when, the symbol's where.
 #[test]
 fn what_a_third_module_exports_is_found_when_the_module_that_uses_it_is_loaded() {
-    let object = Object::parse(&write(&of_two_modules()).unwrap()).unwrap();
+    let object = Object::parse(&write(&of_two_modules("parts-third")).unwrap()).unwrap();
     let names: Vec<&str> = object.sections.iter().map(|section| section.name.as_str()).collect();
     assert!(names.contains(&".klp.rela.n..text.n"), "{names:?}");
     assert!(
