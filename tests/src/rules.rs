@@ -156,7 +156,7 @@ pub const NOTHING: &[Edit] = &[
     ("fs/proc/softirqs.c", "NULL, show_softirqs", "NULL, show_all_softirqs"),
 ];
 
-/// A bit that three files use.
+/// A bit that files of four folders use.
 pub const HEADER: &[Edit] = &[("lib/kstrtox.h", "(1U << 31)", "(1U << 30)")];
 
 /// A file that another one includes, which has the same functions for programs of 32 bits.
@@ -187,7 +187,7 @@ pub const REFUSED: &[Edit] = &[
     (
         "arch/x86/entry/calling.h",
         "#include <linux/jump_label.h>",
-        "#include <linux/jump_label.h>\n#define VMPATCH 1",
+        "#include <linux/jump_label.h>\n.macro VMPATCH\n.endm",
     ),
     ("fs/drop_caches.c", "int sysctl_drop_caches;\n", ""),
     (
