@@ -9,6 +9,7 @@ use crate::compare::{CompareError, Comparison, Unit};
 use crate::elf::{self, ElfError, Object};
 use crate::facts::KernelFacts;
 use crate::pair::ObjectPair;
+use crate::parallel::in_parallel;
 use crate::running::{Places, Shipped, ShippedError};
 use crate::select::{Finding, OutSymbol, Resolver, Risk, SelectError, Selection, Side};
 use crate::sheet::ReviewSheet;
@@ -30,7 +31,7 @@ pub struct Inputs<'a> {
 }
 
 /// Compiles for that kernel. Errors are for people: what the compiler said.
-pub trait Compile {
+pub trait Compile: Sync {
     /// A C text as a file of a module of that name, without linking it.
     fn glue(&self, module_name: &str, c_text: &str) -> Result<Vec<u8>, String>;
 
@@ -162,37 +163,38 @@ pub fn build(inputs: &Inputs<'_>, compile: &dyn Compile) -> Result<Built, BuildE
 }
 
 fn sides<'k>(inputs: &Inputs<'k>, compile: &dyn Compile) -> Result<Vec<Side<'k>>, BuildError> {
-    let mut sides = Vec::new();
-    for pair in inputs.pairs {
-        let failed = |source| BuildError::Compare {
-            file: pair.source.clone(),
-            source,
-        };
-        let comparison = Comparison::of(&pair.before, &pair.after).map_err(failed)?;
-        let shipped = match &pair.module {
-            None => Shipped::kernel(inputs.facts)?,
-            Some(name) => Shipped::module(inputs.facts, name)?,
-        };
-        let mut places = Places::find(&comparison.before, &shipped);
-        if !places.are_complete(&comparison.before) {
-            let object = compile
-                .as_shipped(&pair.source)
-                .map_err(|reason| BuildError::AsShipped {
-                    file: pair.source.clone(),
-                    reason,
-                })?;
-            let unit = Unit::plain(&object).map_err(failed)?;
-            places.complete(&comparison.before, &unit, &shipped);
-        }
-        sides.push(Side {
-            source: pair.source.clone(),
-            has_ftrace: pair.has_ftrace,
-            comparison,
-            places,
-            shipped,
-        });
+    let sides = in_parallel(inputs.pairs, |_, pair| side(pair, inputs.facts, compile), &|_, _| {});
+    sides.into_iter().collect()
+}
+
+fn side<'k>(pair: &ObjectPair, facts: &'k KernelFacts, compile: &dyn Compile) -> Result<Side<'k>, BuildError> {
+    let failed = |source| BuildError::Compare {
+        file: pair.source.clone(),
+        source,
+    };
+    let comparison = Comparison::of(&pair.before, &pair.after).map_err(failed)?;
+    let shipped = match &pair.module {
+        None => Shipped::kernel(facts)?,
+        Some(name) => Shipped::module(facts, name)?,
+    };
+    let mut places = Places::find(&comparison.before, &shipped);
+    if !places.are_complete(&comparison.before) {
+        let object = compile
+            .as_shipped(&pair.source)
+            .map_err(|reason| BuildError::AsShipped {
+                file: pair.source.clone(),
+                reason,
+            })?;
+        let unit = Unit::plain(&object).map_err(failed)?;
+        places.complete(&comparison.before, &unit, &shipped);
     }
-    Ok(sides)
+    Ok(Side {
+        source: pair.source.clone(),
+        has_ftrace: pair.has_ftrace,
+        comparison,
+        places,
+        shipped,
+    })
 }
 
 /// The code that is replaced, as shipped. What is not the compiled code is left out: nothing would be known of it.

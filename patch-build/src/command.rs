@@ -20,13 +20,13 @@ pub enum Error {
         source: io::Error,
     },
     /// It ran and failed.
-    #[error("`{program}` failed: {status}: {stderr}")]
+    #[error("`{program}` failed: {status}: {}", tail(stderr.as_bytes()))]
     Failed {
         /// The program with its arguments.
         program: String,
         /// How it ended.
         status: ExitStatus,
-        /// The end of what it wrote to standard error.
+        /// What it wrote to standard error; the text of the error shows the end of it.
         stderr: String,
     },
 }
@@ -73,7 +73,7 @@ fn result(program: &str, args: &[&str], output: io::Result<Output>) -> Result<Ve
     Err(Error::Failed {
         program: spelled(),
         status: output.status,
-        stderr: tail(&output.stderr),
+        stderr: String::from_utf8_lossy(&output.stderr).trim().to_owned(),
     })
 }
 

@@ -12,8 +12,8 @@ use crate::cache;
 use crate::compile::command::SavedCommand;
 use crate::tree::{self, Tree};
 
-/// Where a tree keeps what make said.
-const FILE: &str = "vmpatch-plan";
+/// Where a tree keeps what make said. In files called `vmpatch-plan` of older versions commands of 7.2 are not whole.
+const FILE: &str = "vmpatch-plan-2";
 
 /// Why it could not be told.
 #[derive(Debug, thiserror::Error)]
@@ -176,14 +176,15 @@ pub(crate) fn plain(path: &str) -> Option<String> {
 /// What the plan needs of all that make said: a line for each object (`object`, its name, its source, the command), and one for
 /// each file that is named and is not of the source (`made`).
 ///
-/// scripts/Makefile.build of 6.1 compiles with `cmd; scripts/basic/fixdep DEPENDENCIES OBJECT 'cmd' > …` on one line, behind traps.
+/// scripts/Makefile.build of 6.1 compiles with `cmd; scripts/basic/fixdep DEPENDENCIES OBJECT 'cmd' > …` on one line, behind traps; 7.2
+/// has `./scripts/basic/fixdep`.
 fn noted(said: &str) -> String {
     let mut objects = String::new();
     let mut made: BTreeSet<&str> = BTreeSet::new();
     for line in said.lines() {
         let line = line
             .split_once("scripts/basic/fixdep ")
-            .map_or(line, |(command, _)| command);
+            .map_or(line, |(command, _)| command.strip_suffix("./").unwrap_or(command));
         if let Some((object, source, command)) = compilation(line) {
             objects.push_str(&format!("object\t{object}\t{source}\t{command}\n"));
             made.extend(relative(source));
@@ -272,5 +273,17 @@ mod tests {
     fn a_path_that_leaves_its_root_is_none() {
         assert_eq!(plain("a/./b/../c.c").as_deref(), Some("a/c.c"));
         assert_eq!(plain("a/../../c.c"), None);
+    }
+
+    #[test]
+    fn a_command_ends_where_the_program_that_notes_it_begins() {
+        for program in ["scripts/basic/fixdep", "./scripts/basic/fixdep"] {
+            let said = format!(
+                "set -e; gcc-16 -Wp,-MMD,lib/.k.o.d -c -o lib/k.o /src/lib/k.c ; ./tools/objtool/objtool --orc lib/k.o; {program} lib/.k.o.d lib/k.o 'x' > y\n"
+            );
+            let plan = Plan::parse(&noted(&said), Path::new("/src"));
+            let last = plan.objects[0].command.words().last();
+            assert_eq!(last, Some("lib/k.o"), "{program}");
+        }
     }
 }

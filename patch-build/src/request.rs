@@ -151,7 +151,7 @@ pub fn build(
         modules: target.modules.clone(),
     })?;
     let touched = touched::find(&tree, &facts, &change, progress)?;
-    for (file, why) in &touched.left_out {
+    for (file, why) in change.left_out.iter().chain(&touched.left_out) {
         warning(&format!("{file} is left out: {why}"));
     }
     let pairs = compile::after(&tree, touched.units, &change.files, progress)?;

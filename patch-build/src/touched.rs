@@ -221,13 +221,8 @@ impl Search<'_> {
 
     /// Compiles what is to be compared.
     fn compile(&self, wanted: &[&Planned], touched: &mut Touched) -> Result<(), Error> {
-        for planned in wanted {
-            if let Some(modules) = planned.module().filter(|module| module.contains(':')) {
-                return Err(Error::Shared {
-                    file: planned.source.clone(),
-                    modules: modules.replace(':', ", "),
-                });
-            }
+        if let Some(error) = wanted.iter().find_map(|planned| shared(planned)) {
+            return Err(error);
         }
         // What is named after another file would be taken for that one's.
         let (own, others): (Vec<&Planned>, Vec<&Planned>) =
@@ -285,8 +280,9 @@ impl Search<'_> {
     fn left_out(&self, read: &BTreeSet<&str>, touched: &mut Touched) -> Result<(), Error> {
         for file in self.change.files.keys().filter(|file| !read.contains(file.as_str())) {
             if !touched.left_out.iter().any(|(name, _)| name == file) {
-                let why = format!("no code of kernel {} is made of it", self.facts.release);
-                touched.left_out.push((file.clone(), why));
+                touched
+                    .left_out
+                    .push((file.clone(), why_none(file, &self.facts.release)));
             }
         }
         if !read.is_empty() || !touched.units.is_empty() || !touched.not_compiled.is_empty() {
@@ -306,8 +302,26 @@ impl Search<'_> {
 /// The vDSO: the kernel maps it into processes, and does not run it.
 const VDSO: &str = "for the vDSO, which processes run";
 
-/// What an object is for that is not of the running kernel; `None` for those that are.
-fn what_for(planned: &Planned) -> Option<&'static str> {
+/// Refuses an object that is linked into more than one module: make gives their names with a colon between (scripts/Makefile.lib of 5.10,
+/// `modname-multi`).
+fn shared(planned: &Planned) -> Option<Error> {
+    let modules = planned.module().filter(|module| module.contains(':'))?;
+    Some(Error::Shared {
+        file: planned.source.clone(),
+        modules: modules.replace(':', ", "),
+    })
+}
+
+/// Why nothing of a kernel is made of a file.
+fn why_none(file: &str, release: &str) -> String {
+    match what_folder_is_for(file) {
+        Some(what) => format!("it is compiled {what}"),
+        None => format!("no code of kernel {release} is made of it"),
+    }
+}
+
+/// What the files of a folder are for that is not of the running kernel.
+fn what_folder_is_for(file: &str) -> Option<&'static str> {
     const FOLDERS: [(&str, &str); 8] = [
         ("arch/x86/boot/startup/", ""),
         ("arch/x86/boot/", "for what runs before the kernel does"),
@@ -321,18 +335,19 @@ fn what_for(planned: &Planned) -> Option<&'static str> {
         ("tools/", "for the build itself"),
         ("usr/", "for the first programs"),
     ];
-    let is_below = |folder: &str| planned.object.starts_with(folder);
-    if let Some((_, what)) = FOLDERS
-        .iter()
-        .find(|(folder, _)| is_below(folder))
-        .filter(|(_, what)| !what.is_empty())
-    {
+    let of = FOLDERS.iter().find(|(folder, _)| file.starts_with(folder));
+    of.map(|(_, what)| *what).filter(|what| !what.is_empty())
+}
+
+/// What an object is for that is not of the running kernel; `None` for those that are.
+fn what_for(planned: &Planned) -> Option<&'static str> {
+    if let Some(what) = what_folder_is_for(&planned.object) {
         return Some(what);
     }
     if planned.is_of_running_kernel() {
         return None;
     }
-    Some(if is_below("arch/x86/entry/vdso/") {
+    Some(if planned.object.starts_with("arch/x86/entry/vdso/") {
         VDSO
     } else {
         "for another place in memory than the kernel's"
@@ -386,6 +401,8 @@ fn is_symbol(facts: &KernelFacts, name: &str) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use std::path::Path;
+
     use super::*;
 
     #[test]
@@ -397,5 +414,31 @@ mod tests {
             error.contains("6.1.0-x was optimised as a whole (CONFIG_LTO_CLANG)"),
             "{error}"
         );
+    }
+
+    #[test]
+    fn a_file_of_what_runs_before_the_kernel_is_named_as_that() {
+        let boot = "it is compiled for what runs before the kernel does";
+        assert_eq!(why_none("arch/x86/boot/compressed/misc.c", "6.1.0-x"), boot);
+        let none = "no code of kernel 6.1.0-x is made of it";
+        assert_eq!(why_none("arch/x86/boot/startup/sme.c", "6.1.0-x"), none);
+        assert_eq!(why_none("drivers/net/a.c", "6.1.0-x"), none);
+    }
+
+    #[test]
+    fn an_object_in_two_modules_is_refused_by_their_names() {
+        let refused = |module: &str| {
+            let flags = format!("-DMODULE -DKBUILD_MODNAME='\"{module}\"'");
+            let text =
+                format!("object\tlib/zstd/a.o\t/src/lib/zstd/a.c\tgcc {flags} -c -o lib/zstd/a.o /src/lib/zstd/a.c\n");
+            let plan = Plan::parse(&text, Path::new("/src"));
+            plan.objects.iter().find_map(shared).map(|error| error.to_string())
+        };
+        let error = refused("zstd_compress:zstd_decompress").unwrap();
+        assert!(
+            error.starts_with("lib/zstd/a.c is linked into more than one module (zstd_compress, zstd_decompress)"),
+            "{error}"
+        );
+        assert_eq!(refused("zstd_compress"), None);
     }
 }

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use crate::assembler;
 use crate::cache::{self, Cache, Lock};
 use crate::facts::Config;
+use crate::kept::{Kept, Parts};
 use crate::target::Target;
 use crate::toolchain::{self, Toolchain};
 use crate::{command, digest};
@@ -28,12 +29,15 @@ const OF_THE_TOOLS: [&str; 7] = [
 ];
 /// Where a tree notes settings of the tools that differ, each with a space behind it.
 const OTHER_SETTINGS: &str = "vmpatch-other-settings";
-/// Has objtool run on each object as it is made, whatever the configuration says.
-const OBJTOOL_AT_ONCE: &str = "objtool-enabled=y";
+/// Has objtool run on each object as it is made, and not on those that the build excepts (`OBJECT_FILES_NON_STANDARD`): of the 32-bit
+/// vDSO's objects it reads none (scripts/Makefile.build of 6.12).
+const OBJTOOL_AT_ONCE: &str = "objtool-enabled=$(is-standard-object)";
 /// The folder with the assembler that keeps names.
 const ASSEMBLER: &str = "vmpatch-assembler";
 /// The last file of a tree: one without it is not ready.
 const READY: &str = "vmpatch-vermagic";
+/// The folder with what was made with the tree.
+const KEPT: &str = "vmpatch-kept";
 /// A copy of a tree without its objects, for a run of make that makes nothing.
 const DRY: &str = "vmpatch-dry";
 
@@ -79,7 +83,10 @@ pub struct Tree {
     search_path: String,
     vermagic: String,
     other_settings: Vec<String>,
-    fixed: bool,
+    /// None where the source can change.
+    kept: Option<Kept>,
+    /// Names the compiler, the assembler and objtool as they are.
+    tools: String,
     _lock: Lock,
 }
 
@@ -92,7 +99,13 @@ impl Tree {
         let compiler = toolchain.program();
         let io = |action| cache::Error::io(action, &target.config);
         let config = fs::read_to_string(&target.config).map_err(io("read"))?;
-        let id = digest(&[&target.source.id, &config, toolchain.version(), assembler::SCRIPT]);
+        // With IBT, objtool would wait for the whole kernel to be linked (scripts/Makefile.lib, delay-objtool).
+        let objtool = Config::parse(&config)
+            .enabled("X86_KERNEL_IBT")
+            .then_some(OBJTOOL_AT_ONCE);
+        let mut made_of = vec![&*target.source.id, &config, toolchain.version(), assembler::SCRIPT];
+        made_of.extend(objtool);
+        let id = digest(&made_of);
         let lock = cache.lock(&format!("builds/{}_{id}", target.release))?;
         let folder = lock.entry().to_owned();
         let mut make = vec![
@@ -111,10 +124,7 @@ impl Tree {
         {
             make.push("RUSTC=false".to_owned());
         }
-        // With IBT, objtool would wait for the whole kernel to be linked (scripts/Makefile.lib, delay-objtool).
-        if Config::parse(&config).enabled("X86_KERNEL_IBT") {
-            make.push(OBJTOOL_AT_ONCE.to_owned());
-        }
+        make.extend(objtool.map(str::to_owned));
         // As make spells it, where the cache is behind a link: commands that make notes down are changed by it later.
         let source = &target.source.folder;
         let source = fs::canonicalize(source).map_err(cache::Error::io("find", source))?;
@@ -126,9 +136,11 @@ impl Tree {
             search_path: toolchain.search_path(),
             vermagic: String::new(),
             other_settings: Vec::new(),
-            fixed: target.source.fixed,
+            kept: None,
+            tools: String::new(),
             _lock: lock,
         };
+        tree.kept = target.source.fixed.then(|| Kept::at(tree.folder.join(KEPT)));
         let ready = tree.folder.join(READY);
         let others = tree.folder.join(OTHER_SETTINGS);
         if !ready.exists() || !others.exists() {
@@ -137,6 +149,7 @@ impl Tree {
         tree.vermagic = fs::read_to_string(&ready).map_err(cache::Error::io("read", &ready))?;
         let others = fs::read_to_string(&others).map_err(cache::Error::io("read", &others))?;
         tree.other_settings = others.split_whitespace().map(str::to_owned).collect();
+        tree.tools = tree.name_tools();
         Ok(tree)
     }
 
@@ -167,11 +180,46 @@ impl Tree {
 
     /// Whether the source can't change: it is the cache's own.
     pub(crate) fn is_fixed(&self) -> bool {
-        self.fixed
+        self.kept.is_some()
     }
 
-    /// Runs make in the source for `goals`.
-    fn make(&self, search_path: &str, goals: &[&str]) -> Result<(), command::Error> {
+    /// What was made of these parts with the tree's tools, if that is kept; `None`, too, where the source can change.
+    pub(crate) fn kept(&self, parts: &[&[u8]]) -> Option<Parts> {
+        self.kept.as_ref()?.get(&self.key(parts))
+    }
+
+    /// Keeps what was made of these parts and of `inputs`, unless the source can change.
+    pub(crate) fn keep(&self, parts: &[&[u8]], inputs: &[PathBuf], made: &[&[u8]]) -> Result<(), cache::Error> {
+        match &self.kept {
+            Some(kept) => kept.put(&self.key(parts), inputs, made),
+            None => Ok(()),
+        }
+    }
+
+    fn key<'k>(&'k self, parts: &[&'k [u8]]) -> Vec<&'k [u8]> {
+        let own = [self.compiler.as_bytes(), self.tools.as_bytes()];
+        own.into_iter().chain(parts.iter().copied()).collect()
+    }
+
+    /// Each program that makes an object, where it is found, its size and when it was changed.
+    fn name_tools(&self) -> String {
+        let compiler = self.compiler.split(' ').next().unwrap_or_default();
+        let found = |name: &str| {
+            let mut folders = self.search_path.split(':').map(Path::new);
+            folders.find_map(|folder| fs::canonicalize(folder.join(name)).ok())
+        };
+        let own = ["tools/objtool/objtool", "vmpatch-assembler/as"].map(|name| Some(self.folder.join(name)));
+        let programs = [found(compiler), found("as")].into_iter().chain(own).flatten();
+        let named = programs.map(|path| {
+            let about = fs::metadata(&path).ok();
+            let changed = about.as_ref().and_then(|about| about.modified().ok());
+            format!("{} {:?} {changed:?}\n", path.display(), about.map(|about| about.len()))
+        });
+        named.collect()
+    }
+
+    /// Runs make in the source for `goals`, with the tools of that `PATH`.
+    pub(crate) fn make(&self, search_path: &str, goals: &[&str]) -> Result<(), command::Error> {
         let args = self.make_args(search_path, &format!("O={}", self.folder.display()));
         let mut args: Vec<&str> = args.iter().map(String::as_str).collect();
         args.push("-s");
@@ -226,6 +274,11 @@ impl Tree {
         ]);
         args.extend(self.make.iter().cloned());
         args
+    }
+
+    /// The value of `PATH` with which the kernel's build finds its compiler, assembler and linker.
+    pub(crate) fn search_path(&self) -> &str {
+        &self.search_path
     }
 
     /// Runs a shell command in the tree's folder, as the build would.
@@ -297,24 +350,6 @@ impl Tree {
             .ok_or_else(|| Error::NoVermagic {
                 tree: self.folder.clone(),
             })
-    }
-
-    /// Compiles a C text as the one file of an external module of that name, without linking it. The object has no debug
-    /// information.
-    pub fn compile_extra(&self, module: &str, text: &str) -> Result<Vec<u8>, Error> {
-        let work = self.folder.join("vmpatch-extra");
-        let io = |action| cache::Error::io(action, &work);
-        if work.exists() {
-            fs::remove_dir_all(&work).map_err(io("remove what an interrupted run left in"))?;
-        }
-        fs::create_dir(&work).map_err(io("make the folder"))?;
-        let kbuild = format!("obj-m := {module}.o\n{module}-y := glue.o\nccflags-y := -g0\n");
-        fs::write(work.join("Kbuild"), kbuild).map_err(io("write to"))?;
-        fs::write(work.join("glue.c"), text).map_err(io("write to"))?;
-        self.make(&self.search_path, &[&format!("M={}", work.display()), "glue.o"])?;
-        let object = fs::read(work.join("glue.o")).map_err(io("read from"))?;
-        fs::remove_dir_all(&work).map_err(io("remove"))?;
-        Ok(object)
     }
 }
 

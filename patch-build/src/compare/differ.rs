@@ -1,12 +1,13 @@
 //! Whether two pieces of two object files mean the same.
 
+use iced_x86::Mnemonic;
 use object::elf::{R_X86_64_64, R_X86_64_PC64};
 
 use super::contents::bytes_without_lines;
 use super::tables::Entry;
 use super::unit::{ItemId, Target, Unit};
 use super::{Pairs, names};
-use crate::elf::code::instructions;
+use crate::elf::code::{instructions, is_branch};
 use crate::elf::{At, Relocation, Section};
 
 /// How deep constants may refer to constants that have no name: ends what would not end.
@@ -98,7 +99,7 @@ impl Differ<'_> {
             return None;
         }
         let (x, y) = (x.unwrap_or_default(), y.unwrap_or_default());
-        if old.is_code() && self.lines.explain(&x, &y) {
+        if old.is_code() && self.lines.explain((b.at, a.at), &x, &y) {
             return None;
         }
         let at = x.iter().zip(&y).position(|(x, y)| x != y).unwrap_or_default();
@@ -152,7 +153,7 @@ impl Differ<'_> {
                 let (old, new) = (unnamed(self.before, *x), unnamed(self.after, *y));
                 match (old, new) {
                     (Some((x, from)), Some((y, to))) if x.len == y.len && from == to => self.pieces(x, y, depth + 1),
-                    (None, None) => None,
+                    // Nor is it the same where neither piece is known.
                     _ => Some(text()),
                 }
             }
@@ -224,14 +225,14 @@ impl Differ<'_> {
             return self.relocations(old, b, new, a, 0);
         }
         // The replacement is as long as the entry says, and has no name.
-        let (x, y) = (replacement(self.before, entry)?, {
-            let other = Entry {
-                at: a.at,
-                ..entry.clone()
-            };
-            replacement(self.after, &other)?
-        });
-        self.pieces(x.into(), y.into(), 1)
+        let other = Entry {
+            at: a.at,
+            ..entry.clone()
+        };
+        match (replacement(self.before, entry), replacement(self.after, &other)) {
+            (Some(x), Some(y)) => self.pieces(x.into(), y.into(), 1),
+            _ => Some("a replacement that is not understood".to_owned()),
+        }
     }
 
     fn section<'a>(&self, unit: &'a Unit, at: At) -> Option<&'a Section> {
@@ -295,12 +296,16 @@ fn unnamed(unit: &Unit, at: At) -> Option<(Piece, u64)> {
     let section = unit.object.section(at.section)?;
     if section.is_code() {
         let rest = section.data.get(usize::try_from(at.offset).ok()?..)?;
-        // Up to where it goes back.
-        let end = instructions(rest).find(|instruction| {
-            let opcode = rest.get(usize::try_from(instruction.ip()).unwrap_or(usize::MAX));
-            matches!(opcode, Some(0xe9 | 0xeb | 0xc3))
-        })?;
-        return Some((Piece { at, len: end.next_ip() }, 0));
+        return Some((
+            Piece {
+                at,
+                len: code_len(rest)?,
+            },
+            0,
+        ));
+    }
+    if let Some(len) = section.wide_text_len(at.offset) {
+        return Some((Piece { at, len }, 0));
     }
     if section.entry_size > 0 && !section.is_strings() {
         let inside = at.offset % section.entry_size;
@@ -321,6 +326,27 @@ fn unnamed(unit: &Unit, at: At) -> Option<(Piece, u64)> {
         len: section.size,
     };
     (at.offset <= section.size).then_some((whole, at.offset))
+}
+
+/// The length of code that the assembler put elsewhere: up to where it goes back, behind all that it jumps to itself. `None` where
+/// that is not known.
+fn code_len(bytes: &[u8]) -> Option<u64> {
+    let bytes_len = u64::try_from(bytes.len()).ok()?;
+    let mut reached = 0;
+    for instruction in instructions(bytes) {
+        // Where it leads elsewhere the linker fills that in, and what is there means the next instruction.
+        if is_branch(&instruction) && instruction.near_branch_target() != instruction.next_ip() {
+            reached = reached.max(instruction.near_branch_target());
+            if reached >= bytes_len {
+                return None;
+            }
+        }
+        let ends = matches!(instruction.mnemonic(), Mnemonic::Jmp | Mnemonic::Ret);
+        if ends && reached < instruction.next_ip() {
+            return Some(instruction.next_ip());
+        }
+    }
+    None
 }
 
 /// What a reference refers to, for people.

@@ -4,24 +4,34 @@ use std::collections::BTreeMap;
 
 use iced_x86::{Mnemonic, OpKind, Register};
 
+use crate::elf::At;
 use crate::elf::code::instructions;
+use crate::types::Rows;
 
-/// Where functions start in the file, before and after.
+/// A statement has no more lines: a macro may say any of them.
+const STATEMENT_LINES_MAX: u64 = 16;
+
+/// Where functions start in the file, before and after, and which lines their code is of.
 #[derive(Debug, Default)]
 pub(crate) struct Lines {
     /// Line before and line after, ascending by the first.
     starts: Vec<(u64, u64)>,
+    before: Rows,
+    after: Rows,
 }
 
 impl Lines {
     /// Of the functions that both versions have.
-    pub fn new(before: &BTreeMap<String, u64>, after: &BTreeMap<String, u64>) -> Self {
-        let both = before
-            .iter()
-            .filter_map(|(name, line)| Some((*line, *after.get(name)?)));
+    pub fn new(before: (&BTreeMap<String, u64>, Rows), after: (&BTreeMap<String, u64>, Rows)) -> Self {
+        let both = before.0.iter();
+        let both = both.filter_map(|(name, line)| Some((*line, *after.0.get(name)?)));
         let mut starts: Vec<(u64, u64)> = both.collect();
         starts.sort_unstable();
-        Self { starts }
+        Self {
+            starts,
+            before: before.1,
+            after: after.1,
+        }
     }
 
     /// True where one line became the other because text above its function grew or shrank.
@@ -49,11 +59,20 @@ impl Lines {
             }
     }
 
-    /// True where the code differs in nothing but line numbers handed to calls.
-    pub fn explain(&self, before: &[u8], after: &[u8]) -> bool {
+    /// True where the code at two places differs in nothing but line numbers handed to calls, each that of a statement of that very code.
+    pub fn explain(&self, at: (At, At), before: &[u8], after: &[u8]) -> bool {
         if before.len() != after.len() {
             return false;
         }
+        let len = u64::try_from(before.len()).unwrap_or(u64::MAX);
+        let own: [Vec<u64>; 2] = [
+            self.before.lines_in(at.0, len).collect(),
+            self.after.lines_in(at.1, len).collect(),
+        ];
+        let is_own = |lines: &[u64], number: u64| {
+            let past = |line: &u64| number.checked_sub(*line);
+            lines.iter().filter_map(past).any(|past| past < STATEMENT_LINES_MAX)
+        };
         instructions(before).zip(instructions(after)).all(|(a, b)| {
             if a.ip() != b.ip() || a.len() != b.len() {
                 return false;
@@ -64,7 +83,8 @@ impl Lines {
             };
             bytes(before) == bytes(after)
                 || (is_argument(&a) && is_argument(&b) && a.op0_register() == b.op0_register() && {
-                    self.moved(u64::from(a.immediate32()), u64::from(b.immediate32()))
+                    let (x, y) = (u64::from(a.immediate32()), u64::from(b.immediate32()));
+                    self.moved(x, y) && is_own(&own[0], x) && is_own(&own[1], y)
                 })
         })
     }
@@ -96,12 +116,15 @@ mod tests {
 
     fn lines() -> Lines {
         let map = |line| BTreeMap::from([("f".to_owned(), line)]);
-        Lines::new(&map(10), &map(13))
+        let rows = |lines: [u64; 2]| Rows::of(lines.map(|line| (AT, line)).to_vec());
+        Lines::new((&map(10), rows([10, 12])), (&map(13), rows([13, 15])))
     }
+
+    const AT: At = At { section: 1, offset: 0 };
 
     #[test]
     fn a_line_that_moved_with_its_function_is_no_change() {
-        assert!(lines().explain(&code(12), &code(15)));
+        assert!(lines().explain((AT, AT), &code(12), &code(15)));
     }
 
     #[test]
@@ -113,7 +136,10 @@ mod tests {
 
     #[test]
     fn another_number_is_a_change() {
-        assert!(!lines().explain(&code(12), &code(16)));
-        assert!(!lines().explain(&code(9), &code(12)));
+        let explained = |before, after| lines().explain((AT, AT), &code(before), &code(after));
+        assert!(!explained(12, 16));
+        assert!(!explained(9, 12));
+        // It moved as the function did, which has no such line.
+        assert!(!explained(60, 63));
     }
 }

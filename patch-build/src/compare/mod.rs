@@ -8,6 +8,7 @@ mod differ;
 mod lines;
 pub(crate) mod names;
 mod pairs;
+mod storage;
 pub(crate) mod tables;
 #[cfg(test)]
 mod tests;
@@ -23,7 +24,7 @@ pub use unit::{Item, ItemId, Target, Unit, is_of_boot};
 use std::collections::BTreeMap;
 
 use crate::elf::{ElfError, Object};
-use crate::types::{DebugError, DebugInfo, Layouts, Statics};
+use crate::types::{DebugError, DebugInfo, Layouts, Rows, Statics};
 use differ::Differ;
 use lines::Lines;
 
@@ -79,9 +80,9 @@ impl Comparison {
     ///
     /// Errors: see [`CompareError`].
     pub fn of(before: &[u8], after: &[u8]) -> Result<Self, CompareError> {
-        let (before, old_lines, old_types) = read(before)?;
-        let (after, new_lines, new_types) = read(after)?;
-        let lines = Lines::new(old_lines.lines(), new_lines.lines());
+        let (before, old_lines, old_rows, old_types) = read(before)?;
+        let (after, new_lines, new_rows, new_types) = read(after)?;
+        let lines = Lines::new((old_lines.lines(), old_rows), (new_lines.lines(), new_rows));
         let mut pairs = Pairs::by_key(&before, &after);
         pairs.pair_renamed(&before, &after, |pairs, b, a| {
             let differ = Differ {
@@ -100,9 +101,11 @@ impl Comparison {
         };
         let verdict = |a: ItemId| match pairs.to_before(a) {
             Some(b) => {
+                let (old, new) = (before.item(b), after.item(a));
                 let found = differ.items(b, a).or_else(|| {
-                    let (old, new) = (before.item(b).at, after.item(a).at);
-                    retyped(old_types.of_variable(old)?, new_types.of_variable(new)?)
+                    let is_data = !new.is_function && !is_by_contents(&after, a);
+                    let differs = is_data.then(|| storage::differs(&before, old, &after, new)).flatten();
+                    differs.or_else(|| retyped(old_types.of_variable(old.at)?, new_types.of_variable(new.at)?))
                 });
                 found.map_or(Verdict::Equal, Verdict::Changed)
             }
@@ -162,7 +165,7 @@ fn retyped(before: &str, after: &str) -> Option<Difference> {
     (before != after).then(|| format!("its type was {before}, and is {after}"))
 }
 
-fn read(bytes: &[u8]) -> Result<(Unit, Statics, Layouts), CompareError> {
+fn read(bytes: &[u8]) -> Result<(Unit, Statics, Rows, Layouts), CompareError> {
     let object = Object::parse(bytes)?;
     if !object.names_what_is_meant() {
         return Err(CompareError::Nameless);
@@ -170,5 +173,6 @@ fn read(bytes: &[u8]) -> Result<(Unit, Statics, Layouts), CompareError> {
     let info = DebugInfo::of(&object);
     let statics = Statics::read(&info)?;
     let layouts = Layouts::read(&info)?;
-    Ok((Unit::new(object, &statics)?, statics, layouts))
+    let rows = Rows::read(&info)?;
+    Ok((Unit::new(object, &statics)?, statics, rows, layouts))
 }

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use super::unit::{ItemId, Unit};
-use super::{contents, names};
+use super::{contents, names, storage};
 
 /// More rounds of finding renamed functions than a chain of calls between such functions is long.
 const ROUNDS_MAX: usize = 16;
@@ -18,7 +18,7 @@ pub struct Pairs {
 impl Pairs {
     /// Pairs items of one name, as the source has it, and where a macro or the compiler counts, of one name with the same contents.
     /// Where there are several (static locals of one name in one function), they pair in their order if both files have as many, else
-    /// none of them does.
+    /// none of them does. Nor does one whose memory in the kernel can't be that of the second file's.
     pub(super) fn by_key(before: &Unit, after: &Unit) -> Self {
         let mut pairs = Self {
             to_after: vec![None; before.items.len()],
@@ -27,7 +27,9 @@ impl Pairs {
         let (old, new) = (by_key(before), by_key(after));
         for (key, old) in old {
             if let Some(new) = new.get(&key).filter(|new| new.len() == old.len()) {
-                old.into_iter().zip(new).for_each(|(b, a)| pairs.pair(b, *a));
+                let both = old.into_iter().zip(new);
+                both.filter(|(b, a)| storage::can_serve(before, before.item(*b), after, after.item(**a)))
+                    .for_each(|(b, a)| pairs.pair(b, *a));
             }
         }
         pairs
@@ -54,7 +56,9 @@ impl Pairs {
                 let equal = |a: &&ItemId| {
                     let mut with = self.clone();
                     with.pair(*b, **a);
-                    before.item(*b).size == after.item(**a).size && is_equal(&with, *b, **a)
+                    before.item(*b).size == after.item(**a).size
+                        && storage::can_serve(before, before.item(*b), after, after.item(**a))
+                        && is_equal(&with, *b, **a)
                 };
                 let same: Vec<&ItemId> = new.iter().filter(equal).collect();
                 let written = |id: &ItemId| names::written(&after.item(*id).name);

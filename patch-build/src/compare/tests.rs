@@ -272,3 +272,51 @@ fn a_limit_of_messages_that_a_header_counts_otherwise_is_the_same() {
     let new = found.iter().filter(|change| change.ends_with(" new")).count();
     assert!(new == 1 && found.len() == 2, "{found:?}");
 }
+
+/// Code that the assembler puts elsewhere, to come back from there.
+fn elsewhere(code: &str) -> String {
+    format!(
+        "int f(int a) {{ asm volatile(\"jmp 1f\\n3:\\n.pushsection .fixup,\\\"ax\\\"\\n1: {code}\\n.popsection\" : \"+a\" (a)); return a; }}\n"
+    )
+}
+
+#[test]
+fn code_elsewhere_is_compared_to_its_end() {
+    for (test, code) in [
+        ("elsewhere", "movl $1, %%eax\\njmp 3b"),
+        (
+            "elsewhere-branch",
+            "test %%eax, %%eax\\njz 2f\\njmp 3b\\n2: movl $1, %%eax\\njmp 3b",
+        ),
+        ("elsewhere-end", "movl $1, %%eax\\nud2"),
+    ] {
+        let before = elsewhere(code);
+        assert_eq!(
+            changes(test, &before, &before.replace("$1", "$2")),
+            ["f changed"],
+            "{test}"
+        );
+    }
+}
+
+#[test]
+fn a_layout_without_a_tag_is_known_by_its_typedef() {
+    let before = "typedef struct { int a; } s_t;\nint f(s_t *s) { return s->a; }\n";
+    let comparison = compared("layout-typedef", before, &before.replace("int a;", "long b; int a;"));
+    let names: Vec<&str> = comparison.types.iter().map(|(name, _, _)| name.as_str()).collect();
+    assert_eq!(names, ["s_t"]);
+    assert_eq!(compared("layout-typedef-same", before, before).types, []);
+}
+
+#[test]
+fn a_number_that_grows_as_its_function_moves_is_no_line_where_no_code_of_the_function_has_that_line() {
+    let before = "void g(void) { sleepy(0, 100); }\n";
+    let after = format!("\n{}", before.replace("100", "101"));
+    assert_eq!(changes("number-moved", before, &after), ["g changed"]);
+    let far = "void f(void) { sleepy(0, 1); }\n\n\n\nvoid g(void) { sleepy(0, 1); }\n";
+    let line = |text: &str| crate::testing::PROLOGUE.lines().count() + 1 + text.lines().count();
+    let of_f = line("");
+    let before = far.replace("(0, 1)", &format!("(0, {of_f})"));
+    let after = format!("\n{}", far.replace("(0, 1)", &format!("(0, {})", of_f + 1)));
+    assert_eq!(changes("number-of-other", &before, &after), ["g changed"]);
+}

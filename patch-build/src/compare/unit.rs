@@ -236,6 +236,11 @@ impl Unit {
         }
     }
 
+    /// The item that a relocation names; none where it means a label. Of several names of one piece it is the one that the source has there.
+    pub(crate) fn named_by(&self, relocation: &Relocation) -> Option<ItemId> {
+        self.by_symbol.get(&relocation.symbol).copied()
+    }
+
     /// What the addend of a relocation lacks to what is meant: a place-relative value counts from where it is stored, the
     /// processor from the end of the instruction.
     pub(crate) fn bias(&self, section: usize, relocation: &Relocation) -> i64 {

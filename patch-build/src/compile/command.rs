@@ -16,7 +16,7 @@ pub(crate) struct SavedCommand {
 impl SavedCommand {
     /// Reads the text of `.NAME.o.cmd` (scripts/Kbuild.include of 6.1, `make-cmd`; scripts/basic/fixdep.c writes it): the
     /// first line is `cmd_OBJECT := COMMAND`, `savedcmd_OBJECT` since 6.3.
-    pub(super) fn parse(object: &str, text: &str) -> Option<Self> {
+    pub(crate) fn parse(object: &str, text: &str) -> Option<Self> {
         let line = text.lines().next()?;
         let line = line.strip_prefix("saved").unwrap_or(line).strip_prefix("cmd_")?;
         // One of another folder is spelled with `..` (arch/x86/kvm/Makefile of 6.1).
@@ -43,6 +43,11 @@ impl SavedCommand {
         self.object == other.object && self.words().eq(other.words())
     }
 
+    /// As the shell takes it.
+    pub(crate) fn text(&self) -> &str {
+        &self.text
+    }
+
     /// Its words, as far as spaces part them.
     pub(crate) fn words(&self) -> impl Iterator<Item = &str> {
         self.text.split(' ').filter(|word| !word.is_empty())
@@ -66,6 +71,18 @@ impl SavedCommand {
     pub(crate) fn is_of_running_kernel(&self) -> bool {
         let model = self.words().filter(|word| word.starts_with("-mcmodel=")).last();
         model == Some("-mcmodel=kernel")
+    }
+
+    /// Whether the compiler forgets what no code uses (gcc's manual, Optimize Options; crypto/Makefile of 6.1 has a file with `-O0`).
+    pub(super) fn forgets_unused(&self) -> bool {
+        const KEEPING: [&str; 4] = [
+            "-fno-toplevel-reorder",
+            "-fno-unit-at-a-time",
+            "-fkeep-inline-functions",
+            "-fkeep-static-functions",
+        ];
+        let level = self.words().filter(|word| word.starts_with("-O")).last();
+        level.is_some_and(|level| level != "-O0") && !self.words().any(|word| KEEPING.contains(&word))
     }
 
     /// Whether the compiler makes call sites for ftrace.
@@ -151,7 +168,7 @@ impl SavedCommand {
 }
 
 /// The files that an object was made of, out of the list that `-MMD` leaves: a rule for make with continued lines.
-pub(super) fn dependencies(rule: &str) -> impl Iterator<Item = &str> {
+pub(crate) fn dependencies(rule: &str) -> impl Iterator<Item = &str> {
     let files = rule.split_once(':').map_or("", |(_, files)| files);
     files.split_whitespace().filter(|word| *word != "\\")
 }
@@ -240,5 +257,12 @@ mod tests {
     fn dependencies_are_what_stands_behind_the_colon() {
         let all: Vec<&str> = dependencies("a.o: /src/a.c \\\n /src/include/b.h include/c.h\n").collect();
         assert_eq!(all, ["/src/a.c", "/src/include/b.h", "include/c.h"]);
+    }
+
+    #[test]
+    fn what_is_not_optimised_keeps_what_no_code_uses() {
+        let forgets = |flags: &str| SavedCommand::new("x.o", &format!("gcc {flags} -c -o x.o x.c")).forgets_unused();
+        assert!(forgets("-O2") && forgets("-O0 -Os"));
+        assert!(!forgets("-O2 -O0") && !forgets("") && !forgets("-O2 -fno-toplevel-reorder"));
     }
 }

@@ -4,8 +4,12 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 
-use super::{Error, in_parallel, old_header, overlay};
+use super::after::old_header;
+use super::old_numbers::with_old_numbers;
+use super::pace::Pace;
+use super::{Error, overlay};
 use crate::cache;
+use crate::parallel::in_parallel;
 use crate::plan::Planned;
 use crate::source::slice;
 use crate::tree::Tree;
@@ -33,15 +37,15 @@ pub fn changed_code(
         .iter()
         .flat_map(|one| [one.source.as_str(), one.object.as_str()]);
     overlay::make(tree.source(), &root, &texts, &files.collect::<Vec<_>>())?;
-    let all = planned.len();
+    let pace = Pace::of(planned.len());
     let done = in_parallel(
         planned,
         |number, planned| !is_same(tree, &root, number, planned, changed).unwrap_or(false),
         &|number, planned: &&Planned| {
             progress(&format!(
-                "looking at what {} uses of the change ({} of {all})",
+                "looking at what {} uses of the change ({})",
                 planned.source,
-                number + 1
+                pace.at(number)
             ));
         },
     );
@@ -73,52 +77,9 @@ fn is_same(
     for path in [&before, &after] {
         fs::remove_file(path).ok()?;
     }
-    Some(if planned.source.ends_with(".S") {
-        slice::same_assembly(&one, &other)
-    } else {
-        slice::same_code(&one, &other)
+    Some(match () {
+        () if planned.source.ends_with(".S") => slice::same_assembly(&one, &other),
+        () if planned.command.forgets_unused() => slice::same_code(&one, &other),
+        () => slice::same_words(&one, &other),
     })
-}
-
-/// The new text of a file, in which the lines behind the change have the numbers that they had: a number of a line alone is no change
-/// of code.
-fn with_old_numbers(old: &str, new: &str) -> String {
-    let (old_lines, new_lines): (Vec<&str>, Vec<&str>) = (old.lines().collect(), new.lines().collect());
-    let same = old_lines
-        .iter()
-        .rev()
-        .zip(new_lines.iter().rev())
-        .take_while(|(one, other)| one == other)
-        .count();
-    let kept = new_lines.len() - same;
-    let is_continued = kept
-        .checked_sub(1)
-        .and_then(|last| new_lines.get(last))
-        .is_some_and(|line| line.ends_with('\\'));
-    if is_continued || old_lines.len() == new_lines.len() || same == 0 {
-        return new.to_owned();
-    }
-    let (first, rest) = new_lines.split_at(kept);
-    let number = format!("#line {}", old_lines.len() - same + 1);
-    let lines = first
-        .iter()
-        .copied()
-        .chain([number.as_str()])
-        .chain(rest.iter().copied());
-    lines.flat_map(|line| [line, "\n"]).collect()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn lines_behind_a_change_keep_their_numbers() {
-        assert_eq!(
-            with_old_numbers("a\nb\nc\n", "a\nx\ny\nb\nc\n"),
-            "a\nx\ny\n#line 2\nb\nc\n"
-        );
-        assert_eq!(with_old_numbers("a\nb\n", "a\nx\n"), "a\nx\n");
-        assert_eq!(with_old_numbers("a \\\nb\n", "a \\\nx \\\nb\n"), "a \\\nx \\\nb\n");
-    }
 }

@@ -123,7 +123,35 @@ impl Section {
 
     /// True for text constants that a linker merges: each a string that ends with a zero byte.
     pub fn is_strings(&self) -> bool {
+        self.has_strings() && self.entry_size <= 1
+    }
+
+    /// The length of the text constant at `offset`, with the zero that ends it, in a section of those whose characters are wider than a
+    /// byte (`L"a"`, `u"a"`); `None` elsewhere.
+    pub fn wide_text_len(&self, offset: u64) -> Option<u64> {
+        if !self.has_strings() || self.is_strings() {
+            return None;
+        }
+        let width = usize::try_from(self.entry_size).ok()?;
+        let rest = self.data.get(usize::try_from(offset).ok()?..)?;
+        let end = rest
+            .chunks_exact(width)
+            .position(|one| one.iter().all(|byte| *byte == 0))?;
+        u64::try_from((end + 1) * width).ok()
+    }
+
+    fn has_strings(&self) -> bool {
         self.is_loaded() && self.flags & elf::SHF_STRINGS.0 != 0
+    }
+
+    /// What a place in it is a multiple of, in bytes; at the most what the section is.
+    pub fn alignment_at(&self, offset: u64) -> u64 {
+        let of_offset = if offset == 0 {
+            u64::MAX
+        } else {
+            1 << offset.trailing_zeros()
+        };
+        self.align.max(1).min(of_offset)
     }
 
     /// `len` bytes from `offset` on; zeros where the section has no bytes in the file. None past its end.

@@ -3,12 +3,12 @@
 //! Names do not tell: hundreds of statics share one. Code does: a function is where the kernel has its very code, and a variable
 //! where the code that uses it says.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use guest_core::pattern::Pattern;
 
 use super::{Shipped, pattern};
-use crate::compare::{ItemId, Target, Unit, is_of_boot};
+use crate::compare::{Item, ItemId, Target, Unit, is_of_boot, names};
 use crate::elf::{Place, Relocation};
 
 /// More rounds than a chain of items is long of which each is only found through the one before it.
@@ -35,7 +35,14 @@ pub struct Places {
 
 impl Places {
     /// Finds the items of `unit` in what was shipped.
+    ///
+    /// Of several functions of one name that one is not taken for certain which has the very code, where it may be another file's: the
+    /// kernel's own may differ from the compiled one in how far its jumps go. See [`Places::complete`].
     pub fn find(unit: &Unit, shipped: &Shipped<'_>) -> Self {
+        Self::look(unit, shipped, false)
+    }
+
+    fn look(unit: &Unit, shipped: &Shipped<'_>, is_as_shipped: bool) -> Self {
         let candidates: Vec<Vec<u64>> = unit.items.iter().map(|item| shipped.named(&item.name)).collect();
         let mut addresses: Vec<Option<u64>> = vec![None; unit.items.len()];
         for (id, (item, candidates)) in unit.items.iter().zip(&candidates).enumerate() {
@@ -50,6 +57,11 @@ impl Places {
             };
             if let ([only], Some(slot)) = (same.as_slice(), addresses.get_mut(id)) {
                 *slot = Some(*only);
+            }
+        }
+        if !is_as_shipped {
+            for id in unsure(unit, shipped, &candidates, &addresses) {
+                addresses.get_mut(id).map(Option::take);
             }
         }
         neighbours(unit, shipped, &candidates, &mut addresses);
@@ -97,7 +109,7 @@ impl Places {
 
     /// Adds what is only found by the same file as the kernel's own build compiles it.
     pub fn complete(&mut self, unit: &Unit, as_shipped: &Unit, shipped: &Shipped<'_>) {
-        let others = Self::find(as_shipped, shipped);
+        let others = Self::look(as_shipped, shipped, true);
         for (id, item) in unit.items.iter().enumerate() {
             let known = self.get(id).is_some_and(|found| found.is_same || !item.is_function);
             let other = as_shipped.named(&item.name).filter(|_| !known);
@@ -142,10 +154,50 @@ fn code(unit: &Unit, id: ItemId, shipped: &Shipped<'_>, at: u64) -> Option<Patte
     is_same.then(|| pattern(unit, id, &code))
 }
 
+/// Those of the functions that were found by their code alone which do not lie where the rest of the file does: no function of the same kind
+/// of section whose name is the only one is so near that they can be of one file.
+fn unsure(unit: &Unit, shipped: &Shipped<'_>, candidates: &[Vec<u64>], addresses: &[Option<u64>]) -> BTreeSet<ItemId> {
+    /// Functions are aligned to no more, in bytes.
+    const ALIGN_MAX: u64 = 64;
+    let is_one_of = |id: ItemId| candidates.get(id).is_some_and(|all| all.len() > 1);
+    let functions = unit
+        .items
+        .iter()
+        .enumerate()
+        .filter(|(_, item)| item.is_function && item.size > 0);
+    let placed = functions.filter_map(|(id, item)| Some((id, item, addresses.get(id).copied().flatten()?)));
+    let (several, only): (Vec<_>, Vec<_>) = placed.partition(|(id, _, _)| is_one_of(*id));
+    let kind = |item: &Item| {
+        let name = &unit.section_of(item).name;
+        let own = names::warm_part(&item.name).unwrap_or(&item.name);
+        let kind = name.strip_suffix(own).and_then(|kind| kind.strip_suffix('.'));
+        kind.unwrap_or(name).to_owned()
+    };
+    let mut sizes: BTreeMap<String, u64> = BTreeMap::new();
+    for item in unit.items.iter().filter(|item| item.is_function) {
+        *sizes.entry(kind(item)).or_default() += item.size.next_multiple_of(ALIGN_MAX) + ALIGN_MAX;
+    }
+    let is_alone = |(_, item, address): &(ItemId, &Item, u64)| {
+        let of = kind(item);
+        let reach = sizes.get(&of).copied().unwrap_or_default();
+        !only.iter().any(|(id, other, at)| {
+            at.abs_diff(*address) <= reach && kind(other) == of && has_code(unit, *id, shipped, *at)
+        })
+    };
+    several
+        .iter()
+        .filter(|one| is_alone(one))
+        .map(|(id, _, _)| *id)
+        .collect()
+}
+
 /// Finds functions by those of the same section: what the compiler put there lies as far apart in the kernel.
 fn neighbours(unit: &Unit, shipped: &Shipped<'_>, candidates: &[Vec<u64>], addresses: &mut [Option<u64>]) {
     let mut starts: BTreeMap<usize, u64> = BTreeMap::new();
-    for (id, item) in unit.items.iter().enumerate() {
+    // One of which there is only one comes first.
+    let is_one_of = |(id, _): &(usize, &Item)| candidates.get(*id).is_some_and(|all| all.len() > 1);
+    let (several, only): (Vec<_>, Vec<_>) = unit.items.iter().enumerate().partition(is_one_of);
+    for (id, item) in only.into_iter().chain(several) {
         if let Some(Some(address)) = addresses.get(id)
             && has_code(unit, id, shipped, *address)
         {

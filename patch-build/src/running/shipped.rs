@@ -1,12 +1,20 @@
 //! The kernel image, or one of its modules, as the distribution shipped it.
 
+use std::collections::BTreeSet;
+
 use guest_core::addr::Gva;
 use object::elf::{R_X86_64_32, R_X86_64_32S, R_X86_64_64, R_X86_64_PC32, R_X86_64_PLT32, RelocationType, STB_WEAK};
 use object::{Object as _, ObjectSection as _};
 
 use crate::compare::is_of_boot;
-use crate::elf::{At, ElfError, Object, Place};
+use crate::elf::{At, ElfError, Object, Place, Relocation};
 use crate::facts::{KernelFacts, ModuleError};
+
+/// Lists the entries that the kernel takes `endbr64` away from, as nobody keeps their addresses; only kernels that check where indirect
+/// calls lead (`CONFIG_X86_KERNEL_IBT`) have it (tools/objtool/check.c, `create_ibt_endbr_seal_sections`, of 6.12).
+const SEALS: &str = ".ibt_endbr_seal";
+/// The instruction that an indirect call must lead to there.
+const ENDBR: [u8; 4] = [0xf3, 0x0f, 0x1e, 0xfa];
 
 /// Bits of a place in a module that hold the offset in its section.
 const OFFSET_BITS: u32 = 32;
@@ -39,6 +47,8 @@ pub enum Shipped<'k> {
         facts: &'k KernelFacts,
         /// Addresses and bytes of its sections.
         sections: Vec<(u64, &'k [u8])>,
+        /// Addresses of the entries that it seals.
+        sealed: BTreeSet<u64>,
     },
     /// A module.
     Module {
@@ -59,9 +69,16 @@ impl<'k> Shipped<'k> {
             .sections()
             .filter(|section| section.address() != 0)
             .filter_map(|section| Some((section.address(), section.data().ok()?)));
+        let seals = image.section_by_name(SEALS);
+        let seals = seals.and_then(|seals| Some((seals.address(), seals.data().ok()?)));
+        let (start, seals) = seals.unwrap_or_default();
+        // Each is counted from where it stands.
+        let sealed = (start..).step_by(4).zip(seals.chunks_exact(4));
+        let sealed = sealed.filter_map(|(at, entry)| decoded(entry, R_X86_64_PC32.0, at));
         Ok(Self::Kernel {
             facts,
             sections: sections.collect(),
+            sealed: sealed.collect(),
         })
     }
 
@@ -134,6 +151,28 @@ impl<'k> Shipped<'k> {
                 symbol.name == name && symbol.binding == STB_WEAK.0 && self::address(symbol.place) == Some(address)
             }),
         }
+    }
+
+    /// True for the entry of a function that no indirect call may lead to any more, as the kernel seals it.
+    pub fn is_sealed(&self, at: u64) -> bool {
+        match self {
+            Self::Kernel { sealed, .. } => sealed.contains(&at),
+            Self::Module { object, .. } => {
+                let seals = object.section_named(SEALS);
+                seals.is_some_and(|(_, seals)| {
+                    let entry = |seal: &Relocation| {
+                        let symbol = address(object.symbol(seal)?.place)?;
+                        Some(symbol.wrapping_add_signed(seal.addend))
+                    };
+                    seals.relocations.iter().any(|seal| entry(seal) == Some(at))
+                })
+            }
+        }
+    }
+
+    /// True where code begins as that of a function does to which indirect calls may lead, where the processor checks that.
+    pub fn is_entry(code: &[u8]) -> bool {
+        code.starts_with(&ENDBR)
     }
 
     /// `len` bytes at an address.

@@ -64,6 +64,12 @@ pub(super) fn look(index: usize, side: &Side<'_>, selection: &Selection, finding
             reached.extend(reachable(unit, vec![id]));
         }
     }
+    let instead = (0..unit.items.len()).filter(|id| added.is_instead_of_kernels(*id));
+    findings.extend(instead.map(|id| {
+        let reason =
+            "it is new in this file, and the kernel has one of that name, which all files use that do not change";
+        Finding::new(Risk::LeftOut, side.place(&unit.item(id).name), reason.to_owned())
+    }));
     for (section, what) in added.entries() {
         let reason = format!("{section} lists it, which it did not before: {}", effect(&section));
         findings.push(Finding::new(risk(&section), side.place(&what), reason));
@@ -87,6 +93,17 @@ impl Added<'_, '_> {
             && !is_by_contents(unit, id)
             && !has_no_effect(&unit.section_of(item).name)
             && !unit.aliases(id).into_iter().any(is_carried)
+    }
+
+    /// True for something new that the module carries, and that other files would use, too: in the place of a default, or of what
+    /// another file had.
+    fn is_instead_of_kernels(&self, id: ItemId) -> bool {
+        let unit = &self.side.comparison.after;
+        let item = unit.item(id);
+        *self.side.comparison.verdict(id) == Verdict::New
+            && !item.is_local
+            && self.carried.contains(&(self.index, id))
+            && self.side.shipped.global(&item.name).is_some()
     }
 
     /// True for what changed and is not carried, which a finding names.
@@ -322,5 +339,24 @@ mod tests {
         let after = "static int limit = 3;\nstatic const int table[3] = { 1, 2, 3 };\n\
                      int f(int a) { return printk(\"f %d\", table[a] + limit++); }\n";
         assert_eq!(selected("needed", before, after).findings(), []);
+    }
+
+    /// Shipped as a kernel that has a default of that name, which other files call.
+    #[test]
+    fn what_would_take_the_place_of_the_kernels_own_for_other_files_is_named() {
+        let before = "int f(int a) { return a; }\n";
+        let after = "noinline int g(int a) { return printk(\"%d\", a) * 3; }\nint limit = 1;\n\
+                     int f(int a) { return g(a) + ++limit; }\n";
+        let linked = "__attribute__((weak)) int limit = 1;\n__attribute__((weak)) int g(int a) { return a * 5; }\n\
+                      int f(int a) { return a; }\nint other(int a) { return g(a) + limit; }\n";
+        let object = crate::elf::Object::parse(&crate::testing::compiled("taken", linked, false)).unwrap();
+        let comparison = crate::testing::compared("taken", before, after);
+        let chosen = crate::testing::selected_of(comparison, object);
+        let found: Vec<String> = chosen
+            .findings()
+            .iter()
+            .map(|finding| format!("{} {}", finding.risk, finding.place))
+            .collect();
+        assert_eq!(found, ["left-out x.c: g", "left-out x.c: limit"]);
     }
 }

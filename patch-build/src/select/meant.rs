@@ -135,3 +135,92 @@ fn what_a_sanitizer_notes_has_no_name_and_is_carried() {
     let object = changed("unnamed-note", &before, &before.replace("+ 1", "+ 2"));
     assert_eq!(object.section_named(".data").unwrap().1.size, 4);
 }
+
+#[test]
+fn a_text_of_wide_characters_is_brought_and_compared_to_its_end() {
+    for (test, prefix, width) in [("wide-2", "u", 2), ("wide-4", "L", 4)] {
+        let before = format!("int f(int a) {{ return printk((const char *){prefix}\"Secure\") + a; }}\n");
+        let object = changed(test, &before, &before.replace("Secure", "Setup"));
+        let bytes: Vec<u8> = "Setup\0"
+            .bytes()
+            .flat_map(|byte| [vec![byte], vec![0; width - 1]].concat())
+            .collect();
+        let has = |section: &crate::elf::Section| section.data.windows(bytes.len()).any(|window| window == bytes);
+        assert!(object.sections.iter().any(has), "{prefix}");
+    }
+}
+
+/// GCC makes one of the two, and only the address of the one is kept somewhere: the kernel's other one has another address.
+#[test]
+fn of_two_functions_that_became_one_the_pointer_is_to_the_one_that_is_named() {
+    let before = "static noinline int kept(int a) { return printk(\"x %d\", a) + 1; }\n\
+                  static noinline int only_called(int a) { return printk(\"x %d\", a) + 2; }\n\
+                  int g(int a) { return only_called(a) * 3; }\nvoid *f(int a) { return a ? kept : 0; }\n";
+    let after = before.replace("+ 2", "+ 1").replace("a ? kept", "a > 1 ? kept");
+    let object = laid(&selected("became-same-pointer", before, &after));
+    let found = references(&object);
+    let named = |name: &str| found.iter().any(|(found, _)| found == name);
+    assert!(
+        named(".klp.sym.m.kept,0") && !named(".klp.sym.m.only_called,0"),
+        "{found:?}"
+    );
+}
+
+/// A module may have a function of a name that the kernel exports.
+#[test]
+fn a_function_of_the_modules_own_is_not_the_one_that_the_kernel_exports() {
+    let own = "__attribute__((noipa)) int panic(int a) { return a * 7; }\n";
+    let caller = "extern int panic(int);\nint f(int a) { return panic(a) + 1; }\n";
+    let changed_caller = caller.replace("+ 1", "+ 2");
+    let before = format!("{own}{caller}");
+    let same_file = references(&changed("own-export", &before, &format!("{own}{changed_caller}")));
+    let object = Object::parse(&crate::testing::compiled("own-export-other", &before, false)).unwrap();
+    let comparison = crate::testing::compared("own-export-other", caller, &changed_caller);
+    let other_file = references(&laid(&crate::testing::selected_of(comparison, object)));
+    for found in [same_file, other_file] {
+        assert!(found.iter().any(|(name, _)| name == ".klp.sym.m.panic,0"), "{found:?}");
+    }
+}
+
+/// Functions with an entry that IBT lets an indirect call land on, and a kernel that seals that of `sealed`, of which nobody keeps the address.
+const ENTRIES: &str = "asm(\".pushsection .ibt_endbr_seal,\\\"a\\\"\\n.long sealed - .\\n.popsection\");\n\
+     __attribute__((noipa)) int sealed(int a) { asm volatile(\"endbr64\"); return a * 7; }\n\
+     __attribute__((noipa)) int open(int a) { asm volatile(\"endbr64\"); return a * 5; }\n\
+     void *f(int a) { return a ? (void *)open : 0; }\n";
+
+#[test]
+fn new_code_that_keeps_the_address_of_a_sealed_function_is_refused_by_name() {
+    let calls = "return sealed(a) ? (void *)open : 0;";
+    let found = references(&changed(
+        "sealed-call",
+        ENTRIES,
+        &ENTRIES.replace("return a ? (void *)open : 0;", calls),
+    ));
+    assert!(found.iter().any(|(name, _)| name == ".klp.sym.m.open,0"), "{found:?}");
+    let chosen = selected(
+        "sealed-address",
+        ENTRIES,
+        &ENTRIES.replace("(void *)open", "(void *)sealed"),
+    );
+    let error = chosen.selection.as_ref().map(|_| ()).unwrap_err().to_string();
+    assert!(error.contains("f keeps the address of sealed"), "{error}");
+}
+
+/// gcc gives no such entry to a static function whose address nobody takes.
+#[test]
+fn the_address_of_a_function_without_an_entry_for_it_is_that_of_the_new_one() {
+    let other =
+        "__attribute__((noipa)) static int low(int a) { ENTRY return a * 3; }\nint g(int a) { return low(a); }\n";
+    let before = format!("{ENTRIES}{}", other.replace("ENTRY", ""));
+    let after = format!("{ENTRIES}{}", other.replace("ENTRY", "asm volatile(\"endbr64\");"));
+    let after = after
+        .replace("void *f(int a)", "static int low(int);\nvoid *f(int a)")
+        .replace("a ? (void *)open", "a ? (void *)low");
+    let object = laid(&selected("entry-less", &before, &after));
+    let found = references(&object);
+    assert!(
+        !found.iter().any(|(name, _)| name.starts_with(".klp.sym.m.low")),
+        "{found:?}"
+    );
+    assert!(found.iter().any(|(name, _)| name == "low"), "{found:?}");
+}

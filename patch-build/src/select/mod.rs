@@ -135,6 +135,19 @@ pub enum SelectError {
         /// The variable.
         name: String,
     },
+    /// The address of a function to which no indirect call may lead.
+    #[error(
+        "{file}: {needed_by} keeps the address of {name}, as no code of the kernel did: the kernel has sealed that entry, and a processor with IBT \
+         stops a call that leads there; keep that of a new function which calls it"
+    )]
+    Sealed {
+        /// The source file.
+        file: String,
+        /// The function.
+        name: String,
+        /// Who keeps it.
+        needed_by: String,
+    },
     /// Something that is nowhere.
     #[error("{file}: {needed_by} needs {name}, which the kernel does not have")]
     Unknown {

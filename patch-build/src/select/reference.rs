@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use super::{Chosen, Piece, SelectError, Side};
 use crate::compare::tables::Entry;
-use crate::compare::{ItemId, Target, Verdict, is_by_contents, names, replacement, unnamed_piece};
+use crate::compare::{ItemId, Target, Unit, Verdict, is_by_contents, names, replacement, unnamed_piece};
 use crate::elf::{At, Relocation, Section};
 use crate::facts::Exports;
 use crate::running::Shipped;
@@ -189,7 +189,7 @@ impl Resolver<'_, '_> {
                     None => Err(self.unknown(of, "a constant without a name", by)),
                 }
             }
-            Target::Item(id, offset) => self.item((side, id), offset, is_branch, by),
+            Target::Item(id, offset) => self.item((side, id), unit.named_by(relocation), offset, is_branch, by),
             Target::Extern(name, offset) => {
                 let weak = unit
                     .object
@@ -200,7 +200,15 @@ impl Resolver<'_, '_> {
         }
     }
 
-    fn item(&self, chosen: Chosen, offset: i64, is_branch: bool, by: &str) -> Result<Reference, SelectError> {
+    /// A reference to an item, by the last of its names and by the one that stands there.
+    fn item(
+        &self,
+        chosen: Chosen,
+        named: Option<ItemId>,
+        offset: i64,
+        is_branch: bool,
+        by: &str,
+    ) -> Result<Reference, SelectError> {
         let carried = Ok(Reference::Carried { item: chosen, offset });
         let Some(of) = self.sides.get(chosen.0) else {
             return carried;
@@ -214,11 +222,12 @@ impl Resolver<'_, '_> {
         let patched = self.patched.contains(&chosen);
         // A pointer that is kept must stay good when the patch goes, and be equal to those of old code: it leads to the
         // old function, which leads to the new one.
-        if patched && (is_branch || offset != 0) {
+        if patched && (is_branch || offset != 0 || is_entry_anew(of, chosen.1)) {
             return carried;
         }
-        // Of several names the last is meant, which may be new: then one that was there before.
-        let mut names = unit.aliases(chosen.1).into_iter().rev();
+        // Functions that became one are several in the kernel, and a pointer is to the one that is named; that may be new: then to one
+        // that was there before.
+        let mut names = named.into_iter().chain(unit.aliases(chosen.1).into_iter().rev());
         let Some(before) = names.find_map(|name| of.before(name)) else {
             // A new default does not take the place of what another file has.
             let others = if unit.is_weak(item) {
@@ -228,6 +237,12 @@ impl Resolver<'_, '_> {
             };
             return others.map_or(carried, |symbol| Ok(Reference::Running { symbol, offset }));
         };
+        if item.is_function
+            && !is_branch
+            && let Some(found) = of.places.get(before)
+        {
+            not_sealed(of, found.address, &item.name, by)?;
+        }
         match self.running(of, before)? {
             Some(symbol) => Ok(Reference::Running { symbol, offset }),
             // A constant, or a copy that only this file's code has.
@@ -240,7 +255,7 @@ impl Resolver<'_, '_> {
     fn running(&self, of: &Side<'_>, before: ItemId) -> Result<Option<OutSymbol>, SelectError> {
         let item = of.comparison.before.item(before);
         if !item.is_local
-            && let Some(symbol) = self.exported(of, &item.name)
+            && let Some(symbol) = self.exported_by_own(of, &item.name)
         {
             return Ok(Some(symbol));
         }
@@ -285,7 +300,16 @@ impl Resolver<'_, '_> {
                 return Ok(Reference::Carried { item: chosen, offset });
             }
         }
-        let symbol = match self.exported(of, name) {
+        if !is_branch && let Some(address) = of.shipped.global(name) {
+            not_sealed(of, address, name, by)?;
+        }
+        // The linker takes what another file of the same object has, whatever is exported to modules elsewhere.
+        let is_of_own = of.shipped.global(name).is_some();
+        let exported = match is_of_own {
+            true => self.exported_by_own(of, name),
+            false => self.exported(of, name),
+        };
+        let symbol = match exported {
             None => global(&of.shipped, &of.source, name)?,
             exported => exported,
         };
@@ -296,6 +320,13 @@ impl Resolver<'_, '_> {
         }
     }
 
+    /// The export of something that the kernel image itself has, for its own code.
+    fn exported_by_own(&self, of: &Side<'_>, name: &str) -> Option<OutSymbol> {
+        let is_image = |export: &&crate::facts::Export| of.shipped.name().is_none() && export.module.is_none();
+        let export = self.exports.get(name).filter(is_image);
+        export.map(|_| OutSymbol::Exported(name.to_owned()))
+    }
+
     /// A symbol that modules may use; none of the patched module itself. One that a module exports is a livepatch symbol, which is
     /// found when the patched module is there, which needs that one: else the patch could not be loaded before them.
     fn exported(&self, of: &Side<'_>, name: &str) -> Option<OutSymbol> {
@@ -303,6 +334,8 @@ impl Resolver<'_, '_> {
         match &export.module {
             None => Some(OutSymbol::Exported(name.to_owned())),
             Some(module) if Some(module.as_str()) == of.shipped.name() => None,
+            // The kernel image uses nothing of a module.
+            Some(_) if of.shipped.name().is_none() => None,
             // Of a name that is exported there is one.
             Some(module) => Some(OutSymbol::Livepatch {
                 object: module.clone(),
@@ -333,6 +366,31 @@ pub(super) fn is_never_switched(section: &str) -> bool {
 fn is_shared(section: &Section) -> bool {
     let own = [".data.rel.ro", ".data..L"];
     section.is_writable() && !own.iter().any(|prefix| section.name.starts_with(prefix))
+}
+
+/// True for a changed function that indirect calls may lead to, and to the kernel's they may not: no code kept its address before.
+fn is_entry_anew(of: &Side<'_>, id: ItemId) -> bool {
+    let code = |unit: &Unit, id: ItemId| unit.bytes(unit.item(id));
+    let was_none = |before: ItemId| {
+        let sealed = of
+            .places
+            .get(before)
+            .is_some_and(|found| of.shipped.is_sealed(found.address));
+        sealed || !Shipped::is_entry(&code(&of.comparison.before, before))
+    };
+    Shipped::is_entry(&code(&of.comparison.after, id)) && of.before(id).is_some_and(was_none)
+}
+
+/// Refuses to keep the address of a function that the kernel seals.
+fn not_sealed(of: &Side<'_>, address: u64, name: &str, by: &str) -> Result<(), SelectError> {
+    match of.shipped.is_sealed(address) {
+        false => Ok(()),
+        true => Err(SelectError::Sealed {
+            file: of.source.clone(),
+            name: name.to_owned(),
+            needed_by: by.to_owned(),
+        }),
+    }
 }
 
 /// A symbol that all files of the kernel image, or of a module, see.

@@ -230,8 +230,13 @@ fn new_data(index: usize, side: &Side<'_>, selection: &Selection, findings: &mut
     for (of, id) in selection.carried.keys() {
         let item = unit.items.get(*id).filter(|item| *of == index && !item.is_function);
         let Some(item) = item else { continue };
-        let same_key = |other: &&crate::compare::Item| !other.is_function && other.key == item.key;
-        let was = side.comparison.before.items.iter().filter(same_key).count();
+        // What was a constant has no state, and what was only there for the start has none any more.
+        let before = &side.comparison.before;
+        let had_state = |other: &&crate::compare::Item| {
+            let section = before.section_of(other);
+            !other.is_function && other.key == item.key && section.is_writable() && !is_of_boot(&section.name)
+        };
+        let was = before.items.iter().filter(had_state).count();
         if was > 0
             && !crate::compare::is_forgetful(unit, item)
             && !crate::compare::is_by_contents(unit, *id)

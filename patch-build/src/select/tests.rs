@@ -403,3 +403,47 @@ fn a_function_whose_first_row_is_that_of_the_function_in_front_gets_it_in_the_mo
     };
     assert_eq!((object.symbol(place).unwrap().name.as_str(), place.addend), ("f", 0));
 }
+
+/// A file whose function jumps to the one in front of it, which takes less where that is near.
+const NEAR: &str = "__attribute__((noipa, no_reorder)) static int low(int a) { return printk(\"%d\", a) * 3; }\n__attribute__((no_reorder)) int f(int a) { return low(a + 1); }\n";
+
+/// Another file of the module has the same two, further apart: its code is what a section for each function gives.
+#[test]
+fn of_two_functions_of_one_name_the_one_of_the_file_is_replaced() {
+    let far = NEAR
+        .replace("low(", "low_of_other(")
+        .replace("int f(", "int f_of_other(")
+        .replace(
+            "{ return printk",
+            "{ asm volatile(\".fill 300, 1, 0x90\"); return printk",
+        );
+    let mut object = Object::parse(&crate::testing::compiled("near-far", &format!("{far}{NEAR}"), false)).unwrap();
+    let at = |object: &Object, name: &str| object.symbols.iter().find(|symbol| symbol.name == name).unwrap().place;
+    let (near, other) = (at(&object, "f"), at(&object, "f_of_other"));
+    for symbol in &mut object.symbols {
+        symbol.name = symbol.name.replace("_of_other", "");
+    }
+    let namesakes: Vec<_> = object
+        .symbols
+        .iter()
+        .filter(|symbol| symbol.name == "f")
+        .map(|symbol| symbol.place)
+        .collect();
+    assert!(namesakes.contains(&near) && namesakes.contains(&other));
+    let unit = crate::compare::Comparison::of(
+        &crate::testing::compiled("near", NEAR, true),
+        &crate::testing::compiled("near", NEAR, true),
+    )
+    .unwrap()
+    .before;
+    let shipped = Shipped::Module {
+        name: "m".to_owned(),
+        object,
+    };
+    let mut places = Places::find(&unit, &shipped);
+    assert!(!places.are_complete(&unit));
+    let as_shipped = crate::compare::Unit::plain(&crate::testing::compiled("near", NEAR, false)).unwrap();
+    places.complete(&unit, &as_shipped, &shipped);
+    let sympos = places.get(unit.named("f").unwrap()).unwrap().sympos;
+    assert_eq!(namesakes[usize::try_from(sympos).unwrap() - 1], near);
+}

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 
 use super::c_text;
 use super::functions::{self, Versions};
+use super::patch::Patched;
 use super::{Source, package, patch};
 use crate::cache::{self, Cache};
 use crate::packages;
@@ -56,6 +57,8 @@ pub struct Change {
     pub sources: Vec<String>,
     /// Definitions that came along with the named functions, as `FILE: NAME`.
     pub helpers: Vec<String>,
+    /// Files of the diff that this kernel is not compiled from: file, and why.
+    pub left_out: Vec<(String, String)>,
 }
 
 impl Change {
@@ -64,12 +67,14 @@ impl Change {
         let work = std::env::temp_dir().join(format!("vmpatch-patch-{}", std::process::id()));
         let io = |action| cache::Error::io(action, &work);
         fs::create_dir(&work).map_err(io("make the folder"))?;
-        let files = patch::apply(&source.folder, diff, &work);
+        let patched = patch::apply(source, diff, &work);
         fs::remove_dir_all(&work).map_err(io("remove"))?;
+        let Patched { files, left_out } = patched?;
         Ok(Self {
-            files: files?,
+            files,
             sources: vec![name.to_owned()],
             helpers: Vec::new(),
+            left_out,
         })
     }
 

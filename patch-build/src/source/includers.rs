@@ -19,8 +19,28 @@ pub struct Read {
     pub changed: BTreeSet<String>,
     /// Something may be read that could not be followed; so any file may.
     pub unknown: bool,
-    /// All files that may be read, by their number in [`Index::path`].
-    pub files: Vec<usize>,
+}
+
+/// Numbers of files, each once.
+#[derive(Default)]
+struct Seen(Vec<bool>);
+
+impl Seen {
+    /// Adds one; false where it is there.
+    fn insert(&mut self, file: usize) -> bool {
+        if self.0.len() <= file {
+            self.0.resize(file + 1, false);
+        }
+        let is_there = self
+            .0
+            .get_mut(file)
+            .is_none_or(|is_there| std::mem::replace(is_there, true));
+        !is_there
+    }
+
+    fn has(&self, file: usize) -> bool {
+        self.0.get(file).copied().unwrap_or_default()
+    }
 }
 
 /// The `#include` lines of what the build compiles. It reads files when they are needed, each once.
@@ -94,11 +114,6 @@ impl<'a> Index<'a> {
         }
     }
 
-    /// The file of that number in [`Read::files`].
-    pub fn path(&self, number: usize) -> Option<&Path> {
-        self.paths.get(number).map(PathBuf::as_path)
-    }
-
     /// What the compiler may read to make an object.
     pub fn read(&mut self, planned: &Planned, changed: &[&str]) -> Read {
         let search = Search::of(planned, self.tree);
@@ -118,9 +133,9 @@ impl<'a> Index<'a> {
                 .map(|path| self.number(path.clone()))
                 .collect::<Vec<_>>(),
         );
-        let mut seen: HashSet<usize> = HashSet::new();
+        let mut seen = Seen::default();
         let mut macros: BTreeSet<String> = BTreeSet::new();
-        let mut defined: BTreeSet<(usize, String, String)> = BTreeSet::new();
+        let mut defining: Vec<(usize, Rc<Lines>)> = Vec::new();
         loop {
             while let Some(file) = wanted.pop() {
                 if !seen.insert(file) {
@@ -128,16 +143,17 @@ impl<'a> Index<'a> {
                 }
                 let lines = self.lines(file);
                 macros.extend(lines.macros.iter().cloned());
-                let values = lines.defined.iter().cloned();
-                defined.extend(values.map(|(name, value)| (file, name, value)));
+                if !lines.defined.is_empty() {
+                    defining.push((file, Rc::clone(&lines)));
+                }
                 let found = self.leads(&search, key, file, &lines);
                 read.unknown |= found.to_be_made;
-                wanted.extend(found.files.iter().filter(|file| !seen.contains(file)));
+                wanted.extend(found.files.iter().filter(|file| !seen.has(**file)));
             }
             for name in &macros {
-                let found = self.behind_macro(&search, key, name, &defined);
+                let found = self.behind_macro(&search, key, name, &defining);
                 read.unknown |= found.to_be_made || found.files.is_empty();
-                wanted.extend(found.files.into_iter().filter(|file| !seen.contains(file)));
+                wanted.extend(found.files.into_iter().filter(|file| !seen.has(*file)));
             }
             if wanted.is_empty() {
                 break;
@@ -145,27 +161,22 @@ impl<'a> Index<'a> {
         }
         for file in changed {
             let number = self.numbers.get(&self.source.join(file));
-            if number.is_some_and(|number| seen.contains(number)) {
+            if number.is_some_and(|number| seen.has(*number)) {
                 read.changed.insert((*file).to_owned());
             }
         }
-        read.files = seen.into_iter().collect();
-        read.files.sort_unstable();
         read
     }
 
     /// What a macro in the place of a name may stand for: each name that a macro of that name is defined as; for trace events
     /// (include/trace/define_trace.h of 6.1) each file that was called one of them.
-    fn behind_macro(
-        &mut self,
-        search: &Search,
-        key: usize,
-        name: &str,
-        defined: &BTreeSet<(usize, String, String)>,
-    ) -> Found {
-        let values = |wanted: &str| -> Vec<(usize, String)> {
-            let of = defined.iter().filter(|(_, name, _)| name == wanted);
-            of.map(|(file, _, value)| (*file, value.clone())).collect()
+    fn behind_macro(&mut self, search: &Search, key: usize, name: &str, defining: &[(usize, Rc<Lines>)]) -> Found {
+        let values = |wanted: &str| -> BTreeSet<(usize, String)> {
+            let all = defining.iter().flat_map(|(file, lines)| {
+                let of = lines.defined.iter().filter(|(name, _)| name == wanted);
+                of.map(|(_, value)| (*file, value.clone()))
+            });
+            all.collect()
         };
         let mut all = Found::default();
         let mut add = |found: Found| {
@@ -177,7 +188,7 @@ impl<'a> Index<'a> {
             folders.extend(values("TRACE_INCLUDE_PATH").into_iter().map(|(_, path)| path));
             let from = self.number(self.source.join("include/trace/define_trace.h"));
             let mut is_known = true;
-            let named: Vec<(usize, String)> = values("TRACE_INCLUDE_FILE");
+            let named = values("TRACE_INCLUDE_FILE");
             let has_name = |file: usize| named.iter().any(|(other, _)| *other == file);
             // What does not say its file's name has that of its system (include/trace/define_trace.h).
             let systems = values("TRACE_SYSTEM").into_iter().filter(|(file, _)| !has_name(*file));

@@ -4,6 +4,7 @@ mod archive;
 pub mod c_text;
 pub mod change;
 pub mod functions;
+pub mod hunks;
 pub mod included_c;
 pub mod includers;
 pub mod package;

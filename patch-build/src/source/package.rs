@@ -21,18 +21,11 @@ dpkg-deb --fsys-tarfile "$deb" | tar -xO "./usr/src/$archive" | xz -dc -T0 |
 const ARCHIVE: &str = r#"set -o pipefail
 dpkg-deb --fsys-tarfile "$1" | tar -xO "./usr/src/$2""#;
 
-/// What no file of the kernel is compiled from, and is a good part of the source: text for people, descriptions of boards, tools that the
-/// build does not use. As tar takes patterns, below the top folder.
-const UNUSED: [&str; 8] = [
-    "*.rst",
-    "*.yaml",
-    "*.svg",
-    "*.dts",
-    "*.dtsi",
-    "Documentation/*.txt",
-    "tools/perf/*",
-    "tools/testing/*",
-];
+/// Kinds of files that nothing of the kernel is compiled from, and that are a good part of the source: text for people, descriptions of
+/// boards.
+const KINDS: [&str; 5] = [".rst", ".yaml", ".svg", ".dts", ".dtsi"];
+/// The same of text and of tools that the build does not use, as tar takes patterns, below the top folder.
+const UNUSED: [&str; 3] = ["Documentation/*.txt", "tools/perf/*", "tools/testing/*"];
 /// What only kernels with one of these settings read, and is much: headers that list all registers of a family of chips.
 const LARGE: &str = "drivers/gpu/drm/amd/include";
 const LARGE_IS_OF: [&str; 2] = ["DRM_AMDGPU", "HSA_AMD"];
@@ -42,8 +35,9 @@ pub fn whole(cache: &Cache, name: &str, version: &str, config: &Config) -> Resul
     let id = format!("{name}_{version}");
     let fetch = || packages::fetch_into(cache, name, Some(version));
     let folder = cache.folder(&format!("sources/{id}"), |folder| {
-        let left_out = [&[LARGE], &UNUSED[..]].concat();
-        let patterns = left_out.iter().map(|pattern| format!("--exclude={name}/{pattern}"));
+        let kinds = KINDS.iter().map(|kind| format!("*{kind}"));
+        let left_out = kinds.chain([&[LARGE], &UNUSED[..]].concat().into_iter().map(str::to_owned));
+        let patterns = left_out.map(|pattern| format!("--exclude={name}/{pattern}"));
         extract(&fetch()?, folder, &patterns.collect::<Vec<_>>())
     })?;
     if LARGE_IS_OF.iter().any(|setting| config.value(setting).is_some()) {
@@ -54,6 +48,18 @@ pub fn whole(cache: &Cache, name: &str, version: &str, config: &Config) -> Resul
         id,
         fixed: true,
     })
+}
+
+/// Why a file of a source from [`whole`], or of any other, is none that its kernel is compiled from; `None` where it may be.
+pub fn why_unused(source: &Source, file: &str) -> Option<&'static str> {
+    let is_large = file.strip_prefix(LARGE).is_some_and(|rest| rest.starts_with('/'));
+    if KINDS.iter().any(|kind| file.ends_with(kind)) {
+        Some("no kernel is compiled from files of its kind")
+    } else if is_large && source.fixed && !source.folder.join(LARGE).is_dir() {
+        Some("this kernel has none of the drivers that read it")
+    } else {
+        None
+    }
 }
 
 /// Adds a folder that was left out.

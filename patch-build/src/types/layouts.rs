@@ -53,6 +53,7 @@ impl Layouts {
                 gimli::DW_TAG_structure_type | gimli::DW_TAG_union_type => {
                     self.read_shape(dwarf, unit, entry, &main)?
                 }
+                gimli::DW_TAG_typedef => self.read_typedef(dwarf, unit, entry, &main)?,
                 gimli::DW_TAG_subprogram => {
                     let name = load::name(dwarf, unit, entry).unwrap_or_default();
                     function = Some((entry.depth(), name));
@@ -103,12 +104,33 @@ impl Layouts {
         };
         if entry.attr_value(gimli::DW_AT_declaration).is_none() {
             let shape = shape(dwarf, unit, entry.offset(), 0)?;
-            if main.has(entry) {
-                self.own.insert(name.clone());
-            }
-            self.shapes.entry(name).or_insert(shape);
+            self.add(name, shape, main.has(entry));
         }
         Ok(())
+    }
+
+    /// A structure without a tag is known by its typedef.
+    fn read_typedef(
+        &mut self,
+        dwarf: &Dwarf<'_>,
+        unit: &Unit<'_>,
+        entry: &gimli::DebuggingInformationEntry<Slice<'_>>,
+        main: &MainFile,
+    ) -> Result<(), DebugError> {
+        let (Some(name), Some(at)) = (load::text(dwarf, unit, entry, gimli::DW_AT_name), reference(entry)) else {
+            return Ok(());
+        };
+        if is_structure_without_tag(dwarf, unit, &unit.entry(at)?) {
+            self.add(name, shape(dwarf, unit, at, 0)?, main.has(entry));
+        }
+        Ok(())
+    }
+
+    fn add(&mut self, name: String, shape: Shape, is_own: bool) {
+        if is_own {
+            self.own.insert(name.clone());
+        }
+        self.shapes.entry(name).or_insert(shape);
     }
 
     /// The structures that are new in `after`, and defined by the file itself, and that its function reaches through a pointer.
@@ -147,6 +169,15 @@ fn structure_name(
     Some(format!("{what} {name}"))
 }
 
+fn is_structure_without_tag(
+    dwarf: &Dwarf<'_>,
+    unit: &Unit<'_>,
+    entry: &gimli::DebuggingInformationEntry<Slice<'_>>,
+) -> bool {
+    let is_structure = [gimli::DW_TAG_structure_type, gimli::DW_TAG_union_type].contains(&entry.tag());
+    is_structure && structure_name(dwarf, unit, entry).is_none()
+}
+
 /// The structure that a variable points to, where it is such a pointer.
 fn pointee(
     dwarf: &Dwarf<'_>,
@@ -159,13 +190,17 @@ fn pointee(
         None => reference(&load::origin(unit, variable)?)?,
     };
     let mut is_pointer = false;
+    let mut typedef = None;
     for _ in 0..DEPTH_MAX {
         let entry = unit.entry(at).ok()?;
         match entry.tag() {
             gimli::DW_TAG_pointer_type if is_pointer => return None,
             gimli::DW_TAG_pointer_type => is_pointer = true,
-            gimli::DW_TAG_const_type | gimli::DW_TAG_volatile_type | gimli::DW_TAG_typedef => {}
-            _ => return structure_name(dwarf, unit, &entry).filter(|_| is_pointer),
+            gimli::DW_TAG_const_type | gimli::DW_TAG_volatile_type => {}
+            gimli::DW_TAG_typedef => typedef = load::text(dwarf, unit, &entry, gimli::DW_AT_name),
+            _ if !is_pointer => return None,
+            _ if is_structure_without_tag(dwarf, unit, &entry) => return typedef,
+            _ => return structure_name(dwarf, unit, &entry),
         }
         at = reference(&entry)?;
     }

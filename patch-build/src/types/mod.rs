@@ -4,10 +4,12 @@
 
 mod layouts;
 mod load;
+mod rows;
 mod statics;
 
 pub use layouts::{Layouts, Shape};
 pub use load::DebugInfo;
+pub use rows::Rows;
 pub use statics::Statics;
 
 /// Debug information that could not be read.

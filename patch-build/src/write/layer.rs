@@ -84,7 +84,7 @@ impl<'s, 'k> Layer<'s, 'k> {
         let (align, gap) = if item.is_function {
             (FUNCTION_ALIGN, FUNCTION_GAP)
         } else {
-            (alignment(section, item.at.offset), 0)
+            (section.alignment_at(item.at.offset), 0)
         };
         // Even an empty variable has an address of its own.
         let mut bytes = unit.bytes(item);
@@ -196,7 +196,7 @@ impl<'s, 'k> Layer<'s, 'k> {
         };
         let bytes = section.bytes(piece.at.offset, piece.len).unwrap_or_default();
         let to = self.output.section(&self.kind_of(side, section));
-        let at = self.output.append(to, &bytes, alignment(section, piece.at.offset), 0);
+        let at = self.output.append(to, &bytes, section.alignment_at(piece.at.offset), 0);
         self.pieces.insert(piece, at);
         self.work.push(Work {
             from: piece,
@@ -345,14 +345,4 @@ fn kind(section: &Section) -> Kind {
         flags: section.flags & !dropped,
         entry_size: 0,
     }
-}
-
-/// What a place in a section is a multiple of, at the most what the section is.
-fn alignment(section: &Section, offset: u64) -> u64 {
-    let of_offset = if offset == 0 {
-        u64::MAX
-    } else {
-        1 << offset.trailing_zeros()
-    };
-    section.align.max(1).min(of_offset)
 }
