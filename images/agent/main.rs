@@ -1,4 +1,6 @@
 //! The guest agent: runs the host's commands in the guest. For the demo and the tests only; vmpatch itself never talks to it.
+//!
+//! `guest-agent connect SOCKET` joins a Unix socket to its own standard input and output: so the host reaches it by a command.
 
 use std::fs::{self, File};
 use std::io;
@@ -6,6 +8,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
+mod connect;
 #[path = "../src/channel/frame.rs"]
 mod frame;
 mod serve;
@@ -18,8 +21,14 @@ const RETRY: Duration = Duration::from_millis(20);
 const PORT_TRIES: u32 = 500;
 
 fn main() -> ExitCode {
-    match run() {
-        Ok(never) => match never {},
+    let args: Vec<String> = std::env::args().skip(1).collect();
+    let done = match args.iter().map(String::as_str).collect::<Vec<_>>()[..] {
+        [] => run().map(|never| match never {}),
+        ["connect", socket] => connect::connect(socket),
+        _ => Err(io::Error::other("usage: guest-agent [connect SOCKET]")),
+    };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("guest-agent: {error}");
             ExitCode::FAILURE

@@ -5,6 +5,7 @@
  */
 #include <linux/irqflags.h>
 #include <linux/kernel_stat.h>
+#include <linux/mm.h>
 #include <linux/spinlock.h>
 #include <linux/static_call.h>
 #include <asm/alternative.h>
@@ -35,6 +36,7 @@ enum {
 	WEAK,		/* a weak symbol that nobody defines */
 	DEBUG_PRINT,	/* __dyndbg, and the static key in it */
 	TRACEPOINT,	/* __tracepoints, with a static key and a static call; .ref.data, _ftrace_events */
+	PAGELESS,	/* no address is taken for one of the kernel's image, and so for a page of somebody else's */
 	CHECKS
 };
 
@@ -265,6 +267,12 @@ static bool spinlock_holds(void)
 	return locked;
 }
 
+static bool pageless_holds(void)
+{
+	return !virt_addr_valid(&calls) && !virt_addr_valid(zeroes) && !virt_addr_valid(text) &&
+	       !virt_addr_valid(pageless_holds);
+}
+
 static long livepatch_sysinfo(const struct pt_regs *regs)
 {
 	struct sysinfo info = {
@@ -294,7 +302,8 @@ static long livepatch_sysinfo(const struct pt_regs *regs)
 			 once_holds() << ONCE |
 			 weak_holds() << WEAK |
 			 debug_print_holds() << DEBUG_PRINT |
-			 tracepoint_holds() << TRACEPOINT;
+			 tracepoint_holds() << TRACEPOINT |
+			 pageless_holds() << PAGELESS;
 	return sysinfo_reply(regs, &info);
 }
 

@@ -7,9 +7,11 @@
  *                          in nanosleep() for a tenth of a second, again and again
  *   fexit hold FUNCTION    attaches both, says "sleeping", and sleeps in pause()
  *                          until SIGUSR1
+ *   fexit busy FUNCTION    attaches a program that counts for nearly all of the
+ *                          time to the entry, and calls getppid() again and again
  *
  * The function's number in the kernel's types is looked up in its BTF
- * (Documentation/bpf/btf.rst); the programs do nothing.
+ * (Documentation/bpf/btf.rst); the other programs do nothing.
  */
 #include "rounds.h"
 
@@ -23,6 +25,8 @@
 #include <time.h>
 
 #define NAP_NS 100000000L
+/* The kernel looks at each round of the loop before it takes the program. */
+#define COUNT_TO 40000
 
 static uint32_t function;
 
@@ -94,19 +98,29 @@ static uint32_t find(const char *name)
 	return 0;
 }
 
-static int attach(enum bpf_attach_type where)
+/* return 0 */
+static const struct bpf_insn nothing_to_do[] = {
+	{ .code = BPF_ALU64 | BPF_MOV | BPF_K },
+	{ .code = BPF_JMP | BPF_EXIT },
+};
+
+/* counts in R0, then the same */
+static const struct bpf_insn count[] = {
+	{ .code = BPF_ALU64 | BPF_MOV | BPF_K },
+	{ .code = BPF_ALU64 | BPF_ADD | BPF_K, .imm = 1 },
+	{ .code = BPF_JMP | BPF_JLT | BPF_K, .off = -2, .imm = COUNT_TO },
+	{ .code = BPF_ALU64 | BPF_MOV | BPF_K },
+	{ .code = BPF_JMP | BPF_EXIT },
+};
+
+static int attach_program(enum bpf_attach_type where, const struct bpf_insn *program, uint32_t length)
 {
-	/* return 0 */
-	static const struct bpf_insn program[] = {
-		{ .code = BPF_ALU64 | BPF_MOV | BPF_K },
-		{ .code = BPF_JMP | BPF_EXIT },
-	};
 	union bpf_attr attr = {
 		.prog_type = BPF_PROG_TYPE_TRACING,
 		.expected_attach_type = where,
 		.attach_btf_id = function,
 		.insns = (uintptr_t)program,
-		.insn_cnt = 2,
+		.insn_cnt = length,
 		.license = (uintptr_t)"GPL",
 	};
 	int loaded = syscall(SYS_bpf, BPF_PROG_LOAD, &attr, sizeof(attr)), attached;
@@ -122,6 +136,16 @@ static int attach(enum bpf_attach_type where)
 		is_wrong("attaching");
 	close(loaded);
 	return attached;
+}
+
+static int attach(enum bpf_attach_type where)
+{
+	return attach_program(where, nothing_to_do, sizeof(nothing_to_do) / sizeof(*nothing_to_do));
+}
+
+static void call(void)
+{
+	syscall(SYS_getppid);
 }
 
 static void nap(void)
@@ -161,7 +185,7 @@ static void hold(void)
 
 static int usage(void)
 {
-	puts("error: fexit churn|sleep|hold FUNCTION");
+	puts("error: fexit churn|sleep|hold|busy FUNCTION");
 	return UNKNOWN;
 }
 
@@ -180,6 +204,11 @@ int main(int argc, char **argv)
 		close(entry);
 	} else if (!strcmp(argv[1], "hold")) {
 		hold();
+	} else if (!strcmp(argv[1], "busy")) {
+		int entry = attach_program(BPF_TRACE_FENTRY, count, sizeof(count) / sizeof(*count));
+
+		repeat(call);
+		close(entry);
 	} else {
 		return usage();
 	}

@@ -10,7 +10,7 @@ static const char *const checks[] = {
 	"data", "rodata", "alternative-on", "alternative-off", "alternative-call",
 	"feature", "indirect-call", "locked", "interrupts", "spinlock",
 	"switch", "tail-call", "static-call", "percpu", "own-percpu",
-	"ro-after-init", "once", "weak", "debug-print", "tracepoint",
+	"ro-after-init", "once", "weak", "debug-print", "tracepoint", "pageless",
 };
 #define CHECKS (sizeof(checks) / sizeof(checks[0]))
 #define FIRST_CALL 42

@@ -7,6 +7,7 @@
 //! - [`initramfs`] makes the guest's root file system: busybox, the guest agent, programs of the caller;
 //! - [`build`] makes programs and livepatch modules for a guest;
 //! - [`guest`] boots it all with QEMU: [`guest::GuestConfig`] says what a guest is like, [`guest::Guest`] is a running one;
+//! - [`host`] is the machine that a guest's QEMU runs on: this one, or a [`host_box`], an emulated machine with KVM of its own;
 //! - [`qemu`] has other versions of QEMU than the installed one;
 //! - [`channel`] runs commands in the guest and brings back their output and exit status.
 //!
@@ -17,6 +18,8 @@
 pub mod build;
 pub mod channel;
 pub mod guest;
+pub mod host;
+pub mod host_box;
 pub mod initramfs;
 pub mod kernel;
 pub mod modules;

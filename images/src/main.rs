@@ -1,4 +1,4 @@
-//! `vmpatch-images`: boots a real guest by hand, for the demo and for developing.
+//! `vmpatch-images`: boots a real guest, or a host in a box with one, by hand, for the demo and for developing.
 
 use std::error::Error;
 use std::io::{self, BufRead, Write};
@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use images::guest::{Guest, GuestConfig, Ram};
+use images::host_box::HostBox;
 use images::kernel::Kernel;
 
 /// How often to look whether the guest still runs.
@@ -39,6 +40,24 @@ enum Action {
     /// Runs the command after `--` in it and ends with its exit status. Without one, says where the guest is to be found,
     /// runs each line of standard input in it, and stays until the guest powers off or Ctrl-C ends it.
     Boot(Boot),
+    /// Boots a guest under KVM in a host in a box, an emulated machine
+    ///
+    /// Runs the command after `--` in the box, beside the guest's QEMU, and ends with its exit status. Without one, says where
+    /// the guest is to be found in the box, runs each line of standard input in the box, and stays until the box ends or Ctrl-C
+    /// ends it. Paths and process ids that it prints are the box's.
+    Box(HostBoxed),
+}
+
+#[derive(Args)]
+struct HostBoxed {
+    /// Program of this machine to put into the box, under the same path, with its libraries
+    #[arg(long, value_name = "FILE")]
+    program: Vec<PathBuf>,
+    /// Other file of this machine to put into the box, under the same path
+    #[arg(long, value_name = "FILE")]
+    place: Vec<PathBuf>,
+    #[command(flatten)]
+    boot: Boot,
 }
 
 #[derive(Args)]
@@ -92,6 +111,7 @@ fn main() -> ExitCode {
         Action::List => list(),
         Action::Fetch { kernels } => fetch(&kernels),
         Action::Boot(boot) => run(&boot),
+        Action::Box(boxed) => run_in_box(&boxed),
     };
     done.unwrap_or_else(|error| {
         eprintln!("vmpatch-images: {error}");
@@ -131,8 +151,32 @@ fn fetch(names: &[String]) -> Result<ExitCode, Box<dyn Error>> {
 fn run(boot: &Boot) -> Result<ExitCode, Box<dyn Error>> {
     let guest = Guest::boot(config(boot))?;
     if boot.command.is_empty() {
-        return stay(guest, boot.uid);
+        introduce(&guest);
+        println!("console {}", guest.folder().join("console.log").display());
+        return stay(&guest, boot.uid);
     }
+    run_command(&guest, boot)
+}
+
+fn run_in_box(boxed: &HostBoxed) -> Result<ExitCode, Box<dyn Error>> {
+    let host = HostBox::start()?;
+    for program in &boxed.program {
+        host.place_program(&program.canonicalize()?)?;
+    }
+    for file in &boxed.place {
+        host.place(&file.canonicalize()?)?;
+    }
+    // It ends before the box does.
+    let guest = host.boot(config(&boxed.boot))?;
+    if boxed.boot.command.is_empty() {
+        println!("box     {}", host.kernel_release());
+        introduce(&guest);
+        return stay(&host, boxed.boot.uid);
+    }
+    run_command(&host, &boxed.boot)
+}
+
+fn run_command(guest: &Guest, boot: &Boot) -> Result<ExitCode, Box<dyn Error>> {
     let args: Vec<&str> = boot.command.iter().map(String::as_str).collect();
     let output = guest.command(&args).uid(boot.uid).limit(COMMAND_LIMIT).run()?;
     show(&output)?;
@@ -157,17 +201,20 @@ fn config(boot: &Boot) -> GuestConfig {
         .fold(config, |config, (guest, host)| config.file(guest, host))
 }
 
-fn stay(guest: Guest, uid: u32) -> Result<ExitCode, Box<dyn Error>> {
+/// Where a guest is to be found.
+fn introduce(guest: &Guest) {
     println!("name    {}", guest.name());
     println!("kernel  {}", guest.kernel_release());
     println!("pid     {}", guest.pid());
     println!("qmp     {}", guest.qmp_path().display());
-    println!("console {}", guest.folder().join("console.log").display());
-    let guest = std::sync::Arc::new(guest);
-    let typed = std::sync::Arc::clone(&guest);
+}
+
+/// Runs what is typed in the guest, until the guest ends.
+fn stay(guest: &Guest, uid: u32) -> Result<ExitCode, Box<dyn Error>> {
+    let shell = guest.command(&["sh", "-c"]).uid(uid).limit(COMMAND_LIMIT);
     thread::spawn(move || {
         for line in io::stdin().lock().lines().map_while(Result::ok) {
-            let done = typed.command(&["sh", "-c", &line]).uid(uid).limit(COMMAND_LIMIT).run();
+            let done = shell.clone().arg(&line).run();
             match done.map(|output| show(&output)) {
                 Ok(Ok(())) => {}
                 Ok(Err(error)) => eprintln!("vmpatch-images: {error}"),

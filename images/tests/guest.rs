@@ -1,7 +1,9 @@
 //! Boots a real guest and uses all that the room offers on it.
 
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::ExitStatusExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use images::guest::{Guest, GuestConfig, QmpSpelling, Ram};
@@ -140,6 +142,39 @@ fn a_qemu_that_refuses_its_arguments_is_reported_with_its_own_words() {
         .unwrap_err()
         .to_string();
     assert!(error.contains("-no-such-option: invalid option"), "{error}");
+}
+
+/// A program that is QEMU, but ends by a signal in the boot, `crashes` times.
+fn crashing(folder: &Path, crashes: u32) -> PathBuf {
+    let program = folder.join("qemu");
+    // Its channel is gone some time before it has ended, as where a core is written.
+    let script = format!(
+        r#"#!/bin/sh
+        echo once >>"$0.starts"
+        [ "$(wc -l <"$0.starts")" -le {crashes} ] || exec qemu-system-x86_64 "$@"
+        qemu-system-x86_64 "$@" &
+        sleep 1
+        kill -KILL $!
+        sleep 0.5
+        kill -SEGV $$"#
+    );
+    fs::create_dir_all(folder).unwrap();
+    fs::write(&program, script).unwrap();
+    fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).unwrap();
+    program
+}
+
+#[test]
+fn a_qemu_that_crashes_in_the_boot_is_started_once_more() {
+    let folder = std::env::temp_dir().join(format!("vmpatch-crashing-{}", std::process::id()));
+    let mut config = GuestConfig::new(Kernel::CLOUD_6_1);
+    config.qemu = crashing(&folder.join("once"), 1);
+    Guest::boot(config.clone()).unwrap();
+    config.qemu = crashing(&folder.join("twice"), 2);
+    let error = Guest::boot(config).unwrap_err().to_string();
+    let words = "QEMU ended before the guest had booted: signal: 11";
+    assert!(error.starts_with(words), "{error}");
+    fs::remove_dir_all(folder).unwrap();
 }
 
 #[test]

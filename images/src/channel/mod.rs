@@ -9,6 +9,7 @@ mod running;
 #[cfg(test)]
 #[path = "../../agent/serve.rs"]
 mod serve;
+mod stream;
 
 pub use client::Client;
 pub use running::{Request, Running};

@@ -37,6 +37,12 @@ impl Request {
         }
     }
 
+    /// With one more argument.
+    pub fn arg(mut self, arg: &str) -> Self {
+        self.args.push(arg.to_owned());
+        self
+    }
+
     /// Runs it as this user, with a group of the same number and no capability.
     pub fn uid(mut self, uid: u32) -> Self {
         self.uid = uid;
@@ -85,40 +91,32 @@ impl Request {
 
     /// Starts the command and returns when it runs.
     pub fn spawn(self) -> Result<Running, Error> {
+        let running = self.start()?;
+        running.send(&[])?;
+        running.wait_for_start()
+    }
+
+    /// Starts the command and leaves its input open.
+    pub(super) fn spawn_open(self) -> Result<Running, Error> {
+        self.start()?.wait_for_start()
+    }
+
+    fn start(self) -> Result<Running, Error> {
         let command = self.client.register();
-        let mut running = Running {
+        let running = Running {
             client: self.client,
             command,
             spelled: self.args.join(" "),
             pid: 0,
         };
-        let client = &running.client;
-        client.send(&Frame::Start {
+        running.client.send(&Frame::Start {
             command,
             uid: self.uid,
             args: self.args,
         })?;
         for bytes in self.stdin.chunks(CHUNK) {
-            client.send(&Frame::Stdin {
-                command,
-                bytes: bytes.to_vec(),
-            })?;
+            running.send(bytes)?;
         }
-        client.send(&Frame::Stdin {
-            command,
-            bytes: Vec::new(),
-        })?;
-        let waiting_for = format!("the start of {:?}", running.spelled);
-        running.pid = client.wait_on(command, &waiting_for, START_LIMIT, |progress| {
-            match (&progress.end, progress.pid) {
-                (Some(End::NotStarted(reason)), _) => Some(Err(Error::NotStarted { reason: reason.clone() })),
-                (_, Some(pid)) => Some(Ok(pid)),
-                (Some(End::Rebooted), None) => Some(Err(Error::Rebooted {
-                    command: running.spelled.clone(),
-                })),
-                (_, None) => None,
-            }
-        })??;
         Ok(running)
     }
 }
@@ -134,6 +132,40 @@ pub struct Running {
 }
 
 impl Running {
+    fn wait_for_start(mut self) -> Result<Self, Error> {
+        let waiting_for = format!("the start of {:?}", self.spelled);
+        let started = self
+            .client
+            .wait_on(self.command, &waiting_for, START_LIMIT, |progress| {
+                match (&progress.end, progress.pid) {
+                    (Some(End::NotStarted(reason)), _) => Some(Err(Error::NotStarted { reason: reason.clone() })),
+                    (_, Some(pid)) => Some(Ok(pid)),
+                    (Some(End::Rebooted), None) => Some(Err(Error::Rebooted {
+                        command: self.spelled.clone(),
+                    })),
+                    (_, None) => None,
+                }
+            })?;
+        self.pid = started?;
+        Ok(self)
+    }
+
+    /// Gives it more input; none at all ends its input.
+    pub(super) fn send(&self, bytes: &[u8]) -> Result<(), Error> {
+        self.client.send(&Frame::Stdin {
+            command: self.command,
+            bytes: bytes.to_vec(),
+        })
+    }
+
+    /// Takes what it has written to standard output since it was last taken, and whether it has ended; waits for either.
+    pub(super) fn take_stdout(&self, limit: Duration) -> Result<(Vec<u8>, bool), Error> {
+        self.client.wait_on(self.command, &self.spelled, limit, |progress| {
+            let ended = progress.end.is_some();
+            (ended || !progress.stdout.is_empty()).then(|| (std::mem::take(&mut progress.stdout), ended))
+        })
+    }
+
     /// Its process in the guest, which leads a process group of its own.
     pub fn pid(&self) -> u32 {
         self.pid

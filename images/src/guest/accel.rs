@@ -13,10 +13,12 @@ pub enum Accel {
     Kvm,
     /// QEMU's emulation, each vCPU in a thread of its own.
     Tcg,
+    /// QEMU's emulation, all vCPUs in one thread, in turn.
+    TcgSingle,
 }
 
 impl Accel {
-    /// What this machine can do. `VMPATCH_ACCEL=kvm` or `tcg` overrides it.
+    /// What this machine can do. `VMPATCH_ACCEL=kvm`, `tcg` or `tcg-single` overrides it.
     ///
     /// That /dev/kvm can be opened proves little: there is KVM in software, which can't run a Debian kernel. So the CPU
     /// must have the instructions that hardware virtualisation needs, too.
@@ -27,6 +29,7 @@ impl Accel {
         match wanted.as_str() {
             "kvm" => Self::Kvm,
             "tcg" => Self::Tcg,
+            "tcg-single" => Self::TcgSingle,
             _ if has_hardware_virtualisation(&cpuinfo()) && usable() => Self::Kvm,
             _ => Self::Tcg,
         }
@@ -37,6 +40,7 @@ impl Accel {
         match self {
             Self::Kvm => "kvm",
             Self::Tcg => "tcg,thread=multi",
+            Self::TcgSingle => "tcg,thread=single",
         }
     }
 }

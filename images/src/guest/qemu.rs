@@ -60,7 +60,7 @@ pub(super) fn arguments(config: &GuestConfig, name: &str, vmlinuz: Option<&Path>
     args.option("-accel", config.accel.qemu_value());
     let default_cpu = match config.accel {
         Accel::Kvm => "host",
-        Accel::Tcg => "max",
+        Accel::Tcg | Accel::TcgSingle => "max",
     };
     args.option("-cpu", config.cpu.as_deref().unwrap_or(default_cpu));
     args.option("-smp", config.vcpus.to_string());

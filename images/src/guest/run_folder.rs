@@ -1,30 +1,30 @@
 //! The folder of a running guest's files, removed with the guest.
 
-use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use crate::cache::Error;
+use crate::host::Host;
 
-const PREFIX: &str = "vmpatch-guest-";
-
-/// A folder of its own for one guest; dropped, it is removed.
+/// A folder of its own for one guest, on the machine that the guest's QEMU runs on; dropped, it is removed.
 #[derive(Debug)]
 pub(super) struct RunFolder {
+    host: Arc<dyn Host>,
     path: PathBuf,
     number: u32,
 }
 
 impl RunFolder {
-    /// Makes a new one. What programs left that were killed is removed first.
-    pub(super) fn new() -> Result<Self, Error> {
+    /// Makes a new one.
+    pub(super) fn new(host: Arc<dyn Host>) -> Result<Self, Error> {
         static NUMBER: AtomicU32 = AtomicU32::new(0);
         let number = NUMBER.fetch_add(1, Ordering::Relaxed);
-        let parent = std::env::temp_dir();
-        remove_leftovers(&parent);
-        let path = parent.join(format!("{PREFIX}{}-{number}", std::process::id()));
-        fs::create_dir(&path).map_err(Error::io("make the folder", &path))?;
-        Ok(Self { path, number })
+        let name = format!("{}-{number}", std::process::id());
+        let path = host
+            .make_folder(&name)
+            .map_err(Error::io("make the folder of the guest", Path::new(&name)))?;
+        Ok(Self { host, path, number })
     }
 
     pub(super) fn path(&self) -> &Path {
@@ -39,40 +39,19 @@ impl RunFolder {
 
 impl Drop for RunFolder {
     fn drop(&mut self) {
-        // Left behind, it is removed by a later run.
-        drop(fs::remove_dir_all(&self.path));
+        // Left behind on this machine, it is removed by a later run; in a box, with the box.
+        drop(self.host.remove_folder(&self.path));
     }
-}
-
-/// Removes the folders of processes that no longer exist. One that can't be removed harms nobody.
-fn remove_leftovers(parent: &Path) {
-    for entry in fs::read_dir(parent).into_iter().flatten().flatten() {
-        let owner = entry.file_name().to_str().and_then(owner);
-        if owner.is_some_and(|pid| !Path::new(&format!("/proc/{pid}")).exists()) {
-            drop(fs::remove_dir_all(entry.path()));
-        }
-    }
-}
-
-/// The process that made the folder of this name.
-fn owner(name: &str) -> Option<u32> {
-    name.strip_prefix(PREFIX)?.split('-').next()?.parse().ok()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn only_a_guests_folder_names_an_owner() {
-        assert_eq!(owner("vmpatch-guest-17-0"), Some(17));
-        assert_eq!(owner("vmpatch-guest-x-0"), None);
-        assert_eq!(owner("other-17-0"), None);
-    }
+    use crate::host::ThisMachine;
 
     #[test]
     fn a_folder_is_removed_with_its_guest() {
-        let folder = RunFolder::new().unwrap();
+        let folder = RunFolder::new(Arc::new(ThisMachine)).unwrap();
         let path = folder.path().to_owned();
         assert!(path.is_dir());
         drop(folder);

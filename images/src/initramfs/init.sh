@@ -1,7 +1,7 @@
 #!/bin/busybox sh
 # The guest's first process: makes the file systems, loads the drivers of the channel and hands over to the guest agent.
 /bin/busybox --install -s /bin
-export PATH=/bin
+export PATH=/bin:/usr/bin
 chmod 755 /
 
 mount -t proc proc /proc

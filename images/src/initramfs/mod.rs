@@ -7,7 +7,7 @@ use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
-use object::elf::{FileHeader64, PT_INTERP};
+use object::elf::FileHeader64;
 use object::read::elf::{FileHeader, ProgramHeader};
 
 use crate::cache;
@@ -38,11 +38,13 @@ const FOLDERS: [&str; 10] = [
 /// Why an initramfs could not be made.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// A program needs libraries, which the guest has not.
-    #[error("{} is dynamically linked, and the guest has no libraries: link it with -static", path.display())]
+    /// A program needs a loader and libraries, which the guest has not.
+    #[error("{} is dynamically linked, and the guest has no {loader}: link it with -static, or add its libraries", path.display())]
     Dynamic {
         /// The program on the host.
         path: PathBuf,
+        /// The loader that the program names.
+        loader: String,
     },
     /// A file of the guest has a name that the archive can't hold.
     #[error("{guest:?} is not an absolute path of plain parts")]
@@ -77,7 +79,7 @@ pub fn build(modules: &[Module], extra: &[ExtraFile]) -> Result<Vec<u8>, Error> 
     }
     archive.character_device("dev/console", 5, 1)?;
     archive.file("init", 0o755, INIT)?;
-    archive.file("bin/busybox", 0o755, &read_program(Path::new(BUSYBOX))?)?;
+    archive.file("bin/busybox", 0o755, &read_program(Path::new(BUSYBOX), &[])?)?;
     archive.file("bin/guest-agent", 0o755, GUEST_AGENT)?;
     archive.file(
         "etc/passwd",
@@ -98,7 +100,7 @@ pub fn build(modules: &[Module], extra: &[ExtraFile]) -> Result<Vec<u8>, Error> 
                 archive.folder(folder)?;
             }
         }
-        let content = read_program(&file.host)?;
+        let content = read_program(&file.host, extra)?;
         let metadata = fs::metadata(&file.host).map_err(cache::Error::io("read", &file.host))?;
         archive.file(name, metadata.permissions().mode(), &content)?;
     }
@@ -118,25 +120,24 @@ fn parents(name: &str) -> impl Iterator<Item = &str> {
 }
 
 /// A file's content; a program that could not start in the guest is refused here, where its name is known.
-fn read_program(path: &Path) -> Result<Vec<u8>, Error> {
+fn read_program(path: &Path, extra: &[ExtraFile]) -> Result<Vec<u8>, Error> {
     let content = fs::read(path).map_err(cache::Error::io("read", path))?;
-    if needs_interpreter(&content) {
-        Err(Error::Dynamic { path: path.to_owned() })
-    } else {
-        Ok(content)
+    match loader(&content) {
+        Some(loader) if !extra.iter().any(|file| file.guest == loader) => Err(Error::Dynamic {
+            path: path.to_owned(),
+            loader,
+        }),
+        _ => Ok(content),
     }
 }
 
-/// Whether these are the bytes of a dynamically linked program.
-fn needs_interpreter(content: &[u8]) -> bool {
-    let headers = FileHeader64::<object::Endianness>::parse(content).and_then(|header| {
-        let endian = header.endian()?;
-        Ok(header
-            .program_headers(endian, content)?
-            .iter()
-            .any(|header| header.p_type(endian) == PT_INTERP))
-    });
-    headers.unwrap_or(false)
+/// The loader that a dynamically linked program names; `None` for any other file.
+fn loader(content: &[u8]) -> Option<String> {
+    let header = FileHeader64::<object::Endianness>::parse(content).ok()?;
+    let endian = header.endian().ok()?;
+    let mut headers = header.program_headers(endian, content).ok()?.iter();
+    let name = headers.find_map(|header| header.interpreter(endian, content).ok()?)?;
+    Some(String::from_utf8_lossy(name).into_owned())
 }
 
 #[cfg(test)]
@@ -170,8 +171,26 @@ mod tests {
     }
 
     #[test]
+    fn a_dynamically_linked_program_is_taken_with_its_libraries() {
+        let program = Path::new("/bin/sh");
+        let file = |path: &Path| ExtraFile {
+            guest: path.display().to_string(),
+            host: path.to_owned(),
+        };
+        let libraries = crate::host::libraries(program).unwrap();
+        assert!(libraries.len() >= 2, "a loader and the C library: {libraries:?}");
+        let files: Vec<ExtraFile> = libraries
+            .iter()
+            .map(PathBuf::as_path)
+            .chain([program])
+            .map(file)
+            .collect();
+        assert!(build(&[], &files).unwrap().len() > 1 << 20);
+    }
+
+    #[test]
     fn the_guest_agent_is_a_static_program() {
         assert!(GUEST_AGENT.starts_with(b"\x7fELF"));
-        assert!(!needs_interpreter(GUEST_AGENT));
+        assert_eq!(loader(GUEST_AGENT), None);
     }
 }

@@ -1,26 +1,24 @@
-//! The QEMU process: started so that it can't outlive this program, and ended by its process id.
+//! A program on this machine: started so that it can't outlive this one, and ended by its process id.
 
 use std::fs::File;
 use std::io;
 use std::path::Path;
-use std::process::{Child, Command, ExitStatus, Stdio};
+use std::process::{self, Command, ExitStatus, Stdio};
 use std::sync::{Mutex, OnceLock, PoisonError, mpsc};
 use std::thread;
-use std::time::{Duration, Instant};
 
-/// How often to look whether QEMU has ended.
-const POLL: Duration = Duration::from_millis(10);
+use super::Process;
 
-/// A running QEMU; dropped, it is killed.
+/// A running program of this machine; dropped, it is killed.
 #[derive(Debug)]
-pub(super) struct Process {
-    child: Mutex<Child>,
+pub(super) struct Child {
+    child: Mutex<process::Child>,
     /// A process that is not this program's child, and has taken the child's place.
     follower: Option<u32>,
     pid: u32,
 }
 
-impl Process {
+impl Child {
     /// Starts `program`; what it writes goes to `log`.
     pub(super) fn start(program: &Path, args: &[String], log: &Path) -> io::Result<Self> {
         let log = File::create(log)?;
@@ -37,38 +35,8 @@ impl Process {
         })
     }
 
-    pub(super) fn pid(&self) -> u32 {
-        self.pid
-    }
-
-    /// From here on, the guest is in the process `pid`. That one is killed with the guest, but not where this program is.
-    pub(super) fn follow(&mut self, pid: u32) {
-        self.follower = Some(pid);
-        self.pid = pid;
-    }
-
-    /// How it ended, or `None` while it runs. How another one's child ended is not known.
-    pub(super) fn ended(&self) -> io::Result<Option<ExitStatus>> {
-        if let Some(pid) = self.follower {
-            return Ok((!runs(pid)).then(ExitStatus::default));
-        }
-        self.child.lock().unwrap_or_else(PoisonError::into_inner).try_wait()
-    }
-
-    /// Waits for its end, `None` if that does not come in time.
-    pub(super) fn wait(&self, limit: Duration) -> io::Result<Option<ExitStatus>> {
-        let deadline = Instant::now() + limit;
-        loop {
-            let ended = self.ended()?;
-            if ended.is_some() || Instant::now() >= deadline {
-                return Ok(ended);
-            }
-            thread::sleep(POLL);
-        }
-    }
-
     /// Kills it and waits for its end.
-    pub(super) fn kill(&self) -> io::Result<ExitStatus> {
+    fn kill(&self) -> io::Result<ExitStatus> {
         let mut child = self.child.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(pid) = self.follower
             && runs(pid)
@@ -80,7 +48,26 @@ impl Process {
     }
 }
 
-impl Drop for Process {
+impl Process for Child {
+    fn pid(&self) -> u32 {
+        self.pid
+    }
+
+    /// That one is killed with the guest, but not where this program is.
+    fn follow(&mut self, pid: u32) {
+        self.follower = Some(pid);
+        self.pid = pid;
+    }
+
+    fn ended(&self) -> io::Result<Option<ExitStatus>> {
+        if let Some(pid) = self.follower {
+            return Ok((!runs(pid)).then(ExitStatus::default));
+        }
+        self.child.lock().unwrap_or_else(PoisonError::into_inner).try_wait()
+    }
+}
+
+impl Drop for Child {
     fn drop(&mut self) {
         // Nobody is left to tell about a failure, and the parent's death signal stays in force.
         drop(self.kill());
@@ -93,11 +80,11 @@ fn runs(pid: u32) -> bool {
     String::from_utf8_lossy(&line).contains("qemu-system")
 }
 
-type Job = (Command, mpsc::Sender<io::Result<Child>>);
+type Job = (Command, mpsc::Sender<io::Result<process::Child>>);
 
 /// Starts a program from a thread that lives as long as this program: to the kernel, the parent in "parent death signal"
 /// is the starting *thread*, and a test's thread ends before the guest that it shares with other tests.
-fn spawn_in_lasting_thread(command: Command) -> io::Result<Child> {
+fn spawn_in_lasting_thread(command: Command) -> io::Result<process::Child> {
     static JOBS: OnceLock<mpsc::Sender<Job>> = OnceLock::new();
     let jobs = JOBS.get_or_init(|| {
         let (sender, receiver) = mpsc::channel::<Job>();
@@ -118,13 +105,14 @@ fn spawn_in_lasting_thread(command: Command) -> io::Result<Child> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::time::Duration;
 
-    fn start(script: &str) -> (Process, std::path::PathBuf) {
+    fn start(script: &str) -> (Child, std::path::PathBuf) {
         static NUMBER: std::sync::atomic::AtomicU32 = std::sync::atomic::AtomicU32::new(0);
         let number = NUMBER.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
         let log = std::env::temp_dir().join(format!("vmpatch-process-{}-{number}", std::process::id()));
         (
-            Process::start(Path::new("sh"), &["-c".into(), script.into()], &log).unwrap(),
+            Child::start(Path::new("sh"), &["-c".into(), script.into()], &log).unwrap(),
             log,
         )
     }
