@@ -1,4 +1,4 @@
-//! Guest addresses as types: a guest-physical one can't be passed where a guest-virtual one is meant.
+//! Addresses as types: an address of one address space cannot be passed where another is meant.
 
 use std::fmt;
 
@@ -55,7 +55,12 @@ address!(
     "GPA"
 );
 address!(
-    /// A guest-virtual address, in bytes; which page table maps it is said by who uses it.
+    /// A guest-virtual address, in bytes. Its user defines which page table maps it.
     Gva,
     "GVA"
+);
+address!(
+    /// A virtual address in the VMM's process on the host, in bytes.
+    Hva,
+    "HVA"
 );

@@ -1,34 +1,35 @@
-//! A change of guest memory that knows what it replaces, can be checked, read back and undone.
+//! A guarded write: a change of guest memory that knows the bytes that it replaces, and can be checked, read back and undone.
 
-use crate::addr::Gpa;
+use crate::addr::{Gpa, Gva};
 use crate::kernel::Live;
 use crate::memory::{MemoryError, PhysMemory};
 use serde::{Deserialize, Serialize};
+use std::ops::Range;
 
-/// Why a change could not be made or checked.
-#[derive(Debug, thiserror::Error)]
+/// Why a change cannot be made or checked.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum ChangeError {
-    /// The bytes there are neither the old nor the new ones.
+    /// Guest memory does not hold the expected bytes.
     #[error("{what} at {gpa}: found {found}, expected {expected}")]
     Unexpected {
         /// What the bytes are.
         what: String,
-        /// Where.
+        /// Guest-physical address of the first byte shown.
         gpa: Gpa,
-        /// What is there, in hex, the first bytes that differ.
+        /// The guest's bytes in hex, from the first ones that differ.
         found: String,
-        /// What should be there.
+        /// The expected bytes in hex.
         expected: String,
     },
-    /// What a plan was made from is not so any more.
+    /// The guest has changed bytes that a plan was made from.
     #[error("the guest is {doing}: the byte at {gpa} has changed since it was planned")]
     Changing {
         /// What the guest is doing.
         doing: &'static str,
-        /// The first byte that differs.
+        /// Guest-physical address of the first byte that differs.
         gpa: Gpa,
     },
-    /// Guest memory could not be reached.
+    /// Guest memory cannot be read or written.
     #[error("{what}")]
     Memory {
         /// What was being read or written.
@@ -38,9 +39,9 @@ pub enum ChangeError {
     },
 }
 
-/// `old` bytes at a guest-physical address that become `new` ones.
+/// A change of `old` bytes at a guest-physical address to `new` ones.
 ///
-/// With a mask, only the bits set in it belong to the change; the others are the guest's and stay.
+/// With a mask, only its bits belong to the change. The other bits are the guest's, and stay.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Change {
     what: String,
@@ -51,13 +52,13 @@ pub struct Change {
     new: Vec<u8>,
     #[serde(with = "hex", default, skip_serializing_if = "Vec::is_empty")]
     mask: Vec<u8>,
-    /// True where it is known that no CPU runs what lies there.
+    /// True if no CPU executes the bytes.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     data: bool,
 }
 
 impl Change {
-    /// All bits of `old` become `new`; the shorter length counts.
+    /// Changes all bits of `old` to `new`. A longer one of the two is cut.
     pub fn replace(what: impl Into<String>, gpa: Gpa, mut old: Vec<u8>, mut new: Vec<u8>) -> Self {
         let len = old.len().min(new.len());
         old.truncate(len);
@@ -72,12 +73,12 @@ impl Change {
         }
     }
 
-    /// A word in memory, little-endian, from `old` to `new`.
+    /// Changes a little-endian word of 8 bytes from `old` to `new`.
     pub fn word(what: impl Into<String>, gpa: Gpa, old: u64, new: u64) -> Self {
         Self::replace(what, gpa, old.to_le_bytes().into(), new.to_le_bytes().into())
     }
 
-    /// The bits of `mask`, in one byte, from 0 to 1.
+    /// Sets the bits of `mask` in one byte.
     pub fn set_bits(what: impl Into<String>, gpa: Gpa, mask: u8) -> Self {
         Self {
             what: what.into(),
@@ -89,23 +90,34 @@ impl Change {
         }
     }
 
-    /// The same, of bytes that no CPU runs: they need not be written such that running code changes, too.
+    /// The same change, of bytes that no CPU executes: they need not be written as code.
     #[must_use]
     pub fn of_data(self) -> Self {
         Self { data: true, ..self }
     }
 
-    /// True where no CPU runs the bytes.
+    /// True if no CPU executes the bytes.
     pub fn is_data(&self) -> bool {
         self.data
     }
 
-    /// What the bytes are, for a person.
+    /// True if only some bits of the bytes belong to the change.
+    pub(crate) fn is_of_bits(&self) -> bool {
+        !self.mask.is_empty()
+    }
+
+    /// True if it changes a word to a pointer into `memory` or to its end. The low bits, in which trees keep colours, do not count.
+    pub(crate) fn gives_pointer_to(&self, memory: &Range<Gva>) -> bool {
+        let word = self.new.first_chunk().map(|word| Gva(u64::from_le_bytes(*word) & !7));
+        word.is_some_and(|word| memory.start <= word && word <= memory.end)
+    }
+
+    /// The name of the bytes, for a person.
     pub fn what(&self) -> &str {
         &self.what
     }
 
-    /// Where the bytes lie.
+    /// Guest-physical address of the bytes.
     pub fn gpa(&self) -> Gpa {
         Gpa(self.gpa)
     }
@@ -115,12 +127,12 @@ impl Change {
         self.old.len()
     }
 
-    /// True where there is nothing to change.
+    /// True for a change of no bytes.
     pub fn is_empty(&self) -> bool {
         self.old.is_empty()
     }
 
-    /// The change that takes this one back.
+    /// The change that undoes this one.
     pub fn undone(&self) -> Self {
         Self {
             old: self.new.clone(),
@@ -129,25 +141,37 @@ impl Change {
         }
     }
 
-    /// A record may come from the guest itself: false where its lengths do not fit one another.
+    /// True if its lengths agree. A change from a record in the guest may be malformed.
     pub fn is_sound(&self) -> bool {
         self.old.len() == self.new.len() && (self.mask.is_empty() || self.mask.len() == self.old.len())
     }
 
-    /// Reads the guest and gives the bytes to write, if the old ones are there. Error: [`ChangeError::Unexpected`].
+    /// Requires the old bytes, and gives the bytes to write.
+    ///
+    /// # Errors
+    ///
+    /// [`ChangeError::Unexpected`] or [`ChangeError::Memory`].
     pub fn prepare(&self, memory: &dyn PhysMemory) -> Result<Vec<u8>, ChangeError> {
         let now = self.read(memory)?;
         self.require(&now, &self.old)?;
         Ok(self.merged(&now))
     }
 
-    /// Checks that the new bytes are there. Error: [`ChangeError::Unexpected`].
+    /// Requires the new bytes.
+    ///
+    /// # Errors
+    ///
+    /// [`ChangeError::Unexpected`] or [`ChangeError::Memory`].
     pub fn verify(&self, memory: &dyn PhysMemory) -> Result<(), ChangeError> {
         let now = self.read(memory)?;
         self.require(&now, &self.new)
     }
 
-    /// Checks, writes and reads back.
+    /// Requires the old bytes, writes the new ones, and reads them back.
+    ///
+    /// # Errors
+    ///
+    /// [`ChangeError::Unexpected`] or [`ChangeError::Memory`].
     pub fn make(&self, memory: &dyn PhysMemory) -> Result<(), ChangeError> {
         let bytes = self.prepare(memory)?;
         self.write(memory, &bytes)?;
@@ -161,7 +185,7 @@ impl Change {
             .map_err(|source| self.memory_error(source))
     }
 
-    /// Puts the old state back, as [`Change::restored`] says; writes nothing where it is there.
+    /// Restores the old bytes, as [`Change::restored`] gives them. Writes nothing if they are there.
     pub(crate) fn restore(&self, memory: &dyn PhysMemory) -> Result<(), ChangeError> {
         let bytes = self.restored(memory)?;
         if bytes == self.read(memory)? {
@@ -170,15 +194,18 @@ impl Change {
         self.write(memory, &bytes)
     }
 
-    /// The bytes that put the old state back over whatever of this change is there: all of it, a part, or nothing.
+    /// The bytes that restore the old ones, whether all of this change was made, a part of it, or nothing.
     ///
-    /// Where a byte is neither old nor new, somebody else has written there since, for example the guest's own
-    /// tracer: then all bytes stay as they are.
+    /// If a byte is neither old nor new, the guest has written there since, for example its own tracer. All bytes then stay as they are.
+    ///
+    /// # Errors
+    ///
+    /// [`ChangeError::Memory`].
     pub fn restored(&self, memory: &dyn PhysMemory) -> Result<Vec<u8>, ChangeError> {
         Ok(self.over(&self.read(memory)?))
     }
 
-    /// The same where `now` is there.
+    /// The same for memory that holds `now`.
     fn over(&self, now: &[u8]) -> Vec<u8> {
         let is = |at: usize, now: u8, one: u8| (now ^ one) & self.mask_at(at) == 0;
         let mut bytes = now.iter().zip(&self.old).zip(&self.new).enumerate();
@@ -186,17 +213,21 @@ impl Change {
         if ours { self.undone().merged(now) } else { now.to_vec() }
     }
 
-    /// The bytes that are there now.
+    /// The bytes in guest memory now.
+    ///
+    /// # Errors
+    ///
+    /// [`ChangeError::Memory`].
     pub fn current(&self, memory: &dyn PhysMemory) -> Result<Vec<u8>, ChangeError> {
         self.read(memory)
     }
 
-    /// True where the new bytes are there, as a plan finds it.
+    /// True if guest memory holds the new bytes. For planners.
     pub(crate) fn is_made(&self, live: &Live<'_>) -> Result<bool, ChangeError> {
         Ok(self.require(&self.read_for_plan(live)?, &self.new).is_ok())
     }
 
-    /// The change that puts the old state back, as [`Change::restored`] says, as a plan finds it; `None` where it is there.
+    /// The change that restores the old bytes, as [`Change::restored`] gives them; `None` if they are there. For planners.
     pub(crate) fn restoration(&self, live: &Live<'_>, what: &str) -> Result<Option<Self>, ChangeError> {
         let now = self.read_for_plan(live)?;
         let old = self.over(&now);
@@ -210,7 +241,7 @@ impl Change {
         Ok(now)
     }
 
-    /// Applies this change to a copy of the memory that starts at `base`, as far as it lies within.
+    /// Applies this change to a copy of the memory that starts at `base`, as far as the copy reaches.
     pub(crate) fn overlay(&self, base: Gpa, copy: &mut [u8]) {
         for (at, new) in self.new.iter().enumerate() {
             let offset = self.gpa().wrapping_add(at as u64).checked_sub(base);
@@ -280,7 +311,7 @@ pub(crate) mod hex {
         let pairs = text.as_bytes().chunks(2);
         pairs
             .map(|pair| {
-                // from_str_radix alone would take a sign, too
+                // from_str_radix alone would accept a sign.
                 let text = std::str::from_utf8(pair).ok();
                 let text = text.filter(|text| text.len() == 2 && text.bytes().all(|byte| byte.is_ascii_hexdigit()));
                 text.and_then(|text| u8::from_str_radix(text, 16).ok())
@@ -325,7 +356,7 @@ mod tests {
     }
 
     #[test]
-    fn bits_outside_of_the_mask_stay_the_guests() {
+    fn bits_outside_of_the_mask_stay_as_they_are() {
         let ram = Ram::new(8);
         ram.write(Gpa(3), &[0x81]).unwrap();
         let change = Change::set_bits("flags", Gpa(3), 2);
@@ -337,7 +368,7 @@ mod tests {
     }
 
     #[test]
-    fn restoring_mends_a_change_that_was_cut_off() {
+    fn restoring_undoes_a_change_that_was_cut_off() {
         let ram = Ram::new(8);
         let change = Change::replace("site", Gpa(0), vec![1, 2, 3, 4], vec![5, 6, 7, 8]);
         ram.write(Gpa(0), &[5, 6, 3, 4]).unwrap();
@@ -345,7 +376,7 @@ mod tests {
     }
 
     #[test]
-    fn restoring_leaves_alone_what_somebody_else_wrote_since() {
+    fn restoring_leaves_bytes_alone_that_the_guest_has_written_since() {
         let ram = Ram::new(16);
         let change = Change::replace("site", Gpa(0), vec![0x0f, 0x1f, 0x44, 0, 0], vec![0xe9, 1, 2, 3, 4]);
         let call = [0xe8, 0x1f, 2, 3, 9];
@@ -357,7 +388,7 @@ mod tests {
     }
 
     #[test]
-    fn a_change_survives_its_record() {
+    fn a_change_is_encoded_and_decoded() {
         let change = Change::set_bits("flags", Gpa(3), 2);
         let text = serde_json::to_string(&change).unwrap();
         assert_eq!(text, r#"{"what":"flags","gpa":3,"old":"00","new":"02","mask":"02"}"#);

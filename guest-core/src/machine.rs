@@ -1,4 +1,4 @@
-//! What the core asks of a VMM: to stop the vCPUs, tell their registers, write where code is, and go on.
+//! What the core needs of a VMM: to pause the vCPUs, read their registers, write code, and resume.
 
 use crate::addr::Gpa;
 use crate::change::Change;
@@ -7,87 +7,118 @@ use serde::{Deserialize, Serialize};
 use std::error::Error;
 use std::time::Duration;
 
-/// Why the VMM could not do it; the implementation's own error is inside.
+/// Why the VMM failed. The implementation's own error is inside.
 #[derive(Debug, thiserror::Error)]
 #[error("{doing}")]
 pub struct MachineError {
-    /// What was asked of the VMM.
+    /// What the VMM was to do, as in "pausing the guest".
     pub doing: &'static str,
-    /// True where the guest was paused for it, and is not known to run again.
+    /// True where the VMM has paused the guest, and does not know that it runs again.
     pub left_paused: bool,
-    /// Its error.
+    /// What the VMM was doing with the machine, where another attempt may succeed. A message says "the VMM keeps …".
+    pub transient: Option<&'static str>,
+    /// The implementation's error.
     pub source: Box<dyn Error + Send + Sync>,
 }
 
 impl MachineError {
-    /// Wraps a VMM's error.
+    /// Wraps the error of a VMM that failed in `doing`.
     pub fn new(doing: &'static str, source: impl Into<Box<dyn Error + Send + Sync>>) -> Self {
         Self {
             doing,
             left_paused: false,
+            transient: None,
             source: source.into(),
         }
     }
 
-    /// The same error, with what became of the pause.
+    /// The same error, with whether the guest was left paused.
     #[must_use]
     pub fn left_paused(self, left_paused: bool) -> Self {
         Self { left_paused, ..self }
     }
+
+    /// The same error, with what the VMM was doing that will end.
+    #[must_use]
+    pub fn transient(self, transient: Option<&'static str>) -> Self {
+        Self { transient, ..self }
+    }
 }
 
-/// How long one pause took as the host saw it, in microseconds.
+/// The times of one pause as the host measured them, in microseconds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct PauseTimes {
-    /// From asking to stop to hearing that the vCPUs stand.
+    /// From the request to stop to the answer that the vCPUs are paused.
     pub stop_us: u64,
-    /// Reading all registers.
+    /// Reading the registers of all vCPUs.
     pub registers_us: u64,
-    /// Checking locks, stacks and the bytes to be replaced.
+    /// Checking locks, preconditions and stacks.
     pub check_us: u64,
     /// Writing and reading back.
     pub write_us: u64,
-    /// From asking to resume to hearing that the vCPUs run.
+    /// From the request to resume to the answer that the vCPUs run.
     pub resume_us: u64,
-    /// From asking to stop to hearing that the vCPUs run.
+    /// From the request to stop to the answer that the vCPUs run.
     pub total_us: u64,
 }
 
-/// What a plan changes, for whoever has to take it back should vmpatch die.
+/// The changes of a commit, by which a supervisor rolls it back if vmpatch dies.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Journal {
-    /// Changes made one by one while the guest runs; nothing of them is reachable for the guest.
-    pub before: Vec<Change>,
-    /// Changes made in one pause; the last one is the state in the registry.
-    pub paused: Vec<Change>,
+    /// Changes made one by one while the guest runs. The guest cannot reach them.
+    pub staged: Vec<Change>,
+    /// Changes made in one pause. The last one is the patch's state in the registry.
+    pub atomic: Vec<Change>,
 }
 
-/// A virtual machine whose vCPUs can be stopped.
+/// A virtual machine whose vCPUs can be paused.
 pub trait Machine {
-    /// Makes sure that, should this process die or not be able to resume the guest, somebody else stops the vCPUs, calls
-    /// [`crate::commit::take_back`] with this journal, and lets them run again if they were running. Replaces what was said before;
-    /// `None` ends it.
+    /// Gives a supervisor the journal of a commit, in place of an earlier one; `None` ends the commit. If this process dies or cannot resume
+    /// the guest, the supervisor pauses the vCPUs, calls [`crate::commit::roll_back`] with the journal, and resumes the vCPUs if they ran
+    /// before.
+    ///
+    /// # Errors
+    ///
+    /// The supervisor cannot be reached.
     fn guard(&mut self, journal: Option<&Journal>) -> Result<(), MachineError>;
 
-    /// Stops all vCPUs. On an error they run as before, unless [`MachineError::left_paused`].
+    /// Pauses all vCPUs.
+    ///
+    /// # Errors
+    ///
+    /// The vCPUs run as before, unless [`MachineError::left_paused`].
     fn pause(&mut self) -> Result<Box<dyn Paused + '_>, MachineError>;
 }
 
-/// A machine whose vCPUs stand. Dropped, it runs again, unless its operator had paused it before.
-pub trait Paused {
-    /// Registers of every vCPU.
-    fn registers(&mut self) -> Result<Vec<Registers>, MachineError>;
-
-    /// Time since it was asked to stop.
-    fn elapsed(&self) -> Duration;
-
-    /// Writes guest-physical memory such that running code changes too.
+/// Writes to guest-physical memory that may hold code which the guest runs.
+pub trait WriteCode {
+    /// Makes all writes, in this order. A vCPU that runs afterwards executes the new bytes.
+    ///
+    /// # Errors
+    ///
+    /// Some writes may have been made, and some may be made later: see [`drain`](Self::drain).
     fn write(&mut self, writes: &[(Gpa, Vec<u8>)]) -> Result<(), MachineError>;
 
-    /// After a write that failed: makes sure that none of it is on its way any more, so that memory stays as it is read now.
-    fn settle(&mut self) -> Result<(), MachineError>;
+    /// Waits, after a failed [`write`](Self::write), until none of its writes can be made later: memory then stays as it is.
+    ///
+    /// # Errors
+    ///
+    /// Writes may still be made later.
+    fn drain(&mut self) -> Result<(), MachineError>;
+}
 
-    /// Lets the vCPUs run, and tells how long that, the stop and the registers took, and all together; the times between
-    /// are the caller's. Errors: [`MachineError::left_paused`] where they are not known to run.
+/// A machine whose vCPUs are paused. When it is dropped, it runs again, unless it was paused before.
+pub trait Paused: WriteCode {
+    /// Reads the registers of every vCPU.
+    fn registers(&mut self) -> Result<Vec<Registers>, MachineError>;
+
+    /// Time since the request to stop.
+    fn elapsed(&self) -> Duration;
+
+    /// Resumes the vCPUs. Gives the times of the stop, the registers and the resume, and the total. The caller measures the rest.
+    ///
+    /// # Errors
+    ///
+    /// [`MachineError::left_paused`] tells whether the vCPUs may still be paused.
     fn resume(self: Box<Self>) -> Result<PauseTimes, MachineError>;
 }

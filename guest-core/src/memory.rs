@@ -1,9 +1,9 @@
-//! How guest memory is reached. The core never owns it: a VMM, or the host agent, implements [`PhysMemory`].
+//! The traits through which the core reads and writes guest memory. A VMM, or the host agent, implements [`PhysMemory`].
 
 use crate::addr::{Gpa, Gva};
 use std::ops::Range;
 
-/// Why guest memory could not be read or written.
+/// Why guest memory cannot be read or written.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum MemoryError {
     /// The range is not guest RAM (a hole, a device, or past the end).
@@ -24,31 +24,38 @@ pub enum MemoryError {
         /// That entry as read.
         entry: u64,
     },
-    /// The host could not do it: the process is gone, or refuses.
+    /// The host failed: the VMM's process is gone, or does not permit it.
     #[error("cannot reach {len} bytes at {at}: {cause}")]
     Host {
         /// First byte asked for.
         at: Gpa,
         /// Bytes asked for.
         len: usize,
-        /// What the host said.
+        /// The host's error.
         cause: String,
     },
 }
 
 /// Guest-physical memory. All addresses are guest-physical, all lengths in bytes.
 ///
-/// Reads while the guest runs may tear; callers re-check what they act on once the vCPUs are stopped.
+/// A read may tear while the guest runs. Callers check again, when the vCPUs are paused, what they act on.
 pub trait PhysMemory {
-    /// Fills `buf` from `at` on. Errors: [`MemoryError::NotRam`], [`MemoryError::Host`]; `buf` is then unspecified.
+    /// Fills `buf` from `at` on.
+    ///
+    /// # Errors
+    ///
+    /// [`MemoryError::NotRam`] or [`MemoryError::Host`]. The contents of `buf` are then unspecified.
     fn read(&self, at: Gpa, buf: &mut [u8]) -> Result<(), MemoryError>;
 
-    /// Fills `buf` with the bytes of `pieces`, addresses and lengths, one behind the other. Errors as [`PhysMemory::read`].
+    /// Fills `buf` with the bytes of `ranges` (addresses and lengths in bytes), one behind the other. An implementation for which each read is a
+    /// request should make one request of them all.
     ///
-    /// An implementation for which each read is a request of its own makes one of them all.
-    fn read_pieces(&self, pieces: &[(Gpa, usize)], buf: &mut [u8]) -> Result<(), MemoryError> {
+    /// # Errors
+    ///
+    /// As [`PhysMemory::read`].
+    fn read_ranges(&self, ranges: &[(Gpa, usize)], buf: &mut [u8]) -> Result<(), MemoryError> {
         let mut rest = buf;
-        for (at, len) in pieces {
+        for (at, len) in ranges {
             let (now, later) = rest.split_at_mut((*len).min(rest.len()));
             self.read(*at, now)?;
             rest = later;
@@ -56,17 +63,24 @@ pub trait PhysMemory {
         Ok(())
     }
 
-    /// Writes `bytes` at `at`. The guest sees them as data at once; whether already translated or cached
-    /// *code* changes too is the implementation's to guarantee, or to refuse.
+    /// Writes `bytes` at `at`. The guest sees them as data at once. Code that a VMM has translated or cached may stay as it was.
+    ///
+    /// # Errors
+    ///
+    /// As [`PhysMemory::read`].
     fn write(&self, at: Gpa, bytes: &[u8]) -> Result<(), MemoryError>;
 
-    /// The ranges that are RAM, ascending, not overlapping.
+    /// The guest-physical ranges that are RAM, ascending and not overlapping.
     fn ram(&self) -> &[Range<Gpa>];
 }
 
-/// Guest-virtual memory: what unwinding and table parsing read through.
+/// Guest-virtual memory, as the unwinder and the parsers of tables read it.
 pub trait VirtMemory {
-    /// Fills `buf` from `at` on. Errors as [`PhysMemory::read`], and [`MemoryError::NotMapped`].
+    /// Fills `buf` from the guest-virtual address `at` on.
+    ///
+    /// # Errors
+    ///
+    /// As [`PhysMemory::read`], and [`MemoryError::NotMapped`].
     fn read(&self, at: Gva, buf: &mut [u8]) -> Result<(), MemoryError>;
 
     /// Reads a little-endian u64 at `at`.

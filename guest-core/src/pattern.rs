@@ -1,31 +1,29 @@
-//! Code as it is in every running kernel of one build: its bytes, but for those that the kernel, its loader or the place that it
-//! was loaded at may have changed.
+//! A pattern of code: the bytes that are the same in every running kernel of one build.
 //!
-//! What differs between a kernel's file and the kernel in memory lies at known places: addresses (KASLR), ftrace sites, return and
-//! retpoline sites, alternatives, static calls, jump labels, paravirtual calls, lock prefixes. These are masked; the rest must
-//! be equal.
+//! The kernel and its loader change code at known sites: addresses (KASLR), ftrace sites, return and retpoline sites, alternatives, static
+//! calls, jump labels, paravirtual calls, lock prefixes. The pattern masks these bytes; all others must be equal.
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error as _};
 use sha2::{Digest, Sha256};
 use std::ops::Range;
 
-/// More bytes than any function has that a patch replaces.
+/// Longest code of a pattern, in bytes.
 const BYTES_MAX: usize = 1 << 20;
-/// Stands for a masked byte.
+/// The text of a masked byte.
 const MASKED: &[u8] = b"??";
 
 /// Code, with the bytes masked that may differ. As text: two hexadecimal digits a byte, `??` for a masked one.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Pattern(Vec<Option<u8>>);
 
-/// A byte of a guest's code that is not what the pattern says.
+/// A byte of a guest's code that differs from the pattern.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Mismatch {
-    /// Bytes from the function's start.
+    /// Offset in the function, in bytes.
     pub offset: usize,
-    /// What is there; none behind the end.
+    /// The guest's byte; `None` behind the end of its code.
     pub found: Option<u8>,
-    /// What should be there.
+    /// The pattern's byte.
     pub expected: u8,
 }
 
@@ -35,7 +33,7 @@ impl Pattern {
         Self(code.iter().copied().map(Some).collect())
     }
 
-    /// Masks the bytes of a range, as far as there are such.
+    /// Masks the bytes of a range. Bytes behind the end are ignored.
     pub fn mask(&mut self, range: Range<usize>) {
         let end = range.end.min(self.0.len());
         if let Some(bytes) = self.0.get_mut(range.start.min(end)..end) {
@@ -43,28 +41,28 @@ impl Pattern {
         }
     }
 
-    /// Bytes of the code, masked ones among them.
+    /// Length of the code in bytes, with masked ones.
     pub fn len(&self) -> usize {
         self.0.len()
     }
 
-    /// True where there is no code.
+    /// True for a pattern without bytes.
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()
     }
 
-    /// Bytes that are masked.
+    /// Number of masked bytes.
     pub fn masked(&self) -> usize {
         self.0.iter().filter(|byte| byte.is_none()).count()
     }
 
-    /// SHA-256 over the code, masked bytes being zero.
+    /// SHA-256 of the code, in which masked bytes are zero.
     pub fn digest(&self) -> [u8; 32] {
         let bytes: Vec<u8> = self.0.iter().map(|byte| byte.unwrap_or(0)).collect();
         Sha256::digest(bytes).into()
     }
 
-    /// The first byte of `code` that does not fit; none where all do.
+    /// The first byte of `code` that differs; `None` if the code fits.
     pub fn mismatch(&self, code: &[u8]) -> Option<Mismatch> {
         let expected = self.0.iter().enumerate();
         let mut wrong = expected.filter_map(|(offset, byte)| {
@@ -79,7 +77,7 @@ impl Pattern {
         wrong.next()
     }
 
-    /// Reads the text form. None where it is not one.
+    /// Parses the text form; `None` for another text.
     pub fn parse(text: &str) -> Option<Self> {
         let pairs = text.as_bytes().chunks(MASKED.len());
         if pairs.len() > BYTES_MAX {
@@ -89,7 +87,7 @@ impl Pattern {
             if pair == MASKED {
                 return Some(None);
             }
-            // from_str_radix alone would take a sign, too.
+            // from_str_radix alone would accept a sign.
             let digits = std::str::from_utf8(pair).ok()?;
             let whole = digits.len() == MASKED.len() && digits.bytes().all(|digit| digit.is_ascii_hexdigit());
             u8::from_str_radix(digits, 16).ok().filter(|_| whole).map(Some)
@@ -156,7 +154,7 @@ mod tests {
     }
 
     #[test]
-    fn the_text_form_reads_back() {
+    fn the_text_form_is_parsed_to_the_same_pattern() {
         assert_eq!(pattern().to_string(), "e8????????c3");
         assert_eq!(Pattern::parse("e8????????c3"), Some(pattern()));
         assert_eq!(Pattern::parse("e8?"), None);

@@ -1,43 +1,43 @@
-//! What a plan was made from: the bytes that were read, which must still be there when the plan is committed.
+//! Preconditions of a plan: the bytes that it was made from, which must be unchanged when it is committed.
 //!
-//! A plan is made while the guest runs, and every structure that it edits has neighbours that the guest's own code adds and takes
-//! away. A [`Live`](crate::kernel::Live) that keeps [`Reads`] therefore writes down all that is read through it, with the page-table
-//! entries that led there. What cannot change is read through [`Live::constant`](crate::kernel::Live::constant) instead.
+//! A plan is made while the guest runs, and the guest's own code adds and removes neighbours of every structure that the plan edits. Therefore a
+//! [`Live`](crate::kernel::Live) with [`Reads`] records all that is read through it, with the page-table entries that led there. Constant data
+//! are read through [`Live::constant`](crate::kernel::Live::constant) instead.
 
 use crate::addr::Gpa;
 use crate::change::ChangeError;
 use crate::memory::{MemoryError, PhysMemory};
 use std::cell::RefCell;
 
-/// Bytes between two reads that are still read as one.
+/// Most bytes between two reads that are merged into one.
 const GAP_BYTES_MAX: u64 = 64;
-/// Bytes that are read as one at the most.
+/// Most bytes of merged reads.
 const PART_BYTES_MAX: u64 = 4096;
 
-/// What was read so far.
+/// The reads that were recorded so far.
 #[derive(Debug, Default)]
 pub struct Reads {
     log: RefCell<Vec<Part>>,
 }
 
-/// Bytes that have to be there.
+/// Bytes that must be unchanged.
 #[derive(Debug, Clone)]
 struct Part {
     gpa: Gpa,
     bytes: Vec<u8>,
-    /// The bits that count.
+    /// The bits that must be unchanged.
     mask: Vec<u8>,
     /// What the guest is doing when it changes them.
     doing: &'static str,
 }
 
 impl Reads {
-    /// Writes down that `bytes` were read at `gpa`. `doing` is what the guest is doing when it changes them.
+    /// Records that `bytes` were read at `gpa`. `doing` is what the guest is doing when it changes them.
     pub(crate) fn keep(&self, gpa: Gpa, bytes: &[u8], doing: &'static str) {
         self.keep_masked(gpa, bytes, vec![0xff; bytes.len()], doing);
     }
 
-    /// The same of a word of which only the bits of `mask` count.
+    /// Records a word of which only the bits of `mask` must be unchanged.
     pub(crate) fn keep_bits(&self, gpa: Gpa, word: u64, mask: u64, doing: &'static str) {
         self.keep_masked(gpa, &word.to_le_bytes(), mask.to_le_bytes().into(), doing);
     }
@@ -51,7 +51,7 @@ impl Reads {
         });
     }
 
-    /// What must hold for a plan made from all that was read.
+    /// The preconditions of a plan that was made from these reads.
     pub fn preconditions(&self) -> Preconditions {
         let mut log = self.log.borrow().clone();
         log.sort_by_key(|part| part.gpa);
@@ -70,7 +70,7 @@ impl Part {
         self.gpa.wrapping_add(self.bytes.len() as u64)
     }
 
-    /// Takes in one that does not begin in front of it, where that is near and says the same of the bytes that both have.
+    /// Merges `other`, which does not begin in front of this one, if it is near and agrees in the bytes that both have.
     fn join(&mut self, other: &Self) -> bool {
         let (Some(offset), gap) = (
             other.gpa.checked_sub(self.gpa),
@@ -105,24 +105,27 @@ impl Part {
     }
 }
 
-/// What must be in guest memory for a plan to be committed. Nothing of it is written.
+/// What must be in guest memory for a plan to be committed. Preconditions are not written.
 #[derive(Debug, Clone, Default)]
 pub struct Preconditions {
-    /// Ascending.
+    /// In ascending order.
     parts: Vec<Part>,
 }
 
 impl Preconditions {
-    /// Checks all of them, with one request to `memory`. Errors: [`ChangeError::Changing`] for one that does not hold;
-    /// [`ChangeError::Memory`].
+    /// Checks all preconditions, with one request to `memory`.
+    ///
+    /// # Errors
+    ///
+    /// [`ChangeError::Changing`] for bytes that have changed, or [`ChangeError::Memory`].
     pub fn check(&self, memory: &dyn PhysMemory) -> Result<(), ChangeError> {
-        let pieces: Vec<_> = self.parts.iter().map(|part| (part.gpa, part.bytes.len())).collect();
-        let mut now = vec![0; pieces.iter().map(|(_, len)| len).sum()];
+        let ranges: Vec<_> = self.parts.iter().map(|part| (part.gpa, part.bytes.len())).collect();
+        let mut now = vec![0; ranges.iter().map(|(_, len)| len).sum()];
         let unreadable = |source: MemoryError| ChangeError::Memory {
             what: "reading again what was planned from".to_owned(),
             source,
         };
-        memory.read_pieces(&pieces, &mut now).map_err(unreadable)?;
+        memory.read_ranges(&ranges, &mut now).map_err(unreadable)?;
         let mut rest = now.as_slice();
         for part in &self.parts {
             let (found, later) = rest.split_at_checked(part.bytes.len()).unwrap_or((rest, &[]));
@@ -139,7 +142,7 @@ impl Preconditions {
         Ok(())
     }
 
-    /// Each byte that counts: its address, and the bits of it that do.
+    /// Each byte with bits that must be unchanged: its address and these bits.
     pub fn bytes(&self) -> impl Iterator<Item = (Gpa, u8)> {
         self.parts.iter().flat_map(|part| {
             let bytes = (0_u64..).zip(&part.mask).filter(|(_, mask)| **mask != 0);
@@ -147,7 +150,7 @@ impl Preconditions {
         })
     }
 
-    /// How many places of memory are read for them.
+    /// Number of ranges of memory that are read for the check.
     pub fn places(&self) -> usize {
         self.parts.len()
     }
@@ -161,7 +164,7 @@ mod tests {
     const DOING: &str = "changing it";
 
     #[test]
-    fn reads_that_are_near_one_another_are_one_and_what_lies_between_does_not_count() {
+    fn near_reads_are_merged_and_bytes_between_may_change() {
         let (ram, reads) = (Ram::new(256), Reads::default());
         reads.keep(Gpa(48), &[0; 8], DOING);
         reads.keep(Gpa(16), &[0; 8], DOING);
@@ -192,7 +195,7 @@ mod tests {
     }
 
     #[test]
-    fn what_was_read_twice_as_something_else_never_holds() {
+    fn bytes_that_were_read_twice_with_other_values_never_hold() {
         let (ram, reads) = (Ram::new(64), Reads::default());
         reads.keep(Gpa(8), &[0; 8], DOING);
         reads.keep(Gpa(8), &[1, 0, 0, 0, 0, 0, 0, 0], DOING);
@@ -203,7 +206,7 @@ mod tests {
     }
 
     #[test]
-    fn bits_that_do_not_count_may_change() {
+    fn bits_outside_of_the_mask_may_change() {
         let (ram, reads) = (Ram::new(64), Reads::default());
         reads.keep_bits(Gpa(8), 0x1063, !0x60, DOING);
         ram.write(Gpa(8), &[0x23, 0x10]).unwrap();

@@ -1,4 +1,4 @@
-//! How calls of an old function come to reach the new one: a jump in its ftrace site, or behind it.
+//! Redirects an old function to the new one: with a jump in its ftrace site, or behind it.
 
 use crate::addr::{Gpa, Gva};
 use crate::change::Change;
@@ -6,17 +6,17 @@ use crate::kernel::ftrace::{self, ENDBR_BYTES};
 use crate::kernel::livepatch::Held;
 use crate::kernel::{KernelError, Live, nops, sites};
 use crate::memory::VirtMemory;
-use crate::place::Redirect;
+use crate::registry::Redirect;
 
 /// Bytes of `jmp rel32`, of a call and of a site's NOP.
 const JUMP_BYTES: u64 = 5;
 /// `endbr64`, and the `nopl -42(%rax)` that a sealed one becomes (arch/x86/include/asm/ibt.h, since 5.18).
 const ENDBRS: [[u8; 4]; 2] = [[0xf3, 0x0f, 0x1e, 0xfa], [0x0f, 0x1f, 0x40, 0xd6]];
 
-/// Why a function can't be redirected. Nothing was changed.
+/// Why a function cannot be redirected. Nothing was changed.
 #[derive(Debug, thiserror::Error)]
 pub enum RedirectError {
-    /// The kernel's tables could not be read.
+    /// The kernel's tables cannot be read.
     #[error("reading what the kernel says of {name}")]
     Kernel {
         /// The function.
@@ -24,7 +24,7 @@ pub enum RedirectError {
         /// Why.
         source: Box<KernelError>,
     },
-    /// A livepatch that the guest itself loaded redirects the function.
+    /// A livepatch of the guest's own redirects the function.
     #[error(
         "{name} at {at} is already held by {livepatch}, a livepatch of the guest's own; its tenant must disable that one first"
     )]
@@ -36,54 +36,57 @@ pub enum RedirectError {
         /// The livepatch's module.
         livepatch: String,
     },
-    /// The function has no room for the jump.
+    /// The function is too short for the jump.
     #[error("{name} at {at} has {len} bytes, too short to redirect: the jump needs {needed}")]
     TooShort {
         /// The function.
         name: String,
         /// Its address.
         at: Gva,
-        /// Bytes up to the next symbol.
+        /// Length of the function in bytes, up to the next symbol.
         len: u64,
-        /// Bytes that the jump would reach to.
+        /// Bytes up to the end of the jump.
         needed: u64,
     },
-    /// The kernel rewrites these very bytes itself.
-    #[error("{name} at {at}: {what} lies in the bytes that the jump would take")]
+    /// The kernel itself rewrites the bytes that the jump would take.
+    #[error("{name} at {at}: {what} is in the bytes that the jump would take")]
     Rewritten {
         /// The function.
         name: String,
         /// Its address.
         at: Gva,
-        /// What lies there.
+        /// What the kernel rewrites there.
         what: String,
     },
-    /// The site holds something that nobody accounts for.
+    /// The site holds neither the NOP nor a call of ftrace.
     #[error("{name}: its ftrace site {at} holds {found}, expected the NOP {expected}")]
     Foreign {
         /// The function.
         name: String,
-        /// The site.
+        /// Guest-virtual address of the site.
         at: Gva,
         /// Its bytes in hex.
         found: String,
         /// The guest's NOP in hex.
         expected: String,
     },
-    /// Further away than a jump reaches.
+    /// The new function is further away than a jump reaches.
     #[error("{name}: from {from} to {to} is further than a 32-bit jump reaches")]
     Distance {
         /// The function.
         name: String,
-        /// Where the jump would stand.
+        /// Guest-virtual address of the jump.
         from: Gva,
-        /// The new function.
+        /// Guest-virtual address of the new function.
         to: Gva,
     },
 }
 
-/// The changes that redirect the function `name`, `len` bytes at `at`, to `new`; `held` are the functions that
-/// livepatches of the guest's own have.
+/// Plans to redirect the function `name`, `len` bytes at `at`, to `new`. `held` are the functions that livepatches of the guest's own replace.
+///
+/// # Errors
+///
+/// The function cannot be redirected.
 pub fn redirect(
     live: &Live<'_>,
     name: &str,
@@ -148,8 +151,8 @@ pub fn redirect(
     Ok((Redirect::Body, jump(live, name, from, new, &bytes)?))
 }
 
-/// The byte of `dyn_ftrace.flags` that holds the disabled bit: without it the guest's own tracing would find the jump
-/// in the site, warn, and turn ftrace off for good.
+/// Plans to set the disabled bit in `dyn_ftrace.flags`. Without it, the guest's own tracing would find the jump in the site, warn, and turn
+/// ftrace off for good.
 fn disable(live: &Live<'_>, name: &str, record: &ftrace::FtraceRecord) -> Result<Change, KernelError> {
     let bit = u64::from(record.meaning.disabled.trailing_zeros());
     let at = record.flags_at.wrapping_add(bit / 8);
@@ -157,7 +160,7 @@ fn disable(live: &Live<'_>, name: &str, record: &ftrace::FtraceRecord) -> Result
     Ok(Change::set_bits(format!("ftrace flags of {name}"), gpa, 1 << (bit % 8)).of_data())
 }
 
-/// The address behind an `endbr64` at `at`, which indirect calls need; else `at`.
+/// The address behind the `endbr64` at `at`, which indirect calls need; `at` if there is none.
 fn behind_endbr(live: &Live<'_>, at: Gva) -> Result<Gva, KernelError> {
     let bytes = read5(live, at)?;
     Ok(if ENDBRS.iter().any(|endbr| bytes.starts_with(endbr)) {
@@ -167,7 +170,7 @@ fn behind_endbr(live: &Live<'_>, at: Gva) -> Result<Gva, KernelError> {
     })
 }
 
-/// The jump, in one piece, or in two where a page ends within it: pages of a module lie anywhere in memory.
+/// The jump, as one change, or as two if it crosses a page boundary: the pages of a module may be anywhere in physical memory.
 fn jump(live: &Live<'_>, name: &str, from: Gva, to: Gva, old: &[u8; 5]) -> Result<Vec<Change>, RedirectError> {
     let distance = to.0.wrapping_sub(from.0.wrapping_add(JUMP_BYTES)).cast_signed();
     let distance = i32::try_from(distance).map_err(|_| RedirectError::Distance {
@@ -184,11 +187,12 @@ fn jump(live: &Live<'_>, name: &str, from: Gva, to: Gva, old: &[u8; 5]) -> Resul
     let (gpa, contiguous) = physical(live, from).map_err(kernel)?;
     let first = usize::try_from(contiguous.clamp(1, JUMP_BYTES)).unwrap_or(old.len());
     let ((old_front, old_rest), (new_front, new_rest)) = (old.split_at(first), new.split_at(first));
-    let piece = |gpa, old: &[u8], new: &[u8]| Change::replace(format!("jump of {name}"), gpa, old.into(), new.into());
-    let mut changes = vec![piece(gpa, old_front, new_front)];
+    let fragment =
+        |gpa, old: &[u8], new: &[u8]| Change::replace(format!("jump of {name}"), gpa, old.into(), new.into());
+    let mut changes = vec![fragment(gpa, old_front, new_front)];
     if !old_rest.is_empty() {
         let (gpa, _) = physical(live, from.wrapping_add(first as u64)).map_err(kernel)?;
-        changes.push(piece(gpa, old_rest, new_rest));
+        changes.push(fragment(gpa, old_rest, new_rest));
     }
     Ok(changes)
 }

@@ -1,4 +1,4 @@
-//! Guest memory made by hand, for unit tests.
+//! Hand-made guest memory for unit tests.
 
 use crate::addr::Gpa;
 use crate::memory::{MemoryError, PhysMemory};
@@ -12,7 +12,7 @@ pub struct Ram {
 }
 
 impl Ram {
-    /// `size` zero bytes.
+    /// RAM of `size` zero bytes.
     pub fn new(size: usize) -> Self {
         Self {
             bytes: RefCell::new(vec![0; size]),

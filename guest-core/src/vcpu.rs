@@ -1,6 +1,7 @@
-//! What the core knows of a vCPU.
+//! The registers of a vCPU.
 
-/// A stopped vCPU's registers, as far as finding the kernel and unwinding need them. x86-64.
+/// The registers of an x86-64 vCPU that are needed to find the kernel and to unwind. Registers that were read from a running vCPU may be torn:
+/// they serve to find the kernel, never to unwind.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Registers {
     /// General registers in the instruction set's own order:
@@ -8,7 +9,7 @@ pub struct Registers {
     pub general: [u64; 16],
     /// Instruction pointer, guest-virtual.
     pub rip: u64,
-    /// Flags.
+    /// Flags. Under TCG the arithmetic flags may be out of date; the others (IF, …) are not.
     pub rflags: u64,
     /// Code segment selector; its low two bits are the privilege level.
     pub cs: u16,
@@ -22,24 +23,24 @@ pub struct Registers {
     pub efer: u64,
     /// Active GS base, guest-virtual.
     pub gs_base: u64,
-    /// The KERNEL_GS_BASE MSR (the inactive GS base).
-    pub kernel_gs_base: u64,
-    /// Guest-virtual base of the interrupt descriptor table, where known: it does not change after boot.
-    pub idt_base: u64,
+    /// The KERNEL_GS_BASE MSR (the inactive GS base), if the VMM tells it.
+    pub kernel_gs_base: Option<u64>,
+    /// Guest-virtual base of the interrupt descriptor table, if the VMM tells it. It does not change after boot. Without it, no kernel is found.
+    pub idt_base: Option<u64>,
 }
 
 impl Registers {
-    /// rsp, guest-virtual.
+    /// The stack pointer, guest-virtual.
     pub fn rsp(&self) -> u64 {
         self.general[4]
     }
 
-    /// rbp.
+    /// The value of rbp.
     pub fn rbp(&self) -> u64 {
         self.general[5]
     }
 
-    /// True where the vCPU was stopped in user mode (privilege level 3).
+    /// True if the vCPU is in user mode (privilege level 3).
     pub fn in_user_mode(&self) -> bool {
         self.cs & 3 == 3
     }

@@ -4,19 +4,20 @@ mod common;
 
 use common::guest::{CAVE, Choice, DIRECT, ETEXT, FUNCTIONS, Guest, SITE_NOP, gpa};
 use common::machine::{Stopped, Vm};
-use common::patch::{OPTIONS, carry_out, mend, patched, plan, plan_for, registry, target, two, two_with_duties};
+use common::patch::{OPTIONS, commit_plan, patched, plan, plan_for, recover, registry, target, two, two_with_sections};
 use common::ram::Fault;
 use common::tasks::{START, process, write};
 use guest_core::change::Change;
-use guest_core::commit::{CommitError, CommitOptions, Effect, Model, NotSafe, commit, lay, take_back};
-use guest_core::place::State;
+use guest_core::commit::{CommitError, CommitOptions, Committed, Effect, Model, NotSafe, commit, roll_back, stage};
+use guest_core::kernel::locks::Held;
 use guest_core::plan::{Plan, cleanup, recovery, revert};
+use guest_core::registry::State;
 use guest_core::{Gpa, Kernel};
 use std::time::Duration;
 
 /// How many writes a plan takes.
 fn writes(plan: &Plan) -> u64 {
-    (plan.before.len() + plan.paused.len()) as u64
+    (plan.staged.len() + plan.atomic.len()) as u64
 }
 
 /// One write fails, and the commit takes everything back: no byte of the guest differs.
@@ -25,7 +26,7 @@ fn a_write_that_fails_anywhere_leaves_the_guest_as_it_was() {
     let (sound, kernel) = (Guest::new(), Guest::new().kernel());
     let (applied, _) = patched();
     let plans = [
-        plan(&sound, &kernel, &two_with_duties()).unwrap(),
+        plan(&sound, &kernel, &two_with_sections()).unwrap(),
         revert(&kernel.live(&applied.ram), &registry(&applied, &kernel), "fix").unwrap(),
     ];
     for (start, plan) in [&sound, &applied].into_iter().zip(plans) {
@@ -33,7 +34,7 @@ fn a_write_that_fails_anywhere_leaves_the_guest_as_it_was() {
         loop {
             let guest = start.clone();
             guest.ram.set_fault(Some(Fault::Once(write)));
-            if carry_out(&guest, &kernel, &plan).is_ok() {
+            if commit_plan(&guest, &kernel, &plan).is_ok() {
                 break;
             }
             assert!(guest.ram.differences().is_empty(), "write {write}");
@@ -49,23 +50,23 @@ fn a_death_at_any_write_is_made_harmless_by_the_supervisor() {
     let (sound, kernel) = (Guest::new(), Guest::new().kernel());
     let (applied, _) = patched();
     let plans = [
-        plan(&sound, &kernel, &two_with_duties()).unwrap(),
+        plan(&sound, &kernel, &two_with_sections()).unwrap(),
         revert(&kernel.live(&applied.ram), &registry(&applied, &kernel), "fix").unwrap(),
     ];
     for (start, plan) in [&sound, &applied].into_iter().zip(plans) {
         let journal = guest_core::machine::Journal {
-            before: plan.before.clone(),
-            paused: plan.paused.clone(),
+            staged: plan.staged.clone(),
+            atomic: plan.atomic.clone(),
         };
         let last = writes(&plan) - 1;
         for write in 0..=last {
             for fault in [Fault::Death(write), Fault::TornDeath(write)] {
                 let guest = start.clone();
                 guest.ram.set_fault(Some(fault));
-                carry_out(&guest, &kernel, &plan).unwrap_err();
+                commit_plan(&guest, &kernel, &plan).unwrap_err();
                 guest.ram.set_fault(None);
                 let mut stopped = Stopped::new(&guest);
-                let complete = take_back(&guest.ram, &mut stopped, &journal).unwrap();
+                let complete = roll_back(&guest.ram, &mut stopped, &journal).unwrap();
                 // Half of the last word is all of the state: everything else was written before.
                 assert!(!complete || fault == Fault::TornDeath(last), "{fault:?}");
                 assert!(complete || guest.ram.differences().is_empty(), "{fault:?}");
@@ -83,9 +84,9 @@ fn a_death_at_any_write_is_mended_by_the_next_vmpatch() {
     for write in 2..writes(&plan) {
         let guest = sound.clone();
         guest.ram.set_fault(Some(Fault::Death(write)));
-        carry_out(&guest, &kernel, &plan).unwrap_err();
+        commit_plan(&guest, &kernel, &plan).unwrap_err();
         guest.ram.set_fault(None);
-        mend(&guest, &kernel);
+        recover(&guest, &kernel);
         assert!(guest.ram.differences().is_empty(), "write {write}");
     }
 }
@@ -98,16 +99,16 @@ fn a_revert_whose_vmpatch_and_supervisor_died_at_any_write_can_be_made_again() {
     let carry_on = |guest: &Guest| {
         if registry(guest, &kernel).entries[0].state == State::Applied {
             let again = revert(&kernel.live(&guest.ram), &registry(guest, &kernel), "fix").unwrap();
-            carry_out(guest, &kernel, &again).unwrap();
+            commit_plan(guest, &kernel, &again).unwrap();
         }
-        mend(guest, &kernel);
+        recover(guest, &kernel);
         guest.ram.differences()
     };
     let whole = carry_on(&applied.clone());
     for write in 0..writes(&plan) {
         let guest = applied.clone();
         guest.ram.set_fault(Some(Fault::Death(write)));
-        carry_out(&guest, &kernel, &plan).unwrap_err();
+        commit_plan(&guest, &kernel, &plan).unwrap_err();
         guest.ram.set_fault(None);
         assert!(carry_on(&guest) == whole, "write {write}");
     }
@@ -117,10 +118,10 @@ fn a_revert_whose_vmpatch_and_supervisor_died_at_any_write_can_be_made_again() {
 #[test]
 fn whatever_writes_fail_the_guest_is_as_before_once_it_is_taken_back() {
     let (sound, kernel) = (Guest::new(), Guest::new().kernel());
-    let plan = plan(&sound, &kernel, &two_with_duties()).unwrap();
+    let plan = plan(&sound, &kernel, &two_with_sections()).unwrap();
     let journal = guest_core::machine::Journal {
-        before: plan.before.clone(),
-        paused: plan.paused.clone(),
+        staged: plan.staged.clone(),
+        atomic: plan.atomic.clone(),
     };
     let (mut at_once, mut later, mut committed) = (0, 0, 0);
     for seed in 1..=600 {
@@ -130,7 +131,7 @@ fn whatever_writes_fail_the_guest_is_as_before_once_it_is_taken_back() {
         guest
             .ram
             .set_fault(Some(Fault::Random(seed << 32 | 0x9e37_79b9, chance)));
-        let result = carry_out(&guest, &kernel, &plan);
+        let result = commit_plan(&guest, &kernel, &plan);
         guest.ram.set_fault(None);
         match result {
             Ok(()) => {
@@ -140,7 +141,7 @@ fn whatever_writes_fail_the_guest_is_as_before_once_it_is_taken_back() {
             Err(CommitError::HalfDone { .. }) => {
                 later += 1;
                 let mut stopped = Stopped::new(&guest);
-                let complete = take_back(&guest.ram, &mut stopped, &journal).unwrap();
+                let complete = roll_back(&guest.ram, &mut stopped, &journal).unwrap();
                 assert!(complete || guest.ram.differences().is_empty(), "{seed}");
             }
             Err(_) => {
@@ -171,7 +172,7 @@ fn a_revert_puts_the_code_back_before_the_guest_forgets_the_new_one() {
 #[test]
 fn writes_that_come_late_are_taken_back_too() {
     let (guest, kernel) = (Guest::new(), Guest::new().kernel());
-    let plan = plan(&guest, &kernel, &two_with_duties()).unwrap();
+    let plan = plan(&guest, &kernel, &two_with_sections()).unwrap();
     let mut vm = Vm::new(&guest);
     vm.is_late = true;
     let error = commit(&kernel.live(&guest.ram), &mut vm, &plan, &OPTIONS).unwrap_err();
@@ -196,7 +197,7 @@ fn a_guest_that_does_not_run_again_is_left_to_the_supervisor() {
     let (sound, kernel) = (Guest::new(), Guest::new().kernel());
     let plan = plan(&sound, &kernel, &two()).unwrap();
     let last = writes(&plan) - 1;
-    let paused_from = plan.before.len() as u64;
+    let paused_from = plan.staged.len() as u64;
     let faults = (paused_from..=last).map(|write| Some(Fault::Once(write)));
     for fault in faults.chain([Some(Fault::Death(last)), None]) {
         let guest = sound.clone();
@@ -212,7 +213,7 @@ fn a_guest_that_does_not_run_again_is_left_to_the_supervisor() {
         };
         assert!(error.left_paused() && error.effect() == effect, "{fault:?}: {error}");
         let journal = vm.journal.expect("somebody still watches");
-        let complete = take_back(&guest.ram, &mut Stopped::new(&guest), &journal).unwrap();
+        let complete = roll_back(&guest.ram, &mut Stopped::new(&guest), &journal).unwrap();
         assert_eq!(complete, effect == Effect::InForce, "{fault:?}");
         assert_eq!(guest.ram.differences().is_empty(), !complete, "{fault:?}");
     }
@@ -250,10 +251,13 @@ fn a_task_inside_the_old_function_keeps_it_as_it_is() {
     };
     let error = commit(&kernel.live(&guest.ram), &mut vm, &plan, &options).unwrap_err();
     assert_eq!((vm.pauses, vm.journal.clone()), (0, None));
-    let CommitError::NotSafe { said, tries, .. } = error else {
+    let CommitError::NotSafe { why_text, tries, .. } = error else {
         panic!()
     };
-    assert!(said.contains("stuck (pid 101) is inside victim") && tries > 1, "{said}");
+    assert!(
+        why_text.contains("stuck (pid 101) is inside victim") && tries > 1,
+        "{why_text}"
+    );
     assert!(guest.ram.differences() == before);
     let none = CommitOptions {
         model: Model::None,
@@ -263,16 +267,54 @@ fn a_task_inside_the_old_function_keeps_it_as_it_is() {
     target(&guest, guest.symbol("victim") + 4);
 }
 
+/// Whether the guest has neither the patch's code nor a jump to it.
+fn is_unpatched(guest: &Guest) -> bool {
+    guest.bytes_at(guest.symbol("victim") + 4, 5) == SITE_NOP && guest.bytes_at(CAVE, 8) == [0xcc; 8]
+}
+
+/// Why a commit was not safe; none where it was made.
+fn held(result: Result<Committed, CommitError>) -> Option<Held> {
+    match result {
+        Ok(_) => None,
+        Err(CommitError::NotSafe {
+            why: NotSafe::Held(held),
+            ..
+        }) => Some(held),
+        Err(error) => panic!("{error}"),
+    }
+}
+
 #[test]
-fn a_guest_that_is_changing_its_own_text_is_waited_for() {
+fn a_guest_that_goes_on_changing_its_text_is_not_paused() {
     let guest = Guest::new();
     let kernel = guest.kernel();
     let plan = plan_for(&guest, &kernel, "victim").unwrap();
-    guest.put_u64(guest.symbol("text_mutex"), DIRECT);
-    let error = carry_out(&guest, &kernel, &plan).unwrap_err();
-    assert!(matches!(error, CommitError::NotSafe { why: NotSafe::Held(held), .. } if held.name == "text_mutex"));
-    assert_eq!(guest.bytes_at(guest.symbol("victim") + 4, 5), SITE_NOP);
-    assert_eq!(guest.bytes_at(CAVE, 8), [0xcc; 8]);
+    for model in [Model::CleanCut, Model::None] {
+        guest.put_u64(guest.symbol("text_mutex"), DIRECT);
+        let mut vm = Vm::new(&guest);
+        let result = commit(
+            &kernel.live(&guest.ram),
+            &mut vm,
+            &plan,
+            &CommitOptions { model, ..OPTIONS },
+        );
+        assert_eq!(held(result).unwrap().name, "text_mutex");
+        assert_eq!(vm.pauses, 0);
+        assert!(is_unpatched(&guest));
+    }
+}
+
+#[test]
+fn a_guest_that_begins_to_change_its_text_before_the_pause_is_left_alone() {
+    let guest = Guest::new();
+    let kernel = guest.kernel();
+    let plan = plan_for(&guest, &kernel, "victim").unwrap();
+    let mut vm = Vm::new(&guest);
+    vm.last_write = Some((Gpa(gpa(guest.symbol("text_mutex"))), DIRECT));
+    let result = commit(&kernel.live(&guest.ram), &mut vm, &plan, &OPTIONS);
+    assert_eq!(held(result).unwrap().name, "text_mutex");
+    assert_eq!(vm.pauses, 1);
+    assert!(is_unpatched(&guest));
 }
 
 #[test]
@@ -287,11 +329,11 @@ fn a_pause_that_is_too_long_changes_nothing() {
         ..OPTIONS
     };
     let error = commit(&kernel.live(&guest.ram), &mut vm, &plan, &options).unwrap_err();
-    let CommitError::NotSafe { why, said, .. } = error else {
+    let CommitError::NotSafe { why, why_text, .. } = error else {
         panic!("{error}")
     };
     let (took_us, allowed_us) = (2_000_000, 1_000_000);
-    assert_eq!(why, NotSafe::TooLong { took_us, allowed_us }, "{said}");
+    assert_eq!(why, NotSafe::TooLong { took_us, allowed_us }, "{why_text}");
     assert!(guest.ram.differences().is_empty());
 }
 
@@ -302,7 +344,7 @@ fn a_guest_that_changed_since_the_plan_is_left_alone() {
     let plan = plan_for(&guest, &kernel, "victim").unwrap();
     guest.put(guest.symbol("victim") + 4, &[0xe8, 9, 9, 9, 9]);
     let before = guest.ram.differences();
-    let error = carry_out(&guest, &kernel, &plan).unwrap_err();
+    let error = commit_plan(&guest, &kernel, &plan).unwrap_err();
     assert!(matches!(error, CommitError::Changed(_)), "{error}");
     assert!(guest.ram.differences() == before);
 }
@@ -315,7 +357,7 @@ fn undoing_leaves_alone_what_the_guest_wrote_meanwhile() {
     let kernel = guest.kernel();
     let plan = plan_for(&guest, &kernel, "victim").unwrap();
     let window = plan
-        .before
+        .staged
         .iter()
         .find(|change| change.what().contains("page-directory"))
         .unwrap()
@@ -324,14 +366,14 @@ fn undoing_leaves_alone_what_the_guest_wrote_meanwhile() {
     guest.ram.put_u64(window.0, 0x5063);
     guest.put(site, &[0xe8, 1, 2, 3, 4]);
     let before = guest.ram.differences();
-    carry_out(&guest, &kernel, &plan).unwrap_err();
+    commit_plan(&guest, &kernel, &plan).unwrap_err();
     assert!(guest.ram.differences() == before, "undone by the commit");
     let journal = guest_core::machine::Journal {
-        before: plan.before,
-        paused: plan.paused,
+        staged: plan.staged,
+        atomic: plan.atomic,
     };
     let mut stopped = Stopped::new(&guest);
-    take_back(&guest.ram, &mut stopped, &journal).unwrap();
+    roll_back(&guest.ram, &mut stopped, &journal).unwrap();
     assert!(guest.ram.differences() == before, "undone by the supervisor");
 }
 
@@ -342,10 +384,10 @@ fn recovery_leaves_a_site_alone_that_the_guest_traces_since() {
     let guest = Guest::new();
     let kernel = guest.kernel();
     let plan = plan_for(&guest, &kernel, "victim").unwrap();
-    lay(&kernel.live(&guest.ram), &plan.before).unwrap();
+    stage(&kernel.live(&guest.ram), &plan.staged).unwrap();
     let site = guest.symbol("victim") + 4;
     guest.put(site, &[0xe8, 1, 2, 3, 4]);
-    mend(&guest, &kernel);
+    recover(&guest, &kernel);
     assert_eq!(guest.bytes_at(site, 5), [0xe8, 1, 2, 3, 4]);
     assert_eq!(guest.ram.differences().len(), 1);
 }
@@ -368,12 +410,12 @@ fn a_forged_record_makes_revert_an_error_and_changes_nothing() {
         record.text.start = u64::MAX;
         let plan = revert(&live, &registry, "fix").unwrap();
         if len != 0 {
-            carry_out(&guest, &kernel, &plan).unwrap_err();
+            commit_plan(&guest, &kernel, &plan).unwrap_err();
             assert!(guest.ram.differences().is_empty(), "{at:#x}");
         }
         let _ = recovery(&live, &registry);
         let _ = cleanup(&live, &registry);
-        assert!(plan.paused.iter().all(|change| change.len() <= 2 << 20));
+        assert!(plan.atomic.iter().all(|change| change.len() <= 2 << 20));
     }
 }
 
@@ -403,5 +445,5 @@ fn every_form_of_a_kernel_is_patched_and_given_back() {
 
 fn mend_without_stacks(guest: &Guest, kernel: &Kernel) {
     let live = kernel.live(&guest.ram);
-    lay(&live, &cleanup(&live, &registry(guest, kernel)).unwrap()).unwrap();
+    stage(&live, &cleanup(&live, &registry(guest, kernel)).unwrap()).unwrap();
 }

@@ -7,7 +7,7 @@ use common::guest::{
 };
 use common::kallsyms::{RELEASES, Release};
 use guest_core::kernel::KernelError;
-use guest_core::kernel::image::{ImageError, WINDOW};
+use guest_core::kernel::image::{IMAGE_RANGE, ImageError};
 use guest_core::kernel::kallsyms::KallsymsError;
 use guest_core::{Gpa, Gva, Kernel, Registers};
 
@@ -110,7 +110,7 @@ fn with_two_kernels() -> Guest {
         guest.put_u64(middle + 8 * slot, (IMAGE_GPA - 0x20_0000 + 0x20_0000 * part) | 0xe3);
     }
     guest.vcpus[1].cr3 = gpa(top);
-    guest.vcpus[1].idt_base += 0x20_0000;
+    guest.vcpus[1].idt_base = guest.vcpus[1].idt_base.map(|idt| idt + 0x20_0000);
     guest
 }
 
@@ -140,7 +140,7 @@ fn vcpus_of_a_nested_guest_of_firmware_or_not_started_do_not_hide_the_kernel_of_
         Registers {
             efer: 0xd01,
             cr3: 0x1000,
-            idt_base: u64::MAX,
+            idt_base: Some(u64::MAX),
             ..Registers::default()
         },
         Registers {
@@ -190,7 +190,7 @@ fn an_interrupt_table_that_is_not_there_is_an_error() {
         0x7fff_ffff_ffff,
     ] {
         let mut guest = Guest::new();
-        guest.vcpus.iter_mut().for_each(|vcpu| vcpu.idt_base = idt);
+        guest.vcpus.iter_mut().for_each(|vcpu| vcpu.idt_base = Some(idt));
         assert!(
             matches!(
                 image_error(&guest),
@@ -255,7 +255,7 @@ fn a_page_table_shared_by_the_whole_window_does_not_make_a_larger_image() {
 
 /// Every page of the window is mapped where the image's distance says, so that all of it is one image.
 fn map_everything(guest: &Guest, bits: impl Fn(u64) -> u64) {
-    let first = gpa(IMAGE).wrapping_sub(IMAGE - WINDOW.start.0) & 0x000f_ffff_ffff_f000;
+    let first = gpa(IMAGE).wrapping_sub(IMAGE - IMAGE_RANGE.start.0) & 0x000f_ffff_ffff_f000;
     for index in 0..512 {
         if guest.u64_at(DIRECTORY + 8 * index) == 0 {
             guest.put_u64(

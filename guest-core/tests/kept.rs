@@ -5,11 +5,11 @@ mod common;
 use common::guest::{Guest, heap};
 use common::machine::Vm;
 use common::module::{Function, livepatch};
-use common::patch::{OPTIONS, carry_out, mend, plan, registry, target};
-use guest_core::commit::{commit, lay};
+use common::patch::{OPTIONS, commit_plan, plan, recover, registry, target};
+use guest_core::commit::{commit, stage};
 use guest_core::kernel::modules;
-use guest_core::place::{Record, State};
 use guest_core::plan::{Plan, Refusal, RevertError, recovery, revert};
+use guest_core::registry::{Record, State};
 use guest_core::{Gva, Kernel, VirtMemory};
 
 /// A module whose function gives its own address away, by name: `lea new_victim(%rip),%rax; ret`.
@@ -25,7 +25,7 @@ fn file(name: &str) -> Vec<u8> {
 
 fn apply(guest: &Guest, kernel: &Kernel, file: &[u8]) -> Record {
     let plan = plan(guest, kernel, file).unwrap();
-    carry_out(guest, kernel, &plan).unwrap();
+    commit_plan(guest, kernel, &plan).unwrap();
     plan.record
 }
 
@@ -34,8 +34,8 @@ fn plan_revert(guest: &Guest, kernel: &Kernel) -> Result<Plan, RevertError> {
 }
 
 fn take_out(guest: &Guest, kernel: &Kernel) {
-    carry_out(guest, kernel, &plan_revert(guest, kernel).unwrap()).unwrap();
-    mend(guest, kernel);
+    commit_plan(guest, kernel, &plan_revert(guest, kernel).unwrap()).unwrap();
+    recover(guest, kernel);
 }
 
 fn names(guest: &Guest, kernel: &Kernel) -> Vec<String> {
@@ -73,9 +73,9 @@ fn code_whose_address_the_guest_may_have_stays_and_is_known_by_another_name() {
     let module = modules::containing(&live, Gva(record.text.start)).unwrap();
     assert_eq!(
         module.map(|module| module.at),
-        record.known.map(|known| Gva(known.module))
+        record.registration.map(|known| Gva(known.module))
     );
-    assert!(matches!(plan_revert(&guest, &kernel), Err(RevertError::Unknown { known, .. }) if known.is_empty()));
+    assert!(matches!(plan_revert(&guest, &kernel), Err(RevertError::Unknown { applied, .. }) if applied.is_empty()));
 }
 
 #[test]
@@ -85,7 +85,7 @@ fn a_patch_whose_code_was_kept_comes_back_in_its_place() {
     let first = apply(&guest, &kernel, &file("fix"));
     let counter = first.data.start;
     let at = registry(&guest, &kernel);
-    let counter = counter - at.window.0 + at.base.0;
+    let counter = counter - at.alias.0 + at.base.0;
     take_out(&guest, &kernel);
     guest.ram.put_u64(counter, 77);
     for _ in 0..5 {
@@ -150,14 +150,14 @@ fn a_patch_that_was_being_brought_back_is_kept_code_again() {
     let site = sound.symbol("victim") + 4;
     let original = sound.bytes_at(site, 5);
     let back = plan(&sound, &kernel, &file("fix")).unwrap();
-    let (_, unfinished) = back.paused.split_last().unwrap();
+    let (_, unfinished) = back.atomic.split_last().unwrap();
     for made in 0..=unfinished.len() {
         let guest = sound.clone();
         let live = kernel.live(&guest.ram);
-        lay(&live, &back.before).unwrap();
-        lay(&live, &unfinished[..made]).unwrap();
+        stage(&live, &back.staged).unwrap();
+        stage(&live, &unfinished[..made]).unwrap();
         assert_eq!(states(&guest, &kernel), [State::Reapplying]);
-        mend(&guest, &kernel);
+        recover(&guest, &kernel);
         assert!(recovery(&live, &registry(&guest, &kernel)).unwrap().is_none());
         assert_eq!(states(&guest, &kernel), [State::Kept], "{made}");
         assert_eq!(names(&guest, &kernel), ["reverted_1_fix"], "{made}");
@@ -173,17 +173,17 @@ fn code_that_may_have_run_before_a_recovery_is_kept() {
     let sound = Guest::new();
     let kernel = sound.kernel();
     let first = plan(&sound, &kernel, &file("fix")).unwrap();
-    let (_, unfinished) = first.paused.split_last().unwrap();
+    let (_, unfinished) = first.atomic.split_last().unwrap();
     let site = sound.symbol("victim") + 4;
     let original = sound.bytes_at(site, 5);
     let mut kept = 0;
     for made in 0..=unfinished.len() {
         let guest = sound.clone();
         let live = kernel.live(&guest.ram);
-        lay(&live, &first.before).unwrap();
-        lay(&live, &unfinished[..made]).unwrap();
+        stage(&live, &first.staged).unwrap();
+        stage(&live, &unfinished[..made]).unwrap();
         let has_jump = guest.bytes_at(site, 1) == [0xe9];
-        mend(&guest, &kernel);
+        recover(&guest, &kernel);
         assert_eq!(guest.bytes_at(site, 5), original, "{made}");
         match has_jump {
             true => {
@@ -204,11 +204,11 @@ fn a_revert_that_was_cut_off_is_done_by_the_next() {
     let kernel = sound.kernel();
     apply(&sound, &kernel, &file("fix"));
     let out = plan_revert(&sound, &kernel).unwrap();
-    let (_, unfinished) = out.paused.split_last().unwrap();
+    let (_, unfinished) = out.atomic.split_last().unwrap();
     for made in 0..=unfinished.len() {
         let guest = sound.clone();
-        lay(&kernel.live(&guest.ram), &unfinished[..made]).unwrap();
-        mend(&guest, &kernel);
+        stage(&kernel.live(&guest.ram), &unfinished[..made]).unwrap();
+        recover(&guest, &kernel);
         take_out(&guest, &kernel);
         assert_eq!(
             (states(&guest, &kernel), names(&guest, &kernel)),
@@ -249,7 +249,9 @@ fn of_kept_code_only_the_replacements_must_be_on_no_stack() {
     let kernel = guest.kernel();
     let record = apply(&guest, &kernel, &file("fix"));
     let out = plan_revert(&guest, &kernel).unwrap();
-    let [replaced] = out.occupied.as_slice() else { panic!() };
+    let [replaced] = out.must_be_quiescent.as_slice() else {
+        panic!()
+    };
     assert_eq!(
         (replaced.name.as_str(), replaced.code.start.0),
         ("new_victim", record.functions[0].new)

@@ -8,7 +8,7 @@ use guest_core::{Gpa, Gva, MemoryError, PhysMemory};
 use std::ops::Range;
 
 /// The kernel window's start; its entry is 511 in the top table and 510 in the one below.
-const WINDOW: Gva = Gva(0xffff_ffff_8000_0000);
+const IMAGE_RANGE_START: Gva = Gva(0xffff_ffff_8000_0000);
 const TOP: u64 = 0x1000;
 const UPPER: u64 = 0x2000;
 const DIRECTORY: u64 = 0x3000;
@@ -29,7 +29,7 @@ fn ram() -> Ram {
 fn pages(memory: &dyn PhysMemory, space: AddressSpace) -> Vec<(Gva, Translation)> {
     let mut pages = Vec::new();
     space
-        .visit_gib(memory, WINDOW, &mut |at, there| pages.push((at, there)))
+        .visit_gib(memory, IMAGE_RANGE_START, &mut |at, there| pages.push((at, there)))
         .unwrap();
     pages
 }
@@ -57,7 +57,10 @@ fn a_visit_tells_of_every_page_what_a_walk_tells() {
         assert_eq!(FOUR.translate(&ram, *at).as_ref(), Ok(there), "{at}");
     }
     let mapped = (0..512 * 512)
-        .filter(|page| FOUR.translate(&ram, WINDOW.wrapping_add(4096 * page)).is_ok())
+        .filter(|page| {
+            FOUR.translate(&ram, IMAGE_RANGE_START.wrapping_add(4096 * page))
+                .is_ok()
+        })
         .count();
     let pages_of = |there: &Translation| (there.page_size / 4096) as usize;
     assert_eq!(visited.iter().map(|(_, there)| pages_of(there)).sum::<usize>(), mapped);
@@ -73,7 +76,7 @@ fn a_gigabyte_mapped_by_one_entry_is_one_page() {
         writable: false,
         executable: true,
     };
-    assert_eq!(pages(&ram, FOUR), [(WINDOW, there)]);
+    assert_eq!(pages(&ram, FOUR), [(IMAGE_RANGE_START, there)]);
 }
 
 #[test]
@@ -140,7 +143,7 @@ impl PhysMemory for Gone {
 
 #[test]
 fn a_host_that_fails_is_not_taken_for_memory_that_is_not_mapped() {
-    let error = FOUR.visit_gib(&Gone, WINDOW, &mut |_, _| {}).unwrap_err();
+    let error = FOUR.visit_gib(&Gone, IMAGE_RANGE_START, &mut |_, _| {}).unwrap_err();
     assert!(matches!(error, MemoryError::Host { .. }));
 }
 
@@ -148,17 +151,17 @@ fn a_host_that_fails_is_not_taken_for_memory_that_is_not_mapped() {
 fn the_directory_entry_of_an_address_is_given_whatever_it_says() {
     let ram = ram();
     assert_eq!(
-        FOUR.directory_entry(&ram, Gva(WINDOW.0 + 0x40_1234)),
+        FOUR.directory_entry(&ram, Gva(IMAGE_RANGE_START.0 + 0x40_1234)),
         Ok((Gpa(DIRECTORY + 16), 0))
     );
     assert_eq!(
-        FOUR.directory_entry(&ram, Gva(WINDOW.0 + 0x20_0000)),
+        FOUR.directory_entry(&ram, Gva(IMAGE_RANGE_START.0 + 0x20_0000)),
         Ok((Gpa(DIRECTORY + 8), TABLE | 0x63))
     );
     let absent = FOUR.directory_entry(&ram, Gva(0)).unwrap_err();
     assert!(matches!(absent, MemoryError::NotMapped { level: 4, entry: 0, .. }));
     ram.put_u64(UPPER + 510 * 8, 0xe1);
-    let large = FOUR.directory_entry(&ram, WINDOW).unwrap_err();
+    let large = FOUR.directory_entry(&ram, IMAGE_RANGE_START).unwrap_err();
     assert!(matches!(
         large,
         MemoryError::NotMapped {

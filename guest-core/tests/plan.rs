@@ -6,13 +6,13 @@ use common::guest::{FUNCTIONS, Guest, RODATA, heap};
 use common::module::{
     Function, livepatch, livepatch_against, livepatch_for, livepatch_made_for, livepatch_of_format, livepatch_with_type,
 };
-use common::patch::{carry_out, mend, patched, plan, plan_for, refusal, registry, target, two};
+use common::patch::{commit_plan, patched, plan, plan_for, recover, refusal, registry, target, two};
 use guest_core::module::note::{Note, OldCode};
 use guest_core::module::{NoteError, ResolveError};
 use guest_core::pattern::Pattern;
-use guest_core::place::{Record, Redirect, RegistryError, State};
 use guest_core::plan::{ApplyOptions, Refusal, RevertError, apply, revert};
 use guest_core::redirect::RedirectError;
+use guest_core::registry::{Record, Redirect, RegistryError, State};
 use guest_core::{Gva, VirtMemory};
 
 #[test]
@@ -21,7 +21,7 @@ fn a_patched_function_jumps_into_code_that_only_runs() {
     let kernel = guest.kernel();
     let plan = plan_for(&guest, &kernel, "victim").unwrap();
     assert!(guest.ram.differences().is_empty());
-    carry_out(&guest, &kernel, &plan).unwrap();
+    commit_plan(&guest, &kernel, &plan).unwrap();
     let new = target(&guest, guest.symbol("victim") + 4);
     let mut code = [0; 10];
     let live = kernel.live(&guest.ram);
@@ -78,7 +78,7 @@ fn a_function_without_a_site_gets_the_jump_at_its_entry() {
     let kernel = guest.kernel();
     let plan = plan_for(&guest, &kernel, "notrace_victim").unwrap();
     assert_eq!(plan.record.functions[0].redirect, Redirect::Body);
-    carry_out(&guest, &kernel, &plan).unwrap();
+    commit_plan(&guest, &kernel, &plan).unwrap();
     assert_eq!(
         target(&guest, guest.symbol("notrace_victim")),
         plan.record.functions[0].new
@@ -97,7 +97,7 @@ fn a_function_that_is_traced_gets_the_jump_behind_its_site() {
     guest.put(site, &[0xe8, 1, 2, 3, 4]);
     let plan = plan_for(&guest, &kernel, "victim").unwrap();
     assert_eq!(plan.record.functions[0].redirect, Redirect::Body);
-    carry_out(&guest, &kernel, &plan).unwrap();
+    commit_plan(&guest, &kernel, &plan).unwrap();
     assert_eq!(guest.bytes_at(site, 5), [0xe8, 1, 2, 3, 4]);
     assert_eq!(target(&guest, site + 5), plan.record.functions[0].new);
     assert_eq!(guest.u64_at(record.flags_at.0), 1 << 31 | 1);
@@ -159,13 +159,13 @@ fn a_module_of_another_orc_format_is_refused() {
 fn parts_that_the_compiler_split_off_must_not_run_either() {
     let guest = Guest::new();
     let plan = plan_for(&guest, &guest.kernel(), "victim").unwrap();
-    let occupied: Vec<_> = plan
-        .occupied
+    let must_be_quiescent: Vec<_> = plan
+        .must_be_quiescent
         .iter()
         .map(|part| (part.name.as_str(), part.code.start.0))
         .collect();
     assert_eq!(
-        occupied,
+        must_be_quiescent,
         [("victim", FUNCTIONS + 64 * 3), ("victim.cold", FUNCTIONS + 64 * 6)]
     );
 }
@@ -186,7 +186,7 @@ fn new_code_calls_what_the_kernel_exports_and_nothing_else() {
         )
     };
     let planned = plan(&guest, &kernel, &calling("schedule")).unwrap();
-    carry_out(&guest, &kernel, &planned).unwrap();
+    commit_plan(&guest, &kernel, &planned).unwrap();
     let new = planned.record.functions[0].new;
     let mut code = [0; 5];
     kernel.live(&guest.ram).read(Gva(new), &mut code).unwrap();
@@ -325,7 +325,7 @@ fn a_patch_is_applied_once_and_a_function_is_patched_once() {
     let other = livepatch("other", &[Function::returning_one("vfs_read")]);
     let plan = plan(&guest, &kernel, &other).unwrap();
     assert_eq!(plan.record.order, 2);
-    carry_out(&guest, &kernel, &plan).unwrap();
+    commit_plan(&guest, &kernel, &plan).unwrap();
     assert_eq!(registry(&guest, &kernel).entries.len(), 2);
 }
 
@@ -335,7 +335,7 @@ fn a_patch_whose_record_is_too_long_for_a_gap_is_laid_as_a_whole_elsewhere() {
     let kernel = guest.kernel();
     for (id, old) in [("first", "victim"), ("second", "vfs_read")] {
         let file = livepatch(id, &[Function::returning_one(old)]);
-        carry_out(&guest, &kernel, &plan(&guest, &kernel, &file).unwrap()).unwrap();
+        commit_plan(&guest, &kernel, &plan(&guest, &kernel, &file).unwrap()).unwrap();
     }
     let pages = |id: &str| {
         let registry = registry(&guest, &kernel);
@@ -348,8 +348,8 @@ fn a_patch_whose_record_is_too_long_for_a_gap_is_laid_as_a_whole_elsewhere() {
     };
     let gap = pages("first");
     let out = revert(&kernel.live(&guest.ram), &registry(&guest, &kernel), "first").unwrap();
-    carry_out(&guest, &kernel, &out).unwrap();
-    mend(&guest, &kernel);
+    commit_plan(&guest, &kernel, &out).unwrap();
+    recover(&guest, &kernel);
     // text, rodata and data as before; the record has some pages more, more than those that records get at first
     for (id, chars) in [("third", 8 * 4096), ("fourth", 4096)] {
         let options = ApplyOptions {
@@ -359,7 +359,7 @@ fn a_patch_whose_record_is_too_long_for_a_gap_is_laid_as_a_whole_elsewhere() {
         let file = livepatch(id, &[Function::returning_one("victim")]);
         let live = kernel.live(&guest.ram);
         let long = apply(&live, &registry(&guest, &kernel), &file, &options).unwrap();
-        carry_out(&guest, &kernel, &long).unwrap();
+        commit_plan(&guest, &kernel, &long).unwrap();
         let (taken, new) = (pages(id), target(&guest, guest.symbol("victim") + 4));
         assert!(taken.first >= gap.first + gap.count && taken.count > gap.count);
         assert_eq!(Gva(new), registry(&guest, &kernel).mapped(taken.first));
@@ -367,8 +367,8 @@ fn a_patch_whose_record_is_too_long_for_a_gap_is_laid_as_a_whole_elsewhere() {
         live.read(Gva(new), &mut code).unwrap();
         assert_eq!(code.to_vec(), Function::returning_one("victim").code);
         let out = revert(&live, &registry(&guest, &kernel), id).unwrap();
-        carry_out(&guest, &kernel, &out).unwrap();
-        mend(&guest, &kernel);
+        commit_plan(&guest, &kernel, &out).unwrap();
+        recover(&guest, &kernel);
     }
 }
 
@@ -376,19 +376,19 @@ fn a_patch_whose_record_is_too_long_for_a_gap_is_laid_as_a_whole_elsewhere() {
 fn a_patch_taken_out_leaves_the_guest_as_it_was() {
     let guest = Guest::new();
     let kernel = guest.kernel();
-    carry_out(&guest, &kernel, &plan(&guest, &kernel, &two()).unwrap()).unwrap();
+    commit_plan(&guest, &kernel, &plan(&guest, &kernel, &two()).unwrap()).unwrap();
     let out = revert(&kernel.live(&guest.ram), &registry(&guest, &kernel), "fix").unwrap();
-    carry_out(&guest, &kernel, &out).unwrap();
-    mend(&guest, &kernel);
+    commit_plan(&guest, &kernel, &out).unwrap();
+    recover(&guest, &kernel);
     assert!(guest.ram.differences().is_empty());
 }
 
 #[test]
-fn a_patch_that_is_not_there_is_told_with_those_that_are() {
+fn a_missing_patch_is_an_error_that_names_those_in_the_guest() {
     let (guest, kernel) = patched();
     let error = revert(&kernel.live(&guest.ram), &registry(&guest, &kernel), "fxi").unwrap_err();
     assert!(
-        matches!(&error, RevertError::Unknown { known, .. } if known == &["fix"]),
+        matches!(&error, RevertError::Unknown { applied, .. } if applied == &["fix"]),
         "{error}"
     );
 }

@@ -5,7 +5,7 @@ mod common;
 use common::guest::{DIRECT, Guest, gpa, heap};
 use common::machine::Vm;
 use common::module::{Function, livepatch};
-use common::patch::{OPTIONS, carry_out, plan, registry, two_with_duties};
+use common::patch::{OPTIONS, commit_plan, plan, registry, two_with_sections};
 use guest_core::change::ChangeError;
 use guest_core::commit::{CommitError, NotSafe, commit};
 use guest_core::kernel::KernelError;
@@ -17,20 +17,20 @@ use guest_core::{Gpa, Kernel, PhysMemory};
 fn plans() -> Vec<(&'static str, Guest, Kernel, Plan)> {
     let mut guest = Guest::new();
     let kernel = guest.kernel();
-    guest.ram.settle();
-    let file = two_with_duties();
+    guest.ram.take_baseline();
+    let file = two_with_sections();
     let applying = plan(&guest, &kernel, &file).unwrap();
 
     let mut patched = guest.clone();
-    carry_out(&patched, &kernel, &applying).unwrap();
-    patched.ram.settle();
+    commit_plan(&patched, &kernel, &applying).unwrap();
+    patched.ram.take_baseline();
     let reverting = revert(&kernel.live(&patched.ram), &registry(&patched, &kernel), "fix").unwrap();
 
     let mut cut_off = guest.clone();
-    for change in applying.before.iter().chain(applying.paused.iter().rev().skip(1)) {
+    for change in applying.staged.iter().chain(applying.atomic.iter().rev().skip(1)) {
         change.make(&cut_off.ram).unwrap();
     }
-    cut_off.ram.settle();
+    cut_off.ram.take_baseline();
     let recovering = recovery(&kernel.live(&cut_off.ram), &registry(&cut_off, &kernel));
     let recovering = recovering.unwrap().unwrap();
     let kernels = [cut_off.kernel(), patched.kernel(), kernel];
@@ -68,7 +68,7 @@ fn where_any_byte_that_a_plan_was_made_from_has_changed_nothing_is_written() {
             assert!(is_refused, "{name} {gpa}: {error}");
             assert!(guest.ram.differences() == before, "{name} {gpa}");
         }
-        carry_out(&start, &kernel, &plan).unwrap_or_else(|error| panic!("{name}: {error}"));
+        commit_plan(&start, &kernel, &plan).unwrap_or_else(|error| panic!("{name}: {error}"));
     }
 }
 
@@ -101,13 +101,13 @@ fn the_neighbours_of_what_a_plan_edits_are_among_its_preconditions() {
 fn a_group_of_ftrace_records_that_the_guest_frees_between_plan_and_pause_is_seen() {
     let guest = Guest::new();
     let kernel = guest.kernel();
-    let file = two_with_duties();
-    carry_out(&guest, &kernel, &plan(&guest, &kernel, &file).unwrap()).unwrap();
+    let file = two_with_sections();
+    commit_plan(&guest, &kernel, &plan(&guest, &kernel, &file).unwrap()).unwrap();
     // The guest loads a module: its group of records comes behind the patch's.
     let ours = guest.u64_at(guest.symbol("ftrace_pages"));
     let theirs = heap(0x3000);
     let at = registry(&guest, &kernel);
-    let next = ours - at.window.0 + at.base.0;
+    let next = ours - at.alias.0 + at.base.0;
     guest.ram.put_u64(next, theirs);
     guest.put_u64(guest.symbol("ftrace_pages"), theirs);
     let reverting = revert(&kernel.live(&guest.ram), &at, "fix").unwrap();
@@ -115,7 +115,7 @@ fn a_group_of_ftrace_records_that_the_guest_frees_between_plan_and_pause_is_seen
     guest.ram.put_u64(next, 0);
     guest.put_u64(guest.symbol("ftrace_pages"), ours);
     let before = guest.ram.differences();
-    let error = carry_out(&guest, &kernel, &reverting).unwrap_err();
+    let error = commit_plan(&guest, &kernel, &reverting).unwrap_err();
     assert!(
         matches!(error, CommitError::Changed(ChangeError::Changing { .. })),
         "{error}"
@@ -151,7 +151,7 @@ fn who_takes_per_cpu_memory_is_waited_for_where_a_patch_has_some() {
             let guest = guest.clone();
             guest.put(guest.symbol(lock) + offset, &[8]);
             let before = guest.ram.differences();
-            let error = carry_out(&guest, &kernel, &plan).expect_err(&format!("{name} {lock}"));
+            let error = commit_plan(&guest, &kernel, &plan).expect_err(&format!("{name} {lock}"));
             let is_it = matches!(error, CommitError::NotSafe { why: NotSafe::Held(held), .. } if held.name == lock);
             assert!(is_it, "{name}: {error}");
             assert!(guest.ram.differences() == before, "{name}");

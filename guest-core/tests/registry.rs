@@ -2,17 +2,17 @@
 
 mod common;
 
-use common::guest::{CAVE, Choice, DATA, END, ETEXT, Guest, IMAGE, gpa};
+use common::guest::{CAVE, Choice, END, ETEXT, FIXMAP_DIRECTORY, Guest, IMAGE, gpa};
 use guest_core::change::Change;
 use guest_core::kernel::KernelError;
-use guest_core::place::record::Orc;
-use guest_core::place::{FILLER, Pages, Record, Registry, RegistryError, Span, State, cave};
+use guest_core::registry::record::Orc;
+use guest_core::registry::{FILLER, Pages, Record, Registry, RegistryError, Span, State, cave};
 use guest_core::{Gva, Kernel, PhysMemory};
 
-/// The first 2 MiB that are free behind the image, with 2 MiB between them.
-const WINDOW: u64 = END + 0x20_0000;
-/// The kernel's own directory of its window.
-const DIRECTORY: u64 = DATA + 0x3000;
+/// The first 2 MiB behind the address range of modules.
+const ALIAS: u64 = 0xffff_ffff_ff00_0000;
+/// The entry for it in its directory.
+const ENTRY: u64 = FIXMAP_DIRECTORY + 8 * 504;
 
 fn find(guest: &Guest, kernel: &Kernel) -> Result<Registry, RegistryError> {
     let live = kernel.live(&guest.ram);
@@ -46,7 +46,7 @@ fn record(id: &str) -> Record {
         orc: Orc::default(),
         pending: Vec::new(),
         changes: vec![Change::word("a word", guest_core::Gpa(0x1000), 0, 1)],
-        known: None,
+        registration: None,
         escapes: Some(Vec::new()),
     }
 }
@@ -119,31 +119,33 @@ fn a_first_registry_is_planned_for_the_cave_and_the_first_free_window() {
     let kernel = guest.kernel();
     let registry = find(&guest, &kernel).unwrap();
     assert_eq!((registry.cave, registry.base.0), (Gva(CAVE), gpa(CAVE)));
-    assert_eq!((registry.pool_pages, registry.exists), (256, false));
-    assert_eq!(registry.window, Gva(WINDOW));
-    assert_eq!(
-        registry.directory_entry.0,
-        gpa(DIRECTORY) + 8 * ((WINDOW - 0xffff_ffff_8000_0000) >> 21)
-    );
+    assert_eq!((registry.arena_pages, registry.exists), (256, false));
+    assert_eq!(registry.alias, Gva(ALIAS));
+    assert_eq!(registry.directory_entry.0, gpa(ENTRY));
     assert!(guest.ram.differences().is_empty());
 }
 
 #[test]
 fn a_window_that_is_taken_is_left_alone() {
     let guest = Guest::new();
-    guest.put_u64(DIRECTORY + 8 * ((WINDOW - 0xffff_ffff_8000_0000) >> 21), 2);
+    guest.put_u64(ENTRY, 2);
     let kernel = guest.kernel();
-    assert_eq!(find(&guest, &kernel).unwrap().window, Gva(WINDOW + 0x20_0000));
-    for slot in 0..512 {
-        if guest.u64_at(DIRECTORY + 8 * slot) == 0 {
-            guest.put_u64(DIRECTORY + 8 * slot, 2);
-        }
-    }
-    assert!(matches!(find(&guest, &kernel), Err(RegistryError::NoWindow)));
+    assert_eq!(find(&guest, &kernel).unwrap().alias, Gva(ALIAS + 0x20_0000));
+    guest.put_u64(ENTRY + 8, 2);
+    assert!(matches!(find(&guest, &kernel), Err(RegistryError::NoAliasRange)));
+}
+
+/// `virt_addr_valid` computes a page from an address of the first GiB, where it is the image's own (`KERNEL_IMAGE_SIZE`).
+#[test]
+fn the_alias_mapping_is_where_the_kernel_takes_no_address_for_one_of_its_image() {
+    let guest = Guest::new();
+    let kernel = guest.kernel();
+    let alias = find(&guest, &kernel).unwrap().alias;
+    assert!(alias >= guest_core::kernel::image::IMAGE_RANGE.end, "{alias}");
 }
 
 #[test]
-fn a_wild_end_of_the_image_leaves_no_window() {
+fn a_wild_end_of_the_image_does_not_move_the_alias_mapping() {
     for end in [0xffff_ffff_c000_0000, 0xffff_ffff_ffff_f000, u64::MAX] {
         let choice = Choice {
             release: common::kallsyms::Release::V6_11,
@@ -154,12 +156,24 @@ fn a_wild_end_of_the_image_leaves_no_window() {
         });
         let kernel = guest.kernel();
         guest.ram.count_from_here();
-        assert!(
-            matches!(find(&guest, &kernel), Err(RegistryError::NoWindow)),
-            "{end:#x}"
-        );
+        assert_eq!(find(&guest, &kernel).unwrap().alias, Gva(ALIAS), "{end:#x}");
         assert!(guest.ram.counted().0 < 10_000);
     }
+}
+
+/// Up to 2026-11 it was the first 2 MiB that are free behind the image, with 2 MiB between them.
+#[test]
+fn a_registry_whose_alias_mapping_an_earlier_vmpatch_has_put_behind_the_image_is_used_as_it_is() {
+    let guest = Guest::new();
+    let kernel = guest.kernel();
+    let mut registry = find(&guest, &kernel).unwrap();
+    let alias = Gva(END + 0x20_0000);
+    let (directory_entry, _) = kernel.space.directory_entry(&guest.ram, alias).unwrap();
+    (registry.alias, registry.directory_entry) = (alias, directory_entry);
+    let changes = registry.creation();
+    changes.iter().for_each(|change| change.make(&guest.ram).unwrap());
+    let found = find(&guest, &kernel).unwrap();
+    assert_eq!((found.exists, found.alias), (true, alias));
 }
 
 #[test]
@@ -168,8 +182,8 @@ fn a_registry_that_was_laid_is_found_again_and_maps_its_pool() {
     let registry = find(&guest, &kernel).unwrap();
     assert!(registry.exists && registry.entries.is_empty());
     assert_eq!(
-        (registry.cave, registry.window, registry.pool_pages),
-        (Gva(CAVE), Gva(WINDOW), 256)
+        (registry.cave, registry.alias, registry.arena_pages),
+        (Gva(CAVE), Gva(ALIAS), 256)
     );
     guest.ram.put_u64(registry.table_entry(2).0, registry.page(2).0 | 0x63);
     let there = kernel.space.translate(&guest.ram, registry.mapped(2)).unwrap();
@@ -259,10 +273,10 @@ fn an_older_registry_is_read_and_brought_to_this_version() {
     let (guest, kernel) = with_registry();
     guest.put(CAVE + 8, &[1]);
     let older = find(&guest, &kernel).unwrap();
-    older.renewal().unwrap().make(&guest.ram).unwrap();
+    older.upgrade().unwrap().make(&guest.ram).unwrap();
     let newer = find(&guest, &kernel).unwrap();
     assert_eq!((older.version, newer.version), (1, 3));
-    assert_eq!(newer.renewal(), None);
+    assert_eq!(newer.upgrade(), None);
 }
 
 /// A header that the guest wrote, checksum and all.
@@ -278,15 +292,15 @@ fn forge(guest: &Guest, words: [u64; 4]) {
 fn a_forged_header_is_refused_whatever_it_says() {
     let (guest, kernel) = with_registry();
     let registry = find(&guest, &kernel).unwrap();
-    let sound = [CAVE, WINDOW, registry.directory_entry.0, 256];
+    let sound = [CAVE, ALIAS, registry.directory_entry.0, 256];
     forge(&guest, sound);
     assert!(find(&guest, &kernel).is_ok());
     for (index, wild) in [
         (0, CAVE + 4096),
         (0, 0),
         (1, 0),
-        (1, WINDOW + 0x20_0000),
-        (1, WINDOW + 4096),
+        (1, ALIAS + 0x20_0000),
+        (1, ALIAS + 4096),
         (1, u64::MAX),
         (2, 0),
         (2, u64::MAX),
@@ -329,10 +343,10 @@ fn slots_that_lie_about_state_pages_or_record_are_refused() {
         (5, [2, 1, 0, len, 0], "checksum"),
         (6, [2, 1, 0, len, 0], "checksum"),
         (u64::MAX, [2, 1, 0, len, 0], "unknown state"),
-        (3, [0, 1, 0, len, 0], "outside of the pool"),
-        (3, [1, 1, 0, len, 0], "outside of the pool"),
-        (3, [255, 2, 0, len, 0], "outside of the pool"),
-        (3, [0xffff_ffff, 0xffff_ffff, 0, len, 0], "outside of the pool"),
+        (3, [0, 1, 0, len, 0], "outside of the arena"),
+        (3, [1, 1, 0, len, 0], "outside of the arena"),
+        (3, [255, 2, 0, len, 0], "outside of the arena"),
+        (3, [0xffff_ffff, 0xffff_ffff, 0, len, 0], "outside of the arena"),
         (3, [2, 1, 4090, len, 0], "a record of"),
         (3, [2, 1, 0xffff_ffff, 0xffff_ffff, 0], "a record of"),
         (3, [2, 1, 0, len, 1], "checksum"),
@@ -354,7 +368,7 @@ fn slots_that_lie_about_state_pages_or_record_are_refused() {
 
 #[test]
 fn a_patch_that_was_being_laid_or_wiped_needs_no_record() {
-    for state in [State::Placing, State::Reverted] {
+    for state in [State::Staging, State::Reverted] {
         let (guest, kernel) = with_registry();
         put_slot(&guest, 0, state as u64, [2, 3, 0, 100, 7]);
         let registry = find(&guest, &kernel).unwrap();
@@ -427,7 +441,7 @@ fn pages_are_allocated_from_the_first_gap_that_is_big_enough() {
 fn a_registry_with_all_slots_taken_says_so() {
     let (guest, kernel) = with_registry();
     for slot in 0..126 {
-        put_slot(&guest, slot, State::Placing as u64, [2 + slot, 1, 0, 0, 0]);
+        put_slot(&guest, slot, State::Staging as u64, [2 + slot, 1, 0, 0, 0]);
     }
     assert!(matches!(
         find(&guest, &kernel).unwrap().allocate(1),
@@ -449,7 +463,7 @@ fn a_registry_without_room_names_the_reverted_patches_whose_code_is_kept() {
     let said = registry.allocate(99).unwrap_err().to_string();
     let kept = "until the guest reboots, the code of 2 reverted patches is kept: first, second";
     assert!(
-        said.starts_with("no room: 99 pages wanted") && said.ends_with(kept),
+        said.starts_with("no space: 99 pages wanted") && said.ends_with(kept),
         "{said}"
     );
 }

@@ -25,8 +25,8 @@ fn judge(guest: &Guest, kernel: &Kernel) -> Result<Verdict, SetupError> {
     let live: Live<'_> = kernel.live(&guest.ram);
     guest.ram.count_from_here();
     let found = Quiescence::find(&live).and_then(|finder| {
-        let mut survey = finder.survey(&live, victim(), Vec::new())?;
-        survey.recheck(&live, &guest.vcpus, &|| false).map(Option::unwrap)
+        let mut snapshot = finder.snapshot(&live, victim(), Vec::new())?;
+        snapshot.recheck(&live, &guest.vcpus, &|| false).map(Option::unwrap)
     });
     assert!(guest.ram.counted().0 < 8_000_000, "{:?}", guest.ram.counted());
     assert!(guest.ram.largest_read() <= 1 << 20, "{}", guest.ram.largest_read());
@@ -114,7 +114,7 @@ fn processes_that_share_a_long_list_of_threads_are_bounded_in_the_pause() {
     let kernel = guest.kernel();
     let live = kernel.live(&guest.ram);
     let finder = Quiescence::find(&live).unwrap();
-    let mut survey = finder.survey(&live, victim(), Vec::new()).unwrap();
+    let mut snapshot = finder.snapshot(&live, victim(), Vec::new()).unwrap();
     let leaders: Vec<u64> = (0..5000).map(|number| heap(0xd_0000 + 0x40 * number)).collect();
     let threads: Vec<u64> = (0..15_000).map(|number| heap(0x12_0000 + 0x10 * number)).collect();
     let signal = heap(0x18_0000);
@@ -127,7 +127,7 @@ fn processes_that_share_a_long_list_of_threads_are_bounded_in_the_pause() {
     guest.put_u64(guest.symbol("total_forks"), 3 + 20_000);
     guest.put(guest.symbol("nr_threads"), &(4 + 20_000_u32).to_le_bytes());
     guest.ram.count_from_here();
-    let _ = survey.recheck(&live, &guest.vcpus, &|| false);
+    let _ = snapshot.recheck(&live, &guest.vcpus, &|| false);
     assert!(guest.ram.counted().0 < 8_000_000, "{:?}", guest.ram.counted());
 }
 

@@ -4,10 +4,10 @@ mod common;
 
 use common::guest::Guest;
 use common::module::{Function, livepatch};
-use common::patch::{carry_out, mend, plan, registry};
-use guest_core::commit::lay;
-use guest_core::place::State;
+use common::patch::{commit_plan, plan, recover, registry};
+use guest_core::commit::stage;
 use guest_core::plan::Refusal;
+use guest_core::registry::State;
 use guest_core::{Gva, VirtMemory};
 
 /// Offsets in the fixture's `struct module`.
@@ -36,12 +36,12 @@ fn the_address_is_that_of_the_guests_own_structure() {
     for further in [0, NAME, REFERENCES] {
         let plan = plan(&guest, &kernel, &file(further, None)).unwrap();
         let guest = guest.clone();
-        carry_out(&guest, &kernel, &plan).unwrap();
+        commit_plan(&guest, &kernel, &plan).unwrap();
         let live = kernel.live(&guest.ram);
         let mut immediate = [0; 4];
         live.read(Gva(plan.record.functions[0].new + 3), &mut immediate)
             .unwrap();
-        let module = plan.record.known.unwrap().module;
+        let module = plan.record.registration.unwrap().module;
         assert_eq!(
             i64::from(i32::from_le_bytes(immediate)),
             (module + further).cast_signed()
@@ -85,16 +85,16 @@ fn code_that_holds_a_reference_to_its_module_is_kept_by_a_recovery() {
     let kernel = guest.kernel();
     let plan = plan(&guest, &kernel, &livepatch("fix", &[Function::returning_one("victim")])).unwrap();
     assert!(!plan.record.must_stay());
-    let (_, unfinished) = plan.paused.split_last().unwrap();
+    let (_, unfinished) = plan.atomic.split_last().unwrap();
     for (taken, state) in [(0, None), (1, Some(State::Kept))] {
         let guest = guest.clone();
         let live = kernel.live(&guest.ram);
-        lay(&live, &plan.before).unwrap();
-        lay(&live, unfinished).unwrap();
-        let module = plan.record.known.as_ref().unwrap().module + REFERENCES;
+        stage(&live, &plan.staged).unwrap();
+        stage(&live, unfinished).unwrap();
+        let module = plan.record.registration.as_ref().unwrap().module + REFERENCES;
         let at = kernel.space.translate(&guest.ram, Gva(module)).unwrap().gpa;
         guest.ram.put_u64(at.0, guest.ram.u64_at(at.0) + taken);
-        mend(&guest, &kernel);
+        recover(&guest, &kernel);
         let states = registry(&guest, &kernel).entries.iter().map(|entry| entry.state).next();
         assert_eq!(states, state);
     }

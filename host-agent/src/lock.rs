@@ -15,6 +15,9 @@ use std::thread::sleep;
 use std::time::{Duration, Instant};
 use thiserror::Error;
 
+/// How long another vmpatch at work on the domain is waited for: its supervisor may just be recovering something.
+pub(crate) const LOCK_TIME_MAX: Duration = Duration::from_secs(5);
+
 /// Between two tries at a lock that is held, in milliseconds. `flock` itself has no time-out.
 const RETRY_MS: u64 = 20;
 

@@ -1,11 +1,10 @@
 //! A livepatch module's file: read, and decompressed where it is compressed as a distribution's kernel modules are
 //! (`CONFIG_MODULE_COMPRESS_*`: gzip, xz, zstd). What it is compressed with is seen from its first bytes, not from its name.
 
-use crate::error::Failure;
 use ruzstd::decoding::StreamingDecoder;
 use std::fs::File;
 use std::io::{self, Read};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 /// More bytes than a livepatch module has, compressed or not; what is larger is not read.
 const BYTES_MAX: u64 = 64 << 20;
@@ -13,6 +12,29 @@ const BYTES_MAX: u64 = 64 << 20;
 const WINDOW_KIB_MAX: u32 = 16 << 10;
 /// What the names of module files end with.
 const SUFFIXES: [&str; 4] = [".ko", ".ko.gz", ".ko.xz", ".ko.zst"];
+
+/// Why a module's file could not be read.
+#[derive(Debug, thiserror::Error)]
+pub enum FileError {
+    /// It can't be read.
+    #[error("reading {path}")]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// It is compressed, and can't be decompressed.
+    #[error("decompressing {path} ({compression})")]
+    Packed {
+        /// The file.
+        path: PathBuf,
+        /// What it is compressed with.
+        compression: &'static str,
+        /// Why.
+        source: io::Error,
+    },
+}
 
 /// How a file is compressed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -56,13 +78,13 @@ impl Compression {
 }
 
 /// True where a file of this name is taken for a module.
-pub(crate) fn is_module(path: &Path) -> bool {
+pub fn is_module(path: &Path) -> bool {
     let name = path.file_name().unwrap_or_default().to_string_lossy();
     SUFFIXES.iter().any(|suffix| name.ends_with(suffix))
 }
 
 /// The file's name without what [`is_module`] looks at.
-pub(crate) fn stem(path: &Path) -> String {
+pub fn stem(path: &Path) -> String {
     let name = path.file_name().unwrap_or_default().to_string_lossy();
     let stem = SUFFIXES.iter().find_map(|suffix| name.strip_suffix(suffix));
     stem.unwrap_or(&name).to_owned()
@@ -70,16 +92,18 @@ pub(crate) fn stem(path: &Path) -> String {
 
 /// The module in a file: at most 64 MiB, also when decompressed.
 ///
-/// Errors: [`Failure::File`] where it can't be read, [`Failure::Packed`] where it can't be decompressed.
-pub(crate) fn read(path: &Path) -> Result<Vec<u8>, Failure> {
-    let failed = |source| Failure::File {
+/// # Errors
+///
+/// It can't be read, or not be decompressed.
+pub fn read(path: &Path) -> Result<Vec<u8>, FileError> {
+    let failed = |source| FileError::Read {
         path: path.to_owned(),
         source,
     };
     let bytes = at_most(File::open(path).map_err(failed)?).map_err(failed)?;
     match Compression::of(&bytes) {
         None => Ok(bytes),
-        Some(compression) => compression.decompress(&bytes).map_err(|source| Failure::Packed {
+        Some(compression) => compression.decompress(&bytes).map_err(|source| FileError::Packed {
             path: path.to_owned(),
             compression: compression.name(),
             source,

@@ -1,16 +1,14 @@
 //! What makes a SIGKILL of vmpatch harmless: a process of its own that knows what is being changed.
 //!
-//! The worker starts `vmpatch supervise SOCKET` in a process group of its own, so that Ctrl-C does not reach it, and tells it, line by
+//! The worker starts `vmpatch supervise ROUTE` in a process group of its own, so that Ctrl-C does not reach it, and tells it, line by
 //! line as JSON, the [`Journal`] of what it is about to change and whether the guest was running; each line is answered by one
 //! byte. When the worker's end of the socket closes with a journal outstanding, the supervisor reaches the guest by
 //! itself, takes back what is half done, lets the guest run, and tells a worker that is still there what the guest is like. It
 //! inherits the domain's lock, so that no other vmpatch comes in between.
 
-use crate::attach::Attached;
-use crate::error::{self, Failure};
+use crate::hypervisor::{ChangeGuard, Meaning, ReachError, Route};
 use crate::lock::DomainLock;
-use crate::output;
-use guest_core::commit::{self, Effect};
+use guest_core::commit::{self, CommitError, Effect};
 use guest_core::machine::Journal;
 use nix::sys::signal::{SigSet, Signal};
 use serde::{Deserialize, Serialize};
@@ -45,6 +43,32 @@ const EFFECTS: [(u8, Effect); 3] = [
     (b'h', Effect::HalfPatched),
 ];
 
+/// Why a supervisor did not do its work.
+#[derive(Debug, thiserror::Error)]
+pub enum SuperviseError {
+    /// The socket to vmpatch can't be taken over.
+    #[error("taking over the socket to vmpatch")]
+    Socket(#[source] io::Error),
+    /// It can't read what it is told.
+    #[error("understanding what vmpatch is about to change")]
+    Message(#[source] serde_json::Error),
+    /// The guest was not reached.
+    #[error("reaching the guest")]
+    Reach(#[from] ReachError),
+    /// What was cut off could not be rolled back. The guest runs even so, if it ran.
+    #[error("taking back a change that was cut off")]
+    Commit(#[source] Box<CommitError>),
+}
+
+/// What a supervisor did where nobody else is there any more to say it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Supervised {
+    /// The change was complete, and stays.
+    Stayed,
+    /// The change was rolled back.
+    RolledBack,
+}
+
 /// One line to the supervisor.
 #[derive(Debug, Serialize, Deserialize)]
 struct Watch {
@@ -61,13 +85,13 @@ pub struct Supervisor {
 }
 
 impl Supervisor {
-    /// Starts `program`, which is `vmpatch`, as supervisor for the guest behind the QMP socket `path`.
-    pub fn start(program: &Path, path: &Path, lock: &DomainLock) -> io::Result<Self> {
+    /// Starts `program`, which is `vmpatch`, as supervisor for the guest that `route` leads to.
+    pub fn start(program: &Path, route: &Route, lock: &DomainLock) -> io::Result<Self> {
         let (ours, theirs) = UnixStream::pair()?;
         ours.set_read_timeout(Some(ANSWER_TIME_MAX))?;
         let child = Command::new(program)
             .arg("supervise")
-            .arg(path)
+            .arg(route.to_argument())
             .stdin(Stdio::from(OwnedFd::from(theirs)))
             // The lock is held for as long as any descriptor of it is open.
             .stdout(Stdio::from(lock.descriptor()?))
@@ -77,23 +101,10 @@ impl Supervisor {
         Ok(Self { child, socket: ours })
     }
 
-    /// From here on, should this process die, `journal` is taken back.
-    pub fn watch(&mut self, journal: &Journal, running: bool) -> io::Result<()> {
-        self.tell(&Some(Watch {
-            journal: journal.clone(),
-            running,
-        }))
-    }
-
-    /// Nothing is to be taken back any more.
-    pub fn release(&mut self) -> io::Result<()> {
-        self.tell(&None)
-    }
-
     /// Has the supervisor do now what it would do had this process died, and gives how much of the change is in the guest, which
     /// runs again if it was running. None where the supervisor did not get that far.
     ///
-    /// QEMU serves one client per socket: this process must have closed its connection.
+    /// Some ways to a guest are for one process at a time: this one must have let go of it ([`disconnect`](crate::hypervisor::Hypervisor::disconnect)).
     pub fn take_over(mut self) -> Option<Effect> {
         let mut answer = [0];
         self.socket.shutdown(Shutdown::Write).ok()?;
@@ -112,6 +123,19 @@ impl Supervisor {
     }
 }
 
+impl ChangeGuard for Supervisor {
+    fn watch(&mut self, journal: &Journal, running: bool) -> io::Result<()> {
+        self.tell(&Some(Watch {
+            journal: journal.clone(),
+            running,
+        }))
+    }
+
+    fn release(&mut self) -> io::Result<()> {
+        self.tell(&None)
+    }
+}
+
 impl Drop for Supervisor {
     fn drop(&mut self) {
         // It ends when it sees the socket closed.
@@ -127,11 +151,16 @@ impl Drop for Supervisor {
     }
 }
 
-/// The supervisor's side: `vmpatch supervise SOCKET`, with the worker's socket as standard input.
-pub fn supervise(path: &Path) -> Result<(), Failure> {
+/// The supervisor's side: `vmpatch supervise ROUTE`, with the worker's socket as standard input. Gives what there is to
+/// say, if anything.
+///
+/// # Errors
+///
+/// See [`SuperviseError`].
+pub fn supervise(route: &Route) -> Result<Option<Supervised>, SuperviseError> {
     ignore_requests_to_end();
     let stdin = io::stdin();
-    let mut answers = UnixStream::from(stdin_descriptor().map_err(Failure::Supervisor)?);
+    let mut answers = UnixStream::from(stdin_descriptor().map_err(SuperviseError::Socket)?);
     let mut lines = BufReader::new(stdin.lock());
     let mut watch: Option<Watch> = None;
     loop {
@@ -141,33 +170,32 @@ pub fn supervise(path: &Path) -> Result<(), Failure> {
         if !matches!(read, Ok(len) if len > 0) || line.last() != Some(&b'\n') {
             break;
         }
-        watch = serde_json::from_slice(&line).map_err(|error| Failure::Supervisor(error.into()))?;
+        watch = serde_json::from_slice(&line).map_err(SuperviseError::Message)?;
         if answers.write_all(b".").is_err() {
             break;
         }
     }
-    let Some(watch) = watch else { return Ok(()) };
-    let result = recover(path, &watch);
+    let Some(watch) = watch else { return Ok(None) };
+    let result = recover(route, &watch);
     let effect = match &result {
         Ok(true) => Effect::InForce,
         Ok(false) => Effect::AsBefore,
         // It was resumed even so.
-        Err(Failure::Commit { .. }) => Effect::HalfPatched,
-        Err(_) => return result.map(drop),
+        Err(SuperviseError::Commit(_)) => Effect::HalfPatched,
+        Err(_) => return result.map(|_| None),
     };
     let byte = EFFECTS.iter().find_map(|(byte, of)| (*of == effect).then_some(*byte));
     let is_told = byte.is_some_and(|byte| answers.write_all(&[byte]).is_ok());
-    if let (Ok(_), false) = (&result, is_told) {
-        let what = match effect {
-            Effect::InForce => "the change was complete and stays",
-            _ => "the change was taken back",
-        };
-        output::message(&format!(
-            "vmpatch: its process was killed; {what}, and the guest runs on\n"
-        ));
-    }
     // Whoever was told says it.
-    if is_told { Ok(()) } else { result.map(drop) }
+    if is_told {
+        return Ok(None);
+    }
+    result.map(|stayed| {
+        Some(match stayed {
+            true => Supervised::Stayed,
+            false => Supervised::RolledBack,
+        })
+    })
 }
 
 /// Whoever ends all processes of a service, or hangs up a terminal, means the worker; the supervisor ends behind it by itself.
@@ -183,24 +211,24 @@ fn stdin_descriptor() -> io::Result<OwnedFd> {
 }
 
 /// Gives true where the change was complete and stays.
-fn recover(path: &Path, watch: &Watch) -> Result<bool, Failure> {
+fn recover(route: &Route, watch: &Watch) -> Result<bool, SuperviseError> {
     let start = Instant::now();
     loop {
-        match take_back(path, watch) {
-            Err(Failure::Attach(_)) if start.elapsed() < RECOVERY_TIME_MAX => std::thread::sleep(RECOVERY_WAIT),
+        match roll_back(route, watch) {
+            Err(SuperviseError::Reach(_)) if start.elapsed() < RECOVERY_TIME_MAX => std::thread::sleep(RECOVERY_WAIT),
             result => return result,
         }
     }
 }
 
-fn take_back(path: &Path, watch: &Watch) -> Result<bool, Failure> {
-    let attached = Attached::open(path)?;
-    let mut paused = attached.take_over(watch.running)?;
-    let result = commit::take_back(attached.memory(), paused.as_mut(), &watch.journal);
-    paused.resume().map_err(crate::attach::AttachError::from)?;
-    result.map_err(|source| Failure::Commit {
-        doing: error::TAKING_BACK,
-        id: "a change that was cut off".to_owned(),
-        source: Box::new(source),
-    })
+fn roll_back(route: &Route, watch: &Watch) -> Result<bool, SuperviseError> {
+    let vm = route.open()?;
+    let mut guest = vm.take_over()?;
+    let result = commit::roll_back(vm.memory(), guest.as_mut(), &watch.journal);
+    if watch.running {
+        guest
+            .resume()
+            .map_err(|error| ReachError::new(Meaning::MayPass, error))?;
+    }
+    result.map_err(|source| SuperviseError::Commit(Box::new(source)))
 }

@@ -241,6 +241,8 @@ fn two_of_one_name_are_refused_with_their_pids() {
 fn a_domain_without_a_socket_for_qmp_is_refused() {
     let scratch = Scratch::new();
     let _qemu = scratch.qemu("-name NAME -monitor unix:DIR/people,server=on,wait=off");
+    let is_missing = |found: &Result<_, _>| matches!(found, Err(DomainError::NoneOfThatName { .. }));
+    until("QEMU", || !is_missing(&domains::find(&scratch.name)));
     let error = domains::find(&scratch.name).unwrap_err();
     assert!(matches!(&error, DomainError::NoQmpSocket { .. }), "{error}");
     assert!(error.to_string().contains("has no QMP monitor"), "{error}");

@@ -2,7 +2,8 @@
 //! guard's time goes. The guard reads all registers and makes four small writes.
 //!
 //!     cargo run --release -p qmp --example pause -- QMP-SOCKET
-use qmp::{Gpa, Machine, PauseTimes};
+use guest_core::Gpa;
+use qmp::{Machine, PauseTimes};
 use std::path::Path;
 use std::time::{Duration, Instant};
 

@@ -1,15 +1,15 @@
-//! Readers of QEMU's bytes that only this crate uses, as its fuzz targets call them. Nobody else needs them.
+//! Private parsers of QEMU's bytes, for the fuzz targets alone.
 
 use crate::client::read_all;
-use crate::cpu::CpuState;
 use crate::gdb::{Layout, Receiver, from_hex, includes};
+use guest_core::Registers;
 
-/// Reads bytes from a QMP socket as far as they are messages, and counts those.
+/// Parses the bytes of a QMP socket up to the first that are no message, and counts the messages.
 pub fn messages(bytes: &[u8]) -> usize {
     read_all(bytes)
 }
 
-/// Cuts bytes from the GDB stub, which come in pieces of that length, into packets, and reads each as hexadecimal.
+/// Splits bytes from the GDB stub, which arrive in fragments of that length, into packets, and decodes each as hexadecimal.
 pub fn packets(bytes: &[u8], piece_len: usize) -> Vec<Option<Vec<u8>>> {
     let (mut receiver, mut found) = (Receiver::default(), Vec::new());
     for piece in bytes.chunks(piece_len.max(1)) {
@@ -25,8 +25,8 @@ pub fn packets(bytes: &[u8], piece_len: usize) -> Vec<Option<Vec<u8>>> {
     found
 }
 
-/// Reads the GDB stub's description of its registers, and the registers that a reply has.
-pub fn registers(target: &str, features: &[String], reply: &[u8]) -> Option<CpuState> {
+/// Parses the GDB stub's description of its registers, and the registers of a reply.
+pub fn registers(target: &str, features: &[String], reply: &[u8]) -> Option<Registers> {
     let _ = includes(target);
     Layout::parse(features).ok()?.decode(reply).ok()
 }

@@ -1,12 +1,10 @@
-//! Talks to QEMU, and knows nothing of what runs in the guest.
+//! A client of QEMU. It knows nothing of what runs in the guest, and uses only the shared types of `guest_core`: addresses and registers.
 //!
-//! - [`Client`]: a QMP connection: typed commands, events, descriptor passing. Asynchronous.
-//! - [`Machine`]: one QEMU, blocking: what it is, where its guest's RAM is ([`RamMap`]), its vCPUs ([`CpuState`]).
-//! - [`Paused`]: the guest stopped: registers, writes that reach translated code, resume on every path.
-//! - [`migrate`]: a guest moved into another QEMU of the same host.
-//! - [`recover`]: undoes and resumes for a process that was killed in its pause.
+//! - [`Client`]: a QMP monitor: typed commands, events and descriptor passing over any [`Transport`]. It is asynchronous.
+//! - [`Machine`]: one QEMU, with blocking methods: its properties, its guest's RAM ([`RamMap`]) and vCPUs ([`guest_core::Registers`]).
+//! - [`Paused`]: a paused guest: registers, writes that change translated code, and a resume on every path.
+//! - [`migrate`]: the migration of a guest to another QEMU of the same host.
 
-pub mod addr;
 pub mod client;
 pub mod cpu;
 #[doc(hidden)]
@@ -17,9 +15,7 @@ pub mod memory;
 pub mod migrate;
 pub mod text;
 
-pub use addr::{Gpa, Hva};
-pub use client::{Client, CommandError, ConnectError, Event};
-pub use cpu::CpuState;
-pub use machine::{Machine, PauseError, PauseTimes, Paused, RunState, recover};
+pub use client::{Client, CommandError, ConnectError, Event, Transport};
+pub use machine::{Machine, PauseError, PauseTimes, Paused, RunState};
 pub use memory::{Backing, RamMap, RamRegion};
 pub use text::TextError;

@@ -1,18 +1,18 @@
-//! What the parsers of human-readable QEMU output have in common.
+//! The common parts of the parsers of human-readable QEMU output.
 
-/// Output of QEMU, or of the host's /proc, that is not of a form seen before.
+/// Output of QEMU, or of the host's /proc, that has an unknown form.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("`{source_name}` printed what is not understood: expected {expected}, found {found:?}")]
 pub struct TextError {
-    /// The command or file that the text is from.
+    /// The command or file that the text comes from.
     pub source_name: &'static str,
-    /// What should have been there.
+    /// The expected form.
     pub expected: &'static str,
     /// The line, or the beginning of the text.
     pub found: String,
 }
 
-/// Characters of a foreign text quoted in an error.
+/// Most characters of a text that an error quotes.
 const QUOTED_CHARS: usize = 160;
 
 impl TextError {
@@ -25,7 +25,7 @@ impl TextError {
     }
 }
 
-/// A hexadecimal number, with or without `0x`. Signs and separators are refused.
+/// Parses a hexadecimal number, with or without `0x`. Refuses signs and separators.
 pub(crate) fn hex(text: &str) -> Option<u64> {
     let digits = text.strip_prefix("0x").unwrap_or(text);
     if digits.is_empty() || !digits.bytes().all(|digit| digit.is_ascii_hexdigit()) {

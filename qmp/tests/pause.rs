@@ -3,8 +3,9 @@
 mod common;
 
 use common::{PATIENCE, Qemu, TempDir};
+use guest_core::{Gpa, Registers};
 use qmp::machine::StubOpenError;
-use qmp::{Backing, CpuState, Gpa, Machine, PauseError, Paused, RunState};
+use qmp::{Backing, Machine, PauseError, Paused, RamRegion, RunState};
 use serde_json::{Value, json};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::os::unix::net::UnixListener;
@@ -22,8 +23,8 @@ fn attach(qemu: &Qemu) -> Machine {
 }
 
 /// What both sources tell: `info registers` has no KERNEL_GS_BASE, the stub no IDT, and flags differ under TCG.
-fn comparable(state: &CpuState) -> CpuState {
-    CpuState {
+fn comparable(state: &Registers) -> Registers {
+    Registers {
         kernel_gs_base: None,
         idt_base: None,
         rflags: 0,
@@ -88,7 +89,8 @@ fn writes_are_in_guest_memory_while_still_paused() {
     let qemu = Qemu::start(&MEMFD);
     let mut machine = attach(&qemu);
     let map = machine.ram_map(machine.pid().unwrap()).unwrap();
-    let region = map.region_of(Gpa(0x20_0000), 0x10_0000).unwrap();
+    let holds = |region: &&RamRegion| region.gpa.0 <= 0x20_0000 && 0x30_0000 <= region.gpa.0 + region.len;
+    let region = map.regions.iter().find(holds).unwrap();
     let Backing::Shared(file) = &region.backing else {
         panic!("{region:?}")
     };
@@ -282,7 +284,7 @@ fn after_a_write_that_failed_nothing_is_on_its_way_and_the_guest_still_stopped()
     let mut paused = fail_to_write(&qemu, &mut machine);
     let at = Gpa(0x20_0000);
     assert!(paused.write(&[(at, b"old")]).is_err());
-    paused.settle().unwrap();
+    paused.drain().unwrap();
     paused.write(&[(at, b"old")]).unwrap();
     assert_eq!(paused.machine().run_state().unwrap(), RunState::Paused);
     let mut bytes = [0; 3];
@@ -311,7 +313,7 @@ fn what_was_written_is_not_taken_back_in_a_guest_that_somebody_has_let_go_on() {
     let mut paused = fail_to_write(&qemu, &mut machine);
     let client = paused.machine().client();
     paused.machine().block_on(client.execute(qapi::qmp::cont {})).unwrap();
-    assert!(matches!(paused.settle(), Err(PauseError::State(RunState::Running))));
+    assert!(matches!(paused.drain(), Err(PauseError::State(RunState::Running))));
     drop(paused);
     assert_eq!(machine.run_state().unwrap(), RunState::Running);
 }

@@ -3,8 +3,10 @@
 mod common;
 
 use common::{PATIENCE, Qemu};
-use qmp::{Gpa, Machine, RunState, recover};
+use guest_core::Gpa;
+use qmp::{Machine, RunState};
 use std::io::{BufRead, BufReader};
+use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
@@ -53,6 +55,21 @@ fn start_victim(qemu: &Qemu, what: &str) -> Child {
     victim
 }
 
+/// What the supervisor does for a process that was killed: connects anew, closes the stub that was left, writes with the vCPUs stopped, and
+/// lets the guest run if it did, or if `resume` says that it did before the pause.
+fn recover(qmp: &Path, writes: &[(Gpa, &[u8])], resume: bool) {
+    let mut machine = Machine::attach(qmp, PATIENCE).unwrap();
+    machine.close_left_stub().unwrap();
+    if !writes.is_empty() {
+        let mut paused = machine.pause_to_recover().unwrap();
+        paused.write(writes).unwrap();
+        paused.resume().unwrap();
+    }
+    if resume && machine.run_state().unwrap() == RunState::Paused {
+        machine.block_on(machine.client().execute(qapi::qmp::cont {})).unwrap();
+    }
+}
+
 fn state_and_bytes(qemu: &Qemu) -> (RunState, [u8; 4]) {
     let mut machine = Machine::attach(&qemu.qmp(), PATIENCE).unwrap();
     let state = machine.run_state().unwrap();
@@ -67,7 +84,7 @@ fn a_guest_left_paused_by_a_killed_process_is_undone_and_runs() {
     let mut victim = start_victim(&qemu, WAITS);
     victim.kill().unwrap();
     victim.wait().unwrap();
-    recover(&qemu.qmp(), PATIENCE, &[(AT, b"old!")], true).unwrap();
+    recover(&qemu.qmp(), &[(AT, b"old!")], true);
     assert_eq!(state_and_bytes(&qemu), (RunState::Running, *b"old!"));
 }
 
@@ -77,15 +94,15 @@ fn without_resume_the_guest_is_undone_and_stays_paused() {
     let mut victim = start_victim(&qemu, WAITS);
     victim.kill().unwrap();
     victim.wait().unwrap();
-    recover(&qemu.qmp(), PATIENCE, &[(AT, b"old!")], false).unwrap();
+    recover(&qemu.qmp(), &[(AT, b"old!")], false);
     assert_eq!(state_and_bytes(&qemu), (RunState::Paused, *b"old!"));
 }
 
 #[test]
 fn a_guest_that_runs_is_written_and_runs_on() {
     let qemu = Qemu::start(&["-M", "q35"]);
-    recover(&qemu.qmp(), PATIENCE, &[(AT, b"old!")], true).unwrap();
-    recover(&qemu.qmp(), PATIENCE, &[], true).unwrap();
+    recover(&qemu.qmp(), &[(AT, b"old!")], true);
+    recover(&qemu.qmp(), &[], true);
     assert_eq!(state_and_bytes(&qemu), (RunState::Running, *b"old!"));
 }
 
@@ -97,11 +114,31 @@ fn killed_at_any_instant_the_guest_is_undone_and_runs() {
         std::thread::sleep(Duration::from_micros(instant * 700));
         victim.kill().unwrap();
         victim.wait().unwrap();
-        recover(&qemu.qmp(), PATIENCE, &[(AT, b"old!")], true).unwrap();
+        recover(&qemu.qmp(), &[(AT, b"old!")], true);
         assert_eq!(
             state_and_bytes(&qemu),
             (RunState::Running, *b"old!"),
             "instant {instant}"
         );
     }
+}
+
+#[test]
+fn half_a_change_is_undone_while_a_migration_is_under_way() {
+    let qemu = Qemu::start(&["-M", "q35"]);
+    let mut victim = start_victim(&qemu, WAITS);
+    victim.kill().unwrap();
+    victim.wait().unwrap();
+    let machine = Machine::attach(&qemu.qmp(), PATIENCE).unwrap();
+    let migrate = serde_json::json!({ "uri": "exec:sleep 60" });
+    machine
+        .block_on(machine.client().execute_as::<serde_json::Value>("migrate", migrate))
+        .unwrap();
+    assert!(machine.busy_with().unwrap().is_some());
+    drop(machine);
+    recover(&qemu.qmp(), &[(AT, b"old!")], true);
+    let mut machine = Machine::attach(&qemu.qmp(), PATIENCE).unwrap();
+    let mut bytes = [0; 4];
+    machine.pause_to_recover().unwrap().read(AT, &mut bytes).unwrap();
+    assert_eq!(bytes, *b"old!");
 }

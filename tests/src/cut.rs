@@ -12,11 +12,14 @@ use crate::processes::as_pid;
 
 /// System calls of x86-64 (`arch/x86/entry/syscalls/syscall_64.tbl`).
 const WRITE: u64 = 1;
+const CONNECT: u64 = 42;
 const SENDTO: u64 = 44;
 const KILL: u64 = 62;
 const RENAME: u64 = 82;
 const SENDMSG: u64 = 46;
 const SHUTDOWN: u64 = 48;
+/// How the way to the stub's socket, which has no name any more, begins.
+const STUB: &[u8] = b"/proc/self/fd/";
 /// What the kernel takes as no system call at all.
 const NONE: u64 = u64::MAX;
 /// Standard error: descriptors above it are sockets and files of the program's own.
@@ -29,6 +32,12 @@ const NO_RESULT: u64 = (-38_i64).cast_unsigned();
 pub enum Call {
     /// It tells somebody this one byte.
     Tell(u8),
+    /// It tells its supervisor what it is about to change.
+    Watch,
+    /// It tells its supervisor that nothing is to be taken back any more.
+    Release,
+    /// It connects to QEMU's GDB stub, which pauses the guest.
+    Pause,
     /// It has QEMU's GDB stub write memory.
     WriteMemory,
     /// It has QEMU's GDB stub let the guest run: it leaves physical memory mode and detaches.
@@ -57,6 +66,10 @@ impl Call {
                 let is_one = (number == WRITE || number == SENDTO) && registers.rdx == 1;
                 is_one && word(process, registers.rsi).to_ne_bytes().first() == Some(&byte)
             }
+            Self::Watch => sends(process, registers, br#"{"journa"#),
+            Self::Release => sends(process, registers, b"null"),
+            // Behind the two bytes of the address family.
+            Self::Pause => number == CONNECT && starts_with(process, registers.rsi.wrapping_add(2), STUB),
             Self::WriteMemory => sends(process, registers, b"$M"),
             Self::Resume => sends(process, registers, b"$Qqemu.PhyMemMode:0#"),
             Self::Rename => number == RENAME,
@@ -66,9 +79,13 @@ impl Call {
 }
 
 fn sends(process: Pid, registers: &user_regs_struct, what: &[u8]) -> bool {
-    let is_send = [WRITE, SENDTO].contains(&registers.orig_rax);
-    let mut pieces = (registers.rsi..).step_by(8).zip(what.chunks(8));
-    is_send && pieces.all(|(at, piece)| word(process, at).to_ne_bytes().starts_with(piece))
+    [WRITE, SENDTO].contains(&registers.orig_rax) && starts_with(process, registers.rsi, what)
+}
+
+/// True where the process has these bytes at that address.
+fn starts_with(process: Pid, at: u64, what: &[u8]) -> bool {
+    let mut pieces = (at..).step_by(8).zip(what.chunks(8));
+    pieces.all(|(at, piece)| word(process, at).to_ne_bytes().starts_with(piece))
 }
 
 fn word(process: Pid, address: u64) -> i64 {

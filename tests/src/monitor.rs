@@ -27,12 +27,17 @@ impl Monitor {
     /// If the guest has no second socket, or it is in use.
     pub fn second(guest: &Guest) -> Self {
         let paths = guest.qmp_paths();
-        Self::connect(paths.get(1).expect("the guest has two QMP sockets")).expect("its second QMP socket is free")
+        let path = paths.get(1).expect("the guest has two QMP sockets");
+        let stream = guest.host().connect(path).expect("its second QMP socket is there");
+        Self::over(stream).expect("its second QMP socket is free")
     }
 
     /// On that socket.
     pub fn connect(path: &Path) -> io::Result<Self> {
-        let stream = UnixStream::connect(path)?;
+        Self::over(UnixStream::connect(path)?)
+    }
+
+    fn over(stream: UnixStream) -> io::Result<Self> {
         stream.set_read_timeout(Some(ANSWER_LIMIT))?;
         let mut monitor = Self {
             stream: BufReader::new(stream),

@@ -36,13 +36,22 @@ impl<'a> OwnLivepatch<'a> {
     /// If the guest does not take it, or a task never goes over.
     #[track_caller]
     pub fn load(guest: &'a Guest, module: &str, name: &str) -> Self {
-        insert(guest, module).unwrap();
+        Self::try_load(guest, module, name).unwrap()
+    }
+
+    /// As [`OwnLivepatch::load`]. Error: what the guest said, or that a task never went over.
+    ///
+    /// # Panics
+    ///
+    /// If the file can't be read, or not be brought into the guest.
+    pub fn try_load(guest: &'a Guest, module: &str, name: &str) -> Result<Self, String> {
+        insert(guest, module)?;
         let own = Self {
             guest,
             name: name.replace('-', "_"),
         };
-        own.wait_for("[ \"$(cat $0/transition)\" = 0 ]");
-        own
+        own.wait_for("[ \"$(cat $0/transition)\" = 0 ]")?;
+        Ok(own)
     }
 
     /// Turns it off, waits until every task has gone back, and unloads it.
@@ -55,7 +64,7 @@ impl<'a> OwnLivepatch<'a> {
         let off = format!("echo 0 >{}/enabled", self.folder());
         self.guest.text(&["sh", "-c", &off]).unwrap();
         // The folder goes when the transition is over.
-        self.wait_for("[ ! -e $0 ]");
+        self.wait_for("[ ! -e $0 ]").unwrap();
         self.guest.text(&["rmmod", &self.name]).unwrap();
     }
 
@@ -63,13 +72,15 @@ impl<'a> OwnLivepatch<'a> {
         format!("/sys/kernel/livepatch/{}", self.name)
     }
 
-    #[track_caller]
-    fn wait_for(&self, condition: &str) {
+    fn wait_for(&self, condition: &str) -> Result<(), String> {
         let start = Instant::now();
         let folder = self.folder();
         let holds = || self.guest.run(&["sh", "-c", condition, &folder]).unwrap();
         while !holds().status.success() {
-            assert!(start.elapsed() < TRANSITION_LIMIT, "never {condition} of {folder}");
+            if start.elapsed() >= TRANSITION_LIMIT {
+                return Err(format!("never {condition} of {folder}"));
+            }
         }
+        Ok(())
     }
 }

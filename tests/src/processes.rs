@@ -38,6 +38,14 @@ pub fn kill_group(leader: u32, signal: Signal) {
     sent(signal::killpg(as_pid(leader), signal));
 }
 
+/// True for a process that a signal has stopped.
+pub fn is_stopped(pid: u32) -> bool {
+    // The name may hold anything, a bracket too; the state is behind it (proc(5)).
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    let behind = stat.rsplit_once(") ").map(|(_, behind)| behind);
+    behind.is_some_and(|behind| behind.starts_with('T'))
+}
+
 fn sent(result: nix::Result<()>) {
     assert!(matches!(result, Ok(()) | Err(Errno::ESRCH)), "{result:?}");
 }

@@ -3,10 +3,11 @@
 use std::fmt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
-use std::sync::LazyLock;
+use std::sync::{Arc, LazyLock};
 use std::time::{Duration, Instant};
 
 use images::guest::Guest;
+use images::host::{Host, ThisMachine};
 use serde_json::Value;
 
 /// The optimised program, built from the sources as they are now: a test of an older one would prove nothing.
@@ -46,17 +47,26 @@ fn build() -> Result<PathBuf, String> {
         .ok_or_else(|| "cargo built vmpatch, but does not say where".to_owned())
 }
 
+/// What `--timeout` is by itself.
+const TIMEOUT_S: u32 = 10;
+
 /// vmpatch with one guest.
 #[derive(Clone, Debug)]
 pub struct Vmpatch {
     target: [String; 2],
     folder: Option<PathBuf>,
+    host: Arc<dyn Host>,
 }
 
 impl Vmpatch {
-    /// For this guest, by its name.
+    /// For this guest, by its name, on the machine that the guest's QEMU runs on. In a box, vmpatch and the modules that it is to apply
+    /// are placed before it runs, and `--timeout` is longer, by [`Vmpatch::run`] and what is made of it; the other methods are for
+    /// this machine.
     pub fn on(guest: &Guest) -> Self {
-        Self::domain(guest.name())
+        Self {
+            host: Arc::clone(guest.host()),
+            ..Self::domain(guest.name())
+        }
     }
 
     /// For the domain of that name, which need not exist.
@@ -64,6 +74,7 @@ impl Vmpatch {
         Self {
             target: ["--domain".into(), name.into()],
             folder: None,
+            host: Arc::new(ThisMachine),
         }
     }
 
@@ -72,6 +83,7 @@ impl Vmpatch {
         Self {
             target: ["--qmp".into(), path.display().to_string()],
             folder: None,
+            host: Arc::new(ThisMachine),
         }
     }
 
@@ -88,10 +100,13 @@ impl Vmpatch {
     ///
     /// If it can't be built or started.
     pub fn run(&self, args: &[&str]) -> Answer {
-        let mut command = self.command(args);
-        let start = Instant::now();
-        let output = command.output().expect("vmpatch starts");
-        Answer::new(self.line(args), output, start.elapsed())
+        let mut words = self.words(args);
+        // In a box, safe moments are as slow to come as all else.
+        let timeout = (TIMEOUT_S * self.host.slowness()).to_string();
+        if self.host.slowness() > 1 && !args.contains(&"--timeout") {
+            words.extend(["--timeout", &timeout]);
+        }
+        self.run_line(&words, self.folder.as_deref().unwrap_or(Path::new("/")))
     }
 
     /// Runs it without naming the guest.
@@ -100,14 +115,22 @@ impl Vmpatch {
     ///
     /// If it can't be built or started.
     pub fn run_bare(&self, args: &[&str]) -> Answer {
-        let mut command = Command::new(program().expect("vmpatch builds"));
+        self.run_line(args, Path::new("."))
+    }
+
+    fn run_line(&self, args: &[&str], folder: &Path) -> Answer {
+        let program = program().expect("vmpatch builds");
+        self.host.place_program(program).expect("vmpatch is on its host");
+        for module in args.iter().filter(|arg| arg.ends_with(".ko")).map(Path::new) {
+            // One that does not exist is for vmpatch to name.
+            if module.exists() {
+                self.host.place(module).expect("the module is on vmpatch's host");
+            }
+        }
+        let program = program.to_string_lossy();
         let start = Instant::now();
-        let output = command
-            .args(args)
-            .stdin(Stdio::null())
-            .output()
-            .expect("vmpatch starts");
-        Answer::new([&["vmpatch"], args].concat().join(" "), output, start.elapsed())
+        let output = self.host.output(&[&[&*program], args].concat(), folder);
+        Answer::new(line(args), output.expect("vmpatch starts"), start.elapsed())
     }
 
     /// Starts it, as the leader of a process group, as a shell does.
@@ -121,7 +144,7 @@ impl Vmpatch {
         // Whoever runs the tests in the background of a script has Ctrl-C ignored, and that is inherited; an operator has not.
         let mut command = Command::new("env");
         command
-            .arg("--default-signal=INT")
+            .arg("--default-signal=INT,TSTP")
             .arg(plain.get_program())
             .args(plain.get_args());
         command
@@ -222,14 +245,19 @@ impl Vmpatch {
     }
 
     fn line(&self, args: &[&str]) -> String {
-        ["vmpatch"]
-            .iter()
-            .copied()
-            .chain(self.target.iter().map(String::as_str))
-            .chain(args.iter().copied())
-            .collect::<Vec<_>>()
-            .join(" ")
+        line(&self.words(args))
     }
+
+    /// What stands behind the program's name.
+    fn words<'a>(&'a self, args: &[&'a str]) -> Vec<&'a str> {
+        let target = self.target.iter().map(String::as_str);
+        target.chain(args.iter().copied()).collect()
+    }
+}
+
+/// As it would be typed.
+fn line(words: &[&str]) -> String {
+    [&["vmpatch"], words].concat().join(" ")
 }
 
 /// What a run of vmpatch ended with.

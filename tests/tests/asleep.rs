@@ -18,6 +18,12 @@ use images::kernel::Kernel;
 const SLEPT_IN: [&str; 2] = ["__do_sys_pause", "__x64_sys_pause"];
 /// A function that the module `pair` replaces.
 const REPLACED: &str = "si_meminfo";
+/// The function that a BPF program is attached to that takes nearly all of a CPU's time.
+const CALLED: &str = "__do_sys_getppid";
+/// More moments than it takes to meet that program.
+const MOMENTS: usize = 10;
+/// How long a program in the guest may take to get somewhere; the host may be busy with other guests.
+const PROGRAM_LIMIT: Duration = Duration::from_secs(60);
 /// The task that no list names sleeps for 25 s of the guest's time.
 const AWAKE_MAX: Duration = Duration::from_secs(120);
 
@@ -62,6 +68,34 @@ impl Bed<'_> {
         self.vmpatch.revert_all();
         assert_eq!(see(self.guest, program), Seen::Flawed);
         assert_eq!(holder.wake(self.guest), Seen::Fixed);
+    }
+
+    /// A CPU in the middle of a BPF program: nothing tells how much of its stack the program has taken, and the program is named.
+    fn in_bpf(&self) {
+        let busy = self
+            .guest
+            .spawn(&["/opt/fexit", "busy", CALLED])
+            .expect("the guest runs a program");
+        busy.wait_for_stdout("started", PROGRAM_LIMIT).unwrap();
+        let module = self.modules.applied(Applied::Pair);
+        // One pause each. Nearly all of the time the CPU is in the program.
+        let complaint = (0..MOMENTS).find_map(|_| {
+            let tried = self.vmpatch.run(&["apply", "--timeout", "0", &module]);
+            if tried.code == Some(0) {
+                self.vmpatch.revert_all();
+                return None;
+            }
+            Some(tried.expect(4).complaint().to_owned())
+        });
+        let complaint = complaint.expect("a pause falls into the program");
+        assert!(
+            complaint.contains("is in BPF's bpf_prog_") && complaint.contains("which was interrupted there"),
+            "{complaint}"
+        );
+        self.guest.text(&["kill", &busy.pid().to_string()]).unwrap();
+        assert_eq!(busy.wait(PROGRAM_LIMIT).unwrap().status.code(), Some(0));
+        self.vmpatch.apply(&module);
+        self.vmpatch.revert_all();
     }
 
     /// A task whose return address a return probe, the function graph tracer, or both keep, and which BPF programs have called.
@@ -123,6 +157,7 @@ fn tasks_asleep_are_seen_and_in_the_way_of_nothing_else(kernel: Kernel) {
         vmpatch: Vmpatch::on(&guest),
     };
     bed.below_bpf();
+    bed.in_bpf();
     bed.of_a_function_with_bpf();
     bed.below_tracers();
     bed.on_no_list();

@@ -4,6 +4,7 @@ use std::fs;
 use std::path::Path;
 
 use e2e::fixes::KERNEL;
+use e2e::rules::{KERNEL_6_12, KERNEL_7_2};
 use e2e::vmpatch::{Answer, Vmpatch};
 
 /// A hunk of a diff: the file, the first line of the hunk, and its lines.
@@ -46,8 +47,19 @@ const VDSO: Hunk = (
     "-\treturn __cvdso_time(t);\n+\treturn __cvdso_time(t) + 1;\n",
 );
 
-/// Builds a diff of these hunks.
+/// No change of code, in a header that some files read.
+const COMMENT: Hunk = (
+    "ipc/util.h",
+    1,
+    "-/* SPDX-License-Identifier: GPL-2.0 */\n+/* SPDX-License-Identifier:  GPL-2.0 */\n",
+);
+
+/// Builds a diff of these hunks for the kernel that most is tried on.
 fn build(name: &str, hunks: &[Hunk]) -> Answer {
+    build_for(KERNEL, name, hunks)
+}
+
+fn build_for(kernel: &str, name: &str, hunks: &[Hunk]) -> Answer {
     let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("reach-{}-{name}", std::process::id()));
     fs::create_dir_all(&folder).unwrap();
     let mut text = String::new();
@@ -64,7 +76,7 @@ fn build(name: &str, hunks: &[Hunk]) -> Answer {
         patch.display().to_string(),
         folder.join("reach.ko").display().to_string(),
     );
-    let answer = Vmpatch::domain("none").run_bare(&["build", "--kernel", KERNEL, &patch, "-o", &output, "--explain"]);
+    let answer = Vmpatch::domain("none").run_bare(&["build", "--kernel", kernel, &patch, "-o", &output, "--explain"]);
     fs::remove_dir_all(&folder).unwrap();
     answer
 }
@@ -121,4 +133,12 @@ fn a_change_of_the_vdso_is_refused_by_name() {
             .contains("vclock_gettime.c is changed, and compiled for the vDSO"),
         "{answer}"
     );
+}
+
+#[test]
+fn a_comment_in_a_header_changes_nothing_of_kernels_whose_objects_objtool_reads_late() {
+    for kernel in [KERNEL_6_12, KERNEL_7_2] {
+        let answer = build_for(kernel.package(), "comment", &[COMMENT]).expect(3);
+        assert!(answer.complaint().contains("changes no code and no data"), "{answer}");
+    }
 }

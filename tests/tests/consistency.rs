@@ -7,14 +7,11 @@
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use clap::Parser;
 use e2e::bed::{self, assert_healthy};
 use e2e::kit::{self, Modules};
 use e2e::probe::{Calls, Seen, see};
-use e2e::vmpatch::program;
-use host_agent::cli::Cli;
-use host_agent::progress::Progress;
-use host_agent::session::{Session, Target};
+use e2e::session;
+use host_agent::chain::chain;
 use images::build::hand_written::Applied;
 use images::kernel::Kernel;
 
@@ -27,7 +24,7 @@ const TASKS: &str = "2";
 /// How long the program may take to start and to end on a guest that is all busy.
 const PROGRAM_LIMIT: Duration = Duration::from_secs(30);
 /// Time for one safe moment; the default of the command line is made for guests that do not call the function all the time.
-const TIMEOUT: &str = "60";
+const TIMEOUT: Duration = Duration::from_secs(60);
 
 #[test]
 fn over_a_thousand_cycles_no_old_function_reaches_a_new_one_nor_the_reverse() {
@@ -39,18 +36,17 @@ fn over_a_thousand_cycles_no_old_function_reaches_a_new_one_nor_the_reverse() {
     let load = guest.spawn(&["/opt/pair", "load", "0", TASKS]).unwrap();
     load.wait_for_stdout("started", PROGRAM_LIMIT).unwrap();
 
-    let options = Cli::parse_from(["vmpatch", "--domain", guest.name(), "--timeout", TIMEOUT]).options;
-    let mut session = Session::open(&Target::from_options(&options).unwrap(), &Progress::new(0)).unwrap();
-    session.supervisor = program().unwrap().to_owned();
+    let options = session::options(TIMEOUT);
+    let mut session = session::open(&guest).unwrap();
     session.tidy().unwrap();
     let start = Instant::now();
     let mut tries = [0; 2];
     for cycle in 0..CYCLES {
         let applied = session.apply(Path::new(&module), &bytes, &options);
-        let (record, committed) = applied.unwrap_or_else(|error| panic!("cycle {cycle}: {:?}", error.chain()));
+        let (record, committed) = applied.unwrap_or_else(|error| panic!("cycle {cycle}: {:?}", chain(&error)));
         tries[0] += committed.tries;
         let reverted = session.revert(&record.id, &options);
-        let (_, committed) = reverted.unwrap_or_else(|error| panic!("cycle {cycle}: {:?}", error.chain()));
+        let (_, committed) = reverted.unwrap_or_else(|error| panic!("cycle {cycle}: {:?}", chain(&error)));
         tries[1] += committed.tries;
         if (cycle + 1) % CYCLES_SAID == 0 {
             println!("{} cycles after {:?}, {tries:?} pauses", cycle + 1, start.elapsed());

@@ -5,6 +5,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use e2e::bed;
+use e2e::cut::{Call, Side, let_go, run_to};
 use e2e::kit::{self, Modules};
 use e2e::monitor::Monitor;
 use e2e::probe::{Seen, see};
@@ -30,7 +31,12 @@ struct Patched {
 
 impl Patched {
     fn new(words: &str) -> Self {
-        let mut config = kit::guest(Kernel::CLOUD_6_1).append("memhp_default_state=online");
+        Self::with_memory_online_as("online", words)
+    }
+
+    /// With memory that is plugged in used like that.
+    fn with_memory_online_as(state: &str, words: &str) -> Self {
+        let mut config = kit::guest(Kernel::CLOUD_6_1).append(&format!("memhp_default_state={state}"));
         // Its PCI bus takes devices while it runs.
         config.machine = "pc".to_owned();
         let guest = Guest::boot(words.split(' ').fold(config, GuestConfig::qemu_arg)).unwrap();
@@ -143,6 +149,27 @@ fn memory() {
 }
 
 #[test]
+fn memory_that_goes_again() {
+    let words = "-m slots=4,maxmem=4G -machine nvdimm=on";
+    let mut patched = Patched::with_memory_online_as("online_movable", words);
+    let before = patched.total_mib();
+    for (driver, kind) in [("pc-dimm", "ram"), ("pc-dimm", "memfd"), ("nvdimm", "memfd")] {
+        patched.backend(kind, "plugged", 256);
+        patched.call("device_add", json!({"driver": driver, "memdev": "plugged", "id": "d0"}));
+        if driver == "pc-dimm" {
+            patched.wait_for_mib("a DIMM", |mib| mib >= before + 200);
+        }
+        patched.still_works(&format!("device_add of {driver}, {kind}"));
+        if driver == "pc-dimm" {
+            patched.unplug("d0");
+            patched.still_works(&format!("device_del of {driver}, {kind}"));
+            patched.call("object-del", json!({"id": "plugged"}));
+            patched.still_works("object-del of what it had");
+        }
+    }
+}
+
+#[test]
 fn cpus() {
     let mut patched = Patched::new("-smp maxcpus=4");
     let online = |patched: &Patched, cpu: u32, on: &str| {
@@ -172,6 +199,32 @@ fn cpus() {
     online(&patched, 2, "0");
     patched.unplug("cpu-new");
     patched.still_works("device_del of a CPU");
+}
+
+/// As long as the guest has it, a vCPU that was plugged in is known to QMP and to the GDB stub, but one of the two was asked before.
+#[test]
+fn a_cpu_that_comes_between_the_questions_for_the_vcpus_and_the_pause() {
+    let mut patched = Patched::new("-smp maxcpus=8");
+    let all = patched.call("query-hotpluggable-cpus", json!({}));
+    let free = all
+        .as_array()
+        .unwrap()
+        .iter()
+        .filter(|cpu| cpu.get("qom-path").is_none());
+    let places: Vec<Value> = free.cloned().collect();
+    let module = MODULES.cve(Cve::Y2026N52928);
+    let commands = [vec!["revert", "--all"], vec!["apply", &module]];
+    for (number, (place, command)) in places.iter().zip(commands.iter().cycle()).take(4).enumerate() {
+        let child = patched.vmpatch.start(command);
+        run_to(&child, Call::Pause, 1, Side::Before);
+        let mut device = place["props"].clone();
+        device["driver"] = place["type"].clone();
+        device["id"] = json!(format!("cpu-{number}"));
+        patched.call("device_add", device);
+        let_go(&child);
+        patched.vmpatch.finish(command, child).expect(0);
+    }
+    patched.still_works("CPUs that came meanwhile");
 }
 
 #[test]

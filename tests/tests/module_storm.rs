@@ -6,13 +6,10 @@
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use clap::Parser;
 use e2e::bed::{self, assert_healthy};
 use e2e::kit::{self, Modules};
-use e2e::vmpatch::program;
-use host_agent::cli::Cli;
-use host_agent::progress::Progress;
-use host_agent::session::{Session, Target};
+use e2e::session;
+use host_agent::chain::chain;
 use images::build::hand_written::Applied;
 use images::kernel::Kernel;
 
@@ -22,7 +19,7 @@ const SECONDS_SHORT: u64 = 25;
 /// vCPUs, likewise.
 const VCPUS: &str = "VMPATCH_STORM_VCPUS";
 /// For each apply and revert.
-const TIMEOUT: &str = "20";
+const TIMEOUT: Duration = Duration::from_secs(20);
 /// Loads and unloads the module until it is told to stop, and counts.
 const STORM: &str = "n=0; while [ ! -e /tmp/stop ]; do insmod /tmp/vmpatch_target.ko && rmmod vmpatch_target && n=$((n+1)); done; echo $n";
 /// How long the last load and unload may take.
@@ -45,17 +42,16 @@ fn modules_and_patches_come_and_go_at_the_same_time() {
     let bytes = std::fs::read(&module).unwrap();
     let storm = guest.spawn(&["sh", "-c", STORM]).unwrap();
 
-    let options = Cli::parse_from(["vmpatch", "--domain", guest.name(), "--timeout", TIMEOUT]).options;
-    let mut session = Session::open(&Target::from_options(&options).unwrap(), &Progress::new(0)).unwrap();
-    session.supervisor = program().unwrap().to_owned();
+    let options = session::options(TIMEOUT);
+    let mut session = session::open(&guest).unwrap();
     session.tidy().unwrap();
     let (start, seconds) = (Instant::now(), number(SECONDS).unwrap_or(SECONDS_SHORT));
     let (mut cycles, mut pauses, mut pause_us_max) = (0, 0, 0);
     while start.elapsed() < Duration::from_secs(seconds) {
         let applied = session.apply(Path::new(&module), &bytes, &options);
-        let (record, applied) = applied.unwrap_or_else(|error| panic!("cycle {cycles}: {:?}", error.chain()));
+        let (record, applied) = applied.unwrap_or_else(|error| panic!("cycle {cycles}: {:?}", chain(&error)));
         let reverted = session.revert(&record.id, &options);
-        let (_, reverted) = reverted.unwrap_or_else(|error| panic!("cycle {cycles}: {:?}", error.chain()));
+        let (_, reverted) = reverted.unwrap_or_else(|error| panic!("cycle {cycles}: {:?}", chain(&error)));
         cycles += 1;
         pauses += applied.tries + reverted.tries;
         pause_us_max = applied.pause_us_max.max(reverted.pause_us_max).max(pause_us_max);

@@ -136,7 +136,7 @@ fn a_module_that_does_not_fit_is_refused_by_name() {
         refused(Refused::Ambiguous, "function c_start: 3 symbols of that name"),
         refused(Refused::NoSuchPosition, "function c_start: symbol position 99"),
         refused(Refused::TooShort, "too short to redirect"),
-        refused(Refused::PercpuData, "wants 16000 bytes of per-CPU memory in one piece"),
+        refused(Refused::PercpuData, "needs 16000 contiguous bytes of per-CPU memory"),
         refused(Refused::Callbacks, "object vmlinux has a pre_patch callback"),
         refused(Refused::TooBig, "does not fit"),
         refused(Refused::NoLivepatch, "is not a livepatch module"),
@@ -228,39 +228,75 @@ fn holds_no_kernel(guest: &Guest) {
     assert_eq!(monitor.run_state(), "running");
 }
 
+/// A guest with a screen, which shows what it runs.
 fn machine() -> GuestConfig {
-    GuestConfig {
+    let config = GuestConfig {
         qmp: kit::guest(Kernel::CLOUD_6_1).qmp,
         ..GuestConfig::without_kernel()
+    };
+    config.qemu_arg("-vga").qemu_arg("std")
+}
+
+/// What the firmware shows when it finds nothing to boot, or nothing any more.
+const NOTHING_TO_BOOT: &str = "No bootable device";
+
+/// The text on a guest's screen: each second byte of the VGA text buffer is a character.
+fn screen(guest: &Guest, folder: &Folder) -> String {
+    const BUFFER: u64 = 0xb_8000;
+    const BUFFER_BYTES: u64 = 2 * 80 * 25;
+    let path = folder.file("screen", b"");
+    let arguments = json!({ "val": BUFFER, "size": BUFFER_BYTES, "filename": path });
+    Monitor::second(guest).call("pmemsave", arguments).unwrap();
+    let bytes = fs::read(path).unwrap();
+    bytes.iter().step_by(2).copied().map(char::from).collect()
+}
+
+/// Starts the guest, waits until its screen shows `text`, and has vmpatch say that it holds no kernel, while the screen goes on to show it.
+fn holds_no_kernel_while_it_shows(text: &str, config: GuestConfig) {
+    // The tests of this file run in one process.
+    let folder = Folder::new(&text.replace(|char: char| !char.is_alphanumeric(), "-"));
+    let guest = Guest::start(config).unwrap();
+    let start = Instant::now();
+    while !screen(&guest, &folder).contains(text) {
+        let shown = || screen(&guest, &folder);
+        assert!(start.elapsed() < BOOT_LIMIT, "no {text:?} in {:?}", shown());
+        std::thread::sleep(Duration::from_millis(200));
     }
+    holds_no_kernel(&guest);
+    let shown = screen(&guest, &folder);
+    assert!(shown.contains(text), "{shown:?}");
+    assert_eq!(shown.contains(NOTHING_TO_BOOT), text == NOTHING_TO_BOOT, "{shown:?}");
 }
 
 #[test]
 fn a_guest_in_its_firmware_is_refused() {
     let guest = Guest::start(machine()).unwrap();
     holds_no_kernel(&guest);
-    // By now the firmware has found nothing to boot.
-    std::thread::sleep(Duration::from_secs(3));
-    holds_no_kernel(&guest);
+    drop(guest);
+    holds_no_kernel_while_it_shows(NOTHING_TO_BOOT, machine());
 }
 
 /// A guest that runs a file of a Debian package in a kernel's stead.
-fn booted_from(package: &str, file: &str) -> Guest {
+fn booted_from(package: &str, file: &str) -> GuestConfig {
     let path = packages::fetch(package, None).unwrap().unpacked().unwrap().join(file);
     assert!(path.exists(), "{}", path.display());
-    let guest = Guest::start(machine().qemu_arg("-kernel").qemu_arg(path.to_str().unwrap())).unwrap();
-    std::thread::sleep(Duration::from_secs(5));
-    guest
+    machine().qemu_arg("-kernel").qemu_arg(path.to_str().unwrap())
 }
 
 #[test]
 fn a_guest_in_its_boot_loader_is_refused() {
-    holds_no_kernel(&booted_from("ipxe", "boot/ipxe.lkrn"));
+    // With a script, iPXE stays at its prompt; without one, and without a network, it goes back to the firmware at once.
+    let folder = Folder::new("script");
+    let script = folder.file("script.ipxe", b"#!ipxe\nshell\n");
+    let config = booted_from("ipxe", "boot/ipxe.lkrn")
+        .qemu_arg("-initrd")
+        .qemu_arg(&script);
+    holds_no_kernel_while_it_shows("iPXE> ", config);
 }
 
 #[test]
 fn a_guest_that_runs_another_system_is_refused() {
-    holds_no_kernel(&booted_from("memtest86+", "boot/memtest86+x64.bin"));
+    holds_no_kernel_while_it_shows("Memtest86+", booted_from("memtest86+", "boot/memtest86+x64.bin"));
 }
 
 #[test]

@@ -1,11 +1,8 @@
 //! Patches are built from the very code that guests run. Over many files: `cargo run --release -p e2e --bin selfcheck`.
 
-use clap::Parser;
 use e2e::selfcheck::Source;
+use e2e::session;
 use e2e::{bed, kit};
-use host_agent::cli::Cli;
-use host_agent::progress::Progress;
-use host_agent::session::{Session, Target};
 use images::kernel::Kernel;
 
 /// Files, of which some are not in this kernel; few, as compiling takes seconds each.
@@ -19,8 +16,7 @@ const FUNCTIONS_MIN: usize = 100;
 fn what_is_compiled_is_what_a_guest_runs_and_lines_in_front_change_nothing() {
     let guest = bed::lend(kit::guest(Kernel::CLOUD_6_1));
     let source = Source::of(&Kernel::CLOUD_6_1).unwrap();
-    let options = Cli::parse_from(["vmpatch", "--domain", guest.name()]).options;
-    let session = Session::open(&Target::from_options(&options).unwrap(), &Progress::new(0)).unwrap();
+    let session = session::open(&guest).unwrap();
     let files = source.files(FILES);
     let tally = source.check(&session.live(), &files, &|_| {}).unwrap();
     assert!(tally.is_clean(), "{tally}");

@@ -1,4 +1,5 @@
-//! A QEMU that is silent for longer than vmpatch waits, as where its storage hangs, in the middle of a commit.
+//! A QEMU that is silent for longer than vmpatch waits, as where its storage hangs, in the middle of a commit; and a vmpatch that is to be
+//! silent, as its operator presses Ctrl-Z.
 
 use std::sync::LazyLock;
 use std::thread::sleep;
@@ -35,7 +36,33 @@ fn run_silenced(guest: &Guest, args: &[&str], silence: Duration) -> Answer {
     processes::kill(guest.pid(), Signal::SIGCONT);
     let answer = vmpatch.finish(args, child);
     println!("{answer}");
+    assert!(answer.stderr.contains("warning: QEMU does not answer"), "{answer}");
     answer
+}
+
+/// How long a guest that is paused may take to run again on a busy host.
+const RUNS_WITHIN: Duration = Duration::from_secs(20);
+
+/// A terminal's stop, which comes as the guest has just been paused, takes effect when the guest runs.
+#[test]
+fn ctrl_z_in_the_pause_does_not_leave_the_guest_paused() {
+    let guest = bed::lend(kit::guest(Kernel::CLOUD_6_1));
+    let mut monitor = Monitor::second(&guest);
+    let vmpatch = Vmpatch::on(&guest);
+    let args = ["apply", MODULE.as_str()];
+    let child = vmpatch.start(&args);
+    run_to(&child, Call::Pause, 1, Side::Behind);
+    processes::kill(child.id(), Signal::SIGTSTP);
+    let_go(&child);
+    let start = Instant::now();
+    while !(processes::is_stopped(child.id()) && monitor.run_state() == "running") {
+        assert!(start.elapsed() < RUNS_WITHIN, "the guest is {}", monitor.run_state());
+        sleep(Duration::from_millis(20));
+    }
+    processes::kill(child.id(), Signal::SIGCONT);
+    vmpatch.finish(&args, child).expect(0);
+    assert_eq!(see(&guest, PROGRAM), Seen::Fixed);
+    vmpatch.revert_all();
 }
 
 #[test]

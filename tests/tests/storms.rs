@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use e2e::storm::cycles::Length;
+use e2e::storm::cycles::{Cycle, Length};
 use e2e::storm::run::{self, Plan};
 use e2e::storm::{Storm, named};
 use images::kernel::Kernel;
@@ -15,12 +15,13 @@ const LENGTH: Length = Length {
 };
 
 #[track_caller]
-fn is_weathered(name: &str) {
+fn is_weathered(name: &str, kernel: Kernel) {
     let storm: &dyn Storm = named(name).expect("there is such a storm");
     let plan = Plan {
-        kernel: Kernel::CLOUD_6_1,
+        kernel,
         vcpus: 2,
         length: LENGTH,
+        cycle: Cycle::Patch,
         timeout: Duration::from_secs(10),
         logs: std::env::temp_dir().join("vmpatch-storms"),
     };
@@ -32,15 +33,21 @@ fn is_weathered(name: &str) {
 
 #[test]
 fn a_guest_whose_tasks_fork_and_exit_is_patched() {
-    is_weathered("processes");
+    is_weathered("processes", Kernel::CLOUD_6_1);
 }
 
 #[test]
 fn a_guest_that_takes_cpus_offline_is_patched() {
-    is_weathered("cpu-online");
+    is_weathered("cpu-online", Kernel::CLOUD_6_1);
 }
 
 #[test]
 fn a_guest_that_is_saved_and_loaded_is_patched() {
-    is_weathered("snapshots");
+    is_weathered("snapshots", Kernel::CLOUD_6_1);
+}
+
+/// This kernel chooses its NOPs by the CPU, and stops where a branch holds another one as a key is flipped.
+#[test]
+fn a_guest_of_5_10_that_flips_static_keys_is_patched() {
+    is_weathered("static-keys", Kernel::CLOUD_5_10);
 }

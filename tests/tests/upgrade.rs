@@ -49,14 +49,14 @@ fn moves(config: GuestConfig, to: &str, way: &str) {
         .expect(0)
         .json();
     assert_eq!(
-        (checked["state"].as_str(), checked["way"].as_str()),
+        (checked["state"].as_str(), checked["method"].as_str()),
         (Some("would move"), Some(way))
     );
     assert_eq!(guest.pid(), old);
     outfit.assert_reached("after --check");
     let report = vmpatch.run(&["upgrade", "--qemu", to, "--json"]).expect(0).json();
     assert_eq!(
-        (report["state"].as_str(), report["way"].as_str()),
+        (report["state"].as_str(), report["method"].as_str()),
         (Some("moved"), Some(way)),
         "{report}"
     );

@@ -189,12 +189,14 @@ fn memory_in_a_folder_and_a_virtio_mem_device_move() {
         let mut guest = Guest::boot(config).unwrap_or_else(|error| panic!("{error}"));
         let _keeper = Keeper::of(&guest);
         let vmpatch = Vmpatch::on(&guest);
-        vmpatch.run(&["upgrade", "--qemu", INSTALLED, "--way", other]).expect(3);
+        vmpatch
+            .run(&["upgrade", "--qemu", INSTALLED, "--method", other])
+            .expect(3);
         let report = vmpatch
             .run(&["upgrade", "--qemu", INSTALLED, "--json"])
             .expect(0)
             .json();
-        assert_eq!(report["way"], way);
+        assert_eq!(report["method"], way);
         guest
             .follow(u32::try_from(report["new"]["pid"].as_u64().unwrap()).unwrap())
             .unwrap();

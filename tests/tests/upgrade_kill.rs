@@ -154,7 +154,7 @@ fn a_vmpatch_that_is_killed_at_any_step_leaves_the_guest_in_one_process() {
             };
             let context = format!("{side:?} {call:?} {nth}, all: {all}, {way}");
             let old = stage.guest.pid();
-            let child = stage.start(&["--way", way]);
+            let child = stage.start(&["--method", way]);
             run_to(&child, call, nth, side);
             let said = stage.kill(child, all);
             assert!(said.contains(outcome), "{context}: {said}");
@@ -165,7 +165,7 @@ fn a_vmpatch_that_is_killed_at_any_step_leaves_the_guest_in_one_process() {
     // Killed before anything was sent, in a process whose own arrival is what `query-migrate` tells as "completed".
     for all in [false, true] {
         let context = format!("at the start, all: {all}");
-        let (old, child) = (stage.guest.pid(), stage.start(&["--way", "cpr-transfer"]));
+        let (old, child) = (stage.guest.pid(), stage.start(&["--method", "cpr-transfer"]));
         wait_for(|| (processes_of(stage.guest.name()).len() == 2).then_some(()));
         let said = stage.kill(child, all);
         assert!(said.contains(IN_OLD), "{context}: {said}");
@@ -183,13 +183,13 @@ fn a_guest_that_was_paused_stays_so_and_one_whose_disk_is_taken_waits_for_it() {
         Monitor::second(&stage.guest).stop();
         let answer = stage
             .vmpatch
-            .run(&["upgrade", "--qemu", INSTALLED, "--way", way])
+            .run(&["upgrade", "--qemu", INSTALLED, "--method", way])
             .expect(0);
         stage.is_in_one_process("paused", &answer.to_string());
         assert_ne!(stage.guest.pid(), old, "{way}");
 
         Monitor::second(&stage.guest).stop();
-        let child = stage.start(&["--way", way]);
+        let child = stage.start(&["--method", way]);
         run_to(&child, COMMITTING, 1, Side::Behind);
         let said = stage.kill(child, way == "precopy");
         assert!(said.contains(IN_OLD), "{said}");
@@ -199,7 +199,7 @@ fn a_guest_that_was_paused_stays_so_and_one_whose_disk_is_taken_waits_for_it() {
 
     let old = stage.guest.pid();
     let lock = hold_disk(&stage.outfit.disk());
-    let child = stage.start(&["--way", "precopy"]);
+    let child = stage.start(&["--method", "precopy"]);
     // The old process has let the disk go, the new one could not have it, and was ended: the guest stands.
     let mut monitor = Monitor::second(&stage.guest);
     wait_for(|| (monitor.run_state() == "postmigrate").then_some(()));

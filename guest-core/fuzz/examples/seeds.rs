@@ -134,7 +134,7 @@ fn registries() {
     );
     keep(
         "registry",
-        "past-the-pool",
+        "past-the-arena",
         &[&[1][..], &slot(3, 2, u32::MAX, 0, len), record].concat(),
     );
     let shared = [slot(3, 2, 2, 0, len), slot(3, 3, 1, 0, len)].concat();

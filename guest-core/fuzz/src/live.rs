@@ -5,8 +5,8 @@ use super::common::module::{Function, livepatch};
 use super::spoil::spoil;
 use guest_core::kernel::locks::Locks;
 use guest_core::kernel::{exports, ftrace, modules, sites};
-use guest_core::place::{Registry, cave};
 use guest_core::plan::{ApplyOptions, apply, cleanup, recovery, revert};
+use guest_core::registry::{Registry, cave};
 use guest_core::task::Quiescence;
 use guest_core::unwind::{OldCode, OldFunction};
 use guest_core::{Gva, Kernel};
@@ -59,10 +59,10 @@ pub fn look(guest: &Guest, kernel: &Kernel) {
         code,
     }]);
     if let Ok(finder) = Quiescence::find(&live)
-        && let Ok(mut survey) = finder.survey(&live, old, Vec::new())
+        && let Ok(mut snapshot) = finder.snapshot(&live, old, Vec::new())
     {
-        let _ = survey.outlook(&live);
-        let _ = survey.recheck(&live, &guest.vcpus, &|| false);
+        let _ = snapshot.preview(&live);
+        let _ = snapshot.recheck(&live, &guest.vcpus, &|| false);
     }
     assert!(guest.ram.differences() == before, "looking changed the guest");
 }

@@ -4,8 +4,8 @@ use super::common::guest::FUNCTIONS;
 use guest_core::Gva;
 use guest_core::kernel::resolve::GuestSymbols;
 use guest_core::module::{Bases, GuestContext, PatchModule};
-use guest_core::place::{Registry, cave};
 use guest_core::plan::{ApplyOptions, apply};
+use guest_core::registry::{Registry, cave};
 
 thread_local! {
     /// Where the registry of a sound guest would be.

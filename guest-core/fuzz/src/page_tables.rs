@@ -1,7 +1,7 @@
 //! Page tables, interrupt table and registers.
 
 use super::common::ram::Ram;
-use guest_core::kernel::image::{Image, WINDOW};
+use guest_core::kernel::image::{IMAGE_RANGE, Image};
 use guest_core::paging::{AddressSpace, MappedMemory};
 use guest_core::{Gva, Registers, VirtMemory};
 
@@ -18,7 +18,7 @@ pub fn run(data: &[u8]) {
     let registers = Registers {
         cr3: word(0),
         cr4: word(1),
-        idt_base: word(2),
+        idt_base: Some(word(2)),
         efer: 0xd01,
         ..Registers::default()
     };
@@ -32,7 +32,7 @@ pub fn run(data: &[u8]) {
     let _ = MappedMemory { memory: &ram, space }.read(at, &mut buffer);
     ram.count_from_here();
     if let Ok(image) = Image::find(&ram, &[registers]) {
-        assert!(WINDOW.start <= image.start() && image.end() <= WINDOW.end);
+        assert!(IMAGE_RANGE.start <= image.start() && image.end() <= IMAGE_RANGE.end);
         assert!(image.segments.is_sorted_by(|one, next| one.end <= next.start));
         for segment in &image.segments {
             assert!(segment.start < segment.end);

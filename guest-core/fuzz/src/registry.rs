@@ -2,8 +2,8 @@
 
 use super::common::guest::{CAVE, Guest, gpa};
 use guest_core::Kernel;
-use guest_core::place::{Registry, cave};
 use guest_core::plan::{cleanup, recovery, revert};
+use guest_core::registry::{Registry, cave};
 
 /// Where the slots start in the registry's page, and their bytes.
 const SLOTS: (u64, usize) = (64, 32);
@@ -58,7 +58,7 @@ fn look(guest: &Guest, kernel: &Kernel) {
         return;
     };
     assert!(registry.exists);
-    let _ = registry.laid_code();
+    let _ = registry.patch_code();
     let _ = registry.allocate(3);
     let _ = cleanup(&live, &registry);
     let _ = recovery(&live, &registry);

@@ -1,4 +1,4 @@
-//! What a commit that failed has left in the guest.
+//! What a failed commit has left in the guest.
 
 use super::CommitError;
 use std::fmt;
@@ -6,16 +6,16 @@ use std::fmt;
 /// How much of a change is in the guest.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Effect {
-    /// Nothing that the guest can reach.
+    /// Nothing of it that the guest can reach.
     AsBefore,
     /// All of it, read back.
     InForce,
-    /// Unknown: some of it may be.
+    /// Unknown: perhaps a part of it.
     HalfPatched,
 }
 
 impl Effect {
-    /// For reports.
+    /// The name in reports and JSON.
     pub fn name(self) -> &'static str {
         match self {
             Self::AsBefore => "as before",
@@ -43,7 +43,7 @@ impl CommitError {
         }
     }
 
-    /// True where the guest was paused for the change, and is not known to run again.
+    /// True where the commit has paused the guest, and does not know that it runs again.
     pub fn left_paused(&self) -> bool {
         matches!(self, Self::NotResumed { source, .. } if source.left_paused)
     }

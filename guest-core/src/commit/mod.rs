@@ -1,119 +1,122 @@
-//! Carrying out a plan: lay what nobody reaches yet, then stop the vCPUs, make sure, write, read back, and go on.
+//! Commits a plan: stages changes while the guest runs, pauses the vCPUs, checks quiescence and preconditions, writes the atomic changes,
+//! reads them back, and resumes.
 //!
-//! Whatever fails, at whatever point: the old bytes are put back before the vCPUs run again.
+//! After any failure, the commit restores the old bytes before the vCPUs run again.
 
+mod describe;
 mod effect;
+mod pacing;
+mod preview;
 mod write;
 
 pub use effect::Effect;
 
+use self::describe::describe;
+use self::pacing::{Pacing, Seen};
+use self::preview::preview;
 use self::write::{restore, write};
-use crate::addr::Gva;
 use crate::change::{Change, ChangeError};
 use crate::kernel::locks::{Held, Locks};
 use crate::kernel::{KernelError, Live};
-use crate::machine::{Journal, Machine, MachineError, PauseTimes, Paused};
+use crate::machine::{Journal, Machine, MachineError, PauseTimes, Paused, WriteCode};
 use crate::memory::PhysMemory;
 use crate::plan::Plan;
-use crate::task::{Quiescence, Survey, Verdict};
+use crate::task::{Quiescence, Snapshot, Verdict};
 use crate::unwind::{OldCode, SetupError};
 use std::time::{Duration, Instant};
 
-/// First wait before a further try; it doubles.
-const WAIT_FIRST: Duration = Duration::from_millis(1);
-/// Longest wait where a task sleeps inside a function, which is seen without a pause.
-const WAIT_MAX: Duration = Duration::from_millis(50);
-/// Longest wait between two pauses, in lengths of the last one: where running tasks are in the way, the next moment is as good
-/// as any later one, but the guest is to stand for a tenth of the time at the most.
-const WAIT_PAUSES_MAX: u64 = 10;
-/// Tasks that a message names.
-const SAID_TASKS_MAX: usize = 4;
-/// Frames of each that it shows.
-const SAID_FRAMES_MAX: usize = 8;
-
-/// When a commit may happen.
+/// The consistency model: what must hold when the atomic changes are made.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Model {
-    /// At once, whatever the stacks hold (upstream livepatch of Linux 4.0).
+    /// Nothing: stacks are not checked (as in upstream livepatch of Linux 4.0).
     None,
-    /// When every task's stack is clear of every old function at one instant (kpatch).
+    /// All tasks are clear of all old functions at one instant (as in kpatch).
     CleanCut,
 }
 
-/// What the operator chose.
+impl Model {
+    /// Its name, in records and options.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::None => "none",
+            Self::CleanCut => "clean-cut",
+        }
+    }
+}
+
+/// How the operator wants the plan to be committed.
 #[derive(Debug, Clone, Copy)]
 pub struct CommitOptions {
-    /// When it is safe.
+    /// Consistency model.
     pub model: Model,
-    /// How long to try.
+    /// How long attempts are repeated while it is not safe.
     pub timeout: Duration,
-    /// Longest pause: past it nothing is written any more.
+    /// Longest pause before the writes: after it, the attempt ends without a write.
     pub pause_max: Duration,
 }
 
-/// What was reached.
+/// A plan that was committed.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Committed {
-    /// The pause in which it happened.
+    /// The pause in which the plan was committed.
     pub pause: PauseTimes,
-    /// Pauses, that one counted.
+    /// Number of attempts, the successful one counted.
     pub tries: u32,
-    /// Longest of all pauses, in microseconds.
+    /// Longest pause of all attempts, in microseconds.
     pub pause_us_max: u64,
 }
 
-/// What stood in the way at the last try.
+/// Why an attempt made no change.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum NotSafe {
-    /// Tasks inside the functions, or stacks that are not understood.
+    /// Tasks are inside the functions, or their stacks cannot be understood.
     Stacks(Verdict),
-    /// The guest was changing its own text or modules.
+    /// The guest held a lock: it was changing its own text or modules.
     Held(Held),
-    /// The guest changes what a plan was made from faster than a plan can be made and committed.
+    /// The guest changes what the plan was made from faster than vmpatch can plan and commit.
     Changing,
-    /// The pause had become too long before anything was written: the host is busy.
+    /// The pause was too long before the first write: the host is busy.
     TooLong {
-        /// Microseconds up to the point where it was given up.
+        /// Length of the pause when the attempt was given up, in microseconds.
         took_us: u64,
-        /// Microseconds allowed.
+        /// Longest pause allowed, in microseconds.
         allowed_us: u64,
     },
 }
 
-/// Why a plan was not carried out. The guest runs on as before, unless said otherwise.
+/// Why a plan was not committed. [`CommitError::effect`] tells what is in the guest.
 #[derive(Debug, thiserror::Error)]
 pub enum CommitError {
-    /// Never safe within the time.
-    #[error("not safe within {} ms, looked {tries} times: {said}", waited.as_millis())]
+    /// No attempt within the time was safe.
+    #[error("not safe within {} ms, {tries} attempts: {why_text}", waited.as_millis())]
     NotSafe {
-        /// What stood in the way at the last try.
+        /// Why the last attempt made no change.
         why: NotSafe,
-        /// The same for a person.
-        said: String,
-        /// How often it was looked.
+        /// The same as text, with the names of tasks and functions.
+        why_text: String,
+        /// Number of attempts.
         tries: u32,
-        /// How long it was tried.
+        /// Time from the first attempt to the last.
         waited: Duration,
     },
-    /// The guest changed what was to be replaced, or something else wrote there.
-    #[error("the guest is not as it was planned for")]
+    /// The guest has changed bytes that the plan was made from or replaces.
+    #[error("the guest has changed since the plan was made")]
     Changed(#[from] ChangeError),
-    /// The VMM failed.
+    /// The VMM did not do what the commit asked for.
     #[error(transparent)]
     Machine(#[from] MachineError),
-    /// The guest's tables could not be read.
+    /// The guest's kernel cannot be read.
     #[error("reading the guest's kernel")]
     Kernel(#[from] KernelError),
-    /// Stacks can't be judged in this kernel at all.
+    /// The stacks of this kernel's tasks cannot be checked.
     #[error("finding the guest's tasks")]
     Tasks(#[from] SetupError),
-    /// Taking back failed as well: the guest may be half patched. The registry tells what is left to do: see
-    /// [`recovery`](crate::plan::recovery).
-    #[error("taking back failed ({undo}) after: {first}")]
+    /// The rollback failed, too: the guest may be half patched. [`recovery`](crate::plan::recovery) plans the rest from the registry.
+    #[error("the rollback failed ({undo}) after: {first}")]
     HalfDone {
         /// What failed first.
         first: String,
-        /// What failed in taking it back.
+        /// What failed in the rollback.
         undo: String,
     },
     /// The VMM did not end the pause as it should.
@@ -121,9 +124,9 @@ pub enum CommitError {
     NotResumed {
         /// How much of the change is in the guest.
         effect: Effect,
-        /// What had failed before, in the pause.
+        /// What failed in the pause before.
         first: Option<String>,
-        /// What failed; it says whether the guest was left paused.
+        /// The VMM's failure. It tells whether the guest was left paused.
         source: MachineError,
     },
 }
@@ -132,8 +135,12 @@ fn after(first: Option<&str>) -> String {
     first.map_or(String::new(), |first| format!(" after: {first}"))
 }
 
-/// Carries out `plan`. On an error [`CommitError::effect`] tells what the guest is like; where [`CommitError::left_paused`], the
-/// journal stays outstanding: the guard of the change must resume the guest.
+/// Commits `plan`.
+///
+/// # Errors
+///
+/// [`CommitError::effect`] tells what is in the guest. After an error with [`CommitError::left_paused`], the supervisor keeps the journal,
+/// and must resume the guest.
 pub fn commit(
     live: &Live<'_>,
     machine: &mut dyn Machine,
@@ -141,7 +148,12 @@ pub fn commit(
     options: &CommitOptions,
 ) -> Result<Committed, CommitError> {
     let mut locks = Locks::find(live)?;
-    if plan.record.known.as_ref().is_some_and(|known| known.per_cpu.is_some()) {
+    if plan
+        .record
+        .registration
+        .as_ref()
+        .is_some_and(|module| module.per_cpu.is_some())
+    {
         locks = locks.with_per_cpu(live)?;
     }
     let finder = match options.model {
@@ -150,65 +162,71 @@ pub fn commit(
     };
     let mut stacks = match &finder {
         Some(finder) => {
-            let old = OldCode::new(plan.occupied.clone()).with_data(&plan.unread);
-            Some(finder.survey(live, old, plan.laid.clone())?)
+            let old = OldCode::new(plan.must_be_quiescent.clone()).with_data(&plan.unreferenced);
+            Some(finder.snapshot(live, old, plan.patch_code.clone())?)
         }
         None => None,
     };
     let journal = Journal {
-        before: plan.before.clone(),
-        paused: plan.paused.clone(),
+        staged: plan.staged.clone(),
+        atomic: plan.atomic.clone(),
     };
     machine.guard(Some(&journal))?;
-    let result = lay(live, &plan.before).and_then(|()| {
+    let result = stage(live, &plan.staged).and_then(|()| {
         try_until(live, machine, plan, options, &locks, &mut stacks).or_else(|error| {
-            // Functions may lead into the new code, or somebody else takes all of it back.
+            // Staged changes stay where old functions may lead to the new code, and where the supervisor rolls the commit back.
             let is_left = matches!(error, CommitError::HalfDone { .. } | CommitError::NotResumed { .. });
-            match is_left || is_complete(live.memory, &plan.paused) {
+            match is_left || is_complete(live.memory, &plan.atomic) {
                 true => Err(error),
-                false => put_back(live.memory, &plan.before, error),
+                false => roll_back_after(live.memory, &plan.staged, error),
             }
         })
     });
-    // The result says what the guest is like. A supervisor that can't be told has died, or takes back what was not complete:
-    // nothing, or what could not be taken back here. It is needed where the guest is not known to run.
+    // A failure to reach the supervisor is ignored: then it has died, or it rolls back an incomplete commit, and the result tells already
+    // what is in the guest. The supervisor is needed only for a guest that may still be paused.
     if !result.as_ref().is_err_and(CommitError::left_paused) {
         let _ = machine.guard(None);
     }
     result
 }
 
-/// Takes back what a vmpatch that died has left, with all vCPUs stopped. A commit that was complete stays.
+/// Rolls back the commit of a vmpatch that died, while `writer` has the vCPUs stopped. Keeps a complete commit, and gives true for it.
 ///
-/// Gives true where it stayed.
-pub fn take_back(memory: &dyn PhysMemory, paused: &mut dyn Paused, journal: &Journal) -> Result<bool, CommitError> {
-    let complete = is_complete(memory, &journal.paused);
+/// # Errors
+///
+/// Guest memory cannot be read or written.
+pub fn roll_back(memory: &dyn PhysMemory, writer: &mut dyn WriteCode, journal: &Journal) -> Result<bool, CommitError> {
+    let complete = is_complete(memory, &journal.atomic);
     if !complete {
-        restore(memory, paused, &journal.paused)?;
-        for change in journal.before.iter().rev() {
+        restore(memory, writer, &journal.atomic)?;
+        for change in journal.staged.iter().rev() {
             change.restore(memory)?;
         }
     }
     Ok(complete)
 }
 
-/// True where all changes of a pause were made: the last one is the state in the registry.
-fn is_complete(memory: &dyn PhysMemory, paused: &[Change]) -> bool {
-    paused.last().is_some_and(|state| state.verify(memory).is_ok())
+/// True where all atomic changes were made. The last one is the patch's state in the registry.
+fn is_complete(memory: &dyn PhysMemory, atomic: &[Change]) -> bool {
+    atomic.last().is_some_and(|state| state.verify(memory).is_ok())
 }
 
-/// Makes changes one by one while the guest runs; all or none.
-pub fn lay(live: &Live<'_>, changes: &[Change]) -> Result<(), CommitError> {
+/// Makes changes one by one while the guest runs. Undoes them where one fails.
+///
+/// # Errors
+///
+/// A change failed, or [`CommitError::HalfDone`] where undoing failed, too.
+pub fn stage(live: &Live<'_>, changes: &[Change]) -> Result<(), CommitError> {
     for (index, change) in changes.iter().enumerate() {
         if let Err(error) = change.make(live.memory) {
-            return put_back(live.memory, changes.get(..=index).unwrap_or(changes), error.into());
+            return roll_back_after(live.memory, changes.get(..=index).unwrap_or(changes), error.into());
         }
     }
     Ok(())
 }
 
-/// Puts back the old bytes of `changes`, last first, and gives the error that made it necessary.
-fn put_back<T>(memory: &dyn PhysMemory, changes: &[Change], first: CommitError) -> Result<T, CommitError> {
+/// Restores the old bytes of `changes`, last first, and gives the error `first` that made it necessary.
+fn roll_back_after<T>(memory: &dyn PhysMemory, changes: &[Change], first: CommitError) -> Result<T, CommitError> {
     for change in changes.iter().rev() {
         if let Err(undo) = change.restore(memory) {
             return Err(CommitError::HalfDone {
@@ -220,22 +238,30 @@ fn put_back<T>(memory: &dyn PhysMemory, changes: &[Change], first: CommitError) 
     Err(first)
 }
 
+/// Repeats attempts until one is safe, or the time is over.
 fn try_until(
     live: &Live<'_>,
     machine: &mut dyn Machine,
     plan: &Plan,
     options: &CommitOptions,
     locks: &Locks,
-    stacks: &mut Option<Survey<'_>>,
+    stacks: &mut Option<Snapshot<'_>>,
 ) -> Result<Committed, CommitError> {
     let start = Instant::now();
-    let (mut tries, mut pause_us_max, mut wait) = (0, 0, WAIT_FIRST);
+    let (mut tries, mut pause_us_max, mut pacing) = (0, 0, Pacing::default());
     loop {
         tries += 1;
-        let (why, wait_max) = match without_pause(live, stacks)? {
-            Some(why) => (why, WAIT_MAX),
+        let (why, seen) = match preview(live, locks, stacks)? {
+            Some(why) => {
+                let seen = if matches!(why, NotSafe::Held(_)) {
+                    Seen::Held
+                } else {
+                    Seen::Asleep
+                };
+                (why, seen)
+            }
             None => match attempt(live, machine, plan, options, locks, stacks)? {
-                Attempt::Done(pause) => {
+                Attempt::Committed(pause) => {
                     pause_us_max = pause.total_us.max(pause_us_max);
                     return Ok(Committed {
                         pause,
@@ -245,102 +271,49 @@ fn try_until(
                 }
                 Attempt::NotSafe(why, pause) => {
                     pause_us_max = pause.total_us.max(pause_us_max);
-                    let wait_us_max = pause.total_us.saturating_mul(WAIT_PAUSES_MAX);
-                    (why, Duration::from_micros(wait_us_max).max(WAIT_FIRST))
+                    let (pause, is_too_long) = (
+                        Duration::from_micros(pause.total_us),
+                        matches!(why, NotSafe::TooLong { .. }),
+                    );
+                    (why, Seen::InPause { pause, is_too_long })
                 }
             },
         };
         let waited = start.elapsed();
-        wait = match why {
-            NotSafe::TooLong { .. } => wait_max,
-            _ => wait.min(wait_max),
-        };
+        let wait = pacing.next(seen);
         if waited + wait > options.timeout {
-            let said = say(live, &why);
+            let why_text = describe(live, &why);
             return Err(CommitError::NotSafe {
                 why,
-                said,
+                why_text,
                 tries,
                 waited,
             });
         }
         std::thread::sleep(wait);
-        wait *= 2;
     }
 }
 
-/// What stands in the way already while the guest runs: a task that sleeps inside a function. No pause is of use then.
-fn without_pause(live: &Live<'_>, stacks: &mut Option<Survey<'_>>) -> Result<Option<NotSafe>, CommitError> {
-    let Some(survey) = stacks else { return Ok(None) };
-    survey.settle(live)?;
-    let outlook = survey.outlook(live);
-    Ok((!outlook.blockers.is_empty()).then_some(NotSafe::Stacks(outlook)))
-}
-
-/// For a person: who is where.
-fn say(live: &Live<'_>, why: &NotSafe) -> String {
-    match why {
-        NotSafe::Held(held) => held.to_string(),
-        NotSafe::Changing => "the guest keeps changing what is to be changed".to_owned(),
-        NotSafe::TooLong { took_us, allowed_us } => {
-            format!("the pause took {took_us} µs, allowed are {allowed_us}: the host is too busy")
-        }
-        NotSafe::Stacks(verdict) => {
-            let symbol = |at: Gva| match live.kernel.symbols.containing(at) {
-                Some((symbol, _)) => format!("{}+{:#x}", symbol.name, at.0.wrapping_sub(symbol.address.0)),
-                None => at.to_string(),
-            };
-            let blockers = verdict.blockers.iter().map(|blocker| {
-                let stack: Vec<_> = blocker
-                    .stack
-                    .iter()
-                    .take(SAID_FRAMES_MAX)
-                    .map(|frame| symbol(frame.ip))
-                    .collect();
-                format!(
-                    "{} is inside {} ({})",
-                    blocker.task,
-                    blocker.function,
-                    stack.join(" < ")
-                )
-            });
-            let unsure = verdict.unsure.iter().map(|unsure| {
-                let who = unsure
-                    .task
-                    .as_ref()
-                    .map_or_else(|| "the guest".to_owned(), ToString::to_string);
-                format!("{who}: {}", chain(&unsure.why))
-            });
-            let all: Vec<_> = blockers.chain(unsure).collect();
-            let more = all.len().saturating_sub(SAID_TASKS_MAX);
-            let shown = all.into_iter().take(SAID_TASKS_MAX).collect::<Vec<_>>().join("; ");
-            if more == 0 {
-                shown
-            } else {
-                format!("{shown}; and {more} more")
-            }
-        }
-    }
-}
-
+/// The error with its causes, as text.
 fn chain(error: &dyn std::error::Error) -> String {
     let causes = std::iter::successors(Some(error), |error| error.source());
     causes.map(ToString::to_string).collect::<Vec<_>>().join(": ")
 }
 
+/// Result of an attempt.
 enum Attempt {
-    Done(PauseTimes),
+    Committed(PauseTimes),
     NotSafe(NotSafe, PauseTimes),
 }
 
-/// One pause, which ends also where something in it fails.
+/// Pauses the guest once, and resumes it, also after a failure.
 fn attempt(
     live: &Live<'_>,
     machine: &mut dyn Machine,
     plan: &Plan,
     options: &CommitOptions,
     locks: &Locks,
-    stacks: &mut Option<Survey<'_>>,
+    stacks: &mut Option<Snapshot<'_>>,
 ) -> Result<Attempt, CommitError> {
     let mut paused = machine.pause().map_err(|source| match source.left_paused {
         true => not_resumed(Effect::AsBefore, None, source),
@@ -355,13 +328,13 @@ fn attempt(
                 write_us: done.write_us,
                 ..times
             };
-            Ok(match done.verdict {
-                None => Attempt::Done(times),
+            Ok(match done.not_safe {
+                None => Attempt::Committed(times),
                 Some(why) => Attempt::NotSafe(why, times),
             })
         }
         (Ok(done), Err(source)) => {
-            let effect = done.verdict.map_or(Effect::InForce, |_| Effect::AsBefore);
+            let effect = done.not_safe.map_or(Effect::InForce, |_| Effect::AsBefore);
             Err(not_resumed(effect, None, source))
         }
         (Err(first), Ok(_)) => Err(first),
@@ -373,23 +346,25 @@ fn not_resumed(effect: Effect, first: Option<String>, source: MachineError) -> C
     CommitError::NotResumed { effect, first, source }
 }
 
-/// What was done in a pause.
-struct Done {
-    /// Why nothing was written; none where all was.
-    verdict: Option<NotSafe>,
+/// Result of a pause.
+struct InPause {
+    /// Why nothing was written; `None` where all changes were.
+    not_safe: Option<NotSafe>,
+    /// Time of the checks, in microseconds.
     check_us: u64,
+    /// Time of the writes, in microseconds.
     write_us: u64,
 }
 
-/// Checks, and writes where it is safe.
+/// Checks locks, preconditions and stacks, and writes the atomic changes where they allow it.
 fn in_pause(
     live: &Live<'_>,
     paused: &mut dyn Paused,
     plan: &Plan,
     options: &CommitOptions,
     locks: &Locks,
-    stacks: &mut Option<Survey<'_>>,
-) -> Result<Done, CommitError> {
+    stacks: &mut Option<Snapshot<'_>>,
+) -> Result<InPause, CommitError> {
     let registers = paused.registers()?;
     let at_check = Instant::now();
     let is_over = || paused.elapsed() > options.pause_max;
@@ -397,22 +372,22 @@ fn in_pause(
     if held.is_none() {
         plan.requires.check(live.memory)?;
     }
-    let verdict = match (held, stacks) {
+    let not_safe = match (held, stacks) {
         (Some(held), _) => Some(NotSafe::Held(held)),
         (None, None) => None,
-        (None, Some(survey)) => match survey.recheck(live, &registers, &is_over)? {
+        (None, Some(snapshot)) => match snapshot.recheck(live, &registers, &is_over)? {
             Some(verdict) if verdict.is_safe() => None,
             Some(verdict) => Some(NotSafe::Stacks(verdict)),
             None => Some(too_long(paused.elapsed(), options)),
         },
     };
-    let verdict = verdict.or_else(|| is_over().then(|| too_long(paused.elapsed(), options)));
+    let not_safe = not_safe.or_else(|| is_over().then(|| too_long(paused.elapsed(), options)));
     let at_write = Instant::now();
-    if verdict.is_none() {
-        write(live, paused, &plan.paused)?;
+    if not_safe.is_none() {
+        write(live, paused, &plan.atomic)?;
     }
-    Ok(Done {
-        verdict,
+    Ok(InPause {
+        not_safe,
         check_us: micros(at_write - at_check),
         write_us: micros(at_write.elapsed()),
     })

@@ -1,4 +1,4 @@
-//! Where everything that the guest knows of a module lies in this kernel.
+//! The layout of this kernel's `struct module` and of the lists and trees of modules.
 
 use super::rb_tree::NodeLayout;
 use super::traced::Groups;
@@ -8,26 +8,26 @@ use crate::kernel::{KernelError, Live};
 
 /// Bytes of an `Elf64_Sym`.
 pub(super) const SYMBOL_BYTES: u64 = 24;
-/// Alignment of `struct module`: a cache line (`____cacheline_aligned`).
+/// Alignment of `struct module` in bytes: a cache line (`____cacheline_aligned`).
 pub(super) const ALIGN: u64 = 64;
-/// Longest `struct module`: some 1,400 bytes in 7.2.
+/// Largest `struct module` that is accepted, in bytes. It has some 1,400 bytes in 7.2.
 const MODULE_BYTES_MAX: u64 = 16 << 10;
-/// Bytes of `struct exception_table_entry` on x86, in all releases from 4.6 to 7.2.
+/// Size of `struct exception_table_entry` on x86 in bytes, in all releases from 4.6 to 7.2.
 const FIXUP_BYTES: u64 = 12;
 
-/// A part of the module's memory, as the kernel tells them apart.
+/// A part of a module's memory that the kernel describes on its own.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Memory {
-    /// Path of its structure in `struct module`: `core_layout`, or one of `mem[]` (since 6.4).
+    /// Path of the description in `struct module`: `core_layout`, or an element of `mem[]` (since 6.4).
     pub path: String,
-    /// Which of our areas it covers.
+    /// The areas of the patch in this part.
     pub covers: Covers,
 }
 
-/// Areas of a patch.
+/// One or all areas of a patch.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Covers {
-    /// All three, in this order: text, read-only data, data.
+    /// Text, read-only data and data, in this order.
     All,
     /// The text.
     Text,
@@ -37,34 +37,38 @@ pub(super) enum Covers {
     Data,
 }
 
-/// Where a kernel keeps its modules, and how. The structures are in its BTF, and looked up when they are filled.
+/// Where and how a kernel keeps its modules. The members of structures are looked up in BTF when they are filled.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Layout {
     pub(super) module_bytes: u64,
-    /// 0 where modules can't be unloaded, so that they have no users.
+    /// Size of `struct module_use`; 0 in kernels that cannot unload modules, which have no such lists.
     pub(super) use_bytes: u64,
     pub(super) bug_bytes: u64,
-    /// None where the kernel has no ftrace.
+    /// `None` for a kernel without ftrace.
     pub(super) groups: Option<Groups>,
-    /// Heads of the lists: of modules, and of modules that may have BUGs.
+    /// Heads of two lists: of all modules, and of modules with a table of BUGs.
     pub(super) modules: Gva,
     pub(super) bugs: Gva,
     pub(super) memories: Vec<Memory>,
     pub(super) node: NodeLayout,
-    /// In the structure of a part of memory: where its base and its size are, and its nodes in the two trees.
+    /// Offsets in the description of a part of memory: base, size, and the nodes in the two trees.
     pub(super) base: u64,
     pub(super) size: u64,
     pub(super) nodes: [u64; 2],
-    /// Address of the words that hold the roots of the two trees.
+    /// Guest-virtual addresses of the words that hold the roots of the two trees.
     pub(super) roots: [Gva; 2],
-    /// Address of the 32-bit sequence number that tells which of the trees is not being changed.
+    /// Guest-virtual address of the 32-bit sequence number that tells which of the trees is not being changed.
     pub(super) sequence: Gva,
-    /// Addresses of the lowest and the highest address of all modules.
+    /// Guest-virtual addresses of the words that hold the lowest and the highest address of all modules.
     pub(super) bounds: [Gva; 2],
 }
 
 impl Layout {
-    /// Looks everything up; `None` for a kernel that was built without modules. Error: a kernel that keeps them differently.
+    /// Looks everything up; `None` for a kernel that was built without modules.
+    ///
+    /// # Errors
+    ///
+    /// The kernel keeps its modules in another way.
     pub fn find(live: &Live<'_>) -> Result<Option<Self>, KernelError> {
         let Some(modules) = live.kernel.symbols.unique("modules") else {
             return Ok(None);
@@ -107,36 +111,37 @@ impl Layout {
         }))
     }
 
-    /// Bytes of the objects that a patch has in its data, aligned to [`ALIGN`].
+    /// Size of the kernel objects in a patch's data in bytes, a multiple of [`ALIGN`].
     pub(super) fn object_bytes(&self, uses: usize, sites: usize) -> u64 {
         self.group_at(Gva(0), uses)
             .0
             .saturating_add(self.groups.map_or(0, |groups| groups.bytes(sites)))
     }
 
-    /// Where the records of the sites of the module at `at` are, that uses `uses` other modules.
+    /// Guest-virtual address of the ftrace records of the module at `at`, which uses `uses` other modules.
     pub(super) fn group_at(&self, at: Gva, uses: usize) -> Gva {
         Gva(self.use_at(at, uses.saturating_add(1)).0.next_multiple_of(8))
     }
 
-    /// Where the `struct module_use` of the module at `at` is that keeps itself loaded (0), or the other modules that it uses.
+    /// Guest-virtual address of a `struct module_use` of the module at `at`: index 0 keeps the module itself loaded, the others keep the
+    /// modules that it uses.
     pub(super) fn use_at(&self, at: Gva, index: usize) -> Gva {
         at.wrapping_add(self.module_bytes)
             .wrapping_add(self.use_bytes.saturating_mul(index as u64))
     }
 
-    /// Bytes that a row of the table of BUGs has in this kernel.
+    /// Length of a row of the table of BUGs in this kernel, in bytes.
     pub(super) fn bug_bytes(&self) -> u64 {
         self.bug_bytes
     }
 
-    /// Bytes that a row of the table of fault fixups has.
+    /// Length of a row of the exception table, in bytes.
     pub(super) fn fixup_bytes(&self) -> u64 {
         FIXUP_BYTES
     }
 }
 
-/// The structure that says where a part of a module's memory is, and those that a patch has.
+/// The structure that describes a part of a module's memory, and the parts that a patch has.
 fn memories<'a>(btf: &'a Btf, module: &Struct<'_>) -> Result<(Struct<'a>, Vec<Memory>), KernelError> {
     if module.try_member("mem").is_none() {
         let path = "core_layout".to_owned();

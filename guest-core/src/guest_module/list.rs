@@ -7,7 +7,7 @@ use crate::kernel::KernelError;
 /// Offset of `prev` in `struct list_head`; `next` is in front.
 const PREV: u64 = WORD;
 
-/// Makes `node` the first of the list at `head`.
+/// Inserts `node` at the front of the list at `head`.
 pub(super) fn add_first(words: &mut Words<'_>, head: Gva, node: Gva) -> Result<(), KernelError> {
     let first = Gva(words.get(head)?);
     words.set(node, first.0)?;
@@ -16,20 +16,20 @@ pub(super) fn add_first(words: &mut Words<'_>, head: Gva, node: Gva) -> Result<(
     words.set(head, node.0)
 }
 
-/// Makes `head` a list without nodes.
+/// Makes `head` an empty list.
 pub(super) fn init(words: &mut Words<'_>, head: Gva) -> Result<(), KernelError> {
     words.set(head, head.0)?;
     words.set(head.wrapping_add(PREV), head.0)
 }
 
-/// Takes `node` out of its list. Where only one of its neighbours points at it, or none, as after half of an insertion or of
-/// a removal, that is all that changes.
+/// Removes `node` from its list. After half of an insertion or removal, one neighbour or none points at `node`: only a neighbour that does
+/// is changed. One whose memory is not mapped any more does not: while `node` was not linked, the guest could free it.
 pub(super) fn remove(words: &mut Words<'_>, node: Gva) -> Result<(), KernelError> {
     let (next, previous) = (Gva(words.get(node)?), Gva(words.get(node.wrapping_add(PREV))?));
-    if words.get(previous)? == node.0 {
+    if words.get_mapped(previous)? == Some(node.0) {
         words.set(previous, next.0)?;
     }
-    if words.get(next.wrapping_add(PREV))? == node.0 {
+    if words.get_mapped(next.wrapping_add(PREV))? == Some(node.0) {
         words.set(next.wrapping_add(PREV), previous.0)?;
     }
     Ok(())

@@ -1,17 +1,17 @@
-//! What the guest knows of a patch: a module like any other, so that faults in its code are fixed up, WARN warns, and stacks
-//! lead through it by name.
+//! Registers a patch as a module of the guest, like any other: the guest then fixes up faults in the patch's code, reports its WARNs, and
+//! names its functions in stack traces.
 //!
 //! In the order of use:
 //! - [`Layout`]: how this kernel keeps its modules, from its BTF and symbols;
-//! - [`Description`]: what there is to know of a patch that has been linked;
-//! - [`Registration`]: the bytes of its `struct module` and tables, and the changes that let the guest find them;
-//! - [`Known`]: what the registry keeps of that; [`Known::unregister`] gives the changes that make the guest forget it.
+//! - [`Description`]: the linked patch that is to be registered;
+//! - [`PreparedModule`]: the bytes of its `struct module` and tables, and the changes that link them into the guest's lists;
+//! - [`ModuleRegistration`]: what the registry keeps of that. [`ModuleRegistration::unregister`] undoes it.
 //!
 //! The module is on the list of modules and in the tree that addresses are looked up in (kernel/module/main.c,
 //! `add_unformed_module`; kernel/module/tree_lookup.c), and on the list that WARN and BUG are looked up in (lib/bug.c,
-//! `module_bug_finalize`); its functions are in ftrace's chain of records. In sysfs it is not: that takes memory from the
-//! guest's allocators. Nothing in the kernel asks a module for its kobject that has no parameters, no user in another
-//! module, and is never unloaded; the last two are prevented by letting the module use itself.
+//! `module_bug_finalize`); its functions are in ftrace's chain of records. It is not in sysfs, because that would take memory from the
+//! guest's allocators. The kernel needs a module's kobject only for its parameters, for users in other modules, and to unload it. The
+//! module has no parameters, and because it is its own user, the kernel neither unloads it nor adds other users.
 
 mod layout;
 mod list;
@@ -35,83 +35,85 @@ use crate::kernel::modules::{self, GuestModule};
 use crate::kernel::{KernelError, Live, ftrace};
 use crate::memory::VirtMemory;
 use crate::module::{PlacedSymbol, Table};
-use crate::per_cpu::Piece;
+use crate::per_cpu::Allocation;
 use layout::Memory;
 use object::Symbols;
 use rb_tree::Tree;
 use serde::{Deserialize, Serialize};
+use std::ops::Range;
 use words::{Words, damaged, unreadable};
 
-/// What the changes of the tree are called.
+/// Name of the changes of the tree, for errors.
 const TREE: &str = "the guest's tree of modules";
-/// What the changes of the lists are called.
+/// Name of the changes of the lists, for errors.
 const LISTS: &str = "the guest's lists of modules";
-/// What the changes of ftrace's chain of records are called.
+/// Name of the changes of ftrace's chain of records, for errors.
 const RECORDS: &str = "the guest's chain of ftrace records";
-/// More bytes than `module.name` has: 56 (`MODULE_NAME_LEN`), 256 in later kernels.
+/// Largest size of `module.name` in bytes. It is 56 (`MODULE_NAME_LEN`), and 256 in later kernels.
 const NAME_BYTES_MAX: u64 = 256;
-/// More modules than a patch uses.
+/// Most modules that a patch uses.
 const USES_MAX: usize = 4096;
-/// Latches: each change of the tree counts twice (include/linux/rbtree_latch.h, `latch_tree_insert`).
+/// How much each change of the tree adds to its sequence number: it has two copies (include/linux/rbtree_latch.h, `latch_tree_insert`).
 const COUNTS: u32 = 2;
 
-/// A patch as the registry of the guest's modules has it.
+/// What undoes the registration of a patch as a module of the guest. The patch's record keeps it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Known {
+pub struct ModuleRegistration {
     /// Guest-virtual address of its `struct module`.
     pub module: u64,
-    /// The tree's sequence number before and after.
+    /// The tree's sequence number before and after the registration.
     pub sequence: [u32; 2],
-    /// Lowest and highest address of all modules before the first patch.
+    /// Lowest and highest guest-virtual address of all modules before the first patch.
     pub bounds: [u64; 2],
-    /// The words of the tree that were changed.
+    /// The changes of the tree.
     pub tree: Vec<Change>,
-    /// How many modules of the guest it keeps loaded.
+    /// Number of the guest's modules that it uses, and so keeps loaded.
     #[serde(default)]
     pub uses: usize,
     /// The ftrace records of its functions.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub traced: Option<Traced>,
-    /// Its variables on each CPU.
+    /// Its per-CPU memory.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub per_cpu: Option<Piece>,
-    /// The static keys that its branches hang on.
+    pub per_cpu: Option<Allocation>,
+    /// The static keys that list its branches.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub keys: Vec<ListedKey>,
 }
 
-/// What makes a patch known.
+/// A patch that is ready to be registered.
 #[derive(Debug, Clone)]
-pub struct Registration {
-    /// Bytes of the `struct module`, to be laid at the end of the patch's data.
+pub struct PreparedModule {
+    /// Bytes of the `struct module`, for the end of the patch's data.
     pub module: Vec<u8>,
-    /// Bytes of its symbol tables, to be laid at the end of its read-only data.
+    /// Bytes of the symbol tables, for the end of its read-only data.
     pub symbols: Vec<u8>,
-    /// The changes that link it. To be made in a pause, while nobody holds `module_mutex`.
+    /// The changes that link the module into the guest's lists. They must be made in a pause in which no task of the guest holds
+    /// `module_mutex`.
     pub changes: Vec<Change>,
-    /// What is to be kept of it.
-    pub known: Known,
+    /// What the record keeps of the registration.
+    pub registration: ModuleRegistration,
 }
 
-/// Room that being known takes behind a patch's own read-only data and data: where it begins, and the area's whole length.
+/// Space that the registration takes behind the patch's own read-only data and data.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Room {
+pub struct Space {
     /// Offset of the symbol tables in the read-only data.
     pub symbols: u64,
-    /// Bytes of the read-only data with them.
+    /// Size of the read-only data with the symbol tables, in bytes.
     pub rodata: u64,
     /// Offset of the `struct module` in the data.
     pub module: u64,
-    /// Bytes of the data with it.
+    /// Size of the data with the `struct module`, in bytes.
     pub data: u64,
 }
 
 impl Layout {
-    /// The room behind `rodata` and `data` bytes of a patch's own, for one that uses `uses` modules of the guest and has `sites`
-    /// ftrace sites.
-    pub fn room(&self, symbols: &[PlacedSymbol<'_>], (uses, sites): (usize, usize), rodata: u64, data: u64) -> Room {
+    /// The space for the registration of a patch with `rodata` and `data` bytes of its own, which uses `uses` modules of the guest and has
+    /// `sites` ftrace sites.
+    pub fn space(&self, symbols: &[PlacedSymbol<'_>], (uses, sites): (usize, usize), rodata: u64, data: u64) -> Space {
         let (tables, module) = (rodata.next_multiple_of(8), object::behind(data));
-        Room {
+        Space {
             symbols: tables,
             rodata: tables.saturating_add(Symbols::len(symbols)),
             module,
@@ -119,20 +121,24 @@ impl Layout {
         }
     }
 
-    /// Plans to let the guest know the module that `description` tells of, whose own parts are laid out with `room`.
-    /// `others` are the patches that it knows already.
+    /// Plans the registration of the module of `description`, whose parts have `space` behind them. `others` are the registrations of the
+    /// patches in the guest.
+    ///
+    /// # Errors
+    ///
+    /// The guest's structures cannot be read, or contradict themselves; or its tables have rows of another length.
     pub fn register<'k>(
         &self,
         live: &Live<'_>,
         description: &Description<'_>,
-        room: &Room,
-        others: impl Iterator<Item = &'k Known>,
-    ) -> Result<Registration, KernelError> {
-        require_rows("__ex_table", &description.fixups, self.fixup_bytes())?;
-        require_rows("__bug_table", &description.bugs, self.bug_bytes())?;
+        space: &Space,
+        others: impl Iterator<Item = &'k ModuleRegistration>,
+    ) -> Result<PreparedModule, KernelError> {
+        require_row_length("__ex_table", &description.fixups, self.fixup_bytes())?;
+        require_row_length("__bug_table", &description.bugs, self.bug_bytes())?;
         let btf = &live.kernel.btf;
-        let at = description.bases.data.wrapping_add(room.module);
-        let symbols_at = description.bases.rodata.wrapping_add(room.symbols);
+        let at = description.bases.data.wrapping_add(space.module);
+        let symbols_at = description.bases.rodata.wrapping_add(space.symbols);
         let symbols = Symbols::of(description);
         let bytes = object::module(btf, self, at, description, (symbols_at, &symbols))?;
         let modules = live.that_changes_when(modules::CHANGING);
@@ -171,7 +177,7 @@ impl Layout {
         let sequence = [before, before.wrapping_add(inserted)];
         changes.push(self.sequence_change(live, sequence)?);
         let bounds = others.map(|other| other.bounds).next().unwrap_or(bounds);
-        let known = Known {
+        let registration = ModuleRegistration {
             module: at.0,
             sequence,
             bounds,
@@ -182,15 +188,15 @@ impl Layout {
             keys: Vec::new(),
         };
         let symbols = symbols.bytes;
-        Ok(Registration {
+        Ok(PreparedModule {
             module,
             symbols,
             changes,
-            known,
+            registration,
         })
     }
 
-    /// Adds the records of the module's ftrace sites to `bytes`, which are going to be at `at`, and to the guest's.
+    /// Appends the ftrace records of the module's sites to `bytes`, which will be at `at`, and links them into the guest's chain.
     fn trace(
         &self,
         live: &Live<'_>,
@@ -219,7 +225,7 @@ impl Layout {
         Ok((Some(traced), changes))
     }
 
-    /// Lets the module at `at` have itself as its only user, and be a user of others, which can't be unloaded then
+    /// Makes the module at `at` its own only user, and a user of `others`, which cannot be unloaded then
     /// (kernel/module/main.c, `add_module_usage`, `delete_module`).
     fn use_modules(
         &self,
@@ -230,7 +236,7 @@ impl Layout {
     ) -> Result<(), KernelError> {
         let btf = &live.kernel.btf;
         let (module, used) = (btf.structure("module")?, btf.structure("module_use")?);
-        // Who uses it, and whom it uses.
+        // The lists of the module's users, and of the modules that it uses.
         let lists = ["source_list", "target_list"];
         for list in lists {
             list::init(words, at.wrapping_add(module.offset(list)?))?;
@@ -248,7 +254,7 @@ impl Layout {
         Ok(())
     }
 
-    /// The two nodes of a part of the memory of the module at `at`, each with the distance to its key.
+    /// The two tree nodes of a part of the memory of the module at `at`, each with the distance to its key.
     fn nodes_of(&self, live: &Live<'_>, at: Gva, memory: &Memory) -> Result<[(Gva, i64); 2], KernelError> {
         let part = at.wrapping_add(live.kernel.btf.structure("module")?.offset(&memory.path)?);
         Ok(self
@@ -279,10 +285,19 @@ impl Layout {
     }
 }
 
-impl Known {
-    /// The changes that make the guest forget the module, from whatever its lists and its tree are like now. To be made in a
-    /// pause, while nobody holds `module_mutex`.
-    pub fn unregister(&self, live: &Live<'_>, layout: &Layout) -> Result<Vec<Change>, KernelError> {
+impl ModuleRegistration {
+    /// Plans to unregister the module from the guest's lists and tree, as they are now. The changes must be made in a pause in which no
+    /// task of the guest holds `module_mutex`. `doubtful`: the guest-virtual memory of the patch, where it may never have been registered.
+    ///
+    /// # Errors
+    ///
+    /// The guest's structures cannot be read, or contradict themselves.
+    pub fn unregister(
+        &self,
+        live: &Live<'_>,
+        layout: &Layout,
+        doubtful: Option<Range<Gva>>,
+    ) -> Result<Vec<Change>, KernelError> {
         let at = Gva(self.module);
         let module = live.kernel.btf.structure("module")?;
         let modules = live.that_changes_when(modules::CHANGING);
@@ -302,11 +317,14 @@ impl Known {
             changes.extend(records.finish(live, RECORDS)?.1);
         }
         let sequence = layout.sequence(&modules)?;
-        if self.sequence.contains(&sequence) {
-            // Nobody has changed the tree since: every word of it is as it was before or after.
+        let is_registered = |memory| self.leads_into(&modules, memory);
+        if sequence == self.sequence[0]
+            || sequence == self.sequence[1] && doubtful.as_ref().map_or(Ok(true), is_registered)?
+        {
+            // The guest has not changed the tree since: every word of it is as before or after the registration.
             for change in self.tree.iter().rev() {
-                let foreign = |error: crate::change::ChangeError| damaged(error.to_string(), "the tree of modules");
-                changes.extend(change.restoration(&modules, TREE).map_err(foreign)?);
+                let unreadable = |source| KernelError::Restore { what: TREE, source };
+                changes.extend(change.restoration(&modules, TREE).map_err(unreadable)?);
             }
             if sequence != self.sequence[0] {
                 changes.push(layout.sequence_change(live, [sequence, self.sequence[0]])?);
@@ -316,10 +334,19 @@ impl Known {
         let mut tree = Words::new(&modules, Gva(0), Vec::new());
         let mut after = sequence;
         for memory in &layout.memories {
+            let mut is_in = false;
             for ((node, key), root_at) in layout.nodes_of(live, at, memory)?.into_iter().zip(layout.roots) {
-                layout.tree(&mut tree, root_at, key).remove(node)?;
+                let mut tree = layout.tree(&mut tree, root_at, key);
+                if tree.holds(node)? {
+                    tree.remove(node)?;
+                    is_in = true;
+                }
             }
-            after = after.wrapping_add(COUNTS);
+            after = after.wrapping_add(if is_in { COUNTS } else { 0 });
+        }
+        if after == sequence {
+            // Staged, and never linked; the guest's modules have come and gone since.
+            return Ok(changes);
         }
         self.narrow_bounds(&modules, layout, &mut tree)?;
         changes.extend(tree.finish(live, TREE)?.1);
@@ -327,7 +354,19 @@ impl Known {
         Ok(changes)
     }
 
-    /// Brings the bounds back to what they were before the first patch, as far as what is in the tree allows.
+    /// True where a word of the tree points to the patch's memory. The sequence number alone does not tell: of a patch that was staged and
+    /// never registered, the guest's own modules may have brought it to the same number.
+    fn leads_into(&self, live: &Live<'_>, memory: &Range<Gva>) -> Result<bool, KernelError> {
+        for change in self.tree.iter().filter(|change| change.gives_pointer_to(memory)) {
+            let unreadable = |source| KernelError::Restore { what: TREE, source };
+            if change.is_made(live).map_err(unreadable)? {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+
+    /// Restores the bounds from before the first patch, but includes all modules of the tree.
     fn narrow_bounds(&self, live: &Live<'_>, layout: &Layout, words: &mut Words<'_>) -> Result<(), KernelError> {
         let key = layout.base.wrapping_sub(layout.nodes[0]).cast_signed();
         let Some([first, last]) = layout.tree(words, layout.roots[0], key).ends()? else {
@@ -345,24 +384,31 @@ impl Known {
         words.set(layout.bounds[1], self.bounds[1].max(highest))
     }
 
-    /// The change that gives the module another name, as much of it as there is room for; none where it has that already. To be
-    /// made in a pause, while nobody holds `module_mutex`.
+    /// Plans another name for the module, cut to the space for it; `None` where the module has that name already. The change must be made in
+    /// a pause in which no task of the guest holds `module_mutex`.
+    ///
+    /// # Errors
+    ///
+    /// The module cannot be read.
     pub fn rename(&self, live: &Live<'_>, name: &str) -> Result<Option<Change>, KernelError> {
         let member = live.kernel.btf.structure("module")?.member("name")?;
         let at = Gva(self.module).wrapping_add(member.offset());
-        let room = usize::try_from(member.size.min(NAME_BYTES_MAX)).unwrap_or(0);
-        let mut now = vec![0; room];
+        let space = usize::try_from(member.size.min(NAME_BYTES_MAX)).unwrap_or(0);
+        let mut now = vec![0; space];
         live.read(at, &mut now).map_err(|source| unreadable(at, source))?;
-        let len = name.floor_char_boundary(room.saturating_sub(1));
+        let len = name.floor_char_boundary(space.saturating_sub(1));
         let mut new: Vec<u8> = name.bytes().take(len).collect();
-        new.resize(room, 0);
-        // The pages of a patch's data follow one another in the guest's memory.
+        new.resize(space, 0);
+        // The pages of a patch's data are contiguous in guest-physical memory.
         let (gpa, _) = live.physical(at).map_err(|source| unreadable(at, source))?;
         Ok((now != new).then(|| Change::replace("the name of the patch's module", gpa, now, new).of_data()))
     }
 
-    /// The number of references to the module that nobody but vmpatch has taken; none where modules can't be unloaded, so that
-    /// nobody counts.
+    /// The number of references to the module, without vmpatch's own. It is 0 in kernels that cannot unload modules: they do not count.
+    ///
+    /// # Errors
+    ///
+    /// The module cannot be read.
     pub fn references(&self, live: &Live<'_>) -> Result<u32, KernelError> {
         let Some(member) = live.kernel.btf.structure("module")?.try_member("refcnt.counter") else {
             return Ok(0);
@@ -374,15 +420,19 @@ impl Known {
     }
 }
 
-/// The sequence number of the guest's tree of modules, which goes on whenever a module comes or goes: what a plan reads of it first
-/// holds for all that it reads of modules. `None` for a kernel without modules.
+/// The sequence number of the guest's tree of modules; `None` for a kernel without modules. The guest increments it whenever it loads or
+/// unloads a module. A plan reads it first, as a precondition for all that it reads of modules.
+///
+/// # Errors
+///
+/// The guest's structures cannot be read.
 pub fn generation(live: &Live<'_>) -> Result<Option<u32>, KernelError> {
     let live = live.that_changes_when(modules::CHANGING);
     Layout::find(&live)?.map(|layout| layout.sequence(&live)).transpose()
 }
 
-/// The rows of a table must be as long as this kernel takes them for.
-fn require_rows(name: &str, table: &Table, expected: u64) -> Result<(), KernelError> {
+/// Requires that the rows of a table have the length that this kernel expects.
+fn require_row_length(name: &str, table: &Table, expected: u64) -> Result<(), KernelError> {
     if table.count == 0 || table.row_bytes == expected {
         return Ok(());
     }

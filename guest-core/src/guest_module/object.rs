@@ -1,4 +1,4 @@
-//! The bytes of a `struct module`, and of the symbol tables that it points at.
+//! Fills a `struct module`, and the symbol tables that it points at.
 
 use super::layout::{ALIGN, Covers, Layout, SYMBOL_BYTES};
 use crate::addr::Gva;
@@ -13,47 +13,47 @@ use std::ops::Range;
 /// `TAINT_LIVEPATCH` (include/linux/panic.h; the numbers are ABI, Documentation/admin-guide/tainted-kernels.rst).
 const TAINT_OUT_OF_TREE: u64 = 1 << 12;
 const TAINT_LIVEPATCH: u64 = 1 << 15;
-/// `module.refcnt` of a module with one user: `MODULE_REF_BASE` (kernel/module/main.c) and that.
+/// `module.refcnt` of a module with one user: `MODULE_REF_BASE` (kernel/module/main.c) and one.
 pub(super) const REFERENCES: u32 = 2;
-/// A section index that stands for no section of the file: `SHN_ABS`.
+/// The section index of a symbol that belongs to no section of the file: `SHN_ABS`.
 const ABSOLUTE: u16 = 0xfff1;
-/// Kinds of an ELF symbol: `STT_OBJECT`, `STT_FUNC`.
+/// Types of an ELF symbol: `STT_OBJECT`, `STT_FUNC`.
 const OBJECT: u8 = 1;
 const FUNCTION: u8 = 2;
-/// Longest symbol name that the oldest kernels take, its end counted (`KSYM_NAME_LEN` up to 6.0).
+/// Longest symbol name that the oldest kernels accept, in bytes with the NUL (`KSYM_NAME_LEN` up to 6.0).
 const NAME_BYTES_MAX: usize = 128;
 
-/// What the guest is to know of a patch.
+/// A linked patch that is to be registered in the guest.
 #[derive(Debug, Clone)]
 pub struct Description<'a> {
-    /// Its name.
+    /// The module's name.
     pub name: &'a str,
-    /// True where it says of itself that it comes with the kernel.
+    /// True where the module says that it comes with the kernel (`intree`).
     pub in_tree: bool,
-    /// Where its areas are.
+    /// Guest-virtual addresses of its areas.
     pub bases: Bases,
-    /// Bytes of its text, read-only data and data.
+    /// Sizes of its text, read-only data and data, in bytes.
     pub sizes: [u64; 3],
-    /// Its ORC tables: distances, entries, and how many.
+    /// Its ORC tables: guest-virtual addresses of the distances and of the entries, and the number of entries.
     pub orc: (Gva, Gva, u64),
-    /// Its fault fixups.
+    /// Its exception table.
     pub fixups: Table,
-    /// Its places of WARN and BUG.
+    /// Its table of WARNs and BUGs.
     pub bugs: Table,
-    /// Its branches on static keys: where the table is, and its rows.
+    /// Its branches on static keys: guest-virtual address of the table, and its number of rows.
     pub jumps: (Gva, u64),
-    /// What a per-CPU pointer to its variables on each CPU is; none where it has none.
+    /// The per-CPU pointer to its variables on each CPU; `None` where it has none.
     pub per_cpu: Option<Gva>,
-    /// Modules of the guest that it uses or patches, and that must stay loaded therefore.
+    /// Modules of the guest that it uses or patches: they must stay loaded.
     pub uses: &'a [GuestModule],
-    /// Its functions' ftrace sites, in ascending order.
+    /// Guest-virtual addresses of its functions' ftrace sites, in ascending order.
     pub sites: &'a [Gva],
     /// Its symbols.
     pub symbols: Vec<PlacedSymbol<'a>>,
 }
 
 impl Description<'_> {
-    /// The address range of what a part of the module's memory covers: whole pages.
+    /// The guest-virtual address range of an area, in whole pages.
     pub(super) fn range(&self, covers: Covers) -> Range<Gva> {
         let area = |base: Gva, size: u64| base..base.wrapping_add(size.next_multiple_of(PAGE_SIZE));
         let [text, rodata, data] = self.sizes;
@@ -66,7 +66,7 @@ impl Description<'_> {
     }
 }
 
-/// Symbol tables as a module has them in memory: ELF symbols, their names, and a letter for each.
+/// The symbol tables of a module in memory: ELF symbols, their names, and a type letter for each.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(super) struct Symbols {
     pub bytes: Vec<u8>,
@@ -77,9 +77,9 @@ pub(super) struct Symbols {
 }
 
 impl Symbols {
-    /// Bytes of the tables for these symbols.
+    /// Size of the tables for these symbols, in bytes.
     pub fn len(symbols: &[PlacedSymbol<'_>]) -> u64 {
-        // The first symbol is none, and so is the first name.
+        // The first symbol is the null symbol, and the first name is empty.
         let count = symbols.len() as u64 + 1;
         let names: usize = symbols.iter().map(|symbol| short(symbol.name).len() + 1).sum();
         count * SYMBOL_BYTES + (1 + names as u64) + count
@@ -118,13 +118,13 @@ impl Symbols {
     }
 }
 
-/// As much of a name as every kernel's buffers hold.
+/// The name, cut to what every kernel's buffers hold.
 fn short(name: &str) -> &[u8] {
     let bytes = name.as_bytes();
     bytes.get(..NAME_BYTES_MAX - 1).unwrap_or(bytes)
 }
 
-/// A structure being filled.
+/// A structure of the kernel that is being filled.
 struct Object<'b> {
     layout: Struct<'b>,
     bytes: Vec<u8>,
@@ -137,14 +137,14 @@ impl<'b> Object<'b> {
         Ok(Self { layout, bytes })
     }
 
-    /// Gives a member, of up to 8 bytes, its value.
+    /// Sets a member of up to 8 bytes.
     fn put(&mut self, path: &str, value: u64) -> Result<(), KernelError> {
         let member = self.layout.member(path)?;
         let len = usize::try_from(member.size.min(8)).unwrap_or(0);
         self.put_bytes(path, value.to_le_bytes().get(..len).unwrap_or_default())
     }
 
-    /// The same for a member that not every kernel has.
+    /// Sets a member if this kernel has it.
     fn put_if_there(&mut self, path: &str, value: u64) -> Result<(), KernelError> {
         match self.layout.try_member(path) {
             Some(_) => self.put(path, value),
@@ -162,8 +162,8 @@ impl<'b> Object<'b> {
     }
 }
 
-/// The `struct module` that is going to be at `at`, and the user that keeps it loaded behind it; `symbols` are at
-/// `symbols_at`. What links it with others is still zero.
+/// Fills the `struct module` for the address `at`, and behind it the `struct module_use` that keeps it loaded. `symbols` will be at
+/// `symbols_at`. The list and tree nodes are still zero.
 pub(super) fn module(
     btf: &Btf,
     layout: &Layout,
@@ -173,11 +173,11 @@ pub(super) fn module(
 ) -> Result<Vec<u8>, KernelError> {
     let mut module = Object::new(btf, "module")?;
     module.put("state", btf.enumerator("MODULE_STATE_LIVE")?.cast_unsigned())?;
-    let room = usize::try_from(module.layout.member("name")?.size).unwrap_or(0);
-    if description.name.len() >= room {
+    let space = usize::try_from(module.layout.member("name")?.size).unwrap_or(0);
+    if description.name.len() >= space {
         return Err(super::words::damaged(
             format!("the name {} of {} bytes", description.name, description.name.len()),
-            &format!("less than {room}"),
+            &format!("less than {space}"),
         ));
     }
     module.put_bytes("name", description.name.as_bytes())?;
@@ -234,7 +234,7 @@ pub(super) fn module(
     if layout.use_bytes == 0 {
         return Ok(module.bytes);
     }
-    // Used by itself: a module that is used is not even unloaded by force.
+    // The module is its own user: the kernel does not unload a module in use, not even by force.
     module.put("refcnt.counter", REFERENCES.into())?;
     let mut bytes = module.bytes;
     for target in std::iter::once(at).chain(description.uses.iter().map(|used| used.at)) {
@@ -246,7 +246,7 @@ pub(super) fn module(
     Ok(bytes)
 }
 
-/// Offset in the data area, whose own contents are `len` bytes, of what is added to it.
+/// Offset in the data area of what is appended to its `len` bytes.
 pub(super) fn behind(len: u64) -> u64 {
     len.next_multiple_of(ALIGN)
 }

@@ -1,24 +1,24 @@
-//! Red-black trees in guest memory: insertion and removal as changes of words.
+//! The kernel's red-black trees (`struct rb_root`): insertion and removal as changes of words.
 //!
 //! Format: `struct rb_node` and `struct rb_root` (include/linux/rbtree_types.h): a node's first word is its parent's address,
-//! with the colour in bit 0 (1 is black). The algorithms are the textbook ones (Cormen et al., Introduction to Algorithms,
-//! chapter 13), with mirrored cases as one.
+//! with the colour in bit 0 (1 is black). The algorithms are the textbook ones (Cormen et al., Introduction to Algorithms, chapter 13).
+//! Mirrored cases share their code.
 
 use super::words::{Words, damaged};
 use crate::addr::Gva;
 use crate::btf::{Btf, BtfError};
 use crate::kernel::KernelError;
 
-/// Deepest tree: one of 2^64 nodes has at most twice as many levels.
+/// Largest depth of a tree: one with 2^64 nodes has at most 128 levels.
 const DEPTH_MAX: usize = 128;
 /// Colour bit of `rb_node.__rb_parent_color`.
 const BLACK: u64 = 1;
-/// Low bits of that word that are no address.
+/// Low bits of that word that do not belong to the address.
 const COLOUR_BITS: u64 = 3;
-/// No node.
+/// The address of a missing node.
 const NONE: Gva = Gva(0);
 
-/// Where a node's words are.
+/// Offsets of a node's words.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct NodeLayout {
     parent_colour: u64,
@@ -58,16 +58,16 @@ impl Side {
 pub(super) struct Tree<'w, 'a> {
     pub words: &'w mut Words<'a>,
     pub layout: NodeLayout,
-    /// Address of the word that holds the root's.
+    /// Guest-virtual address of the word that holds the root's address.
     pub root_at: Gva,
-    /// Distance from a node to the word that the tree is ordered by.
+    /// Distance from a node to its key, the word that the tree is ordered by.
     pub key: i64,
 }
 
 type Done = Result<(), KernelError>;
 
 impl Tree<'_, '_> {
-    /// Puts `node` in, whose key is in its place already.
+    /// Inserts `node`, whose key is already set.
     pub fn insert(&mut self, node: Gva) -> Done {
         let key = self.key_of(node)?;
         let (mut parent, mut side, mut at) = (NONE, Left, self.root()?);
@@ -88,11 +88,11 @@ impl Tree<'_, '_> {
             NONE => self.words.set(self.root_at, node.0)?,
             parent => self.set_child(parent, side, node)?,
         }
-        self.mend_red(node)
+        self.fix_red(node)
     }
 
-    /// `node` is red; so may be its parent, which must not stay so.
-    fn mend_red(&mut self, mut node: Gva) -> Done {
+    /// Rebalances after an insertion: `node` is red, and its parent may be red, too.
+    fn fix_red(&mut self, mut node: Gva) -> Done {
         for _ in 0..DEPTH_MAX {
             let parent = self.parent(node)?;
             if parent == NONE {
@@ -126,12 +126,26 @@ impl Tree<'_, '_> {
         Err(damaged(format!("a path of more than {DEPTH_MAX} nodes"), "a tree"))
     }
 
-    /// Takes `node` out. Its own words stay as they are.
+    /// True where `node` is in the tree: a search for its key finds it.
+    pub fn holds(&self, node: Gva) -> Result<bool, KernelError> {
+        let key = self.key_of(node)?;
+        let mut at = self.root()?;
+        for _ in 0..DEPTH_MAX {
+            if at == NONE || at == node {
+                return Ok(at == node);
+            }
+            let side = if key < self.key_of(at)? { Left } else { Right };
+            at = self.child(at, side)?;
+        }
+        Err(damaged(format!("a path of more than {DEPTH_MAX} nodes"), "a tree"))
+    }
+
+    /// Removes `node`. Its own words stay as they are.
     pub fn remove(&mut self, node: Gva) -> Done {
         self.require_linked(node)?;
         let (left, right) = (self.child(node, Left)?, self.child(node, Right)?);
         let (moved_up, parent, was_black) = if left != NONE && right != NONE {
-            // The next node in order, which has no left child, takes the place.
+            // The next node in order, which has no left child, takes the node's place.
             let next = self.outermost(right, Left)?;
             let (behind, was_black) = (self.child(next, Right)?, self.is_black(next)?);
             let parent = match self.parent(next)? {
@@ -159,14 +173,15 @@ impl Tree<'_, '_> {
             self.set_parent(moved_up, parent)?;
         }
         if was_black {
-            self.mend_black(moved_up, parent)
+            self.fix_black(moved_up, parent)
         } else {
             Ok(())
         }
     }
 
-    /// The paths through `node`, a child of `parent` or none at its place, have a black node less than the others.
-    fn mend_black(&mut self, mut node: Gva, mut parent: Gva) -> Done {
+    /// Rebalances after a removal: the paths through `node`, a child of `parent` that may be missing, have one black node less than the
+    /// others.
+    fn fix_black(&mut self, mut node: Gva, mut parent: Gva) -> Done {
         for _ in 0..DEPTH_MAX {
             if parent == NONE || !self.is_black(node)? {
                 break;
@@ -208,7 +223,7 @@ impl Tree<'_, '_> {
         }
     }
 
-    /// Turns the tree at `top`, so that its child on the other side takes its place and it goes down to `side`.
+    /// Rotates the subtree at `top` towards `side`: the child on the other side takes the place of `top`, which becomes its child.
     fn rotate(&mut self, top: Gva, side: Side) -> Done {
         let up = self.child(top, side.other())?;
         if up == NONE {
@@ -224,7 +239,7 @@ impl Tree<'_, '_> {
         self.set_parent(top, up)
     }
 
-    /// Lets the parent of `old`, or the root, point at `new`, if it is a node, and back.
+    /// Links `new`, which may be missing, to the parent of `old`, or to the root.
     fn replace(&mut self, old: Gva, new: Gva) -> Done {
         let parent = self.parent(old)?;
         if parent == NONE {
@@ -240,7 +255,7 @@ impl Tree<'_, '_> {
         }
     }
 
-    /// The first and the last node; `None` where there is none.
+    /// The first and the last node; `None` for an empty tree.
     pub fn ends(&self) -> Result<Option<[Gva; 2]>, KernelError> {
         match self.root()? {
             NONE => Ok(None),
@@ -248,7 +263,7 @@ impl Tree<'_, '_> {
         }
     }
 
-    /// The node furthest to a side, of `node` and those below it.
+    /// The outermost node on a side of the subtree at `node`.
     fn outermost(&self, mut node: Gva, side: Side) -> Result<Gva, KernelError> {
         for _ in 0..DEPTH_MAX {
             let next = self.child(node, side)?;
@@ -260,7 +275,7 @@ impl Tree<'_, '_> {
         Err(damaged(format!("a path of more than {DEPTH_MAX} nodes"), "a tree"))
     }
 
-    /// Demands that the root leads to `node`.
+    /// Requires that `node` is in the tree.
     fn require_linked(&self, mut node: Gva) -> Done {
         for _ in 0..DEPTH_MAX {
             let parent = self.parent(node)?;
@@ -320,7 +335,7 @@ impl Tree<'_, '_> {
             .set(node.wrapping_add(self.layout.parent_colour), parent.0 | colour)
     }
 
-    /// No node counts as black.
+    /// True for a black node. A missing node counts as black.
     fn is_black(&self, node: Gva) -> Result<bool, KernelError> {
         Ok(node == NONE || self.colour_word(node)? & BLACK != 0)
     }

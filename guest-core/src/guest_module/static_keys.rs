@@ -1,8 +1,8 @@
-//! Static keys that a patch's branches hang on: each keeps a list of who has branches to rewrite when it is flipped.
+//! Adds a patch's branches to the lists of their static keys. A key lists all branches that the kernel rewrites when it flips the key.
 //!
-//! `static_key.entries` (include/linux/jump_label.h) is a pointer with two bits: bit 0 says how the key starts; while bit 1 is
-//! clear it leads to the rows of the key's own object, else to a list of `struct static_key_mod` (kernel/jump_label.c), one
-//! for each object with rows. A key in read-only data that was sealed has no list, as it is never flipped (6.10).
+//! `static_key.entries` (include/linux/jump_label.h) is a pointer with two bits. Bit 0 is the key's initial value. If bit 1 is clear, the
+//! pointer leads to the rows of the key's own object; if it is set, to a list of `struct static_key_mod` (kernel/jump_label.c), one for
+//! each object with rows. A key in sealed read-only data has no list, because it is never flipped (6.10).
 
 use super::words::{WORD, Words, damaged, unreadable};
 use crate::addr::Gva;
@@ -13,14 +13,14 @@ use crate::memory::VirtMemory;
 use crate::module::{JumpLabels, JumpLayout, NODES_BYTES, UsedKey};
 use serde::{Deserialize, Serialize};
 
-/// How the key starts, and whether it has a list.
+/// The two bits: the key's initial value, and whether it has a list.
 const BITS: u64 = 3;
 const LINKED: u64 = 2;
-/// More objects than ever hang on one key.
+/// Most objects that list branches at one key.
 const NODES_MAX: usize = 4096;
-/// What the guest is doing when it changes them.
+/// What the guest is doing when it changes the lists.
 const CHANGING: &str = "flipping static keys, or loading or unloading modules that use them";
-/// What the changes are called.
+/// Name of the changes, for errors.
 const KEYS: &str = "the guest's static keys";
 
 /// A key that lists the branches of a patch.
@@ -28,18 +28,18 @@ const KEYS: &str = "the guest's static keys";
 pub struct ListedKey {
     /// Guest-virtual address of the `struct static_key`.
     pub key: u64,
-    /// Of the node for the patch's branches.
+    /// Guest-virtual address of the node for the patch's branches.
     pub node: u64,
-    /// Of the node for the branches of the key's own object, where the patch had to bring that along, too.
+    /// Guest-virtual address of the node for the branches of the key's own object, where the patch holds this node, too.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub own: Option<u64>,
 }
 
-/// Members of a `static_key_mod`.
-struct Node {
-    next: u64,
-    entries: u64,
-    module: u64,
+/// Offsets of the members of `struct static_key_mod`.
+pub(super) struct Node {
+    pub next: u64,
+    pub entries: u64,
+    pub module: u64,
 }
 
 impl Node {
@@ -59,7 +59,7 @@ impl Node {
     }
 }
 
-/// The offsets of this kernel that branches are linked with.
+/// The offsets in this kernel's `struct static_key` that linking needs.
 pub fn layout(live: &Live<'_>) -> Result<JumpLayout, KernelError> {
     let btf = &live.kernel.btf;
     let key = btf.structure("static_key")?;
@@ -72,8 +72,8 @@ pub fn layout(live: &Live<'_>) -> Result<JumpLayout, KernelError> {
     })
 }
 
-/// Plans to list the branches of the module at `module` at their keys. `data`, which is going to be at `at`, has room for the
-/// nodes; it is filled in.
+/// Plans to add the branches of the module at `module` to the lists of their keys. Fills the nodes in `data`, which has space for them and
+/// will be at `at`.
 pub fn list(
     live: &Live<'_>,
     labels: &JumpLabels,
@@ -93,10 +93,10 @@ pub fn list(
         let word = words.get(head)?;
         let (first, is_linked) = (word & !BITS, word & LINKED != 0);
         if is_linked && first == 0 {
-            // Sealed: never flipped again.
+            // The key is sealed: it is never flipped again.
             continue;
         }
-        let ours = key.room;
+        let ours = key.nodes;
         let own = (!is_linked).then(|| ours.wrapping_add(NODES_BYTES / 2));
         if let Some(own) = own {
             let object = match live.kernel.image.segment(key.at) {
@@ -124,7 +124,7 @@ pub fn list(
     Ok((changes, listed))
 }
 
-/// Demands that the key is still in the state that the branches were made for.
+/// Requires that the key has the state that the branches were linked for.
 fn require_unflipped(live: &Live<'_>, key: &UsedKey, layout: &JumpLayout) -> Result<(), KernelError> {
     let at = key.at.wrapping_add(layout.enabled);
     let enabled = live.read_u32(at).map_err(|source| unreadable(at, source))?;
@@ -135,9 +135,9 @@ fn require_unflipped(live: &Live<'_>, key: &UsedKey, layout: &JumpLayout) -> Res
     Err(KernelError::Changed(ChangeError::Changing { doing: CHANGING, gpa }))
 }
 
-/// Plans to take a patch's branches from the lists of their keys, whatever those are like now.
+/// Plans to remove a patch's branches from the lists of their keys, as they are now.
 ///
-/// Gives the key that still needs a node which the patch brought along: a module that the guest loaded since hangs on it.
+/// Gives the address of a key that still needs a node of the patch, because the guest has loaded another module with branches on it since.
 pub fn unlist(live: &Live<'_>, listed: &[ListedKey]) -> Result<Result<Vec<Change>, Gva>, KernelError> {
     if listed.is_empty() {
         return Ok(Ok(Vec::new()));
@@ -146,35 +146,53 @@ pub fn unlist(live: &Live<'_>, listed: &[ListedKey]) -> Result<Result<Vec<Change
     let flipping = live.that_changes_when(CHANGING);
     let mut words = Words::new(&flipping, Gva(0), Vec::new());
     for key in listed {
-        let head = Gva(key.key).wrapping_add(layout.entries);
-        let word = words.get(head)?;
-        if word & LINKED == 0 {
-            // Not listed yet, or not any more.
-            continue;
-        }
-        let mut at = head;
-        let mut bits = word & BITS;
-        for _ in 0..NODES_MAX {
-            let next = words.get(at)? & !bits;
-            if next == key.node {
-                let behind = words.get(Gva(next).wrapping_add(node.next))?;
-                words.set(at, behind | bits)?;
-                break;
-            }
-            if next == 0 {
-                break;
-            }
-            (at, bits) = (Gva(next).wrapping_add(node.next), 0);
-        }
-        let Some(own) = key.own else { continue };
-        let word = words.get(head)?;
-        if word & !BITS != own || words.get(Gva(own).wrapping_add(node.next))? != 0 {
+        if !unlink(&mut words, layout.entries, &node, key)? {
             return Ok(Err(Gva(key.key)));
         }
-        let entries = words.get(Gva(own).wrapping_add(node.entries))?;
-        words.set(head, entries | (word & BITS & !LINKED))?;
     }
     Ok(Ok(words.finish(live, KEYS)?.1))
+}
+
+/// Takes a patch's nodes from the list of one key, whose `static_key.entries` is at that offset. Gives false where others need a node
+/// that the patch brought along.
+pub(super) fn unlink(words: &mut Words<'_>, entries: u64, node: &Node, key: &ListedKey) -> Result<bool, KernelError> {
+    let head = Gva(key.key).wrapping_add(entries);
+    // The nodes of a patch that was only staged are in no list, and nothing keeps the guest from unloading the module whose key it is.
+    let Some(word) = words.get_mapped(head)?.filter(|word| word & LINKED != 0) else {
+        return Ok(true);
+    };
+    let mut nodes = nodes(words, node, Gva(word & !BITS))?;
+    if let Some(index) = nodes.iter().position(|at| at.0 == key.node) {
+        let (before, bits) = match index.checked_sub(1).and_then(|before| nodes.get(before)) {
+            Some(before) => (before.wrapping_add(node.next), 0),
+            None => (head, word & BITS),
+        };
+        let behind = words.get(Gva(key.node).wrapping_add(node.next))?;
+        words.set(before, behind | bits)?;
+        nodes.remove(index);
+    }
+    let Some(own) = key.own.filter(|own| nodes.contains(&Gva(*own))) else {
+        return Ok(true);
+    };
+    if nodes.len() != 1 {
+        return Ok(false);
+    }
+    let rows = words.get(Gva(own).wrapping_add(node.entries))?;
+    words.set(head, rows | (word & BITS & !LINKED))?;
+    Ok(true)
+}
+
+/// The list that begins with `first`, as far as it can be read.
+fn nodes(words: &Words<'_>, node: &Node, first: Gva) -> Result<Vec<Gva>, KernelError> {
+    let (mut found, mut at) = (Vec::new(), first);
+    while at.0 != 0 && found.len() < NODES_MAX {
+        found.push(at);
+        at = match words.get_mapped(at.wrapping_add(node.next))? {
+            Some(next) => Gva(next),
+            None => break,
+        };
+    }
+    Ok(found)
 }
 
 const _: () = assert!(NODES_BYTES == 6 * WORD);

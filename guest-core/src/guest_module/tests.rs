@@ -1,4 +1,5 @@
 use super::rb_tree::{NodeLayout, Tree};
+use super::static_keys::{ListedKey, Node, unlink};
 use super::words::Words;
 use crate::addr::Gva;
 use crate::btf::Btf;
@@ -6,7 +7,7 @@ use crate::btf::builder::{Builder, STRUCT};
 use crate::memory::{MemoryError, VirtMemory};
 use std::collections::{BTreeMap, BTreeSet};
 
-/// Words of memory; what is not there reads as zero.
+/// Words of memory. Missing words read as zero.
 #[derive(Default)]
 struct Memory(BTreeMap<u64, u64>);
 
@@ -19,7 +20,7 @@ impl VirtMemory for Memory {
 }
 
 const ROOT: u64 = 0x10;
-/// A node's key is one word in front of it; the words of the node are in the order of `struct rb_node`.
+/// The layout of nodes as `struct rb_node` has it. A node's key is the word before the node.
 const NODES: u64 = 0x1000;
 const NODE_BYTES: u64 = 32;
 
@@ -57,7 +58,7 @@ fn change(
     Ok(())
 }
 
-/// Walks the whole tree and demands that it is one: gives its keys in order, and how many black nodes every path has.
+/// Requires that the tree is a red-black tree. Gives its keys in order, and the number of black nodes of every path.
 fn check(memory: &Memory, at: u64, parent: u64) -> (Vec<u64>, u32) {
     if at == 0 {
         return (Vec::new(), 1);
@@ -86,16 +87,16 @@ fn require(memory: &Memory, keys: &BTreeSet<u64>) {
 }
 
 #[test]
-fn a_tree_stays_one_whatever_is_put_in_and_taken_out() {
+fn insertions_and_removals_keep_the_tree_balanced() {
     for seed in 1..40_u64 {
         let (mut memory, mut keys, mut random) = (Memory::default(), BTreeSet::new(), seed);
         for _ in 0..120 {
-            // Knuth's linear congruential generator: the same numbers in each run
+            // Knuth's linear congruential generator: it gives the same numbers in each run.
             random = random
                 .wrapping_mul(6364136223846793005)
                 .wrapping_add(1442695040888963407);
             let number = random >> 59;
-            // Keys in another order than addresses, as modules are loaded wherever there is room.
+            // The keys have another order than the addresses, because modules are loaded wherever there is space.
             let key = number.wrapping_mul(0x9e37_79b9) % 97 + 1;
             if keys.contains(&key) {
                 change(&mut memory, |tree| tree.remove(Gva(node(number)))).unwrap();
@@ -120,7 +121,7 @@ fn of(keys: &[u64]) -> Memory {
 }
 
 #[test]
-fn a_node_that_is_not_in_the_tree_is_not_taken_out() {
+fn a_node_outside_the_tree_is_not_removed() {
     let mut memory = of(&[1, 2, 3]);
     memory.0.insert(node(7), node(1));
     let error = change(&mut memory, |tree| tree.remove(Gva(node(7)))).unwrap_err();
@@ -130,10 +131,10 @@ fn a_node_that_is_not_in_the_tree_is_not_taken_out() {
 }
 
 #[test]
-fn a_tree_that_runs_in_a_circle_or_denies_its_children_is_refused() {
+fn a_tree_with_a_cycle_or_a_wrong_parent_is_refused() {
     let mut memory = of(&[1, 2, 3, 4, 5]);
     memory.0.insert(node(9) - 8, 9);
-    // The last one on the way to the new one leads back to the root, whose parent it is, too.
+    // The last node on the path to the new one leads back to the root, and is the root's parent.
     let root = memory.0[&ROOT];
     memory.0.insert(node(4) + 8, root);
     memory.0.insert(root, node(4) | 1);
@@ -162,11 +163,65 @@ fn the_first_and_the_last_node_are_found() {
 }
 
 #[test]
-fn words_that_are_not_laid_yet_are_set_in_place() {
+fn words_that_are_not_staged_yet_are_set_in_place() {
     let memory = Memory::default();
     let mut words = Words::new(&memory, Gva(0x100), vec![0; 16]);
     words.set(Gva(0x108), 7).unwrap();
     words.set(Gva(0x110), 8).unwrap();
     assert_eq!((words.get(Gva(0x108)).unwrap(), words.get(Gva(0x110)).unwrap()), (7, 8));
     assert_eq!(words.set_words(), [(0x110, 8)]);
+}
+
+// A key's `entries` behind `enabled`, and nodes of next, entries and module.
+const KEY: u64 = 0x5000;
+const ENTRIES: u64 = 8;
+const LINKED: u64 = 2;
+const OURS: u64 = 0x7000;
+const OWN: u64 = 0x7018;
+
+/// Takes the patch's nodes from the list of the key; gives whether that could be, and the words that change.
+fn unlinked(words: &[(u64, u64)]) -> (bool, Vec<(u64, u64)>) {
+    let memory = Memory(words.iter().copied().collect());
+    let key = ListedKey {
+        key: KEY,
+        node: OURS,
+        own: Some(OWN),
+    };
+    let node = Node {
+        next: 0,
+        entries: 8,
+        module: 16,
+    };
+    let mut words = Words::new(&memory, Gva(0), Vec::new());
+    let done = unlink(&mut words, ENTRIES, &node, &key).unwrap();
+    (done, words.set_words())
+}
+
+#[test]
+fn a_key_gets_back_its_own_rows_when_the_last_patch_leaves() {
+    let rows = 0x9000;
+    let listed = [
+        (KEY + ENTRIES, OURS | LINKED | 1),
+        (OURS, OWN),
+        (OWN, 0),
+        (OWN + 8, rows),
+    ];
+    assert_eq!(unlinked(&listed), (true, vec![(KEY + ENTRIES, rows | 1)]));
+    // The patch is gone already, or was never listed.
+    assert_eq!(unlinked(&[(KEY + ENTRIES, rows | 1)]), (true, Vec::new()));
+}
+
+#[test]
+fn a_node_that_a_later_module_hangs_on_stays() {
+    let other = 0x6000;
+    let listed = [(KEY + ENTRIES, other | LINKED), (other, OURS), (OURS, OWN), (OWN, 0)];
+    assert!(!unlinked(&listed).0);
+}
+
+/// The guest has made the key a list by itself when it loaded a module, as the patch was only staged.
+#[test]
+fn a_list_that_never_had_a_patchs_nodes_is_none_of_its_business() {
+    let (first, last) = (0x6000, 0x6018);
+    let listed = [(KEY + ENTRIES, first | LINKED | 1), (first, last), (last, 0)];
+    assert_eq!(unlinked(&listed), (true, Vec::new()));
 }

@@ -1,12 +1,12 @@
-//! The ftrace records of a patch's functions, by which the guest traces and probes them as it does any module's.
+//! The ftrace records of a patch's functions. With them, the guest can trace and probe the functions like those of any module.
 //!
-//! A group of records (`struct ftrace_page`) hangs at the end of a chain that starts at `ftrace_pages_start`, and whose last
-//! one `ftrace_pages` points at; the kernel's own loader adds one for each module (`ftrace_process_locs`,
-//! kernel/trace/ftrace.c; 5.10, 6.1, 6.12, 7.2). Who changes or counts records holds `ftrace_lock`.
+//! A group of records (`struct ftrace_page`) is appended to a chain: `ftrace_pages_start` points at its first group, `ftrace_pages` at its
+//! last. The kernel's own loader adds a group for each module (`ftrace_process_locs`, kernel/trace/ftrace.c; 5.10, 6.1, 6.12, 7.2). The
+//! kernel holds `ftrace_lock` while it changes or counts records.
 //!
-//! ftrace counts in each record who wants it. A tracer that was there before the record has not been counted, and would be
-//! counted below zero when it ends: a function that somebody wants already is left alone by ftrace (`FTRACE_FL_DISABLED`), as
-//! the patched ones are.
+//! ftrace counts in each record how many tracers want it. A tracer that started before the record was added is not counted, and its end
+//! would bring the count below zero. A record that such a tracer wants is therefore disabled (`FTRACE_FL_DISABLED`), like those of
+//! patched functions.
 
 use super::words::{WORD, Words, damaged, unreadable};
 use crate::addr::Gva;
@@ -15,21 +15,21 @@ use crate::kernel::{KernelError, Live, tracers};
 use crate::memory::VirtMemory;
 use serde::{Deserialize, Serialize};
 
-/// Groups walked at the most: a kernel has a few hundred.
+/// Most groups that are walked. A kernel has a few hundred.
 const GROUPS_MAX: usize = 1 << 16;
-/// More sites than a patch has.
+/// Most sites of a patch.
 const SITES_MAX: u64 = 1 << 16;
 
 /// The group of a patch's records.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Traced {
-    /// Guest-virtual address of its `struct ftrace_page`; the records are behind it.
+    /// Guest-virtual address of its `struct ftrace_page`. The records follow it.
     pub group: u64,
     /// Number of records.
     pub sites: u64,
 }
 
-/// How this kernel keeps its records.
+/// Where and how this kernel keeps its ftrace records.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Groups {
     group_bytes: u64,
@@ -39,7 +39,7 @@ pub(super) struct Groups {
     record_bytes: u64,
     ip: u64,
     flags: u64,
-    /// Address of the pointer to the first group, and of that to the last.
+    /// Guest-virtual addresses of the pointers to the first group and to the last.
     first: Gva,
     last: Gva,
 }
@@ -72,7 +72,7 @@ impl Groups {
         }))
     }
 
-    /// Bytes of a group and its records.
+    /// Size of a group with its records, in bytes.
     pub fn bytes(&self, sites: usize) -> u64 {
         match sites {
             0 => 0,
@@ -82,7 +82,7 @@ impl Groups {
         }
     }
 
-    /// Fills in the group that is going to be at `at`, of these sites in ascending order, and adds it to the chain.
+    /// Fills the group for these sites, in ascending order, which will be at `at`, and adds it to the chain.
     pub fn add(&self, live: &Live<'_>, words: &mut Words<'_>, at: Gva, sites: &[Gva]) -> Result<(), KernelError> {
         let disabled = Meaning::of(&live.kernel.btf)?.disabled;
         let records = at.wrapping_add(self.group_bytes);
@@ -102,8 +102,7 @@ impl Groups {
         words.set(self.last, at.0)
     }
 
-    /// Takes a group out of the chain; where only a part of it is in, as after half of an addition or of a removal, that is all
-    /// that changes.
+    /// Removes a group from the chain. After half of an addition or removal, only the pointers that lead to the group are changed.
     pub fn remove(&self, words: &mut Words<'_>, group: Gva) -> Result<(), KernelError> {
         let mut at = self.first;
         for _ in 0..GROUPS_MAX {
@@ -129,7 +128,7 @@ impl Groups {
 }
 
 impl Traced {
-    /// The first of the patch's functions that somebody in the guest traces or probes, by its site.
+    /// The site of the first of the patch's functions that the guest traces or probes.
     pub fn in_use(&self, live: &Live<'_>) -> Result<Option<Gva>, KernelError> {
         let Some(groups) = Groups::find(live)? else {
             return Ok(None);

@@ -1,25 +1,25 @@
-//! Words of guest memory as they are going to be: what has been set is read back, and becomes changes in the end.
+//! Edits words of guest memory: words that were set are read back with their new values, and become changes in the end.
 
 use crate::addr::Gva;
 use crate::change::Change;
 use crate::kernel::{KernelError, Live};
-use crate::memory::VirtMemory;
+use crate::memory::{MemoryError, VirtMemory};
 use std::collections::BTreeMap;
 
 /// Bytes of a word.
 pub(super) const WORD: u64 = 8;
 
-/// Guest memory, and what is to become of some of its words.
+/// Guest memory, with new values for some of its words.
 pub(super) struct Words<'a> {
     memory: &'a dyn VirtMemory,
-    /// Memory that is not laid yet, and its address: words in there are set at once.
+    /// Memory that is not staged yet, and its address. Its words are set at once.
     own: (Gva, Vec<u8>),
-    /// By address: the word that is there, and the one that is to be there.
+    /// The old and the new value of each word that was set, by address.
     set: BTreeMap<Gva, (u64, u64)>,
 }
 
 impl<'a> Words<'a> {
-    /// Nothing set yet. `own` are bytes that are going to be at `at`.
+    /// Starts without new values. `own` are bytes that will be staged at `at`.
     pub fn new(memory: &'a dyn VirtMemory, at: Gva, own: Vec<u8>) -> Self {
         Self {
             memory,
@@ -39,7 +39,18 @@ impl<'a> Words<'a> {
         self.memory.read_u64(at).map_err(|source| unreadable(at, source))
     }
 
-    /// Says what the word at `at` is going to be.
+    /// Like [`Self::get`]; `None` where the guest's page tables map nothing there.
+    pub fn get_mapped(&self, at: Gva) -> Result<Option<u64>, KernelError> {
+        match self.get(at) {
+            Err(KernelError::Unreadable {
+                source: MemoryError::NotMapped { .. },
+                ..
+            }) => Ok(None),
+            word => word.map(Some),
+        }
+    }
+
+    /// Sets the word at `at`.
     pub fn set(&mut self, at: Gva, word: u64) -> Result<(), KernelError> {
         if let Some((_, now)) = self.set.get_mut(&at) {
             *now = word;
@@ -55,7 +66,7 @@ impl<'a> Words<'a> {
         Ok(())
     }
 
-    /// The bytes that are not laid yet, and a change for each word that is going to be another one.
+    /// The bytes that are not staged yet, and a change for each word with a new value.
     pub fn finish(self, live: &Live<'_>, what: &str) -> Result<(Vec<u8>, Vec<Change>), KernelError> {
         let mut changes = Vec::new();
         for (at, (old, new)) in self.set.into_iter().filter(|(_, (old, new))| old != new) {
@@ -70,14 +81,14 @@ impl<'a> Words<'a> {
         self.set.iter().map(|(at, (_, word))| (at.0, *word)).collect()
     }
 
-    /// The offset of a word in the memory that is not laid yet.
+    /// The offset of a word in the memory that is not staged yet.
     fn own(&self, at: Gva) -> Option<usize> {
         let offset = usize::try_from(at.checked_sub(self.own.0)?).ok()?;
         (offset < self.own.1.len()).then_some(offset)
     }
 }
 
-/// The change of one word at a guest-virtual address, which must not cross a page.
+/// The change of one word at a guest-virtual address. The word must not cross a page boundary.
 fn word_change(live: &Live<'_>, what: &str, at: Gva, old: u64, new: u64) -> Result<Change, KernelError> {
     let (gpa, contiguous) = live.physical(at).map_err(|source| unreadable(at, source))?;
     if !at.0.is_multiple_of(WORD) || contiguous < WORD {
@@ -90,15 +101,15 @@ fn word_change(live: &Live<'_>, what: &str, at: Gva, old: u64, new: u64) -> Resu
     Ok(Change::word(what, gpa, old, new).of_data())
 }
 
-/// What is read here, for errors.
+/// Name of what is read here, for errors.
 const WHAT: &str = "the guest's modules";
 
-/// An address that could not be read.
-pub(super) fn unreadable(at: Gva, source: crate::memory::MemoryError) -> KernelError {
+/// The error of an address that cannot be read.
+pub(super) fn unreadable(at: Gva, source: MemoryError) -> KernelError {
     KernelError::Unreadable { what: WHAT, at, source }
 }
 
-/// A structure that contradicts itself.
+/// The error of a structure that contradicts itself.
 pub(super) fn damaged(found: String, expected: &str) -> KernelError {
     KernelError::Disagrees {
         what: WHAT,

@@ -1,18 +1,22 @@
-//! What is needed to know which alternatives the kernel has chosen for its CPU.
+//! The layout of alternatives, and the CPU features by which the kernel has chosen among them.
 
 use super::{KernelError, Live};
 use crate::memory::VirtMemory;
 use crate::module::AltLayout;
 use crate::paging::PAGE_SIZE;
 
-/// The layout of the kernel's `struct alt_instr`, which the module was compiled with, too.
+/// The layout of the kernel's `struct alt_instr`. The module was compiled with the same.
+///
+/// # Errors
+///
+/// The kernel's types lack a member.
 pub fn layout(live: &Live<'_>) -> Result<AltLayout, KernelError> {
     let entry = live.kernel.btf.structure("alt_instr")?;
     Ok(AltLayout {
         size: entry.size(),
         instr_offset: entry.offset("instr_offset")?,
         repl_offset: entry.offset("repl_offset")?,
-        // Since 6.3 a bit field of 16 bits, which ends where the bytes of `flags` begin.
+        // Since 6.3 it is a bit field of 16 bits, which ends where the bytes of `flags` begin.
         cpuid: entry.member("cpuid")?.offset(),
         flags: entry.try_member("flags").map(|member| member.offset()),
         instrlen: entry.offset("instrlen")?,
@@ -20,7 +24,11 @@ pub fn layout(live: &Live<'_>) -> Result<AltLayout, KernelError> {
     })
 }
 
-/// `boot_cpu_data.x86_capability`: feature words and, behind them, bug words.
+/// Reads `boot_cpu_data.x86_capability`: the words of CPU features, and behind them those of CPU bugs.
+///
+/// # Errors
+///
+/// The member does not exist or cannot be read.
 pub fn capabilities(live: &Live<'_>) -> Result<Vec<u32>, KernelError> {
     let member = live
         .kernel

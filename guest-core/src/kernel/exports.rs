@@ -1,27 +1,31 @@
-//! What the kernel image exports to modules: `__ksymtab` (include/linux/export-internal.h; place-relative since 4.19:
+//! The symbols that the kernel image exports to modules: `__ksymtab` (include/linux/export-internal.h; place-relative since 4.19:
 //! value, name and namespace, 4 bytes each), sorted by name.
 
 use super::{KernelError, Live};
 use crate::addr::Gva;
 use crate::memory::VirtMemory;
 
-/// Longest name read; `KSYM_NAME_LEN` is 512 since 6.1.
+/// Longest name that is read, in bytes. `KSYM_NAME_LEN` is 512 since 6.1.
 const NAME_BYTES_MAX: usize = 512;
-/// More entries than a kernel has.
+/// Most entries of a table, more than a kernel has.
 const ENTRIES_MAX: u64 = 1 << 20;
 
 /// An exported symbol.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Export {
-    /// Its address.
+    /// Guest-virtual address.
     pub address: Gva,
-    /// The checksum of its type (`CONFIG_MODVERSIONS`), where the kernel has them: one for each entry of the table, 4 bytes
-    /// (`__kcrctab`; plain values on x86 in all releases from 4.19 to 6.12).
+    /// The checksum of its type, in kernels that have them (`CONFIG_MODVERSIONS`): 4 bytes for each entry of the table (`__kcrctab`; plain
+    /// values on x86 in all releases from 4.19 to 6.12).
     pub crc: Option<u32>,
 }
 
-/// What the image exports as `name`; `None` where it does not. Both tables are looked through: vmpatch applies modules
-/// whatever their licence, as it is the operator who answers for them.
+/// Finds the image's export `name`; `None` if there is none. Searches both tables, because vmpatch applies modules whatever their licence:
+/// the operator is responsible for them.
+///
+/// # Errors
+///
+/// The tables cannot be read.
 pub fn find(live: &Live<'_>, name: &str) -> Result<Option<Export>, KernelError> {
     let live = &live.constant();
     for (start, stop, crcs) in [
@@ -82,7 +86,7 @@ fn relative(live: &Live<'_>, at: Gva) -> Result<Gva, KernelError> {
     Ok(at.wrapping_offset(i64::from(offset.cast_signed())))
 }
 
-/// The bytes up to the NUL; names in `__ksymtab_strings` are read in two steps at the most.
+/// The bytes up to the NUL. Names in `__ksymtab_strings` are read in at most two steps.
 fn text(live: &Live<'_>, at: Gva) -> Result<Vec<u8>, KernelError> {
     let mut bytes = [0; NAME_BYTES_MAX];
     for len in [64, NAME_BYTES_MAX] {

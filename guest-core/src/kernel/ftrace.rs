@@ -1,4 +1,4 @@
-//! The guest's ftrace records: where each function's site is, and who holds it.
+//! The guest's ftrace records: the site of each function, and whether the guest uses it.
 //!
 //! `struct ftrace_page` and `struct dyn_ftrace` (kernel/trace/ftrace.c, include/linux/ftrace.h; the record is address,
 //! flags, arch since 2.6.28). Records of one page group are sorted by address.
@@ -8,18 +8,18 @@ use crate::addr::Gva;
 use crate::btf::Btf;
 use crate::memory::VirtMemory;
 
-/// Page groups walked at the most: a kernel has a few hundred.
+/// Most page groups that are walked. A kernel has a few hundred.
 const GROUPS_MAX: usize = 1 << 16;
-/// Records in a group at the most; bounds a lie.
+/// Most records of a group.
 const RECORDS_MAX: u32 = 1 << 20;
-/// `endbr64`, or the NOP that a sealed one becomes, has four bytes and stands before the site.
+/// Bytes of `endbr64`, or of the NOP that a sealed one becomes, in front of the site.
 pub const ENDBR_BYTES: u64 = 4;
 
-/// What the guest is doing when it changes its records, or who is counted in them.
+/// What the guest is doing when it changes its records or the counts in them.
 pub const CHANGING: &str = "changing what it traces, or loading or unloading modules";
 
 /// Bits of `dyn_ftrace.flags` that count its users: the low 19 or more (`FTRACE_REF_MAX_SHIFT`, include/linux/ftrace.h, up to
-/// 7.2); nobody has more than these.
+/// 7.2). No record has more users than these can count.
 const USERS: u64 = 0xffff;
 
 /// Bits of `dyn_ftrace.flags`, as the guest's kernel numbers them.
@@ -29,12 +29,12 @@ pub struct Meaning {
     pub enabled: u64,
     /// `FTRACE_FL_DISABLED`: ftrace leaves the record alone.
     pub disabled: u64,
-    /// `FTRACE_FL_IPMODIFY`: somebody redirects the function.
+    /// `FTRACE_FL_IPMODIFY`: a user of ftrace redirects the function.
     pub ip_modify: u64,
 }
 
 impl Meaning {
-    /// As this kernel's types have it.
+    /// Looks up the bits in this kernel's types.
     pub fn of(btf: &Btf) -> Result<Self, KernelError> {
         let flag = |name| match btf.enumerator(name)?.cast_unsigned() {
             flag if flag.is_power_of_two() => Ok(flag),
@@ -51,8 +51,8 @@ impl Meaning {
         })
     }
 
-    /// True where a tracer, kprobe, BPF program or livepatch of the guest uses a site with these flags, or would if tracing were
-    /// not switched off (`kernel.ftrace_enabled`).
+    /// True if a tracer, kprobe, BPF program or livepatch of the guest uses a site with these flags, or would use it if tracing were not
+    /// switched off (`kernel.ftrace_enabled`).
     pub fn is_held(&self, flags: u64) -> bool {
         flags & (self.enabled | USERS) != 0
     }
@@ -61,30 +61,34 @@ impl Meaning {
 /// One function's record.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct FtraceRecord {
-    /// The site: address of the 5-byte NOP or call.
+    /// Guest-virtual address of the site: of the 5-byte NOP or call.
     pub site: Gva,
-    /// Address of `dyn_ftrace.flags`.
+    /// Guest-virtual address of `dyn_ftrace.flags`.
     pub flags_at: Gva,
-    /// `dyn_ftrace.flags`.
+    /// Value of `dyn_ftrace.flags`.
     pub flags: u64,
-    /// What its bits mean.
+    /// The meaning of its bits.
     pub meaning: Meaning,
 }
 
 impl FtraceRecord {
-    /// As [`Meaning::is_held`] says.
+    /// True if the guest uses the site: see [`Meaning::is_held`].
     pub fn is_held(&self) -> bool {
         self.meaning.is_held(self.flags)
     }
 
-    /// True where ftrace was told to leave the site alone.
+    /// True if the record is disabled: ftrace leaves the site alone.
     pub fn is_disabled(&self) -> bool {
         self.flags & self.meaning.disabled != 0
     }
 }
 
-/// The record of the function that starts at `function`: its site is the entry, or behind the `endbr64` there.
-/// `None` where the function has none (notrace).
+/// Finds the record of the function at `function`. Its site is at the entry, or behind the `endbr64` there. `None` for a function without a
+/// record (notrace).
+///
+/// # Errors
+///
+/// The records cannot be read.
 pub fn record(live: &Live<'_>, function: Gva) -> Result<Option<FtraceRecord>, KernelError> {
     let what = "ftrace record";
     let btf = &live.kernel.btf;
@@ -114,7 +118,7 @@ pub fn record(live: &Live<'_>, function: Gva) -> Result<Option<FtraceRecord>, Ke
             })?
             .min(RECORDS_MAX);
         let entry = |n: u32| first.wrapping_add(u64::from(n) * size);
-        // Most groups are of other functions altogether: the kernel fills them in the order of addresses.
+        // Most groups are of other functions: the kernel fills groups in the order of addresses.
         let site = |n: u32| {
             let at = entry(n).wrapping_add(ip);
             let read = live.constant().read_u64(at);

@@ -1,8 +1,8 @@
-//! Integrity guards: software in the guest that checks whether its kernel was changed, and may stop the guest if so.
+//! Integrity guards: software in the guest that checks whether its kernel was changed, and may then stop the guest.
 //!
 //! LKRG (the Linux Kernel Runtime Guard, module `lkrg`, `p_lkrg` before 0.9.2) hashes `_stext.._etext` and compares the hash at
-//! intervals and at events. Its sysctl `lkrg.kint_validate` is 0 where it does not check; `lkrg.kint_enforce` says what it does
-//! about a difference: 0 logs it once and accepts it, 1 logs it, 2 panics (README of LKRG 1.0.1). It can hide its module from
+//! intervals and at events. If its sysctl `lkrg.kint_validate` is 0, it does not check. `lkrg.kint_enforce` selects its
+//! reaction to a difference: 0 logs it once and accepts it, 1 logs it, 2 panics (README of LKRG 1.0.1). It can hide its module from
 //! the guest's list, but not its sysctls.
 
 use super::sysctl::Directory;
@@ -12,23 +12,23 @@ use crate::memory::VirtMemory;
 
 /// LKRG's directory of sysctls.
 const LKRG: &str = "lkrg";
-/// Names that its module has had.
+/// The names of its module, over time.
 const LKRG_MODULES: [&str; 2] = ["lkrg", "p_lkrg"];
-/// What the guest is doing when it changes what this is read from.
+/// What the guest is doing when it changes the sysctls.
 const CHANGING: &str = "changing its sysctls, or loading or unloading modules";
-/// What is read, for errors.
+/// Name of what is read here, for errors.
 const SETTING: &str = "a setting of the guest's integrity guard";
 
 /// A guard in the guest.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Guard {
-    /// Its name.
+    /// Name of the guard.
     pub name: &'static str,
-    /// What it does when it finds the kernel changed.
+    /// Its reaction to a change of the kernel.
     pub reaction: Reaction,
 }
 
-/// What a guard does when it finds the kernel changed.
+/// A guard's reaction to a change of the kernel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Reaction {
     /// It does not check.
@@ -37,12 +37,12 @@ pub enum Reaction {
     Logs,
     /// It stops the guest.
     Panics,
-    /// Its settings were not found, so it may do anything.
+    /// Its settings were not found: it may do anything.
     Unknown,
 }
 
 impl Reaction {
-    /// The word for it in reports.
+    /// The name in reports.
     pub fn name(self) -> &'static str {
         match self {
             Self::Off => "off",
@@ -53,7 +53,7 @@ impl Reaction {
     }
 }
 
-/// A guard that would stop the guest, or may.
+/// A guard that would or may stop the guest.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error(
     "the guest runs {name}, {why}; its tenant can set it to log only (`sysctl lkrg.kint_enforce=0`), and must leave it so for as long as the patch is applied"
@@ -65,6 +65,10 @@ pub struct Armed {
 }
 
 /// Finds the guard that the guest runs, if any.
+///
+/// # Errors
+///
+/// The guest's modules or sysctls cannot be read.
 pub fn find(live: &Live<'_>) -> Result<Option<Guard>, KernelError> {
     let live = &live.that_changes_when(CHANGING);
     let directory = match Directory::root(live)? {
@@ -96,7 +100,11 @@ pub fn find(live: &Live<'_>) -> Result<Option<Guard>, KernelError> {
 }
 
 impl Guard {
-    /// That a change of the kernel's text is survived: an error where the guard would stop the guest, or may.
+    /// Permits a change of the kernel's text.
+    ///
+    /// # Errors
+    ///
+    /// The guard would or may stop the guest.
     pub fn permits(&self) -> Result<(), Armed> {
         let why = match self.reaction {
             Reaction::Off | Reaction::Logs => return Ok(()),
@@ -108,7 +116,7 @@ impl Guard {
         Err(Armed { name: self.name, why })
     }
 
-    /// What an operator should know of it; nothing where it does not check.
+    /// A warning for the operator; `None` if the guard does not check.
     pub fn warning(&self) -> Option<String> {
         let Self { name, reaction, .. } = self;
         match reaction {

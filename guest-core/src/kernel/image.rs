@@ -1,7 +1,7 @@
-//! Where the kernel image lies: from a vCPU's interrupt descriptor table to the image's mapping.
+//! Finds the kernel image: from a vCPU's interrupt descriptor table to the image's mapping.
 //!
 //! x86-64 Linux maps its image into the 1 GiB from `__START_KERNEL_map` on (arch/x86/include/asm/page_64_types.h,
-//! since 2.6.x; KASLR moves it within that window since 3.14).
+//! since 2.6.x; KASLR moves it within that range since 3.14).
 
 use crate::addr::{Gpa, Gva};
 use crate::memory::{MemoryError, PhysMemory, VirtMemory};
@@ -9,9 +9,9 @@ use crate::paging::{AddressSpace, MappedMemory};
 use crate::vcpu::Registers;
 use std::ops::Range;
 
-/// `__START_KERNEL_map`, and the end of the 1 GiB that a KASLR kernel may use.
-pub const WINDOW: Range<Gva> = Gva(0xffff_ffff_8000_0000)..Gva(0xffff_ffff_c000_0000);
-/// With page-table isolation the user tables lie one page above the kernel's: CR3 bit 12
+/// The guest-virtual address range of a kernel image: from `__START_KERNEL_map` on, the 1 GiB that a KASLR kernel may use.
+pub const IMAGE_RANGE: Range<Gva> = Gva(0xffff_ffff_8000_0000)..Gva(0xffff_ffff_c000_0000);
+/// With page-table isolation, the user tables are one page above the kernel's: CR3 bit 12
 /// (`PTI_USER_PGTABLE_BIT`, arch/x86/entry/calling.h, since 4.15).
 const PTI_USER_BIT: u64 = 1 << 12;
 /// EFER.LMA: long mode is active.
@@ -19,15 +19,15 @@ const EFER_LMA: u64 = 1 << 10;
 /// EFER.NXE: page tables can forbid instruction fetch. The kernel sets it on every CPU that has it, before its first C code
 /// (arch/x86/kernel/head_64.S), also with `noexec=off`.
 const EFER_NXE: u64 = 1 << 11;
-/// A Linux image is larger than this; the few pages of entry code that user tables map are not.
+/// Fewest bytes of a Linux image. The few pages of entry code that user tables map are smaller.
 const IMAGE_BYTES_MIN: u64 = 8 << 20;
 /// Bytes of the image that are read at once.
 const READ_BYTES: usize = 16 << 20;
-/// Gates looked at; the first 32 are the CPU's own exceptions and always set.
+/// Gates that are read. The first 32 are the CPU's own exceptions, and always set.
 const GATES: u64 = 32;
 
 /// Why no kernel image was found. Nothing was changed.
-#[derive(Debug, thiserror::Error)]
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum ImageError {
     /// No vCPU runs in 64-bit mode.
     #[error(
@@ -39,18 +39,18 @@ pub enum ImageError {
         /// EFER of the first vCPU.
         efer: u64,
     },
-    /// The interrupt table does not lead into the window where Linux lives.
+    /// The interrupt table does not lead into the address range of Linux images.
     #[error(
-        "the interrupt table at {idt} leads to {handler}, outside of Linux's kernel window {:#x}-{:#x}: no running Linux kernel, one that has only begun to start, or a nested guest",
-        WINDOW.start.0, WINDOW.end.0
+        "the interrupt table at {idt} leads to {handler}, outside of Linux's kernel range {:#x}-{:#x}: no running Linux kernel, one that has only begun to start, or a nested guest",
+        IMAGE_RANGE.start.0, IMAGE_RANGE.end.0
     )]
     NotLinux {
         /// Base of the table.
         idt: Gva,
-        /// Its first handler.
+        /// Guest-virtual address of its first handler.
         handler: Gva,
     },
-    /// The table or the mapping could not be read.
+    /// The table or the mapping cannot be read.
     #[error("reading the interrupt table at {idt}, which is no Linux kernel's, or a nested guest's")]
     Unreadable {
         /// Base of the table.
@@ -66,24 +66,24 @@ pub enum ImageError {
     Different {
         /// Index of the first vCPU.
         vcpu: usize,
-        /// Where its image lies.
+        /// Guest-virtual address of its image.
         at: Gpa,
         /// Index of the other vCPU.
         other_vcpu: usize,
-        /// Where that one's image lies.
+        /// Guest-virtual address of the other vCPU's image.
         other_at: Gpa,
     },
-    /// What is mapped around the handler is too small for a kernel.
+    /// The mapping around the handler is too small for a kernel.
     #[error(
         "only {bytes} bytes are mapped around the handler {handler}; a kernel image has more than {IMAGE_BYTES_MIN}"
     )]
     TooSmall {
-        /// The interrupt handler.
+        /// Guest-virtual address of the interrupt handler.
         handler: Gva,
         /// Bytes mapped with the handler's own distance to guest-physical addresses.
         bytes: u64,
     },
-    /// The CPU can't forbid instruction fetch: the bit by which vmpatch's own mappings do so is a reserved one there, and a fault.
+    /// The CPU cannot forbid instruction fetches. The bit by which vmpatch's own mappings do so is reserved on such a CPU, and would fault.
     #[error(
         "the guest's CPU model has no NX (EFER {efer:#x}), without which vmpatch maps nothing; start the guest with a CPU model that has it"
     )]
@@ -93,25 +93,25 @@ pub enum ImageError {
     },
 }
 
-/// A stretch of the image with one set of permissions.
+/// A range of the image with the same permissions.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Segment {
-    /// First byte.
+    /// Guest-virtual address of the first byte.
     pub start: Gva,
-    /// One past the last byte.
+    /// Guest-virtual address behind the last byte.
     pub end: Gva,
-    /// The guest may write there.
+    /// True if the guest may write there.
     pub writable: bool,
-    /// The guest may run it.
+    /// True if the guest may execute there.
     pub executable: bool,
 }
 
 /// The kernel image as the guest's page tables map it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Image {
-    /// The page tables it was found through.
+    /// The page tables through which it was found.
     pub space: AddressSpace,
-    /// What is mapped, ascending, not overlapping.
+    /// The mapped ranges, ascending and not overlapping.
     pub segments: Vec<Segment>,
     /// Guest-virtual minus guest-physical: one distance for the whole image.
     pub distance: u64,
@@ -120,13 +120,17 @@ pub struct Image {
 impl Image {
     /// Finds the image through the vCPUs that are in 64-bit mode.
     ///
-    /// A vCPU that leads to no image does not count as long as another one does: it may be in firmware, not started yet, or run
-    /// a nested guest, whose tables are the nested guest's. Those that lead to an image must all lead to the same one. In a kdump
-    /// kernel the vCPUs that did not crash are halted in the kernel that did (`nmi_shootdown_cpus`, arch/x86/kernel/reboot.c), so
-    /// that neither can be told to be the guest's.
+    /// A vCPU that leads to no image is ignored as long as another one leads to one: it may be in firmware, not started yet, or run a nested
+    /// guest, whose tables it then has. All vCPUs that lead to an image must lead to the same one. In a kdump kernel, the vCPUs that did not
+    /// crash are halted in the crashed kernel (`nmi_shootdown_cpus`, arch/x86/kernel/reboot.c), so that it is not clear which kernel is the
+    /// guest's.
     ///
-    /// Each vCPU's tables are tried as they are and with the PTI user bit cleared, and the larger mapping wins: user
-    /// tables map the entry code only. Errors: [`ImageError`], for the vCPU that came furthest.
+    /// Each vCPU's tables are tried as they are and with the PTI user bit cleared. The larger mapping is used: user tables map the entry code
+    /// only.
+    ///
+    /// # Errors
+    ///
+    /// The error of the vCPU that came closest to an image.
     pub fn find(memory: &dyn PhysMemory, vcpus: &[Registers]) -> Result<Self, ImageError> {
         let first = vcpus.first().copied().unwrap_or_default();
         let mut failure = ImageError::NotLongMode {
@@ -141,7 +145,7 @@ impl Image {
             let mut best: Option<Image> = None;
             for cr3 in [vcpu.cr3 & !PTI_USER_BIT, vcpu.cr3] {
                 let space = AddressSpace::from_control_registers(cr3, vcpu.cr4);
-                match Self::through(memory, space, Gva(vcpu.idt_base)) {
+                match Self::through(memory, space, interrupt_table(vcpu)) {
                     Ok(image) if best.as_ref().is_none_or(|best| best.len() < image.len()) => best = Some(image),
                     Ok(_) => {}
                     Err(error) => failure = error,
@@ -166,22 +170,22 @@ impl Image {
         found.map(|(_, image)| image).ok_or(failure)
     }
 
-    /// True where a vCPU's interrupt table leads into this image.
+    /// True if a vCPU's interrupt table leads into this image.
     fn is_of(&self, memory: &dyn PhysMemory, vcpu: &Registers) -> bool {
         [vcpu.cr3 & !PTI_USER_BIT, vcpu.cr3].into_iter().any(|cr3| {
             let space = AddressSpace::from_control_registers(cr3, vcpu.cr4);
-            let handler = handler(&MappedMemory { memory, space }, Gva(vcpu.idt_base));
+            let handler = handler(&MappedMemory { memory, space }, interrupt_table(vcpu));
             let at = handler.and_then(|at| Ok((at, space.translate(memory, at)?.gpa)));
             at.is_ok_and(|(at, gpa)| self.physical(at) == Some(gpa))
         })
     }
 
-    /// Where the image lies in guest-physical memory; no two kernels share it.
+    /// Guest-physical address of the image. It differs for any two kernels.
     fn base(&self) -> Gpa {
         Gpa(self.start().0.wrapping_sub(self.distance))
     }
 
-    /// Bytes mapped.
+    /// Number of mapped bytes.
     pub fn len(&self) -> u64 {
         self.segments
             .iter()
@@ -189,19 +193,19 @@ impl Image {
             .sum()
     }
 
-    /// True where nothing is mapped; [`Image::find`] never gives such a one.
+    /// True if nothing is mapped. [`Image::find`] never gives such an image.
     pub fn is_empty(&self) -> bool {
         self.segments.is_empty()
     }
 
-    /// First byte mapped.
+    /// Guest-virtual address of the first mapped byte.
     pub fn start(&self) -> Gva {
-        self.segments.first().map_or(WINDOW.end, |segment| segment.start)
+        self.segments.first().map_or(IMAGE_RANGE.end, |segment| segment.start)
     }
 
-    /// One past the last byte mapped.
+    /// Guest-virtual address behind the last mapped byte.
     pub fn end(&self) -> Gva {
-        self.segments.last().map_or(WINDOW.start, |segment| segment.end)
+        self.segments.last().map_or(IMAGE_RANGE.start, |segment| segment.end)
     }
 
     /// The guest-physical address of an address of the image; `None` outside of it.
@@ -211,21 +215,21 @@ impl Image {
 
     /// The segment that holds `at`.
     pub fn segment(&self, at: Gva) -> Option<&Segment> {
-        // A hostile guest may have as many segments as the window has pages.
+        // A hostile guest may have as many segments as the range has pages.
         let behind = self.segments.partition_point(|segment| segment.start <= at);
         self.segments
             .get(behind.checked_sub(1)?)
             .filter(|segment| at < segment.end)
     }
 
-    /// Copies a segment out of guest memory.
+    /// Reads a segment from guest memory.
     pub fn read_segment(&self, memory: &dyn PhysMemory, segment: &Segment) -> Result<Vec<u8>, MemoryError> {
         let len = usize::try_from(segment.end.0 - segment.start.0).unwrap_or(0);
         let mut bytes = vec![0; len];
         let mut at = Gpa(segment.start.0.wrapping_sub(self.distance));
-        for piece in bytes.chunks_mut(READ_BYTES) {
-            memory.read(at, piece)?;
-            at = at.wrapping_add(piece.len() as u64);
+        for chunk in bytes.chunks_mut(READ_BYTES) {
+            memory.read(at, chunk)?;
+            at = at.wrapping_add(chunk.len() as u64);
         }
         Ok(bytes)
     }
@@ -233,7 +237,7 @@ impl Image {
     fn through(memory: &dyn PhysMemory, space: AddressSpace, idt: Gva) -> Result<Self, ImageError> {
         let mapped = MappedMemory { memory, space };
         let handler = handler(&mapped, idt).map_err(|source| ImageError::Unreadable { idt, source })?;
-        if !WINDOW.contains(&handler) {
+        if !IMAGE_RANGE.contains(&handler) {
             return Err(ImageError::NotLinux { idt, handler });
         }
         let there = space
@@ -256,6 +260,11 @@ impl Image {
     }
 }
 
+/// A vCPU's interrupt table. If the VMM does not tell it, the address is 0, which leads to no kernel.
+fn interrupt_table(vcpu: &Registers) -> Gva {
+    Gva(vcpu.idt_base.unwrap_or(0))
+}
+
 /// The handler of the first gate that is present. Gate format: Intel SDM volume 3A, figure 6-8.
 fn handler(memory: &MappedMemory<'_>, idt: Gva) -> Result<Gva, MemoryError> {
     let mut found = Gva(0);
@@ -270,10 +279,10 @@ fn handler(memory: &MappedMemory<'_>, idt: Gva) -> Result<Gva, MemoryError> {
     Ok(found)
 }
 
-/// Everything in the kernel window that is mapped at `distance`, merged by permission.
+/// All that is mapped at `distance` in the range of kernel images, merged by permission.
 fn segments(memory: &dyn PhysMemory, space: AddressSpace, distance: u64) -> Result<Vec<Segment>, MemoryError> {
     let mut segments: Vec<Segment> = Vec::new();
-    space.visit_gib(memory, WINDOW.start, &mut |at, there| {
+    space.visit_gib(memory, IMAGE_RANGE.start, &mut |at, there| {
         if at.0.wrapping_sub(there.gpa.0) != distance {
             return;
         }

@@ -1,10 +1,10 @@
-//! The kernel's lists, walked with a bound: the guest may have made them cyclic or endless.
+//! Walks the kernel's lists with a bound: the guest may have made them cyclic or endless.
 
 use super::{KernelError, Live};
 use crate::addr::Gva;
 use crate::memory::VirtMemory;
 
-/// More elements than all lists that are walked together have.
+/// Most elements of all lists of one walk.
 const ELEMENTS_MAX: usize = 1 << 16;
 
 /// Walks lists, and lists of lists, with one bound for all of them.
@@ -14,18 +14,18 @@ pub struct Walker<'a> {
 }
 
 impl<'a> Walker<'a> {
-    /// A walker that has seen nothing yet.
+    /// Starts a walk.
     pub fn new(live: &Live<'a>) -> Self {
         let left = ELEMENTS_MAX;
         Self { live: *live, left }
     }
 
-    /// The elements of a `list_head` at `head`: each one's address, where its node lies `node` bytes into it.
+    /// The addresses of the elements of the `list_head` at `head`. The list node is `node` bytes into each element.
     pub fn list(&mut self, what: &'static str, head: Gva, node: u64) -> Result<Vec<Gva>, KernelError> {
         self.chain(what, head, head.0, node)
     }
 
-    /// The elements of a `hlist_head` at `head`, likewise.
+    /// The same for the `hlist_head` at `head`.
     pub fn hlist(&mut self, what: &'static str, head: Gva, node: u64) -> Result<Vec<Gva>, KernelError> {
         self.chain(what, head, 0, node)
     }

@@ -1,4 +1,4 @@
-//! The guest's own livepatches: which functions they hold, and the layout of their structures.
+//! The guest's own livepatches: the functions that they replace, and the layout of their structures.
 //!
 //! `klp_patches` (kernel/livepatch/core.c): `klp_patch.list` → `obj_list` → `klp_object.node`, `func_list` → `klp_func.node`
 //! (include/linux/livepatch.h; these lists since 5.1).
@@ -11,6 +11,10 @@ use crate::memory::VirtMemory;
 use crate::module::KlpLayout;
 
 /// The layout of the livepatch structures in this kernel.
+///
+/// # Errors
+///
+/// The kernel's types lack a structure or member.
 pub fn layout(live: &Live<'_>) -> Result<KlpLayout, KernelError> {
     let btf = &live.kernel.btf;
     let (patch, object, func) = (
@@ -36,36 +40,41 @@ pub fn layout(live: &Live<'_>) -> Result<KlpLayout, KernelError> {
     })
 }
 
-/// A function that a livepatch of the guest's own holds.
+/// A function that a livepatch of the guest's own replaces.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Held {
-    /// Guest-virtual address of the function that is replaced.
+    /// Guest-virtual address of the replaced function.
     pub function: Gva,
     /// Name of the livepatch's module.
     pub livepatch: String,
-    /// Which code a call of the function runs.
+    /// The code that a call of the function runs.
     pub code: Code,
 }
 
-/// Which code a call runs whose function's ftrace site calls livepatch's handler (`klp_ftrace_handler`, kernel/livepatch/patch.c).
+/// The code that a call of a replaced function runs. The function's ftrace site calls livepatch's handler (`klp_ftrace_handler`,
+/// kernel/livepatch/patch.c).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Code {
-    /// The livepatch's.
+    /// The livepatch's code.
     Livepatch,
-    /// What is behind the ftrace site: the livepatch is not enabled, or gives the original back (`klp_func.nop`).
+    /// The code behind the ftrace site: the livepatch is not enabled, or restores the original (`klp_func.nop`).
     BehindSite,
-    /// Either, by task: the guest is in a transition.
+    /// Either, depending on the task: the guest is in a transition.
     Transition,
 }
 
 impl Held {
-    /// The last one of `held` that holds `function`: later livepatches are at the end of the guest's list, and win.
+    /// The last one of `held` that replaces `function`. Later livepatches are at the end of the guest's list, and take precedence.
     pub fn last_of(held: &[Self], function: Gva) -> Option<&Self> {
         held.iter().rfind(|held| held.function == function)
     }
 }
 
-/// All functions that livepatches of the guest's own have redirected, in the order in which these were loaded.
+/// All functions that livepatches of the guest's own replace, in the order in which the livepatches were loaded.
+///
+/// # Errors
+///
+/// The guest's list of livepatches cannot be read.
 pub fn held(live: &Live<'_>) -> Result<Vec<Held>, KernelError> {
     let live = &live.that_changes_when("applying a livepatch of its own");
     let Some(patches) = live.kernel.symbols.unique("klp_patches") else {
@@ -101,7 +110,7 @@ pub fn held(live: &Live<'_>) -> Result<Vec<Held>, KernelError> {
     Ok(all)
 }
 
-/// From the flags of a `klp_func`.
+/// The code that the flags of a `klp_func` select.
 fn code(live: &Live<'_>, func: &Struct<'_>, at: Gva) -> Result<Code, KernelError> {
     let flag = |name: &str| {
         let mut byte = [0];

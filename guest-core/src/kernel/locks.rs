@@ -1,11 +1,11 @@
-//! Locks of the kernel under which it changes its own text or its lists of modules: while one is held, vmpatch waits; and
-//! `system_state` (include/linux/kernel.h), which says whether the kernel has started up and is not going down.
+//! The locks under which the kernel changes its own text or its lists of modules: while one is held, vmpatch waits. And `system_state`
+//! (include/linux/kernel.h), which tells whether the kernel is fully started and not shutting down.
 
 use super::{KernelError, Live};
 use crate::addr::Gva;
 use crate::memory::VirtMemory;
 
-/// Mutexes, each with what its owner may be doing. A kernel without one of them was built without that feature.
+/// Mutexes, each with what its owner may be doing. A kernel without one of them was built without the feature.
 const MUTEXES: [(&str, &str); 7] = [
     ("text_mutex", "rewriting kernel text"),
     ("ftrace_lock", "changing what is traced"),
@@ -28,28 +28,28 @@ const PER_CPU: &str = "taking or giving back per-CPU memory";
 #[derive(Debug, Clone)]
 struct Word {
     at: Gva,
-    /// The bits that count.
+    /// The bits that show whether it is held.
     mask: u64,
-    /// Their value where nobody holds it.
+    /// Their value if the lock is free.
     free: u64,
     held: Held,
 }
 
-/// Where the lock words are. Looked up once, read in each pause.
+/// The words of the locks. They are looked up once, and read in each pause.
 #[derive(Debug, Clone)]
 pub struct Locks {
     words: Vec<Word>,
 }
 
-/// A lock that is held, or what else speaks against patching at this moment.
+/// A lock that is held, or another reason not to patch at this moment.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("the guest is {doing} ({name} {how})")]
 pub struct Held {
-    /// The symbol.
+    /// Name of its symbol.
     pub name: &'static str,
     /// What its owner may be doing.
     pub doing: &'static str,
-    /// How the symbol shows it.
+    /// The state of the symbol, as in "is held".
     pub how: &'static str,
 }
 
@@ -61,7 +61,11 @@ impl Held {
 }
 
 impl Locks {
-    /// Finds the locks. `text_mutex` and `system_state` must be there; of the others, those that the kernel has.
+    /// Finds the locks. The kernel must have `text_mutex` and `system_state`; of the others, those are used that it has.
+    ///
+    /// # Errors
+    ///
+    /// The kernel lacks one of the two, or a type that is needed.
     pub fn find(live: &Live<'_>) -> Result<Self, KernelError> {
         let btf = &live.kernel.btf;
         live.kernel.symbol("text_mutex")?;
@@ -91,12 +95,16 @@ impl Locks {
         Ok(Self { words })
     }
 
-    /// The same with those under which the guest takes and gives back per-CPU memory (mm/percpu.c).
+    /// Adds the locks under which the guest allocates and frees per-CPU memory (mm/percpu.c).
+    ///
+    /// # Errors
+    ///
+    /// The kernel's types lack what is needed.
     pub fn with_per_cpu(mut self, live: &Live<'_>) -> Result<Self, KernelError> {
         let spinlock = live.kernel.btf.structure("spinlock")?;
         let at = live.kernel.symbol("pcpu_lock")?;
         let held = Held::lock("pcpu_lock", PER_CPU);
-        // PREEMPT_RT has a mutex in its place (include/linux/spinlock_types.h).
+        // With PREEMPT_RT, the spinlock is a mutex (include/linux/spinlock_types.h).
         let (member, mask) = match spinlock.try_member("rlock.raw_lock.val.counter") {
             Some(value) => (value, INT),
             None => (spinlock.member("lock.owner")?, !OWNER_FLAGS),
@@ -111,8 +119,17 @@ impl Locks {
         Ok(self)
     }
 
-    /// The first lock that is held. Only meaningful while all vCPUs are stopped.
+    /// The first lock that is held. While vCPUs run, this may change at any moment.
+    ///
+    /// # Errors
+    ///
+    /// A lock cannot be read.
     pub fn held(&self, live: &Live<'_>) -> Result<Option<Held>, KernelError> {
+        Ok(self.first_held(live)?.map(|(held, _)| held))
+    }
+
+    /// The first lock that is held, with the bits that show it. The bits of a mutex tell its owner.
+    pub(crate) fn first_held(&self, live: &Live<'_>) -> Result<Option<(Held, u64)>, KernelError> {
         for Word { at, mask, free, held } in &self.words {
             let word = live.read_u64(*at).map_err(|source| KernelError::Unreadable {
                 what: held.name,
@@ -120,14 +137,14 @@ impl Locks {
                 source,
             })?;
             if word & mask != *free {
-                return Ok(Some(*held));
+                return Ok(Some((*held, word & mask)));
             }
         }
         Ok(None)
     }
 }
 
-/// The word of a mutex; `None` where the kernel does not have it.
+/// The word of a mutex; `None` if the kernel does not have the mutex.
 fn mutex_word(live: &Live<'_>, name: &'static str, doing: &'static str) -> Result<Option<Word>, KernelError> {
     let mutex = live.kernel.btf.structure("mutex")?;
     let owner = mutex.try_member("owner").or_else(|| mutex.try_member("rtmutex.owner"));

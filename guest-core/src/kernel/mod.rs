@@ -1,7 +1,7 @@
-//! The guest's kernel: found in guest memory alone, and everything about it that patching needs.
+//! Finds the guest's kernel in guest memory alone, and reads what patching needs of it.
 //!
-//! The way in: interrupt table → [`image`] → [`kallsyms`] → `banner`, `vmcoreinfo`, BTF. Each step is checked against
-//! another; a kernel that is not understood is refused.
+//! The path is: interrupt table → [`image`] → [`kallsyms`] → `banner`, `vmcoreinfo`, BTF. Each step is checked against another. A kernel that is
+//! not understood is refused.
 
 pub mod alternatives;
 pub mod exports;
@@ -34,69 +34,83 @@ use kallsyms::{Kallsyms, KallsymsError};
 const INT: u64 = 0xffff_ffff;
 /// Longest banner that is read.
 const BANNER_BYTES_MAX: usize = 512;
-/// More BTF than any kernel carries; bounds memory.
+/// Most bytes of BTF that are read, more than any kernel has.
 const BTF_BYTES_MAX: u64 = 32 << 20;
-/// More read-only data than any kernel has, in bytes; bounds memory and time.
+/// Most bytes of read-only data that are searched, more than any kernel has.
 const RODATA_BYTES_MAX: u64 = 64 << 20;
-/// More than any kernel image has of all else, in bytes.
+/// Most bytes of other memory of the image that are searched, more than any kernel has.
 const IMAGE_BYTES_MAX: u64 = 128 << 20;
-/// Bytes of VMCOREINFO, at the most one page (kernel/crash_core.c).
+/// Most bytes of VMCOREINFO: one page (kernel/crash_core.c).
 const VMCOREINFO_BYTES_MAX: u64 = 4096;
-/// CPUs that a kernel can be built for at the most (`NR_CPUS` of a distribution kernel is 8192).
+/// Most CPUs that a kernel can be built for (`NR_CPUS` of a distribution kernel is 8192).
 const CPUS_MAX: u64 = 8192;
 
-/// What the guest is doing when it changes something of which nothing more is known.
+/// What the guest is doing when it changes data of an unspecified kind.
 const CHANGING: &str = "changing its kernel's data";
 
-/// Why the kernel was not understood. Nothing was changed.
-#[derive(Debug, thiserror::Error)]
+/// Why the guest's kernel was not found, cannot be read or is not understood. Nothing was changed.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum KernelError {
-    /// There is no kernel image.
+    /// No kernel image was found.
     #[error("finding the kernel image")]
     Image(#[from] ImageError),
-    /// There is an image, without a symbol table that fits it.
+    /// The image has no symbol table that fits it.
     #[error("reading the kernel's symbols")]
     Kallsyms(#[from] KallsymsError),
-    /// A symbol that every supported kernel has is not there.
+    /// The kernel lacks a symbol that every supported kernel has.
     #[error("the kernel has no symbol {0}")]
     NoSymbol(&'static str),
-    /// Something the symbols point at could not be read.
+    /// Guest memory cannot be read.
     #[error("reading {what} at {at}")]
     Unreadable {
         /// What was being read.
         what: &'static str,
-        /// Where.
+        /// Guest-virtual address.
         at: Gva,
         /// Why.
         source: MemoryError,
     },
-    /// Two sources that must agree do not.
+    /// Two sources that must agree do not agree.
     #[error("{what}: {found:?} is not {expected:?}")]
     Disagrees {
         /// What was compared.
         what: &'static str,
-        /// What the second source says.
+        /// The value from the second source.
         found: String,
-        /// What the first source says.
+        /// The value from the first source.
         expected: String,
     },
-    /// The kernel is not up yet.
+    /// The kernel is not fully started yet.
     #[error(
         "the guest's kernel is still starting (system_state is {state}, SYSTEM_RUNNING is {running}); try again when it is up"
     )]
     Starting {
         /// Its `system_state`.
         state: u64,
-        /// The value that it has once the kernel is up.
+        /// The value in a kernel that is fully started.
         running: u64,
     },
-    /// What was read changed while it was read.
+    /// The restoration of a change that was cut off cannot be planned.
+    #[error("planning to restore {what}")]
+    Restore {
+        /// What was to be restored.
+        what: &'static str,
+        /// Why not.
+        source: ChangeError,
+    },
+    /// A patch's branches cannot be removed from the list of a static key: the guest has listed a later module there.
+    #[error("a module that the guest loaded later uses the static key at {key}, as the patch does that was cut off")]
+    KeyInUse {
+        /// Guest-virtual address of the key.
+        key: Gva,
+    },
+    /// The guest changed what was read while it was read.
     #[error(transparent)]
     Changed(ChangeError),
     /// The kernel was changing what was read.
     #[error(transparent)]
     Held(locks::Held),
-    /// The kernel's type information is not understood.
+    /// The kernel's type information cannot be read, or lacks a type.
     #[error("reading the kernel's type information (BTF)")]
     Btf(#[from] BtfError),
 }
@@ -104,28 +118,28 @@ pub enum KernelError {
 /// A kernel found in a guest: pure data, valid as long as that kernel runs.
 #[derive(Debug)]
 pub struct Kernel {
-    /// Its image.
+    /// The kernel image.
     pub image: Image,
-    /// Its symbols, without those of modules.
+    /// The symbols of the image, without those of modules.
     pub symbols: Kallsyms,
-    /// Its types.
+    /// The types.
     pub btf: Btf,
-    /// Its own page tables (`init_top_pgt`), which hold all kernel mappings.
+    /// The kernel's own page tables (`init_top_pgt`), which have all kernel mappings.
     pub space: AddressSpace,
     /// `linux_banner`, without the newline.
     pub banner: String,
     /// `uname -r`.
     pub release: String,
-    /// What agreed with what, for `inspect`.
+    /// The checks that agreed, for `inspect`.
     pub sources: Vec<String>,
-    /// First byte of the direct map of all physical memory.
+    /// Guest-virtual start of the direct map of all physical memory.
     page_offset: Gva,
-    /// One per possible CPU: what to add to a per-CPU symbol.
+    /// The per-CPU offset of each possible CPU.
     per_cpu_offsets: Vec<u64>,
 }
 
 impl Kernel {
-    /// Finds the kernel. Nothing is assumed to be stopped: only what does not change after boot is read.
+    /// Finds the kernel. The guest may run: only data are read that do not change after boot.
     pub fn find(memory: &dyn PhysMemory, vcpus: &[Registers]) -> Result<Self, KernelError> {
         let image = Image::find(memory, vcpus)?;
         let (symbols, held) = read_symbols(memory, &image)?;
@@ -156,17 +170,17 @@ impl Kernel {
         })
     }
 
-    /// The address of a kernel symbol that must exist once.
+    /// The guest-virtual address of a symbol that must exist exactly once.
     pub fn symbol(&self, name: &'static str) -> Result<Gva, KernelError> {
         require(&self.symbols, name)
     }
 
-    /// For each possible CPU, what to add to a per-CPU symbol.
+    /// The offset of each possible CPU, which is added to a per-CPU symbol.
     pub fn per_cpu_offsets(&self) -> &[u64] {
         &self.per_cpu_offsets
     }
 
-    /// The kernel together with the memory it lives in.
+    /// The kernel together with the guest's memory.
     pub fn live<'a>(&'a self, memory: &'a dyn PhysMemory) -> Live<'a> {
         Live {
             kernel: self,
@@ -177,21 +191,21 @@ impl Kernel {
     }
 }
 
-/// A kernel and the guest memory that it lives in: reads its virtual addresses.
+/// A kernel with the memory of its guest: reads the kernel's virtual addresses.
 #[derive(Clone, Copy)]
 pub struct Live<'a> {
     /// The kernel.
     pub kernel: &'a Kernel,
     /// The guest's memory.
     pub memory: &'a dyn PhysMemory,
-    /// Where what is read is written down.
+    /// Where reads are recorded.
     reads: Option<&'a Reads>,
     /// What the guest is doing when it changes what is read.
     doing: &'static str,
 }
 
 impl<'a> Live<'a> {
-    /// The same guest, where all that is read is written down in `reads`: for plans, which are made from it.
+    /// The same guest, with all reads recorded in `reads`, for planners.
     pub fn recording<'b>(&self, reads: &'b Reads) -> Live<'b>
     where
         'a: 'b,
@@ -202,20 +216,24 @@ impl<'a> Live<'a> {
         }
     }
 
-    /// The same guest, to read what the kernel does not change after it has started up, or not as long as what leads there is the
-    /// same: its text and tables, and those of a module that it has loaded. Such reads are not written down.
+    /// The same guest, to read what the kernel does not change after its start, or not as long as the pointers to it are unchanged: its text and
+    /// tables, and those of loaded modules. Such reads are not recorded.
     #[must_use]
     pub fn constant(&self) -> Self {
         Self { reads: None, ..*self }
     }
 
-    /// The same guest, to read what it changes when it is `doing` something, which a message says.
+    /// The same guest, to read what it changes when it is `doing` something, as messages name it.
     #[must_use]
     pub fn that_changes_when(&self, doing: &'static str) -> Self {
         Self { doing, ..*self }
     }
 
-    /// Reads guest-physical memory. Errors as [`PhysMemory::read`].
+    /// Reads guest-physical memory.
+    ///
+    /// # Errors
+    ///
+    /// As [`PhysMemory::read`].
     pub fn read_physical(&self, at: Gpa, buf: &mut [u8]) -> Result<(), MemoryError> {
         self.memory.read(at, buf)?;
         if let Some(reads) = self.reads {
@@ -224,8 +242,8 @@ impl<'a> Live<'a> {
         Ok(())
     }
 
-    /// The guest-physical address of a kernel address, through the image's and the direct map's constant distances
-    /// where it lies in one of them, else through the kernel's page tables.
+    /// The guest-physical address of a kernel address: by the constant distance of the image or the direct map if one of them holds the address,
+    /// otherwise by the kernel's page tables.
     pub fn physical(&self, at: Gva) -> Result<(Gpa, u64), MemoryError> {
         if let Some(segment) = self.kernel.image.segment(at) {
             return Ok((Gpa(at.0.wrapping_sub(self.kernel.image.distance)), segment.end.0 - at.0));
@@ -262,10 +280,10 @@ impl VirtMemory for Live<'_> {
     }
 }
 
-/// Looks through the image for kallsyms; gives the segment that held it, too.
+/// Searches the image for kallsyms. Gives also the segment that holds it.
 ///
-/// It lies in read-only data. But a kernel started with `rodata=off`, and one that is still starting, maps all of its image as
-/// writable code (mark_rodata_ro, arch/x86/mm/init_64.c), so where no read-only data holds it, all else is looked through.
+/// kallsyms is in read-only data. But a kernel that was started with `rodata=off`, or is still starting, maps all of its image as writable code
+/// (mark_rodata_ro, arch/x86/mm/init_64.c). Therefore all other segments are searched if no read-only data hold it.
 fn read_symbols(memory: &dyn PhysMemory, image: &Image) -> Result<(Kallsyms, Segment), KernelError> {
     let (rodata, rest): (Vec<Segment>, Vec<Segment>) = image
         .segments
@@ -281,7 +299,7 @@ fn read_symbols(memory: &dyn PhysMemory, image: &Image) -> Result<(Kallsyms, Seg
     }
 }
 
-/// Looks for kallsyms in these segments; what they are, and the most bytes that are looked at.
+/// Searches these segments for kallsyms, up to a number of bytes.
 fn search(
     memory: &dyn PhysMemory,
     image: &Image,
@@ -314,7 +332,7 @@ fn search(
             })?;
         match Kallsyms::find(&bytes, segment.start, &|symbols| fits(memory, image, symbols)) {
             Ok(symbols) => return Ok((symbols, *segment)),
-            // What failed with tables in sight says more than the absence of tables elsewhere.
+            // An error in tables that were found tells more than their absence elsewhere.
             Err(KallsymsError::NoTokenIndex { at, bytes }) => {
                 if let KallsymsError::NoTokenIndex { .. } = failure {
                     failure = KallsymsError::NoTokenIndex { at, bytes };
@@ -326,7 +344,7 @@ fn search(
     Err(failure.into())
 }
 
-/// Refuses a kernel that is not up yet: much of what is read below is not there before. One that goes down has it all.
+/// Refuses a kernel that is not fully started: much of what is read below does not exist before. A kernel that is shutting down has it all.
 fn check_started(memory: &dyn VirtMemory, symbols: &Kallsyms, btf: &Btf) -> Result<(), KernelError> {
     let state = read_word(memory, symbols, "system_state")? & INT;
     let running = btf.enumerator("SYSTEM_RUNNING")?.cast_unsigned();
@@ -336,10 +354,10 @@ fn check_started(memory: &dyn VirtMemory, symbols: &Kallsyms, btf: &Btf) -> Resu
     Ok(())
 }
 
-/// Cross-checks symbols with the image: text is executable, the banner is where its symbol says.
+/// Checks symbols against the image: the text is executable, and the banner is at its symbol.
 fn fits(memory: &dyn PhysMemory, image: &Image, symbols: &Kallsyms) -> Result<(), String> {
     let at = |name: &str| symbols.unique(name).ok_or(format!("no single symbol {name}"));
-    // _etext is one past the text: what lies there may be of another kind, or nothing.
+    // _etext is behind the text: its address may be of another kind, or not mapped.
     for (name, last) in [("_stext", 0), ("_etext", 1)] {
         let address = at(name)?;
         if !image
@@ -368,7 +386,7 @@ fn require(symbols: &Kallsyms, name: &'static str) -> Result<Gva, KernelError> {
     symbols.unique(name).ok_or(KernelError::NoSymbol(name))
 }
 
-/// The kernel's own top-level table: complete for kernel addresses, whatever process was current.
+/// The kernel's own top-level page table. It maps all kernel addresses, whatever process was current.
 fn own_tables(image: &Image, symbols: &Kallsyms) -> Result<AddressSpace, KernelError> {
     let root = require(symbols, "init_top_pgt")?;
     let root = image.physical(root).ok_or(KernelError::Disagrees {
@@ -406,7 +424,7 @@ fn read_per_cpu_offsets(memory: &dyn VirtMemory, symbols: &Kallsyms) -> Result<V
         .collect())
 }
 
-/// The line of text at a symbol, made fit for a terminal, at most `max` bytes.
+/// The line of text at a symbol, as plain text for a terminal, up to `max` bytes.
 fn read_text(
     memory: &dyn VirtMemory,
     symbols: &Kallsyms,
@@ -418,12 +436,12 @@ fn read_text(
     memory
         .read(at, &mut bytes)
         .map_err(|source| KernelError::Unreadable { what, at, source })?;
-    // the newline at the end of a banner
+    // The newline at the end of a banner.
     let len = bytes.iter().position(|byte| [0, b'\n'].contains(byte)).unwrap_or(max);
     Ok(plain(bytes.get(..len).unwrap_or_default()))
 }
 
-/// VMCOREINFO (kernel/crash_core.c) repeats the release and some addresses; where a kernel has it, it must agree.
+/// VMCOREINFO (kernel/crash_core.c) repeats the release and some addresses. If the kernel has it, it must agree.
 fn check_vmcoreinfo(memory: &dyn VirtMemory, symbols: &Kallsyms, release: &str) -> Result<String, KernelError> {
     let (Some(data), Some(size)) = (symbols.unique("vmcoreinfo_data"), symbols.unique("vmcoreinfo_size")) else {
         return Ok("no VMCOREINFO in this kernel".to_owned());

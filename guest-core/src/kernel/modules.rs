@@ -1,4 +1,4 @@
-//! Modules that the guest has loaded: their names, symbols, and what they export.
+//! The modules that the guest has loaded: their names, symbols and exports.
 //!
 //! `modules` → `struct module` (include/linux/module.h); symbols in `module.kallsyms`, a `struct mod_kallsyms` since 4.5:
 //! ELF symbols, names, and since 5.2 a type letter for each.
@@ -14,9 +14,9 @@ use crate::text::plain;
 const NAME_BYTES_MAX: usize = 64;
 /// Longest symbol name (`KSYM_NAME_LEN`).
 const SYMBOL_BYTES_MAX: usize = 512;
-/// More symbols than a module has; bounds memory and time.
+/// Most symbols of a module that are read.
 const SYMBOLS_MAX: u64 = 1 << 18;
-/// More bytes of names than a module has.
+/// Most bytes of symbol names of a module that are read.
 const STRINGS_BYTES_MAX: u64 = 4 << 20;
 /// Bytes of an `Elf64_Sym`: name 4, info, other, section 2, value 8, size 8.
 const ELF_SYMBOL_BYTES: usize = 24;
@@ -24,33 +24,37 @@ const ELF_SYMBOL_BYTES: usize = 24;
 const UNDEFINED: u16 = 0;
 /// `MOD_MEM_NUM_TYPES` is 7 up to 7.2.
 const MEMORIES_MAX: usize = 16;
-/// More exported symbols than a module has.
+/// Most exports of a module that are read.
 const EXPORTS_MAX: u64 = 1 << 16;
 
 /// A loaded module.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct GuestModule {
-    /// Its name.
+    /// Name of the module.
     pub name: String,
-    /// Address of its `struct module`.
+    /// Guest-virtual address of its `struct module`.
     pub at: Gva,
 }
 
 /// A symbol of a loaded module.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ModuleSymbol {
-    /// Its name.
+    /// Name of the symbol.
     pub name: String,
-    /// Its address.
+    /// Guest-virtual address.
     pub address: Gva,
-    /// Bytes, as the module's file said; 0 where it did not.
+    /// Size in bytes, from the module's file; 0 if the file has none.
     pub size: u64,
 }
 
 /// What the guest is doing when it changes its list of modules.
 pub const CHANGING: &str = "loading or unloading modules";
 
-/// All modules on the guest's list, in its order: the last loaded first.
+/// Reads all modules of the guest, in the order of its list: the last loaded first.
+///
+/// # Errors
+///
+/// The list cannot be read.
 pub fn all(live: &Live<'_>) -> Result<Vec<GuestModule>, KernelError> {
     let live = &live.that_changes_when(CHANGING);
     let Some(head) = live.kernel.symbols.unique("modules") else {
@@ -75,10 +79,14 @@ pub fn name(live: &Live<'_>, at: Gva) -> Result<String, KernelError> {
     Ok(plain(&bytes))
 }
 
-/// The module in whose memory `at` lies.
+/// The module whose memory holds `at`.
+///
+/// # Errors
+///
+/// The list of modules cannot be read.
 pub fn containing(live: &Live<'_>, at: Gva) -> Result<Option<GuestModule>, KernelError> {
     let layout = live.kernel.btf.structure("module")?;
-    // `mem[]` since 6.4, `core_layout` before; parts that are gone after init are empty.
+    // `mem[]` since 6.4, `core_layout` before. Parts that were freed after init are empty.
     let parts = (0..MEMORIES_MAX).map(|index| format!("mem[{index}]"));
     let parts = parts.chain(["core_layout".to_owned(), "init_layout".to_owned()]);
     let member = |part: &str, name| {
@@ -103,7 +111,11 @@ pub fn containing(live: &Live<'_>, at: Gva) -> Result<Option<GuestModule>, Kerne
     Ok(None)
 }
 
-/// The symbols that a module defines, in the order of its table.
+/// Reads the symbols that a module defines, in the order of its table.
+///
+/// # Errors
+///
+/// The module's tables cannot be read.
 pub fn symbols(live: &Live<'_>, module: &GuestModule) -> Result<Vec<ModuleSymbol>, KernelError> {
     let what = "module.kallsyms";
     let live = &live.constant();
@@ -138,11 +150,15 @@ pub fn symbols(live: &Live<'_>, module: &GuestModule) -> Result<Vec<ModuleSymbol
     Ok(entries.into_iter().filter_map(symbol).collect())
 }
 
-/// What a module exports to others as `name`.
+/// Finds a module's export `name`.
+///
+/// # Errors
+///
+/// The module's tables cannot be read.
 pub fn export(live: &Live<'_>, module: &GuestModule, name: &str) -> Result<Option<Export>, KernelError> {
     let live = &live.constant();
     let layout = live.kernel.btf.structure("module")?;
-    // Two tables up to 6.x, one since 7.0.
+    // Up to 6.x there are two tables, since 7.0 one.
     for (table, count, crcs) in [("syms", "num_syms", "crcs"), ("gpl_syms", "num_gpl_syms", "gpl_crcs")] {
         let (Some(table), Some(count)) = (layout.try_member(table), layout.try_member(count)) else {
             continue;
@@ -166,7 +182,11 @@ pub fn export(live: &Live<'_>, module: &GuestModule, name: &str) -> Result<Optio
     Ok(None)
 }
 
-/// What the first of `modules` that exports `name` exports, and that module.
+/// Finds the export `name` of the first of `modules` that has it, and that module.
+///
+/// # Errors
+///
+/// A module's tables cannot be read.
 pub fn exporting<'m>(
     live: &Live<'_>,
     modules: &'m [GuestModule],
@@ -180,7 +200,7 @@ pub fn exporting<'m>(
     Ok(None)
 }
 
-/// Name, section, value and size.
+/// A symbol's name, section, value and size.
 fn elf_symbol(bytes: &[u8]) -> Option<(u32, u16, u64, u64)> {
     let name = u32::from_le_bytes(*bytes.first_chunk()?);
     let section = u16::from_le_bytes(bytes.get(6..8)?.try_into().ok()?);
@@ -189,7 +209,7 @@ fn elf_symbol(bytes: &[u8]) -> Option<(u32, u16, u64, u64)> {
     Some((name, section, value, size))
 }
 
-/// The table of names, up to and with the one at `last`, whose end is not known beforehand.
+/// Reads the table of names up to the name at `last`, whose end is not known beforehand.
 fn strings(live: &Live<'_>, strtab: Gva, last: u64) -> Result<Vec<u8>, KernelError> {
     let what = "module.kallsyms";
     let mut bytes = vec![0; usize::try_from(last).unwrap_or(0)];

@@ -1,8 +1,8 @@
 //! The NOP that the kernel leaves where a 5-byte call or jump may come: in ftrace sites, jump labels and static calls.
 //!
-//! Up to 5.12 a kernel chose its NOPs by the CPU: `ideal_nops` points to an array of pointers to them, by their length, and
-//! the one behind the longest is the 5-byte one that is a single instruction (`NOP_ATOMIC5`, arch/x86/include/asm/nops.h).
-//! Since 5.13 there is one for all CPUs, `x86_nops[5]` (arch/x86/kernel/alternative.c), and no such symbol.
+//! Up to 5.12, a kernel chose its NOPs by the CPU: `ideal_nops` points to an array of pointers to the NOPs, by length. Behind the longest is
+//! the 5-byte NOP that is a single instruction (`NOP_ATOMIC5`, arch/x86/include/asm/nops.h). Since 5.13 all CPUs have the same NOP,
+//! `x86_nops[5]` (arch/x86/kernel/alternative.c), and the symbol is gone.
 
 use super::KernelError;
 use crate::addr::Gva;
@@ -21,7 +21,7 @@ const NOPL: [u8; SITE_BYTES] = [0x0f, 0x1f, 0x44, 0x00, 0x00];
 /// `data16 data16 data16 xchg %ax,%ax`: K8_NOP5_ATOMIC. A 64-bit kernel uses this one or the other.
 const K8: [u8; SITE_BYTES] = [0x66, 0x66, 0x66, 0x66, 0x90];
 
-/// The kernel's 5-byte NOP; `ideal_nops` is the address of that symbol, where the kernel has it.
+/// The kernel's 5-byte NOP. `ideal_nops` is the address of that symbol, if the kernel has it.
 pub fn in_sites(memory: &dyn VirtMemory, ideal_nops: Option<Gva>) -> Result<[u8; SITE_BYTES], KernelError> {
     let Some(symbol) = ideal_nops else { return Ok(NOPL) };
     let unreadable = |at| {

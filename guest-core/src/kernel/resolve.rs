@@ -1,4 +1,4 @@
-//! Symbols for a module that is about to be linked against the guest's kernel.
+//! Resolves symbols in the guest's kernel and modules, for a patch that is being linked.
 
 use super::exports::Export;
 use super::modules::{GuestModule, ModuleSymbol};
@@ -9,20 +9,20 @@ use std::cell::{OnceCell, RefCell};
 use std::collections::BTreeMap;
 use std::rc::Rc;
 
-/// What `klp_find_object_symbol` calls the kernel image.
+/// The name of the kernel image in `klp_find_object_symbol`.
 pub const VMLINUX: &str = "vmlinux";
 
-/// The symbols of a guest's kernel and of its modules. Those of a module are read once.
+/// The symbols of a guest's kernel and of its modules. A module's symbols are read once.
 pub struct GuestSymbols<'a> {
     live: Live<'a>,
     modules: OnceCell<Vec<GuestModule>>,
     symbols: RefCell<BTreeMap<String, Rc<[ModuleSymbol]>>>,
-    /// Modules that a symbol was found in, by name.
+    /// Modules in which a symbol was found, by name.
     used: RefCell<BTreeMap<String, GuestModule>>,
 }
 
 impl<'a> GuestSymbols<'a> {
-    /// Those of this guest.
+    /// The symbols of this guest.
     pub fn new(live: &Live<'a>) -> Self {
         Self {
             live: *live,
@@ -41,7 +41,7 @@ impl<'a> GuestSymbols<'a> {
         Ok(self.modules.get().map_or(&[], Vec::as_slice))
     }
 
-    /// The module of that name, where the guest has loaded it.
+    /// The module of that name, if the guest has loaded it.
     pub fn module(&self, name: &str) -> Result<Option<&GuestModule>, KernelError> {
         Ok(self.modules()?.iter().find(|module| module.name == name))
     }
@@ -56,17 +56,17 @@ impl<'a> GuestSymbols<'a> {
         Ok(symbols)
     }
 
-    /// The modules that symbols were found in so far: what they are needed for must keep them loaded.
+    /// The modules in which symbols were found so far. The patch that needs the symbols must keep these modules loaded.
     pub fn used(&self) -> Vec<GuestModule> {
         self.used.borrow().values().cloned().collect()
     }
 
-    /// Counts a module among the used ones.
+    /// Adds a module to the used ones.
     pub fn uses(&self, module: &GuestModule) {
         self.used.borrow_mut().insert(module.name.clone(), module.clone());
     }
 
-    /// What the image exports as `name`, else a module. That module does not count as used.
+    /// The export `name` of the image, or else of a module. That module does not count as used.
     pub fn export(&self, name: &str) -> Result<Option<Export>, KernelError> {
         match exports::find(&self.live, name)? {
             Some(export) => Ok(Some(export)),
@@ -83,12 +83,11 @@ impl<'a> GuestSymbols<'a> {
     }
 
     fn in_module(&self, object: &str, name: &str, sympos: u64) -> Result<Gva, ResolveError> {
-        let guest = |error: KernelError| ResolveError::Guest(error.to_string());
-        let module = self.module(object).map_err(guest)?;
+        let module = self.module(object)?;
         let module = module.ok_or_else(|| ResolveError::NotLoaded {
             object: object.to_owned(),
         })?;
-        let symbols = self.of_module(module).map_err(guest)?;
+        let symbols = self.of_module(module)?;
         let named = symbols.iter().filter(|symbol| symbol.name == name);
         let found = nth(object, named.map(|symbol| symbol.address).collect(), sympos)?;
         self.uses(module);
@@ -98,11 +97,10 @@ impl<'a> GuestSymbols<'a> {
 
 impl ResolveSymbol for GuestSymbols<'_> {
     fn exported(&self, name: &str) -> Result<Gva, ResolveError> {
-        let guest = |error: KernelError| ResolveError::Guest(error.to_string());
-        if let Some(export) = exports::find(&self.live, name).map_err(guest)? {
+        if let Some(export) = exports::find(&self.live, name)? {
             return Ok(export.address);
         }
-        if let Some(address) = self.exported_by_module(name).map_err(guest)? {
+        if let Some(address) = self.exported_by_module(name)? {
             return Ok(address);
         }
         if self.live.kernel.symbols.named(name).next().is_some() {
@@ -124,8 +122,8 @@ impl ResolveSymbol for GuestSymbols<'_> {
     }
 }
 
-/// As `klp_find_object_symbol` (kernel/livepatch/core.c) does it: position 0 wants exactly one symbol of that name,
-/// position n the n-th in the order of the table.
+/// Finds a symbol as `klp_find_object_symbol` (kernel/livepatch/core.c) does: for position 0 there must be exactly one symbol of that name;
+/// position n is the n-th one in the order of the table.
 fn nth(object: &str, found: Vec<Gva>, sympos: u64) -> Result<Gva, ResolveError> {
     let object = object.to_owned();
     match (found.as_slice(), sympos) {

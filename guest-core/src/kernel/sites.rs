@@ -1,5 +1,5 @@
-//! Places in the text of the kernel and of its modules that the kernel itself rewrites at run time: jump labels, static calls,
-//! lock prefixes (where it runs on one CPU and may get more), kprobes.
+//! The sites in the text of the kernel and of its modules that the kernel itself rewrites at run time: jump labels, static calls, kprobes,
+//! and lock prefixes (while it runs on one CPU and may get more).
 
 use super::list::Walker;
 use super::{KernelError, Live, modules};
@@ -9,14 +9,14 @@ use std::ops::Range;
 
 /// Longest site: a call or jump with its operand.
 const SITE_BYTES: u64 = 5;
-/// More bytes than a table of sites has; bounds memory.
+/// Most bytes of a table of sites that are read.
 const TABLE_BYTES_MAX: u64 = 16 << 20;
 /// The list of tables of lock prefixes.
 const LOCK_LISTS: &str = "smp_alt_modules";
 /// Buckets of `kprobe_table` (`KPROBE_HASH_BITS` is 6 in kernel/kprobes.c).
 const KPROBE_BUCKETS: u64 = 64;
 
-/// What a table of sites is of, its ends among the kernel's symbols, its members in `struct module`, and the type of its rows.
+/// A table of sites: the name of its sites, the symbols at its ends, its members in `struct module`, and the type of its entries.
 const TABLES: [(&str, [&str; 2], [&str; 2], &str); 2] = [
     (
         "jump label",
@@ -32,7 +32,11 @@ const TABLES: [(&str, [&str; 2], [&str; 2], &str); 2] = [
     ),
 ];
 
-/// What the kernel rewrites somewhere in `range`, code of the kernel or of a module; `None` where nothing.
+/// The kind of site that the kernel rewrites in `range`, which is code of the kernel or of a module; `None` if there is none.
+///
+/// # Errors
+///
+/// The tables of sites cannot be read.
 pub fn rewritten_in(live: &Live<'_>, range: &Range<Gva>) -> Result<Option<String>, KernelError> {
     let module = match live.kernel.image.segment(range.start) {
         Some(_) => None,
@@ -57,14 +61,14 @@ pub fn rewritten_in(live: &Live<'_>, range: &Range<Gva>) -> Result<Option<String
     Ok(probe.map(|site| format!("a kprobe at {site}")))
 }
 
-/// Start and bytes of a table of the kernel's own.
+/// Address and length in bytes of a table of the kernel image.
 fn image_table(live: &Live<'_>, [start, stop]: [&str; 2]) -> Option<(Gva, u64)> {
     let symbols = &live.kernel.symbols;
     let (start, stop) = (symbols.unique(start)?, symbols.unique(stop)?);
     Some((start, stop.0.saturating_sub(start.0)))
 }
 
-/// The same of a module's.
+/// Address and length in bytes of a table of a module.
 fn module_table(
     live: &Live<'_>,
     what: &'static str,
@@ -85,7 +89,11 @@ fn module_table(
     Ok(Some((start, bytes)))
 }
 
-/// The first kprobe that the guest has set in `range`.
+/// The address of the first kprobe that the guest has set in `range`.
+///
+/// # Errors
+///
+/// The table of kprobes cannot be read.
 pub fn probe_in(live: &Live<'_>, range: &Range<Gva>) -> Result<Option<Gva>, KernelError> {
     Ok(kprobes(live)?.into_iter().find(|site| range.contains(site)))
 }
@@ -94,7 +102,7 @@ fn overlaps(site: Gva, range: &Range<Gva>) -> bool {
     site < range.end && site.wrapping_add(SITE_BYTES) > range.start
 }
 
-/// The addresses in a table whose rows start with a place-relative 32-bit offset to the code (include/linux/jump_label.h since
+/// The addresses in a table whose entries start with a place-relative 32-bit offset to the code (include/linux/jump_label.h since
 /// 4.19, static_call_types.h since 5.10; arch/x86/kernel/alternative.c).
 fn place_relative(
     live: &Live<'_>,
@@ -124,8 +132,8 @@ fn place_relative(
     }))
 }
 
-/// The lock prefixes that the kernel may still put in or take out: `smp_alt_modules` lists their tables, of the kernel and its
-/// modules, as long as it runs on one CPU only (arch/x86/kernel/alternative.c, 5.10 to 7.2).
+/// The lock prefixes that the kernel may still write or remove: `smp_alt_modules` lists their tables, of the kernel and its modules, while it
+/// runs on one CPU only (arch/x86/kernel/alternative.c, 5.10 to 7.2).
 fn lock_prefixes(live: &Live<'_>) -> Result<Vec<Gva>, KernelError> {
     let Some(head) = live.kernel.symbols.unique(LOCK_LISTS) else {
         return Ok(Vec::new());

@@ -1,4 +1,4 @@
-//! Values of the guest's sysctls, found in the tree that `/proc/sys` shows.
+//! Finds values of the guest's sysctls in the tree that `/proc/sys` shows.
 //!
 //! `sysctl_table_root.default_set.dir` is the top directory: a `ctl_dir` with a red-black tree of `ctl_node`, sorted by name
 //! (`find_entry`, `namecmp` in fs/proc/proc_sysctl.c, Linux 5.10 to 7.2). A node's entry is the element of its header's
@@ -9,14 +9,14 @@ use crate::addr::Gva;
 use crate::memory::VirtMemory;
 use std::cmp::Ordering;
 
-/// Depth of a tree at the most: a red-black tree of 2^32 entries has at most 64 levels.
+/// Largest depth of a tree: a red-black tree of 2^32 entries has at most 64 levels.
 const DEPTH_MAX: usize = 64;
 /// Longest name that is compared, in bytes. Names of sysctls are short.
 const NAME_BYTES_MAX: u64 = 64;
 /// `S_IFMT` and `S_IFDIR` (include/uapi/linux/stat.h).
 const FILE_TYPE: u64 = 0o170_000;
 const DIRECTORY: u64 = 0o040_000;
-/// What is read here, for errors.
+/// Name of what is read here, for errors.
 const WHAT: &str = "the guest's sysctls";
 
 /// A directory of `/proc/sys`.
@@ -26,7 +26,7 @@ pub struct Directory {
     at: Gva,
 }
 
-/// What one entry of a directory is.
+/// An entry of a directory.
 enum Entry {
     Directory(Directory),
     /// Guest-virtual address of the value (`ctl_table.data`).
@@ -34,7 +34,7 @@ enum Entry {
 }
 
 impl Directory {
-    /// `/proc/sys` itself, without what belongs to a network or user namespace. `None` where the kernel has no sysctls.
+    /// `/proc/sys` itself, without the entries of network and user namespaces. `None` for a kernel without sysctls.
     pub fn root(live: &Live<'_>) -> Result<Option<Self>, KernelError> {
         let Some(root) = live.kernel.symbols.unique("sysctl_table_root") else {
             return Ok(None);
@@ -45,7 +45,11 @@ impl Directory {
         }))
     }
 
-    /// The directory `name` in this one. Error: the tree can't be read, or has no end.
+    /// The directory `name` in this one.
+    ///
+    /// # Errors
+    ///
+    /// The tree cannot be read, or has no end.
     pub fn directory(self, live: &Live<'_>, name: &str) -> Result<Option<Self>, KernelError> {
         Ok(match self.find(live, name)? {
             Some(Entry::Directory(directory)) => Some(directory),
@@ -53,7 +57,11 @@ impl Directory {
         })
     }
 
-    /// Guest-virtual address of the value `name` in this directory. Error: the tree can't be read, or has no end.
+    /// Guest-virtual address of the value `name` in this directory.
+    ///
+    /// # Errors
+    ///
+    /// The tree cannot be read, or has no end.
     pub fn value(self, live: &Live<'_>, name: &str) -> Result<Option<Gva>, KernelError> {
         Ok(match self.find(live, name)? {
             Some(Entry::Value(at)) => Some(at),
@@ -92,7 +100,7 @@ struct Element {
     header: Gva,
 }
 
-/// The element that the `ctl_node` at `node` stands for.
+/// The element of the `ctl_node` at `node`.
 fn entry_of(live: &Live<'_>, node: Gva) -> Result<Element, KernelError> {
     let btf = &live.kernel.btf;
     let (nodes, headers) = (btf.structure("ctl_node")?, btf.structure("ctl_table_header")?);

@@ -1,7 +1,7 @@
-//! Who traces: the `ftrace_ops` that the guest has registered, and which functions each of them wants.
+//! The tracers of the guest: its registered `ftrace_ops`, and the functions that each of them wants.
 //!
 //! `ftrace_ops_list` → `ftrace_ops.next` … `ftrace_list_end` (kernel/trace/ftrace.c); `ftrace_ops.func_hash` →
-//! `ftrace_ops_hash`: a filter, which is empty where all functions are wanted, and exceptions (include/linux/ftrace.h, since
+//! `ftrace_ops_hash`: a filter, which is empty if all functions are wanted, and exceptions (include/linux/ftrace.h, since
 //! 3.18). Both are `ftrace_hash` (kernel/trace/trace.h): `1 << size_bits` buckets of `ftrace_func_entry`.
 
 use super::list::Walker;
@@ -9,18 +9,21 @@ use super::{KernelError, Live, ftrace};
 use crate::addr::Gva;
 use crate::memory::VirtMemory;
 
-/// Registered `ftrace_ops` walked at the most: a guest has a handful.
+/// Most registered `ftrace_ops` that are walked. A guest has a handful.
 const OPS_MAX: usize = 1 << 8;
-/// `size_bits` at the most: `FTRACE_HASH_MAX_BITS` is 12 in kernel/trace/ftrace.c (5.10 to 6.12).
+/// Largest `size_bits`: `FTRACE_HASH_MAX_BITS` is 12 in kernel/trace/ftrace.c (5.10 to 6.12).
 const SIZE_BITS_MAX: u64 = 12;
 /// Bytes of a bucket: an `hlist_head`.
 const BUCKET_BYTES: u64 = 8;
 
-/// Finds out whether anybody wants to see the function whose ftrace site is at `site`. A kernel that has no list of
-/// `ftrace_ops` was built without tracers.
+/// True if a tracer wants the function whose ftrace site is at `site`. A kernel without a list of `ftrace_ops` was built without tracers.
 ///
-/// A tracer that registers, leaves or changes its filter changes one of the pointers that lead to it: an `ftrace_hash` in use is replaced
-/// and not changed (`ftrace_hash_move`, kernel/trace/ftrace.c).
+/// When a tracer registers, unregisters or changes its filter, one of the pointers that lead to it changes: the kernel replaces an
+/// `ftrace_hash` in use, and does not change it (`ftrace_hash_move`, kernel/trace/ftrace.c).
+///
+/// # Errors
+///
+/// The list of `ftrace_ops` cannot be read.
 pub fn is_wanted(live: &Live<'_>, site: Gva) -> Result<bool, KernelError> {
     let Some(mut link) = live.kernel.symbols.unique("ftrace_ops_list") else {
         return Ok(false);
@@ -52,7 +55,7 @@ pub fn is_wanted(live: &Live<'_>, site: Gva) -> Result<bool, KernelError> {
     })
 }
 
-/// Whether an `ftrace_hash` has an address; `None` where it is empty.
+/// True if an `ftrace_hash` holds an address; `None` if the hash is empty.
 fn contains(live: &Live<'_>, walker: &mut Walker<'_>, hash: Gva, site: Gva) -> Result<Option<bool>, KernelError> {
     let btf = &live.kernel.btf;
     let (layout, entry) = (btf.structure("ftrace_hash")?, btf.structure("ftrace_func_entry")?);

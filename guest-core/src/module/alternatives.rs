@@ -9,7 +9,7 @@ use super::sites::{Pointer, TableError};
 /// `padlen` 13 before, with `flags` 14 since 6.3.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct AltLayout {
-    /// Its size.
+    /// Size of the structure.
     pub size: u64,
     /// Offset of `instr_offset`, 4 bytes, relative to itself.
     pub instr_offset: u64,
@@ -17,8 +17,8 @@ pub struct AltLayout {
     pub repl_offset: u64,
     /// Offset of `cpuid`, 2 bytes: the number of a CPU feature bit.
     pub cpuid: u64,
-    /// Offset of `flags`, 2 bytes, where there is such a member (6.3 and later; a bit field behind `cpuid`). Elsewhere
-    /// the top bit of `cpuid` says "not".
+    /// Offset of `flags`, 2 bytes, if there is such a member (6.3 and later; a bit field behind `cpuid`). Without it, the top bit of `cpuid` means
+    /// "not".
     pub flags: Option<u64>,
     /// Offset of `instrlen`, 1 byte.
     pub instrlen: u64,
@@ -26,17 +26,17 @@ pub struct AltLayout {
     pub replacementlen: u64,
 }
 
-/// `ALTINSTR_FLAG_INV`: the top bit of `cpuid`, where the structure has no flags.
+/// `ALTINSTR_FLAG_INV`: the top bit of `cpuid`, in a structure without flags.
 const CPUID_NOT: u16 = 1 << 15;
-/// `ALT_FLAG_NOT`: replace where the CPU lacks the feature.
+/// `ALT_FLAG_NOT`: replace if the CPU lacks the feature.
 const FLAG_NOT: u16 = 1 << 0;
-/// `ALT_FLAG_DIRECT_CALL` (6.8): the original is an indirect call through memory, to become a direct one.
+/// `ALT_FLAG_DIRECT_CALL` (6.8): the original is an indirect call through memory, which becomes a direct one.
 const FLAG_DIRECT_CALL: u16 = 1 << 1;
 
 /// One entry of `.altinstructions`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Alternative {
-    /// The entry itself.
+    /// Place of the entry.
     pub entry: SectionOffset,
     /// The code that may be replaced.
     pub site: SectionOffset,
@@ -47,16 +47,16 @@ pub(crate) struct Alternative {
     pub replacement: Option<SectionOffset>,
     /// Its bytes.
     pub replacement_len: u8,
-    /// The CPU feature asked for.
+    /// Number of the CPU feature.
     pub feature: u16,
-    /// True: replace where the feature is missing.
+    /// True: replace if the feature is missing.
     pub inverted: bool,
-    /// True: make the indirect call a direct one.
+    /// True: replace the indirect call by a direct one.
     pub direct_call: bool,
 }
 
 impl PatchModule<'_> {
-    /// The entries of `.altinstructions`, in their order, which is the order to apply them in.
+    /// Reads the entries of `.altinstructions`, in the order in which they are applied.
     pub(crate) fn alternatives(&self, layout: &AltLayout) -> Result<Vec<Alternative>, TableError> {
         let mut found = Vec::new();
         for (id, table) in self.sections_named(".altinstructions") {
@@ -133,8 +133,8 @@ impl PatchModule<'_> {
     }
 }
 
-/// Entries for one site follow each other, and where alternatives are nested the outer one may be longer: all get the
-/// longest length, as the kernel does since 6.9, so that what is behind a shorter one is filled too.
+/// Gives all entries of a site the longest length, as the kernel does since 6.9, so that the bytes behind a shorter one are filled, too. Entries
+/// of one site follow each other; of nested alternatives, the outer one may be longer.
 fn share_length(alternatives: &mut [Alternative]) {
     for run in alternatives.chunk_by_mut(|a, b| a.site == b.site) {
         let longest = run.iter().map(|a| a.site_len).max().unwrap_or_default();

@@ -1,12 +1,12 @@
-//! Return sites and indirect branches: the compiler sends both through thunks, and the loader makes of each what this
-//! guest's kernel made of its own (`apply_returns`, `apply_retpolines` in arch/x86/kernel/alternative.c; 5.10, 6.1, 6.12).
+//! Patches return sites and indirect branches. The compiler lets both go through thunks; the loader patches each as this guest's kernel has
+//! patched its own (`apply_returns`, `apply_retpolines` in arch/x86/kernel/alternative.c; 5.10, 6.1, 6.12).
 
 use super::LinkError;
 use super::link::Linker;
 use super::nops::nops;
 use super::sections::SectionOffset;
 use super::sites::Pointer;
-use super::thunks::{Indirect, LFENCE, RETURN_THUNK, Returns, branch_through};
+use super::thunks::{Indirect, LFENCE, RETURN_THUNK, ReturnThunk, branch_through};
 use crate::addr::Gva;
 
 const RETURNS: &str = ".return_sites";
@@ -19,13 +19,13 @@ const REGISTERS: [&str; 16] = [
 const CALL32: u8 = 0xe8;
 const JMP32: u8 = 0xe9;
 const INT3: u8 = 0xcc;
-/// Bytes of `jmp rel32`.
+/// Length of `jmp rel32`, in bytes.
 const JMP32_LEN: usize = 5;
 
-/// `ret`, and traps up to the length of the jump that was there.
+/// `ret`, and traps up to the length of the jump in its place.
 const PLAIN_RETURN: [u8; JMP32_LEN] = [0xc3, INT3, INT3, INT3, INT3];
 
-/// How a thunk is reached.
+/// The kind of a branch to a thunk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Branch {
     Call,
@@ -34,11 +34,11 @@ enum Branch {
     Conditional(u8),
 }
 
-/// A branch to a thunk, as found at a site.
+/// A branch to a thunk at a site.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct ThunkSite {
     branch: Branch,
-    /// Bytes of the instruction: 5, or 6 with a CS prefix in front or a two-byte opcode.
+    /// Length of the instruction in bytes: 5, or 6 with a CS prefix or a two-byte opcode.
     len: usize,
 }
 
@@ -70,12 +70,11 @@ impl ThunkSite {
         })
     }
 
-    /// The branch at the site itself, in place of the one to the thunk: `lfence` and the indirect branch. None where it does
-    /// not fit.
+    /// The inline form, in place of the branch to the thunk: `lfence` and the indirect branch. `None` if it does not fit.
     fn inline(self, register: u8, lfence: bool) -> Option<Vec<u8>> {
         let mut bytes = Vec::with_capacity(self.len);
         if let Branch::Conditional(condition) = self.branch {
-            // The opposite condition jumps over the rest.
+            // A jump with the opposite condition skips the rest.
             bytes.extend([0x70 | ((condition ^ 1) & 0xf), 4]);
         }
         if lfence {
@@ -102,7 +101,7 @@ impl ThunkSite {
 }
 
 impl Linker<'_, '_, '_> {
-    /// Makes each jump to the compiler's return thunk a plain return, or a jump to the thunk that this guest uses.
+    /// Replaces each jump to the compiler's return thunk by a plain return, or by a jump to the thunk that this guest uses.
     pub(super) fn patch_returns(&mut self) -> Result<(), LinkError> {
         let sites = self.placed_sites(RETURNS)?;
         if sites.is_empty() {
@@ -117,16 +116,16 @@ impl Linker<'_, '_, '_> {
             }
             let upper_half = self.address(at)? & 0x20 != 0;
             let bytes = match returns {
-                Returns::Thunk(_) if avoids_lower_half && upper_half => PLAIN_RETURN.to_vec(),
-                Returns::Plain => PLAIN_RETURN.to_vec(),
-                Returns::Thunk(thunk) => self.branch_to(&[JMP32], at, thunk, "the return thunk")?,
+                ReturnThunk::Thunk(_) if avoids_lower_half && upper_half => PLAIN_RETURN.to_vec(),
+                ReturnThunk::Plain => PLAIN_RETURN.to_vec(),
+                ReturnThunk::Thunk(thunk) => self.branch_to(&[JMP32], at, thunk, "the return thunk")?,
             };
             self.write(at, &bytes)?;
         }
         Ok(())
     }
 
-    /// Leaves each branch to a retpoline thunk, or makes it the plain branch that the thunk itself has become.
+    /// Keeps each branch to a retpoline thunk, or replaces it by the plain branch that the kernel has made of the thunk.
     pub(super) fn patch_indirect(&mut self) -> Result<(), LinkError> {
         let sites = self.placed_sites(INDIRECT)?;
         if sites.is_empty() {
@@ -155,7 +154,7 @@ impl Linker<'_, '_, '_> {
             let bytes = if avoids_lower_half && last & 0x20 == 0 {
                 self.its_branch(at, site, register)?
             } else {
-                // Where an LFENCE leaves no room, the thunk has it.
+                // If there is no space for an LFENCE, the thunk has it.
                 match site.inline(register, lfence) {
                     Some(bytes) => bytes,
                     None => continue,
@@ -211,7 +210,7 @@ impl Linker<'_, '_, '_> {
         Ok([opcode, &distance.to_le_bytes()].concat())
     }
 
-    /// The symbol that the branch of `len` bytes at `at` goes to: its distance is relocated, at its end.
+    /// The symbol that the branch of `len` bytes at `at` goes to. The relocation is at the branch's end.
     fn branch_symbol(&self, at: SectionOffset, len: usize) -> &str {
         let module = self.image.module;
         let field = at.plus(len.saturating_sub(4) as u64);
@@ -296,7 +295,7 @@ mod tests {
     }
 
     #[test]
-    fn a_listed_return_that_is_none_is_refused() {
+    fn a_listed_site_without_a_return_is_refused() {
         use crate::module::testing::{BASES, KLP_6_1};
         let file = module(RETURNS, &[0xe8, 0, 0, 0, 0], 1, RETURN_THUNK);
         let module = crate::module::PatchModule::parse(&file).unwrap();
@@ -326,7 +325,7 @@ mod tests {
     }
 
     #[test]
-    fn a_conditional_jump_is_turned_round() {
+    fn a_conditional_jump_becomes_the_opposite_condition() {
         let file = module(INDIRECT, &[0x0f, 0x84, 0, 0, 0, 0], 2, "__x86_indirect_thunk_r11");
         let text = guest("__x86_indirect_thunk_r11", &[0x41, 0xff, 0xe3]).link_text(&file, &ALT_6_1);
         // jne +4; jmp *%r11; int3
@@ -334,12 +333,12 @@ mod tests {
     }
 
     #[test]
-    fn an_lfence_is_inlined_where_there_is_room() {
+    fn an_lfence_is_inlined_if_there_is_space() {
         let thunk = [0x0f, 0xae, 0xe8, 0xff, 0xe0];
         let file = module(INDIRECT, &[0xe8, 0, 0, 0, 0], 1, "__x86_indirect_thunk_rax");
         let text = guest("__x86_indirect_thunk_rax", &thunk).link_text(&file, &ALT_6_1);
         assert_eq!(text, [0x0f, 0xae, 0xe8, 0xff, 0xd0]);
-        // With r13 it takes 6 bytes of 5: the thunk stays.
+        // With r13 it needs 6 bytes, and the site has 5: the thunk stays.
         let thunk = [0x0f, 0xae, 0xe8, 0x41, 0xff, 0xe5];
         let file = module(INDIRECT, &[0xe8, 0, 0, 0, 0], 1, "__x86_indirect_thunk_r13");
         let text = guest("__x86_indirect_thunk_r13", &thunk).link_text(&file, &ALT_6_1);

@@ -185,7 +185,7 @@ fn symbol<'d>(
         .symbol_section(LE, raw, index)
         .map_err(|e| ModuleError::elf(&format!("symbol {name}"), e))?;
     let place = match defined_in {
-        // Symbol 0 stands for "no symbol": its value is zero.
+        // Symbol 0 means "no symbol": its value is zero.
         _ if index.0 == 0 => SymbolPlace::Absolute(0),
         Some(SectionIndex(section)) if section < sections => SymbolPlace::Defined(SectionOffset {
             section: SectionId(section),

@@ -1,15 +1,15 @@
-//! Why a file can't be taken for a livepatch module.
+//! Errors of parsing a module file.
 
 /// Why [`PatchModule::parse`](super::PatchModule::parse) refused a file.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum ModuleError {
-    /// Another kind of file.
+    /// The file is no ELF file.
     #[error("not an ELF file: it begins with {found:02x?}, expected [7f, 45, 4c, 46]")]
     NotElf {
         /// Its first bytes, at most four.
         found: Vec<u8>,
     },
-    /// Something lies, wholly or partly, behind the end of the file.
+    /// A part of the file would end behind the end of the file.
     #[error("the file is truncated: {what} ends at byte {end}, the file at byte {len}")]
     Truncated {
         /// What is cut off.
@@ -19,13 +19,13 @@ pub enum ModuleError {
         /// Bytes in the file.
         len: usize,
     },
-    /// Made for another machine.
+    /// The file was made for another machine.
     #[error("not an x86-64 module: {found}, expected ELF class 2, byte order 1, machine 62")]
     OtherArchitecture {
-        /// What the header says.
+        /// The machine in the header.
         found: String,
     },
-    /// An executable, a shared library or a core dump.
+    /// The file is an executable, a shared library or a core dump.
     #[error("not a kernel module: ELF file type {found}, expected 1 (relocatable)")]
     NotRelocatable {
         /// `e_type`.
@@ -39,7 +39,7 @@ pub enum ModuleError {
         /// What is wrong with it.
         cause: String,
     },
-    /// More than any real module has.
+    /// The file has more of something than any real module.
     #[error("{found} {what}, at most {max} are taken")]
     TooMany {
         /// Of what.
@@ -49,7 +49,7 @@ pub enum ModuleError {
         /// The limit.
         max: usize,
     },
-    /// The module's checksums of types are not what the kernel's loader could compare.
+    /// The kernel's loader could not compare the module's checksums of types.
     #[error("{section}+{at:#x}: {problem}")]
     Versions {
         /// The section.
@@ -59,7 +59,7 @@ pub enum ModuleError {
         /// What is wrong there.
         problem: &'static str,
     },
-    /// A name that is not text.
+    /// A name is not text.
     #[error("the name of {of} is not UTF-8: {found}")]
     Name {
         /// What it names.
@@ -67,7 +67,7 @@ pub enum ModuleError {
         /// The name, escaped.
         found: String,
     },
-    /// A symbol of a section that does not exist.
+    /// A symbol is in a section that does not exist.
     #[error("symbol {symbol} is in section {found}, the file has {sections}")]
     SymbolSection {
         /// The symbol's name.
@@ -77,19 +77,19 @@ pub enum ModuleError {
         /// Number of sections.
         sections: usize,
     },
-    /// A livepatch symbol whose name says not what it stands for.
+    /// The name of a livepatch symbol does not have the form `.klp.sym.OBJECT.NAME,SYMPOS`.
     #[error("livepatch symbol {symbol} is not of the form .klp.sym.OBJECT.NAME,SYMPOS")]
     KlpSymbolName {
         /// The symbol's name.
         symbol: String,
     },
-    /// Relocations without addends, which x86-64 does not use.
+    /// The file has relocations without addends, which x86-64 does not use.
     #[error("section {section} holds relocations of type SHT_REL, expected SHT_RELA")]
     RelSection {
         /// The section's name.
         section: String,
     },
-    /// Relocations that refer to another symbol table.
+    /// Relocations refer to another symbol table.
     #[error("the relocations in {section} refer to symbol table {found}, expected {expected}")]
     SymbolTable {
         /// The relocation section's name.
@@ -99,7 +99,7 @@ pub enum ModuleError {
         /// The module's symbol table.
         expected: usize,
     },
-    /// A relocation against a symbol that does not exist.
+    /// A relocation refers to a symbol that does not exist.
     #[error("the relocation at {section}+{offset:#x} refers to symbol {found}, the file has {symbols}")]
     RelocationSymbol {
         /// The section that it changes.
@@ -111,19 +111,19 @@ pub enum ModuleError {
         /// Number of symbols.
         symbols: usize,
     },
-    /// No `.modinfo`, so not a module; or one without an entry that every module has.
+    /// The file has no `.modinfo`, or one without an entry that every module has.
     #[error("not a kernel module: .modinfo has no {key}= entry")]
     NoModinfo {
         /// The entry looked for.
         key: &'static str,
     },
-    /// `.modinfo` holds something else than text.
+    /// An entry of `.modinfo` is not text.
     #[error("the .modinfo entry at byte {at} is not UTF-8 text")]
     ModinfoText {
         /// Bytes from the section's start.
         at: usize,
     },
-    /// A module, but none that the livepatch core would take.
+    /// The module is no livepatch module.
     #[error("{name} is not a livepatch module: .modinfo has no livepatch= entry")]
     NotLivepatch {
         /// The module's name.

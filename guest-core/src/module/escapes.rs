@@ -1,11 +1,10 @@
-//! Escape analysis: which of a patch's own addresses its code may leave with the guest, so that the guest may use them after the
-//! patch was reverted. A timer, a work item, an RCU callback, a notifier, an entry in a table of operations are all the same
-//! here: somewhere the patch has the address of its own function or variable as a *value*.
+//! Escape analysis: finds a patch's own addresses that its code may hand to the guest, which may then use them after the revert. A timer, a
+//! work item, an RCU callback, a notifier or an entry in a table of operations are all alike here: the patch has the address of its own
+//! function or variable as a *value*.
 //!
-//! Every such value comes from a relocation, as nobody knows the addresses earlier, or from an instruction that computes an
-//! address relative to itself. A direct call or jump, and a load or store of a variable, use an address without having it as a
-//! value. All else counts as an escape, but for what goes straight into an argument of a function that is known not to keep
-//! it (`flow.rs`): a format of `printk()` is the usual case.
+//! Every such value comes from a relocation, because the addresses are not known earlier, or from an instruction that computes an address
+//! relative to itself. A direct call or jump, and a load or store of a variable, use an address without having it as a value. All other uses
+//! count as escapes, except for an argument of a function that is known not to keep it (`flow.rs`): a format of `printk()` is the usual case.
 
 use super::flow::Code;
 use super::layout::AreaKind;
@@ -16,12 +15,12 @@ use object::elf::R_X86_64_NONE;
 use std::collections::BTreeSet;
 use std::ops::Range;
 
-/// Names that are told; more are counted.
+/// Most names that are listed. More are only counted.
 const NAMES_MAX: usize = 16;
 
 impl Image<'_, '_> {
-    /// The patch's own functions and variables whose addresses the guest may have once its code has run, by name; for what
-    /// has no name, the section's. Empty: once no task is in the code, nothing in the guest leads to the patch.
+    /// The names of the patch's own functions and variables whose addresses the guest may hold once the code has run. For an object without a name,
+    /// the section's name. If it is empty, nothing in the guest leads to the patch once no task is in its code.
     pub fn escapes(&self) -> Vec<String> {
         let mut found = BTreeSet::new();
         for placed in &self.layout().sections {
@@ -33,7 +32,7 @@ impl Image<'_, '_> {
                 AreaKind::RoData | AreaKind::Data | AreaKind::PerCpu => {
                     self.of_data(placed.section, section, &mut found);
                 }
-                // What alternatives do not copy from there goes nowhere.
+                // Replacements that no alternative copies do not reach the guest.
                 AreaKind::Scratch => {}
             }
         }
@@ -53,7 +52,7 @@ impl Image<'_, '_> {
         names
     }
 
-    /// Any pointer in data to the module's own is a value. The livepatch descriptors are read by vmpatch, not by the guest.
+    /// Any pointer in data to the module's own objects is a value. The guest does not read the livepatch descriptors.
     fn of_data(&self, id: SectionId, section: &Section<'_>, found: &mut BTreeSet<String>) {
         for relocation in &section.relocations {
             let at = SectionOffset {
@@ -72,7 +71,7 @@ impl Image<'_, '_> {
     fn of_code(&self, id: SectionId, section: &Section<'_>, range: Range<u64>, found: &mut BTreeSet<String>) {
         let code = Code::decode(self, id, section, range.clone());
         let Some(code) = code else {
-            // Code that is not understood may do anything with what it refers to.
+            // Code that cannot be decoded may do anything with what it refers to.
             let own = section.relocations_in(range.start, range.end).iter();
             found.extend(
                 own.filter(|one| self.module.is_own(one))
@@ -93,7 +92,7 @@ impl Image<'_, '_> {
                     found.insert(self.module.own_name(relocation, relocation.bias(end)));
                 }
             }
-            // The assembler itself knows the distance to what is in the same section.
+            // The assembler itself resolves a distance within the same section.
             if relocations.is_empty() && code.computes_own_address(index) {
                 found.insert(self.module.object_at(SectionOffset {
                     section: id,
@@ -105,7 +104,7 @@ impl Image<'_, '_> {
 }
 
 impl PatchModule<'_> {
-    /// True where a relocation gives an address of the module's own.
+    /// True if a relocation means an address of the module's own.
     fn is_own(&self, relocation: &Relocation) -> bool {
         let Some(symbol) = self.symbol(relocation) else {
             return false;
@@ -113,7 +112,7 @@ impl PatchModule<'_> {
         relocation.kind != R_X86_64_NONE.0 && matches!(symbol.place, SymbolPlace::Defined(_))
     }
 
-    /// What a relocation means, by name; `bias` is what its addend lacks.
+    /// The name of what a relocation means. `bias` is what its addend lacks.
     fn own_name(&self, relocation: &Relocation, bias: i64) -> String {
         match self.target(relocation, bias) {
             Some(target) => self.object_at(target),
@@ -121,7 +120,7 @@ impl PatchModule<'_> {
         }
     }
 
-    /// The function or variable at a place; where it has no name, the section.
+    /// The name of the function or variable at a place; the section's if it has no name.
     fn object_at(&self, at: SectionOffset) -> String {
         let named = self.elf.symbols.iter().filter(|symbol| {
             let SymbolPlace::Defined(start) = symbol.place else {
@@ -133,7 +132,7 @@ impl PatchModule<'_> {
                 .is_some_and(|into| into < symbol.size.max(1));
             start.section == at.section && holds && !symbol.name.is_empty()
         });
-        // Of several names the longest object: an array, not its first element's alias.
+        // Of several symbols the longest counts: an array, not an alias of its first element.
         let symbol = named.max_by_key(|symbol| symbol.size);
         let name = symbol.map_or_else(|| self.section_name(at.section), |symbol| symbol.name);
         plain(name.as_bytes())
@@ -166,7 +165,7 @@ mod tests {
     }
 
     #[test]
-    fn calls_jumps_loads_and_stores_let_nothing_escape() {
+    fn calls_jumps_loads_and_stores_are_no_escapes() {
         // call helper; incq counter(%rip); mov counter(,%rax,8),%rdx; cmpl $1,counter(%rip); jne helper; jmp helper
         let (mut elf, helper, counter) = module(&[
             0xe8, 0, 0, 0, 0, 0x48, 0xff, 0x05, 0, 0, 0, 0, 0x48, 0x8b, 0x14, 0xc5, 0, 0, 0, 0, 0x83, 0x3d, 0, 0, 0, 0,
@@ -212,7 +211,7 @@ mod tests {
     }
 
     #[test]
-    fn an_address_that_the_assembler_has_computed_itself_escapes() {
+    fn an_address_that_the_assembler_has_resolved_escapes() {
         // lea new_f(%rip),%rdi; ret
         let elf = TestElf::livepatch(&[0x48, 0x8d, 0x3d, 0xf9, 0xff, 0xff, 0xff, 0xc3]);
         assert_eq!(escapes(&elf), ["new_f"]);
@@ -229,7 +228,7 @@ mod tests {
     }
 
     #[test]
-    fn the_livepatch_descriptors_are_no_pointers_that_the_guest_has() {
+    fn pointers_in_the_livepatch_descriptors_do_not_escape() {
         // mov .data+0x10(%rip),%eax; ret: the section with the descriptors is placed for the sake of a variable in it
         let mut elf = TestElf::livepatch(&[0x8b, 0x05, 0, 0, 0, 0, 0xc3]);
         elf.relocation(1, 2, R_X86_64_PC32, 3, 0x10 - 4);
@@ -237,7 +236,7 @@ mod tests {
     }
 
     #[test]
-    fn code_that_is_not_understood_lets_all_escape_that_it_refers_to() {
+    fn all_that_undecodable_code_refers_to_escapes() {
         // call helper; (no instruction)
         let (mut elf, helper, _) = module(&[0xe8, 0, 0, 0, 0, 0x06]);
         elf.relocation(1, 1, R_X86_64_PLT32, helper, -4);
@@ -259,7 +258,7 @@ mod tests {
     }
 
     #[test]
-    fn of_many_names_the_rest_is_counted() {
+    fn names_beyond_the_limit_are_counted() {
         let (mut elf, _, counter) = module(&[0x48, 0xff, 0x05, 0, 0, 0, 0, 0xc3]);
         elf.relocation(1, 3, R_X86_64_PC32, counter, -4);
         elf.set_bytes(8, &[0; 8 * 18]);

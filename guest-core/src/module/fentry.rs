@@ -22,12 +22,17 @@ impl PatchModule<'_> {
 }
 
 impl Linker<'_, '_, '_> {
+    /// The NOP that this kernel expects where a 5-byte call or jump may come, see [`in_sites`].
+    pub(super) fn site_nop(&self) -> Result<[u8; SITE_LEN], LinkError> {
+        let ideal_nops = self.guest.symbols.any(None, IDEAL_NOPS, 0).ok();
+        in_sites(self.guest.memory, ideal_nops).map_err(|error| LinkError::SiteNop {
+            cause: error.to_string(),
+        })
+    }
+
     /// Puts NOPs in the place of the calls at function entries, and gives their addresses, sorted as the loader does it.
     pub(super) fn silence_fentry(&mut self) -> Result<Vec<Gva>, LinkError> {
-        let ideal_nops = self.guest.symbols.any(None, IDEAL_NOPS, 0).ok();
-        let nop = in_sites(self.guest.memory, ideal_nops).map_err(|error| LinkError::SiteNop {
-            cause: error.to_string(),
-        })?;
+        let nop = self.site_nop()?;
         let mut sites = Vec::new();
         for at in self.image.fentry_sites.clone() {
             let found = self.bytes(at, SITE_LEN)?;

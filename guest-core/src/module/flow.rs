@@ -1,5 +1,5 @@
-//! What becomes of an address that code has in a register: whether it goes straight into an argument of a function that is known
-//! not to keep it, on whatever way the code goes on. All that is not seen to end so counts as kept.
+//! Follows an address that code has in a register. The address does not escape if, on every path, it is passed to a function that is known not
+//! to keep it, or is overwritten. Any other use counts as an escape.
 
 use super::Image;
 use super::sections::{Relocation, Section, SectionId, SymbolPlace};
@@ -10,7 +10,7 @@ use iced_x86::{
 use std::collections::BTreeSet;
 use std::ops::Range;
 
-/// Registers of integer arguments (System V ABI for x86-64). No caller looks at them after a call.
+/// Registers of integer arguments (System V ABI for x86-64). No caller reads them after a call.
 const ARGUMENTS: [Register; 6] = [
     Register::RDI,
     Register::RSI,
@@ -19,14 +19,13 @@ const ARGUMENTS: [Register; 6] = [
     Register::R8,
     Register::R9,
 ];
-/// Instructions that one address is followed through.
+/// Most instructions through which one address is followed.
 const STEPS_MAX: usize = 200;
 
-/// Functions that are through with what their arguments point at when they return: what they print is formatted at once, or
-/// copied (`vprintk_store`, kernel/printk/printk.c; `set_dev_info`, drivers/base/core.c; lib/vsprintf.c; lib/string.c;
+/// Functions that do not keep their pointer arguments when they return: what they print is formatted at once, or copied (`vprintk_store`, kernel/printk/printk.c; `set_dev_info`, drivers/base/core.c; lib/vsprintf.c; lib/string.c;
 /// fs/seq_file.c), a static key is changed at once (kernel/jump_label.c), and so is a count of references to a module
-/// (kernel/module/main.c; a revert looks at that count), in 5.10 to 7.2. Those that return the address that
-/// they were given (`memcpy`, `strcpy` and their like) are not among them: see [`RETURN_FIRST`].
+/// (kernel/module/main.c; a revert checks that count), in 5.10 to 7.2. Functions that return an argument (`memcpy`, `strcpy` and the like) are
+/// not among them: see [`RETURN_FIRST`].
 const PASSED_THROUGH: [&str; 65] = [
     "_printk",
     "printk",
@@ -95,7 +94,7 @@ const PASSED_THROUGH: [&str; 65] = [
     "module_refcount",
 ];
 
-/// The same, but that they return their first argument, which therefore is not through (lib/string.c).
+/// Functions that keep no argument, but return the first one, which must be followed further (lib/string.c).
 const RETURN_FIRST: [&str; 8] = [
     "strcpy", "strncpy", "strcat", "strncat", "memcpy", "__memcpy", "memmove", "memset",
 ];
@@ -105,26 +104,26 @@ pub(super) struct Code<'a> {
     image: &'a Image<'a, 'a>,
     id: SectionId,
     section: &'a Section<'a>,
-    /// Each by its offset in the section.
+    /// The instructions, each with its offset in the section.
     instructions: Vec<(Instruction, ConstantOffsets)>,
 }
 
-/// How code goes on behind an instruction, for an address in a register.
+/// Where code continues after an instruction, for an address in a register.
 enum Step {
-    /// The address is not in the register any more, and nobody has kept it.
+    /// Nowhere: the address is no longer in the register, and was not kept.
     Ends,
-    /// With the next instruction.
+    /// At the next instruction.
     Next,
     /// Elsewhere in the section.
     Jumps(u64),
-    /// With either.
+    /// At either of the two.
     Branches(u64),
-    /// Somebody may have kept it.
+    /// The address may have been kept.
     Keeps,
 }
 
 impl<'a> Code<'a> {
-    /// Decodes a part of a section; `None` where a byte of it is no instruction.
+    /// Decodes a part of a section; `None` if a byte of it belongs to no instruction.
     pub fn decode(
         image: &'a Image<'a, 'a>,
         id: SectionId,
@@ -161,8 +160,7 @@ impl<'a> Code<'a> {
         (offset < instruction.next_ip()).then_some(instruction)
     }
 
-    /// True where the instruction uses the address of a relocation in it and leaves it nowhere: it goes there, or loads or
-    /// stores what is there.
+    /// True if the instruction uses the address of its relocation in place: it branches there, or loads or stores there.
     pub fn uses_in_place(&self, index: usize, relocation: &Relocation) -> bool {
         let Some((instruction, fields)) = self.instructions.get(index) else {
             return false;
@@ -179,14 +177,14 @@ impl<'a> Code<'a> {
         goes && instruction.op0_kind() == OpKind::NearBranch64 && is(fields.has_immediate(), fields.immediate_offset())
     }
 
-    /// True where the instruction computes an address in its own section, by a distance without a relocation.
+    /// True if the instruction computes an address in its own section, by a distance without a relocation.
     pub fn computes_own_address(&self, index: usize) -> bool {
         let instruction = self.instructions.get(index).map(|(instruction, _)| instruction);
         instruction.is_some_and(|one| one.mnemonic() == Mnemonic::Lea && one.is_ip_rel_memory_operand())
     }
 
-    /// True where the instruction brings an address into an argument's register, and on every way from there the address is
-    /// handed to a function that is through with it when it returns, or overwritten.
+    /// True if the instruction loads an address into an argument's register, and on every path from there the address is passed to a function that
+    /// does not keep it, or is overwritten.
     pub fn hands_over(&self, index: usize) -> bool {
         let Some((instruction, _)) = self.instructions.get(index) else {
             return false;
@@ -247,7 +245,7 @@ impl<'a> Code<'a> {
                     _ => Step::Keeps,
                 }
             }
-            // UD2 is WARN: the kernel goes on behind it, all registers as they were. UD1 is WARN with a text (6.19): its handler
+            // UD2 is WARN: the kernel continues behind it, with all registers unchanged. UD1 is WARN with a text (6.19): its handler
             // prints what the register points at.
             FlowControl::Exception => match instruction.mnemonic() {
                 Mnemonic::Ud2 => Step::Next,
@@ -262,7 +260,7 @@ impl<'a> Code<'a> {
                 let mut uses = uses.by_ref().filter(|one| one.register().full_register() == register);
                 match (uses.next(), uses.next()) {
                     (None, _) => Step::Next,
-                    // Writing the low half clears the rest.
+                    // A write to the low half clears the high half.
                     (Some(one), None) if one.access() == OpAccess::Write && one.register().size() >= 4 => Step::Ends,
                     _ => Step::Keeps,
                 }
@@ -271,7 +269,7 @@ impl<'a> Code<'a> {
         }
     }
 
-    /// True for a function of the kernel that neither keeps nor returns what its argument in `register` points at.
+    /// True for a function of the kernel that neither keeps nor returns its argument in `register`.
     fn passes_through(&self, relocation: &Relocation, register: Register) -> bool {
         let Some(symbol) = self.image.module.symbol(relocation) else {
             return false;
@@ -288,8 +286,7 @@ impl<'a> Code<'a> {
         PASSED_THROUGH.contains(&name) || (RETURN_FIRST.contains(&name) && register != Register::RDI)
     }
 
-    /// True where another instruction may stand in the guest, or another one follow: alternatives, branches on static keys,
-    /// fault fixups.
+    /// True if the guest may have another instruction there, or continue elsewhere: alternatives, branches on static keys, fault fixups.
     fn may_become_another(&self, instruction: &Instruction) -> bool {
         let (start, end) = (instruction.ip(), instruction.next_ip());
         let overlaps = |at: u64, len: u64| at < end && at.saturating_add(len) > start;
@@ -310,8 +307,8 @@ mod tests {
     use crate::module::testing::{ALT_6_1, KLP_6_1, TestElf};
     use object::elf::{R_X86_64_32S, R_X86_64_PLT32};
 
-    /// Whether the address of `.rodata.str1.1` escapes from `text`, which has it as an immediate at 3, and calls `callee` by the
-    /// distance at `call`.
+    /// True if the address of `.rodata.str1.1` escapes from `text`, which has it as an immediate at 3, and calls `callee` by the distance at
+    /// `call`.
     fn escapes(text: &[u8], call: u64, callee: &str) -> bool {
         let mut elf = TestElf::livepatch(text);
         let callee = elf.undefined(callee);
@@ -352,7 +349,7 @@ mod tests {
     }
 
     #[test]
-    fn every_way_from_where_a_text_is_loaded_counts() {
+    fn every_path_from_the_load_of_a_text_counts() {
         // mov $text,%rdi; je 1f; call; ret; 1: xor %edi,%edi; ret
         let mut text = [
             0x48, 0xc7, 0xc7, 0, 0, 0, 0, 0x74, 6, 0xe8, 0, 0, 0, 0, 0xc3, 0x31, 0xff, 0xc3,

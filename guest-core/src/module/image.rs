@@ -1,11 +1,11 @@
-//! What of a module goes into the guest: the sections that its new functions need, directly or through others.
-//! Everything that may keep them from working there is refused at this point, by name.
+//! The part of a module that goes into the guest: the sections that its new functions need, directly or through others. A section that would keep them from
+//! working there is refused by name.
 
 use super::alternatives::{AltLayout, Alternative};
-use super::jump_rows::JumpRows;
+use super::instruction_tables::{BUGS, FIXUPS, Rows};
+use super::jump_table::JumpRows;
 use super::layout::{AreaKind, Layout, LayoutError};
 use super::orc::OrcRows;
-use super::rows::{BUGS, FIXUPS, Rows};
 use super::sections::{SectionOffset, SymbolPlace};
 use super::selection::Selection;
 use super::sites::TableError;
@@ -16,13 +16,13 @@ use super::{Patch, PatchModule};
 pub struct Image<'m, 'd> {
     pub(crate) module: &'m PatchModule<'d>,
     pub(crate) patch: &'m Patch,
-    /// By section index: the area and the offset in it of each placed section.
+    /// The area and offset of each placed section, by section index.
     pub(crate) places: Vec<Option<(AreaKind, u64)>>,
-    /// The alternatives in placed code.
+    /// Alternatives in placed code.
     pub(crate) alternatives: Vec<Alternative>,
-    /// How to unwind through placed code.
+    /// ORC rows of placed code.
     pub(crate) orc: OrcRows<'d>,
-    /// Fault fixups in placed code.
+    /// Exception table rows of placed code.
     pub(crate) fixups: Rows,
     /// WARN and BUG in placed code.
     pub(crate) bugs: Rows,
@@ -37,64 +37,65 @@ pub struct Image<'m, 'd> {
 /// A symbol that the guest must provide.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Undefined {
-    /// Its name.
+    /// Name of the symbol.
     pub name: String,
-    /// For a livepatch symbol, the object that it is in (`vmlinux` or a module) and its position there. None for an
-    /// ordinary symbol, which must be exported.
+    /// For a livepatch symbol, its object (`vmlinux` or a module) and its position there. `None` for an ordinary symbol, which must be exported.
     pub object: Option<(String, u64)>,
-    /// True where the module works without it.
+    /// True if the module works without it (a weak symbol).
     pub weak: bool,
-    /// The first place that refers to it: section and offset.
+    /// The first reference to it: section and offset.
     pub needed_by: String,
 }
 
-/// Why a module can't be laid out.
+/// Why a module has no layout.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum ImageError {
-    /// A section that carries meaning which is not handled, for code that is needed.
+    /// A section that is not handled concerns needed code or data.
     #[error("unsupported section {section}, for {concerns}: {reason}")]
     UnsupportedSection {
         /// The section's name.
         section: String,
-        /// The code or data that the section says something about, or that refers to it: section and offset.
+        /// The code or data that the section concerns, or that refers to it: section and offset.
         concerns: String,
-        /// What handling it would take.
+        /// Why it is not handled.
         reason: &'static str,
     },
-    /// Needed code or data refers to a section that does not go into the guest.
+    /// Needed code or data refer to a section that does not go into the guest.
     #[error("{needed_by} refers to section {section}, symbol '{symbol}', which is not placed in the guest: {reason}")]
     NotPlaced {
-        /// Where the reference is: section and offset.
+        /// The place of the reference: section and offset.
         needed_by: String,
-        /// The symbol that it refers to; empty for the section's own.
+        /// The symbol that it refers to; empty for a section symbol.
         symbol: String,
         /// The section's name.
         section: String,
-        /// Why it isn't placed.
+        /// Why the section is not placed.
         reason: &'static str,
     },
-    /// A symbol of a kind that the kernel's loader does not take either.
+    /// A symbol of a kind that the kernel's loader also refuses.
     #[error("{needed_by} refers to {symbol}, whose section index {index:#x} no module may use")]
     SymbolKind {
-        /// Where the reference is.
+        /// The place of the reference.
         needed_by: String,
         /// The symbol's name.
         symbol: String,
         /// Its `st_shndx`.
         index: u16,
     },
-    /// A table for the loader is damaged.
+    /// A table for the loader is malformed.
     #[error(transparent)]
     Table(#[from] TableError),
-    /// No room.
+    /// A section does not fit into its area.
     #[error(transparent)]
     Layout(#[from] LayoutError),
 }
 
 impl<'d> PatchModule<'d> {
-    /// Selects what of this module goes into the guest for `patch`, and lays it out. `alt_layout` is the guest's.
+    /// Selects the sections that `patch` needs, and assigns their places. `alt_layout` is that of the guest's kernel.
     ///
-    /// Errors: see [`ImageError`].
+    /// # Errors
+    ///
+    /// A needed section cannot go into the guest.
     pub fn image<'m>(&'m self, patch: &'m Patch, alt_layout: &AltLayout) -> Result<Image<'m, 'd>, ImageError> {
         let alternatives = self.alternatives(alt_layout)?;
         let (fixups, bugs, jump_rows) = (self.rows(FIXUPS)?, self.rows(BUGS)?, self.jump_rows()?);
@@ -153,12 +154,12 @@ impl Image<'_, '_> {
         &self.layout
     }
 
-    /// True where code that goes into the guest has branches on static keys.
+    /// True if placed code has branches on static keys.
     pub fn has_jump_labels(&self) -> bool {
         !self.jump_rows.is_empty()
     }
 
-    /// How many functions that go into the guest have an ftrace site.
+    /// Number of placed functions with an ftrace site.
     pub fn traceable(&self) -> usize {
         self.fentry_sites.len()
     }
@@ -168,7 +169,7 @@ impl Image<'_, '_> {
         &self.undefined
     }
 
-    /// The symbols with a name in what goes into the patch's own memory in the guest, in the file's order.
+    /// The named symbols in the patch's own memory in the guest, in the file's order.
     pub fn symbols(&self) -> impl Iterator<Item = PlacedSymbol<'_>> {
         let symbols = self.module.elf.symbols.iter().filter(|symbol| !symbol.name.is_empty());
         symbols.filter_map(|symbol| {
@@ -190,7 +191,7 @@ impl Image<'_, '_> {
     }
 }
 
-/// A symbol of the module that goes into the patch's own memory in the guest.
+/// A symbol in the patch's own memory in the guest.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct PlacedSymbol<'d> {
     /// Its name.

@@ -1,13 +1,13 @@
-//! Jump labels: branches that the kernel rewrites when somebody flips the static key that they hang on (`__jump_table`).
+//! Jump labels: branches that the kernel rewrites when it flips their static key (`__jump_table`).
 //!
-//! A row says where the branch is, where it leads to, and on which key it hangs: distances of 4, 4 and 8 bytes, each from
-//! itself (`struct jump_entry`, include/linux/jump_label.h, since 4.19); bit 0 of the last says which way the branch goes
-//! while the key is off. The branch is a NOP or a jump of two or five bytes. The loader sorts the rows by their key, brings
-//! each branch into its key's state, and puts keys of the module itself in touch with their rows (kernel/jump_label.c,
-//! `jump_label_add_module`; 5.10, 6.1, 6.12, 7.2). Other keys are the guest's, and are dealt with by whoever changes it.
+//! A row has the place of the branch, its target and its key: distances of 4, 4 and 8 bytes, each from itself (`struct jump_entry`,
+//! include/linux/jump_label.h, since 4.19). Bit 0 of the last selects the form of the branch while the key is off. The branch is a NOP or a
+//! jump of two or five bytes. The loader sorts the rows by their key, brings each branch into its key's state, and lets keys of the module
+//! itself point to their rows (kernel/jump_label.c, `jump_label_add_module`; 5.10, 6.1, 6.12, 7.2). The lists of the guest's own keys are
+//! changed by [`crate::guest_module`].
 
 use super::LinkError;
-use super::jump_rows::{KEY, NODES_BYTES, ROW_BYTES, Row, TABLE, TARGET};
+use super::jump_table::{KEY, NODES_BYTES, ROW_BYTES, Row, TABLE, TARGET};
 use super::layout::AreaKind;
 use super::link::Linker;
 use super::nops::nops;
@@ -15,8 +15,8 @@ use super::sections::SectionOffset;
 use super::sites::{Pointer, TableError};
 use crate::addr::Gva;
 
-/// Bits of the key's distance: the branch is a jump while the key is off; objtool has made it a NOP (since 5.14). The loader has
-/// another use for the second one: that the row is for code of module init.
+/// Bits of the key's distance: the branch is a jump while the key is off; objtool has made it a NOP (since 5.14). The loader uses the second bit
+/// for rows of module init.
 const BRANCH: u64 = 1;
 const MARKED: u64 = 2;
 /// Opcodes of the jumps that a branch can be.
@@ -28,32 +28,32 @@ const JMP32: u8 = 0xe9;
 pub struct JumpLayout {
     /// Offset of `static_key.enabled`.
     pub enabled: u64,
-    /// Offset of `static_key.entries`, which shares its place with `type` and `next`.
+    /// Offset of `static_key.entries`, which is in a union with `type` and `next`.
     pub entries: u64,
 }
 
 /// The jump labels of linked code.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct JumpLabels {
-    /// Where the sorted table is, in the read-only area.
+    /// Guest-virtual address of the sorted table, in the read-only area.
     pub table: Gva,
     /// Rows.
     pub count: u64,
-    /// The keys of others that they hang on.
+    /// The keys outside the module that have branches in it.
     pub keys: Vec<UsedKey>,
 }
 
 /// A static key of the guest's kernel or of one of its modules.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct UsedKey {
-    /// Its address.
+    /// Guest-virtual address of the `struct static_key`.
     pub at: Gva,
-    /// `static_key.enabled` that the branches were made for.
+    /// The value of `static_key.enabled` that the branches were linked for.
     pub enabled: u32,
-    /// The first of our rows that hang on it.
+    /// Guest-virtual address of the first of the patch's rows for it.
     pub first: Gva,
-    /// [`NODES_BYTES`] of room for nodes, in the data area.
-    pub room: Gva,
+    /// Guest-virtual address of [`NODES_BYTES`] of space for nodes, in the data area.
+    pub nodes: Gva,
 }
 
 /// A row with addresses.
@@ -81,7 +81,7 @@ impl Linker<'_, '_, '_> {
         }
         labels.sort_by_key(|label| (label.key, label.from));
         let table = self.base(AreaKind::RoData).wrapping_add(rows.table);
-        let mut room = self.base(AreaKind::Data).wrapping_add(rows.room);
+        let mut nodes = self.base(AreaKind::Data).wrapping_add(rows.nodes);
         let mut keys: Vec<UsedKey> = Vec::new();
         let mut last = None;
         for (index, label) in (0_u64..).zip(&labels) {
@@ -94,7 +94,7 @@ impl Linker<'_, '_, '_> {
             }
             if self.own_word(label.key, 0).is_some() {
                 let entries = label.key.wrapping_add(guest.entries);
-                // The pointer is added to the bits that the compiler put there: which way the key starts.
+                // The pointer is combined with the bits that the compiler put there: the key's initial value.
                 let bits = self.own_word(entries, 0).unwrap_or(0);
                 self.own_word(entries, at.0 | bits);
             } else {
@@ -102,9 +102,9 @@ impl Linker<'_, '_, '_> {
                     at: Gva(label.key),
                     enabled,
                     first: at,
-                    room,
+                    nodes,
                 });
-                room = room.wrapping_add(NODES_BYTES);
+                nodes = nodes.wrapping_add(NODES_BYTES);
             }
         }
         Ok(JumpLabels {
@@ -136,7 +136,7 @@ impl Linker<'_, '_, '_> {
         })
     }
 
-    /// `static_key.enabled` as it is now, in the module itself or in the guest.
+    /// The value of `static_key.enabled` now, in the module itself or in the guest.
     fn enabled(&mut self, label: &Label, offset: u64) -> Result<u32, LinkError> {
         let at = label.key.wrapping_add(offset);
         if let Some(word) = self.own_word(at, 0) {
@@ -148,7 +148,7 @@ impl Linker<'_, '_, '_> {
         })
     }
 
-    /// A jump or a NOP, as long as what is there.
+    /// The bytes of a branch, a jump or a NOP, with the length of the present one.
     fn write_branch(&mut self, label: &Label, is_on: bool) -> Result<(), LinkError> {
         let jumps = is_on ^ label.is_jump_when_off;
         let found = self.bytes(label.site, 5).or_else(|_| self.bytes(label.site, 2))?;
@@ -160,7 +160,12 @@ impl Linker<'_, '_, '_> {
             _ => return Err(self.site_error(TABLE, label.site, 5, "a jump or a NOP of 2 or 5 bytes".into())),
         };
         if !jumps {
-            return self.write(label.site, &nops(len));
+            // If the kernel finds another NOP than its own when it flips a key, it stops with a BUG.
+            let nop = match len {
+                5 => self.site_nop()?.to_vec(),
+                _ => nops(len),
+            };
+            return self.write(label.site, &nop);
         }
         let next = label.from.wrapping_add(len as u64);
         let distance = label.to.wrapping_sub(next).cast_signed();
@@ -253,6 +258,34 @@ mod tests {
     }
 
     #[test]
+    fn a_branch_that_is_no_jump_holds_the_kernels_own_nop() {
+        const NOPS_AT: u64 = 0xffff_ffff_8260_0000;
+        let k8 = [0x66, 0x66, 0x66, 0x66, 0x90];
+        let word = |value: u64| value.to_le_bytes().to_vec();
+        let guest = TestGuest {
+            exported: [("key", KEY_AT), ("ideal_nops", NOPS_AT)].into(),
+            // The symbol, the array with its entry 9, and the NOP itself.
+            memory: [
+                (KEY_AT, word(0)),
+                (NOPS_AT, word(NOPS_AT + 8)),
+                (NOPS_AT + 8 + 72, word(NOPS_AT + 0x100)),
+                (NOPS_AT + 0x100, k8.to_vec()),
+            ]
+            .into(),
+            ..Default::default()
+        };
+        let file = module().0.build();
+        let module = PatchModule::parse(&file).unwrap();
+        let patch = module.patch(&KLP_6_1).unwrap();
+        let linked = module
+            .image(&patch, &ALT_6_1)
+            .unwrap()
+            .link(&BASES, &guest.context())
+            .unwrap();
+        assert_eq!(linked.text, [&[0xeb, 7][..], &k8, &[0x66, 0x90, 0xc3]].concat());
+    }
+
+    #[test]
     fn rows_are_sorted_by_key_and_place_and_keys_find_them() {
         let linked = link(&module().0, 0).unwrap();
         let labels = &linked.jump_labels;
@@ -279,8 +312,8 @@ mod tests {
         assert_eq!((labels.keys.len(), key.at, key.first), (1, Gva(KEY_AT), BASES.rodata));
         // The own key's rows, and the bit that says how it starts.
         assert_eq!(linked.data[8..16], ((BASES.rodata.0 + 32) | 1).to_le_bytes());
-        assert_eq!(key.room.0 % 8, 0);
-        assert!(linked.data.len() as u64 >= key.room.0 - BASES.data.0 + NODES_BYTES);
+        assert_eq!(key.nodes.0 % 8, 0);
+        assert!(linked.data.len() as u64 >= key.nodes.0 - BASES.data.0 + NODES_BYTES);
     }
 
     #[test]

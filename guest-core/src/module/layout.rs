@@ -1,24 +1,24 @@
-//! Where in memory each section of a module goes: three areas with different rights.
+//! The layout of a module's sections in memory, in areas with different permissions.
 
 use super::sections::{Section, SectionId};
 
-/// Most bytes of one area: a guest's text cave is 2 to 4 MiB in all.
+/// Most bytes of one area. A guest's text cave has 2 to 4 MiB in all.
 const AREA_BYTES_MAX: u64 = 16 << 20;
-/// Largest alignment of a section, in bytes: areas begin at a page.
+/// Largest alignment of a section, in bytes. Areas begin at a page.
 const ALIGN_MAX: u64 = 4096;
 
-/// A part of the guest's memory that a module needs, by the rights its pages have.
+/// An area of a module in guest memory, by the permissions of its pages.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum AreaKind {
     /// Executable, not writable.
     Text,
-    /// Neither.
+    /// Neither executable nor writable.
     RoData,
     /// Writable.
     Data,
-    /// Writable, with a copy for each CPU: at this address from the start of a CPU's own area.
+    /// Writable, with a copy for each CPU at the same offset from the start of the CPU's own area.
     PerCpu,
-    /// Not in the guest: instructions that alternatives copy from, at an address behind the text.
+    /// Not in the guest: instructions that alternatives copy. Their addresses are behind the text.
     Scratch,
 }
 
@@ -26,12 +26,12 @@ impl AreaKind {
     const ALL: [Self; 5] = [Self::Text, Self::RoData, Self::Data, Self::PerCpu, Self::Scratch];
 }
 
-/// What one area needs.
+/// The memory that one area needs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Area {
     /// Bytes.
     pub size: u64,
-    /// Its first byte's address must be a multiple of this many bytes, a power of two, at most 4096.
+    /// Alignment of its first byte: a power of two, at most 4096.
     pub align: u64,
 }
 
@@ -41,14 +41,14 @@ impl Default for Area {
     }
 }
 
-/// A section's place.
+/// The place of a section.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PlacedSection {
-    /// Which section.
+    /// The section.
     pub section: SectionId,
     /// Its name.
     pub name: String,
-    /// In which area.
+    /// Its area.
     pub area: AreaKind,
     /// Bytes from the area's start.
     pub offset: u64,
@@ -56,18 +56,18 @@ pub struct PlacedSection {
     pub size: u64,
 }
 
-/// The areas that a module needs, and where its sections lie in them.
+/// The areas that a module needs, and the places of its sections in them.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Layout {
-    /// New functions.
+    /// Text: the new functions.
     pub text: Area,
-    /// Constants, what is written once at load, and the ORC tables of the text.
+    /// Read-only data: constants, data that are written once at load, and the ORC tables of the text.
     pub rodata: Area,
-    /// Variables, whether they have a value in the file or are zero.
+    /// Data: variables with a value in the file, and those that are zero.
     pub data: Area,
-    /// Variables that each CPU has a copy of: their initial values.
+    /// Per-CPU data: the initial values of variables with a copy for each CPU.
     pub per_cpu: Area,
-    /// The sections that were placed, in the file's order; those in [`AreaKind::Scratch`] not in the guest.
+    /// The placed sections, in the file's order. Those in [`AreaKind::Scratch`] are not in the guest.
     pub sections: Vec<PlacedSection>,
     pub(crate) scratch: Area,
 }
@@ -75,7 +75,7 @@ pub struct Layout {
 /// Why a section has no place.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum LayoutError {
-    /// An alignment that no address has, or that pages don't.
+    /// The alignment is not a power of two, or larger than a page.
     #[error("section {section} is to be aligned to {align} bytes, expected a power of two up to 4096")]
     Align {
         /// The section's name.
@@ -83,7 +83,7 @@ pub enum LayoutError {
         /// Bytes.
         align: u64,
     },
-    /// Too big.
+    /// The section is too big for its area.
     #[error("section {section} ({size} bytes) does not fit: {area:?} would exceed {max} bytes")]
     TooBig {
         /// The section's name.
@@ -98,7 +98,7 @@ pub enum LayoutError {
 }
 
 impl Layout {
-    /// Puts a section behind what is in `area` already.
+    /// Places a section at the end of `area`.
     pub(crate) fn place(&mut self, id: SectionId, section: &Section<'_>, area: AreaKind) -> Result<(), LayoutError> {
         let offset = self.reserve(section.name, area, section.size, section.align)?;
         let name = section.name.to_owned();
@@ -112,7 +112,7 @@ impl Layout {
         Ok(())
     }
 
-    /// Reserves `size` bytes, aligned, at the end of `area`; returns their offset. `name` says what for.
+    /// Reserves `size` aligned bytes at the end of `area`, and gives their offset. `name` is for errors.
     pub(crate) fn reserve(&mut self, name: &str, area: AreaKind, size: u64, align: u64) -> Result<u64, LayoutError> {
         if !align.is_power_of_two() || align > ALIGN_MAX {
             return Err(LayoutError::Align {
@@ -140,7 +140,7 @@ impl Layout {
         Ok(offset)
     }
 
-    /// What `area` needs.
+    /// The memory that `area` needs.
     pub(crate) fn area(&self, area: AreaKind) -> Area {
         match area {
             AreaKind::Text => self.text,
@@ -151,7 +151,7 @@ impl Layout {
         }
     }
 
-    /// All areas, the one that is not in the guest among them.
+    /// All areas, including the one that is not in the guest.
     pub(crate) fn areas(&self) -> [(AreaKind, Area); 5] {
         AreaKind::ALL.map(|kind| (kind, self.area(kind)))
     }

@@ -1,16 +1,16 @@
-//! The finished bytes of a module for given addresses.
+//! Links a module: the finished bytes for given addresses.
 
 use super::LinkError;
+use super::instruction_tables::Table;
 use super::jump_labels::{JumpLabels, JumpLayout};
 use super::layout::AreaKind;
 use super::orc::OrcTables;
-use super::rows::Table;
 use super::sections::{Relocation, SectionOffset, SymbolPlace};
 use super::{Image, ResolveError, ResolveSymbol};
 use crate::addr::Gva;
 use crate::memory::VirtMemory;
 
-/// Where the areas of a [`Layout`](super::Layout) will be in the guest.
+/// The guest-virtual addresses of the areas of a [`Layout`](super::Layout).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Bases {
     /// First byte of the text area.
@@ -19,29 +19,29 @@ pub struct Bases {
     pub rodata: Gva,
     /// First byte of the data area.
     pub data: Gva,
-    /// What a per-CPU pointer to the first byte of the per-CPU area is; of no matter where that is empty.
+    /// The per-CPU pointer to the first byte of the per-CPU area. It is not used if the area is empty.
     pub per_cpu: Gva,
-    /// The `struct module` by which the guest is going to know the patch: what `THIS_MODULE` is for the patch's code.
+    /// The `struct module` of the patch in the guest: `THIS_MODULE` for the patch's code.
     pub module: Gva,
 }
 
-/// What linking asks of the guest.
+/// What linking needs of the guest.
 #[derive(Clone, Copy)]
 pub struct GuestContext<'g> {
-    /// Its symbols.
+    /// Symbols of its kernel and modules.
     pub symbols: &'g dyn ResolveSymbol,
-    /// Its kernel's memory: what the kernel has done to its own thunks decides what is done here.
+    /// Its kernel's memory. Linking follows what the kernel has made of its own thunks.
     pub memory: &'g dyn VirtMemory,
-    /// Modules that the patch is for, too, but that the guest has not loaded: relocations against their symbols are left undone, as
-    /// only functions for those modules use them (`.klp.rela.*`, kernel/livepatch/core.c, `klp_init_object_loaded`).
+    /// Modules that the patch also changes, but that the guest has not loaded. Relocations against their symbols are not applied, because only functions for
+    /// these modules use them (`.klp.rela.*`, kernel/livepatch/core.c, `klp_init_object_loaded`).
     pub pending: &'g [String],
-    /// Its static keys.
+    /// Offsets in its static keys.
     pub jump_labels: JumpLayout,
     /// `boot_cpu_data.x86_capability`: CPU feature bits and, behind them, bug bits.
     pub capabilities: &'g [u32],
 }
 
-/// A module, ready to be written into the guest.
+/// A linked module, ready to be staged in the guest.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Linked {
     /// Bytes of the text area. Gaps hold int3.
@@ -52,39 +52,41 @@ pub struct Linked {
     pub data: Vec<u8>,
     /// Bytes of the per-CPU area, the same for each CPU.
     pub per_cpu: Vec<u8>,
-    /// Which new function stands for which old one.
+    /// The new functions, with the old ones that they replace.
     pub functions: Vec<LinkedFunction>,
-    /// How to unwind through the text; the tables are in the read-only data area.
+    /// The ORC tables of the text, in the read-only data area.
     pub orc: OrcTables,
-    /// Its fault fixups, in the read-only data area.
+    /// The exception table, in the read-only data area.
     pub fixups: Table,
-    /// Its places of WARN and BUG, in the data area.
+    /// The table of WARN and BUG, in the data area.
     pub bugs: Table,
-    /// Its functions' ftrace sites, in ascending order.
+    /// Guest-virtual addresses of its functions' ftrace sites, in ascending order.
     pub sites: Vec<Gva>,
-    /// Its branches on static keys.
+    /// The branches on static keys.
     pub jump_labels: JumpLabels,
 }
 
-/// A function to be replaced, and where its replacement will be.
+/// An old function, and the address of the new one.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LinkedFunction {
-    /// Object of the old function: a module, or none for the kernel image.
+    /// Object of the old function: a module, or `None` for the kernel image.
     pub object: Option<String>,
     /// Name of the old function.
     pub old_name: String,
-    /// Position of the old function among symbols of its name, from 1 on; 0: the only one.
+    /// Position of the old function among symbols of its name, from 1; 0 if the name is unique.
     pub sympos: u64,
-    /// Address of the new function.
+    /// Guest-virtual address of the new function.
     pub new: Gva,
-    /// Bytes of the new function. Parts that the compiler split off (`.cold`) lie elsewhere in the text area.
+    /// Length of the new function in bytes. Its split parts (`.cold`) are elsewhere in the text area.
     pub size: u64,
 }
 
 impl Image<'_, '_> {
-    /// Links the image for `bases`, and does what the kernel's loader would do for this guest.
+    /// Links the image for `bases`, and processes its tables as the kernel's loader would for this guest. Reads the guest and changes nothing.
     ///
-    /// Errors: see [`LinkError`]. The guest is read, not written.
+    /// # Errors
+    ///
+    /// The image cannot be linked for this guest.
     pub fn link(&self, bases: &Bases, guest: &GuestContext<'_>) -> Result<Linked, LinkError> {
         let mut linker = Linker::new(self, bases, guest)?;
         linker.relocate()?;
@@ -102,27 +104,27 @@ impl Image<'_, '_> {
     }
 }
 
-/// One area's bytes in the making.
+/// The bytes of an area that is being linked.
 struct Buffer {
     kind: AreaKind,
     base: Gva,
     bytes: Vec<u8>,
 }
 
-/// The areas in the making.
+/// The areas that are being linked.
 pub(super) struct Linker<'i, 'd, 'g> {
     pub(super) image: &'i Image<'i, 'd>,
     pub(super) guest: &'i GuestContext<'g>,
     buffers: [Buffer; 5],
     this_module: Gva,
-    /// By symbol: the address found, so that each symbol is looked up once.
+    /// Addresses by symbol, so that each symbol is looked up once.
     addresses: Vec<Option<u64>>,
 }
 
 impl<'i, 'd, 'g> Linker<'i, 'd, 'g> {
     fn new(image: &'i Image<'_, 'd>, bases: &Bases, guest: &'i GuestContext<'g>) -> Result<Self, LinkError> {
         let layout = image.layout();
-        // Nothing is there in the guest: any address serves that is as near to everything as the text is.
+        // The guest has nothing there. Any address near the text will do.
         let scratch = Gva(bases
             .text
             .0
@@ -222,7 +224,7 @@ impl<'i, 'd, 'g> Linker<'i, 'd, 'g> {
         found.map(|address| address.0).ok_or_else(|| self.outside(at, 0))
     }
 
-    /// `len` bytes as they are by now.
+    /// `len` bytes in their present state.
     pub(super) fn bytes(&self, at: SectionOffset, len: usize) -> Result<&[u8], LinkError> {
         let found = self
             .locate(at, len)
@@ -246,7 +248,7 @@ impl<'i, 'd, 'g> Linker<'i, 'd, 'g> {
         Ok(())
     }
 
-    /// The buffer that holds `len` bytes at `at`, and their offset in it. None where they are not all in one section.
+    /// The buffer that holds `len` bytes at `at`, and their offset in it; `None` if they are not all in one section.
     fn locate(&self, at: SectionOffset, len: usize) -> Option<(&Buffer, usize)> {
         let (kind, base) = (*self.image.places.get(at.section.0)?)?;
         let end = at.offset.checked_add(u64::try_from(len).ok()?)?;
@@ -276,8 +278,8 @@ impl<'i, 'd, 'g> Linker<'i, 'd, 'g> {
         }
     }
 
-    /// The word at an address in the module's own read-only data or data, with the bits `set` set in it from now on. None where
-    /// that is not the module's own.
+    /// Sets the bits `set` in the word at an address in the module's own read-only data or data, and gives the word; `None` if the address is not the
+    /// module's own.
     pub(super) fn own_word(&mut self, at: u64, set: u64) -> Option<u64> {
         let buffers = self.buffers.iter_mut();
         let mut buffers = buffers.filter(|buffer| matches!(buffer.kind, AreaKind::RoData | AreaKind::Data));
@@ -290,12 +292,12 @@ impl<'i, 'd, 'g> Linker<'i, 'd, 'g> {
         Some(word)
     }
 
-    /// True where the place goes into the guest, or alternatives copy from there.
+    /// True if the place goes into the guest, or alternatives copy from there.
     pub(super) fn is_placed(&self, at: SectionOffset) -> bool {
         self.image.places.get(at.section.0).is_some_and(Option::is_some)
     }
 
-    /// An error about code at `at` that a table lists: `len` bytes of it are shown, or those up to its section's end.
+    /// The error for code at `at` that a table lists. It shows `len` bytes of the code, up to the section's end.
     pub(super) fn site_error(&self, table: &'static str, at: SectionOffset, len: usize, expected: String) -> LinkError {
         let found = (1..=len)
             .rev()
@@ -355,7 +357,7 @@ impl<'i, 'd, 'g> Linker<'i, 'd, 'g> {
         Ok(address.0)
     }
 
-    /// As [`Linker::address`], for a symbol: its value may lie outside its section, as the addend brings it back.
+    /// As [`Linker::address`], for a symbol. Its value may be outside of its section, if the addend leads back into it.
     fn section_address(&self, at: SectionOffset) -> Result<u64, LinkError> {
         let start = self.address(SectionOffset { offset: 0, ..at })?;
         Ok(start.wrapping_add(at.offset))

@@ -1,4 +1,4 @@
-//! Why a module can't be linked for a guest.
+//! Errors of linking.
 
 use super::ResolveError;
 use super::layout::AreaKind;
@@ -6,29 +6,30 @@ use super::sites::TableError;
 use crate::addr::Gva;
 use crate::memory::MemoryError;
 
-/// Why a module can't be linked.
+/// Why a module cannot be linked for a guest.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum LinkError {
-    /// An area that was given no fitting address.
-    #[error("the {area:?} area ({size} bytes) can't be at {base}: expected a multiple of {align} bytes, and room")]
+    /// The address of an area is not aligned, or has no space behind it.
+    #[error("the {area:?} area ({size} bytes) can't be at {base}: expected a multiple of {align} bytes, and space")]
     Base {
-        /// Which area.
+        /// The area.
         area: AreaKind,
         /// Its bytes.
         size: u64,
-        /// The address given.
+        /// The address.
         base: Gva,
         /// The alignment needed, in bytes.
         align: u64,
     },
     /// A symbol has no address.
-    #[error("cannot resolve {symbol}, needed by {needed_by}: {cause}")]
+    #[error("cannot resolve {symbol}, needed by {needed_by}")]
     Symbol {
         /// Its name.
         symbol: String,
-        /// Who needs it: section and offset, or what for.
+        /// The reference: section and offset, or the purpose.
         needed_by: String,
         /// Why not.
+        #[source]
         cause: ResolveError,
     },
     /// A relocation type that is not handled.
@@ -41,7 +42,7 @@ pub enum LinkError {
         /// The symbol's name.
         symbol: String,
     },
-    /// The place of a relocation is in use.
+    /// The place of a relocation does not hold zeroes.
     #[error("relocation at {at} against {symbol}: found {found:02x?} there, expected zeroes")]
     NotZero {
         /// Section and offset.
@@ -51,7 +52,7 @@ pub enum LinkError {
         /// The bytes there.
         found: Vec<u8>,
     },
-    /// The value does not fit the bytes that are to hold it.
+    /// The value does not fit into the bytes of the relocation.
     #[error("{kind} at {at} ({place:#x}) cannot reach {symbol} at {target:#x}: the distance overflows 32 bits")]
     Overflow {
         /// Section and offset.
@@ -65,7 +66,7 @@ pub enum LinkError {
         /// Guest-virtual address of the symbol, addend included.
         target: u64,
     },
-    /// Bytes beyond the end of their section.
+    /// The bytes are not inside a placed section.
     #[error("{len} bytes at {at} are not inside a placed section")]
     Outside {
         /// Section and offset.
@@ -73,10 +74,10 @@ pub enum LinkError {
         /// Bytes.
         len: usize,
     },
-    /// A table for the loader is damaged.
+    /// A table for the loader is malformed.
     #[error(transparent)]
     Table(#[from] TableError),
-    /// Code listed in a table for the loader is not what the table says.
+    /// Code that a table for the loader lists is not what the table is for.
     #[error("{table} lists {at}: found {found:02x?} there, expected {expected}")]
     Site {
         /// The table.
@@ -88,7 +89,7 @@ pub enum LinkError {
         /// What should be there.
         expected: String,
     },
-    /// A thunk of the guest's kernel is in no known state.
+    /// A thunk of the guest's kernel has unknown code.
     #[error("the guest's {symbol} at {at} begins with {found:02x?}, expected {expected}")]
     Thunk {
         /// The thunk's name.
@@ -97,19 +98,19 @@ pub enum LinkError {
         at: Gva,
         /// Its first bytes.
         found: Vec<u8>,
-        /// What it could begin with.
+        /// The known beginnings.
         expected: &'static str,
     },
-    /// The guest's kernel counts calls (`retbleed=stuff`), so ours would have to be counted too.
+    /// The guest's kernel tracks call depth (`retbleed=stuff`), so that the patch's calls would have to count, too.
     #[error("the guest's kernel tracks call depth (its return thunk is call_depth_return_thunk), which is not handled")]
     CallDepth,
-    /// The NOP that the kernel leaves in ftrace sites is not known.
+    /// It is unknown which NOP the kernel leaves in ftrace sites.
     #[error("can't tell which NOP the guest's kernel leaves in ftrace sites: {cause}")]
     SiteNop {
         /// Why.
         cause: String,
     },
-    /// An alternative for a CPU feature that the guest's kernel does not know.
+    /// An alternative asks for a CPU feature that the guest's kernel does not have in its list.
     #[error("the alternative at {at} asks for CPU feature {feature}, the guest has {known}")]
     Feature {
         /// Section and offset of the entry.
@@ -119,18 +120,18 @@ pub enum LinkError {
         /// How many features the guest's kernel knows.
         known: usize,
     },
-    /// A call through a null pointer of the guest's `pv_ops`.
+    /// A paravirt call goes through a null pointer of the guest's `pv_ops`.
     #[error("the paravirt call at {at} goes through {pointer}, which is null")]
     NoOperation {
         /// Section and offset of the call.
         at: String,
-        /// Where the pointer is.
+        /// Name and address of the pointer.
         pointer: Gva,
     },
-    /// Guest memory that the work needs can't be read.
+    /// Guest memory that linking needs cannot be read.
     #[error("cannot read {what}: {cause}")]
     Memory {
-        /// What is read there.
+        /// What was being read.
         what: String,
         /// Why not.
         cause: MemoryError,

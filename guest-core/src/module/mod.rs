@@ -1,26 +1,24 @@
-//! Livepatch modules: what the file says, what of it goes into the guest, and the bytes that go there.
+//! Livepatch modules: parses the file, selects what goes into the guest, and links the bytes that go there.
 //!
 //! In the order in which a module passes through:
 //! - [`PatchModule`]: the file, checked ([`ModuleError`]);
 //! - [`Patch`]: the functions that it replaces ([`PatchError`]), read with the guest's [`KlpLayout`]; one file for each
 //!   [`PatchFormat`]: `klp.rs`, `kpatch.rs`, `klp_build.rs`; `init/` refuses what their init and exit do beside that;
 //! - [`Image`]: the sections that those functions need (`selection.rs` follows what refers to what), and their [`Layout`] in
-//!   memory ([`ImageError`]). What each kind of section obliges a loader to is one table in `duty.rs`; what is not handled is
-//!   refused here;
-//! - [`Image::this_module_uses`]: what refers to the module's own `struct module`, which is the guest's (`this_module.rs`);
-//! - [`Image::escapes`]: what of the patch the guest may still use after a revert (`escapes.rs`, `flow.rs`, `not_run.rs`);
+//!   memory ([`ImageError`]). One table in `section_policy.rs` decides for each section: copy, process, drop or refuse;
+//! - [`Image::this_module_uses`]: the references to the module's own `struct module` (`this_module.rs`);
+//! - [`Image::escapes`]: the addresses of the patch that the guest may still use after a revert (`escapes.rs`, `flow.rs`, `not_run.rs`);
 //! - [`Linked`]: the finished bytes for given addresses ([`LinkError`]), after the work of the kernel's own loader.
 //!
 //! The work of the kernel's own loader is one file for each kind: `alternatives.rs` and `replace.rs`, `branches.rs` (return
-//! and indirect branch sites; `thunks.rs` finds out what this guest does with them), `paravirt.rs`, `fentry.rs`, `orc.rs`,
-//! `jump_labels.rs` and `jump_rows.rs`, `rows.rs` (what the guest searches for an instruction: fault fixups, WARN and BUG).
+//! and indirect branch sites; `thunks.rs` finds out how this guest handles them), `paravirt.rs`, `fentry.rs`, `orc.rs`,
+//! `jump_labels.rs` and `jump_table.rs`, `instruction_tables.rs` (exception table, WARN and BUG).
 //!
 //! Nothing here writes to a guest. The file is treated as hostile: every length and offset in it is checked.
 
 mod alternatives;
 mod branches;
 mod descriptor;
-mod duty;
 mod elf;
 mod error;
 mod escapes;
@@ -28,8 +26,9 @@ mod fentry;
 mod flow;
 mod image;
 mod init;
+mod instruction_tables;
 mod jump_labels;
-mod jump_rows;
+mod jump_table;
 mod klp;
 mod klp_build;
 mod kpatch;
@@ -49,7 +48,7 @@ mod patch;
 mod relocate;
 mod replace;
 mod resolve;
-mod rows;
+mod section_policy;
 mod sections;
 mod selection;
 mod sites;
@@ -65,8 +64,9 @@ pub use alternatives::AltLayout;
 pub use error::ModuleError;
 pub use image::{Image, ImageError, PlacedSymbol, Undefined};
 pub use init::{OwnFunction, Work};
+pub use instruction_tables::Table;
 pub use jump_labels::{JumpLabels, JumpLayout, UsedKey};
-pub use jump_rows::NODES_BYTES;
+pub use jump_table::NODES_BYTES;
 pub use layout::{Area, AreaKind, Layout, LayoutError, PlacedSection};
 pub use link::{Bases, GuestContext, Linked, LinkedFunction};
 pub use link_error::LinkError;
@@ -75,7 +75,6 @@ pub use note::{Note, NoteError};
 pub use orc::OrcTables;
 pub use patch::{KlpLayout, Patch, PatchError, PatchFormat, PatchFunction, PatchObject};
 pub use resolve::{ResolveError, ResolveSymbol};
-pub use rows::Table;
 pub use sections::{SectionId, SectionOffset};
 pub use sites::TableError;
 pub use this_module::ThisModuleUse;
@@ -85,10 +84,10 @@ use crate::btf::{Btf, BtfError};
 use elf::Elf;
 use sections::{Relocation, Section, Symbol, SymbolPlace};
 
-/// Types of the kernel that a module's own are made of: BTF that the kernel reads from the file, without loading the section.
+/// The section with the kernel types that a module's own types use: BTF that the kernel reads from the file, without loading the section.
 const BASE_TYPES: &str = ".BTF.base";
 
-/// A livepatch module file that has been read and checked. It borrows the file's bytes.
+/// A livepatch module file, parsed and checked. It borrows the file's bytes.
 #[derive(Debug)]
 pub struct PatchModule<'d> {
     elf: Elf<'d>,
@@ -96,9 +95,11 @@ pub struct PatchModule<'d> {
 }
 
 impl<'d> PatchModule<'d> {
-    /// Reads a module file: an ELF relocatable for x86-64 whose `.modinfo` says that it is a livepatch module.
+    /// Parses a module file: a relocatable ELF file for x86-64 whose `.modinfo` says that it is a livepatch module.
     ///
-    /// Errors: see [`ModuleError`].
+    /// # Errors
+    ///
+    /// The file is no such module.
     pub fn parse(bytes: &'d [u8]) -> Result<Self, ModuleError> {
         let elf = Elf::parse(bytes)?;
         let info = elf
@@ -110,7 +111,7 @@ impl<'d> PatchModule<'d> {
         for key in ["name", "vermagic"] {
             info.get(key).ok_or(ModuleError::NoModinfo { key })?;
         }
-        // The kernel asks for the key only, whatever its value (kernel/module/main.c, check_modinfo_livepatch).
+        // The kernel checks for the key only, whatever its value (kernel/module/main.c, check_modinfo_livepatch).
         if info.get("livepatch").is_none() {
             return Err(ModuleError::NotLivepatch {
                 name: info.get("name").unwrap_or_default().into(),
@@ -124,18 +125,17 @@ impl<'d> PatchModule<'d> {
         self.info.get("name").unwrap_or_default()
     }
 
-    /// What the module says of itself.
+    /// The entries of the module's `.modinfo`.
     pub fn info(&self) -> &ModInfo<'d> {
         &self.info
     }
 
-    /// The digest of the ORC format that the module was built with, where it has one (6.4 and later): must equal the
-    /// guest's own `.orc_header` (arch/x86/include/asm/orc_header.h).
+    /// The digest of the ORC format that the module was built with, if it has one (6.4 and later). It must equal the guest's own `.orc_header` (arch/x86/include/asm/orc_header.h).
     pub fn orc_header(&self) -> Option<&'d [u8]> {
         self.section_named(".orc_header").map(|(_, section)| section.data)
     }
 
-    /// The linker's build ID, where the module has one: an ELF note of type 3 (`NT_GNU_BUILD_ID`) of the owner "GNU".
+    /// The linker's build ID, if the module has one: an ELF note of type 3 (`NT_GNU_BUILD_ID`) of the owner "GNU".
     pub fn build_id(&self) -> Option<&'d [u8]> {
         let (_, section) = self.section_named(".note.gnu.build-id")?;
         // Lengths of owner and contents, the type, the owner with its NUL: 4 bytes each, little-endian.
@@ -145,32 +145,35 @@ impl<'d> PatchModule<'d> {
         contents.get(..usize::try_from(u32::from_le_bytes(*len)).ok()?)
     }
 
-    /// Where the patch comes from and the code that it was made for, where the module says so: only what `vmpatch build` made
-    /// does.
+    /// The origin of the patch and the code that it was made for. Only modules that `vmpatch build` made have this note.
     ///
-    /// Errors: see [`NoteError`].
+    /// # Errors
+    ///
+    /// The note cannot be used.
     pub fn note(&self) -> Result<Option<Note>, NoteError> {
         let section = self.section_named(note::NOTE_SECTION);
         section.map(|(_, section)| Note::parse(section.data)).transpose()
     }
 
-    /// The kernel's types that the module's own types are made of, by name and size, where it was built with BTF (`.BTF.base`,
-    /// since 6.11; tools/lib/bpf/btf.c, `btf__distill_base`): a BTF of its own.
+    /// The kernel types that the module's own types use, by name and size, if it was built with BTF (`.BTF.base`, since 6.11;
+    /// tools/lib/bpf/btf.c, `btf__distill_base`).
     ///
-    /// Errors: see [`BtfError`].
+    /// # Errors
+    ///
+    /// The section is no valid BTF.
     pub fn base_types(&self) -> Result<Option<Btf>, BtfError> {
         let section = self.elf.sections.iter().find(|section| section.name == BASE_TYPES);
         section.map(|section| Btf::parse(section.data.to_vec())).transpose()
     }
 
-    /// The names of the symbols that it takes from others: those that the kernel's own loader looks for among exports.
+    /// The names of the symbols that the module imports. The kernel's own loader searches them among exports.
     pub fn undefined(&self) -> impl Iterator<Item = &'d str> {
         let symbols = self.elf.symbols.iter().filter(|symbol| !symbol.name.is_empty());
         let undefined = symbols.filter(|symbol| matches!(symbol.place, SymbolPlace::Undefined { .. }));
         undefined.map(|symbol| symbol.name)
     }
 
-    /// All sections that a loader gives memory to.
+    /// All sections that a loader gives memory.
     fn sections(&self) -> impl Iterator<Item = (SectionId, &Section<'d>)> {
         self.elf
             .sections
@@ -201,8 +204,8 @@ impl<'d> PatchModule<'d> {
         self.symbol(relocation).map_or("", |symbol| symbol.name)
     }
 
-    /// The place in this module that `relocation` means: symbol plus addend plus `bias`. None where its symbol is not
-    /// defined in this module, or the place lies before the section.
+    /// The place in this module that `relocation` means: symbol plus addend plus `bias`. `None` if its symbol is not defined in this module,
+    /// or the place is before the section.
     fn target(&self, relocation: &Relocation, bias: i64) -> Option<SectionOffset> {
         let SymbolPlace::Defined(base) = self.symbol(relocation)?.place else {
             return None;

@@ -1,5 +1,5 @@
-//! Init and exit in a section of code that goes into the guest: authors who leave out `__init` and `__exit` have them there, beside
-//! the new functions. vmpatch does not run them, so what they do with addresses counts for nothing.
+//! Init and exit in a section of code that goes into the guest. A module without `__init` and `__exit` has them there, beside the new functions.
+//! vmpatch does not run them, so that their uses of addresses do not count as escapes.
 
 use super::Image;
 use super::flow::Code;
@@ -8,13 +8,13 @@ use iced_x86::OpKind;
 use object::elf::R_X86_64_NONE;
 use std::ops::Range;
 
-/// What an addend lacks at the most: a distance counts from the end of an instruction, of 15 bytes at the most.
+/// Most that an addend lacks: a distance counts from the end of an instruction of at most 15 bytes.
 const BIAS_MAX: u64 = 15;
 
 impl Image<'_, '_> {
-    /// The parts of a section of code that are init or exit, and that nothing else in the guest leads to.
+    /// The ranges of init and exit in a section of code, if nothing else in the guest leads to them.
     pub(super) fn not_run(&self, id: SectionId, section: &Section<'_>) -> Vec<Range<u64>> {
-        // That they are well-formed is a condition of the patch's having been read.
+        // They are well-formed, because the patch was read.
         let own = self.module.own_functions().unwrap_or_default();
         let here = own.into_iter().filter(|(_, entry)| entry.section == id);
         let ranges = here.filter_map(|(_, entry)| self.function_at(entry));
@@ -27,7 +27,7 @@ impl Image<'_, '_> {
         };
         let is_reached = |range: &Range<u64>| {
             let outside = code.instructions().filter(|one| !range.contains(&one.ip()));
-            // The assembler itself knows the distance to what is in the same section; all others have a relocation.
+            // The assembler itself resolves a distance within the same section. All others have a relocation.
             let mut own = outside.filter(|one| section.relocations_in(one.ip(), one.next_ip()).is_empty());
             own.any(|one| {
                 (one.op0_kind() == OpKind::NearBranch64 && range.contains(&one.near_branch_target()))
@@ -45,7 +45,7 @@ impl Image<'_, '_> {
         (size != 0).then(|| at.offset..at.plus(size).offset)
     }
 
-    /// True where what goes into the guest, but for the range itself, may refer to a range of a section.
+    /// True if something that goes into the guest, outside of the range itself, may refer to the range of a section.
     fn is_referred_to(&self, id: SectionId, range: &Range<u64>) -> bool {
         self.layout().sections.iter().any(|placed| {
             let section = self.module.section(placed.section);
@@ -71,7 +71,7 @@ mod tests {
     use crate::module::testing::{ALT_6_1, KLP_6_1, TestElf};
     use object::elf::{R_X86_64_32S, R_X86_64_64, R_X86_64_PC32, R_X86_64_PLT32};
 
-    /// `new_f`, which begins with `start` and goes on with NOPs, then an init that enables the patch, in one section.
+    /// A section with `new_f`, which begins with `start` and continues with NOPs, and an init that enables the patch.
     fn module(start: &[u8]) -> TestElf {
         let mut text = [0x90; 28];
         text[..start.len()].copy_from_slice(start);

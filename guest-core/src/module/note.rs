@@ -1,5 +1,4 @@
-//! What `vmpatch build` writes into a module beside what the kernel wants: where the patch comes from, and the very code that it
-//! was made for, so that a guest that runs other code is refused.
+//! The note that `vmpatch build` writes into a module: the origin of the patch, and the code that it was made for. A guest that runs other code is refused.
 //!
 //! Format: one ELF note (System V ABI) in the section [`NOTE_SECTION`]: owner `vmpatch`, type 1, and as its contents JSON text.
 //! Members are only ever added; a note of a later `format` is refused.
@@ -10,108 +9,108 @@ use serde::{Deserialize, Serialize};
 
 /// The section that the note is in.
 pub const NOTE_SECTION: &str = ".note.vmpatch";
-/// The note's owner, as ELF wants it: with the zero byte.
+/// The note's owner, with the zero byte of the ELF format.
 const OWNER: &[u8; 8] = b"vmpatch\0";
 /// The note's type.
 const KIND: u32 = 1;
-/// The format that is written and read here.
+/// The format of notes that is written and read here.
 const FORMAT: u32 = 1;
-/// Bytes of a note in front of its owner: two lengths and the type.
+/// Size of a note's header in bytes: two lengths and the type.
 const HEADER_BYTES: usize = 12;
-/// More bytes than a note of any patch has.
+/// Most bytes of a note.
 const NOTE_BYTES_MAX: usize = 16 << 20;
 
-/// Where a patch comes from, and what it was made for.
+/// The origin of a patch, and the code that it was made for.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Note {
     /// Format of the note.
     pub format: u32,
     /// The patch's name.
     pub name: String,
-    /// Its version, as the builder counts.
+    /// Version of the patch, as its builder counts.
     #[serde(default)]
     pub version: String,
     /// Identifiers of the flaws that it fixes: `CVE-2026-52928`.
     #[serde(default)]
     pub cves: Vec<String>,
-    /// What it does, for people.
+    /// Description of the patch, for people.
     #[serde(default)]
     pub description: String,
     /// The packages that the sources came from: `linux-source-6.1 6.1.170-3`.
     #[serde(default)]
     pub sources: Vec<String>,
-    /// What built it.
+    /// The program that built it.
     #[serde(default)]
     pub builder: String,
     /// Release of the kernel that it was made for.
     #[serde(default)]
     pub kernel: String,
-    /// The code that it replaces.
+    /// The old functions.
     pub functions: Vec<OldCode>,
-    /// What its maker was warned of and chose to allow.
+    /// The risks that its builder has allowed.
     #[serde(default)]
     pub allowed: Vec<AllowedRisk>,
 }
 
-/// A function as it is before the patch.
+/// The code of an old function.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct OldCode {
-    /// Its name in kallsyms.
+    /// Name of the function in kallsyms.
     pub name: String,
-    /// Position among symbols of that name, from 1 on; 0: the only one.
+    /// Position among symbols of that name, from 1; 0 if the name is unique.
     #[serde(default)]
     pub sympos: u64,
-    /// The module that it is in; none for the kernel itself.
+    /// Its module; `None` for the kernel image.
     #[serde(default)]
     pub object: Option<String>,
     /// Its bytes.
     pub size: u64,
-    /// SHA-256 over its code, masked bytes being zero, in hexadecimal digits.
+    /// SHA-256 of its code, in which masked bytes are zero, in hexadecimal digits.
     pub digest: String,
-    /// The code itself, with what may differ masked: tells where another one differs.
+    /// The code, with bytes masked that may differ in a guest.
     pub code: Pattern,
 }
 
 /// A risk that was allowed.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct AllowedRisk {
-    /// Its name, as `vmpatch build --allow` takes it.
+    /// Name of the risk, as for `vmpatch build --allow`.
     pub risk: String,
-    /// Where: a function, variable or type.
+    /// What it concerns: a function, variable or type.
     pub place: String,
-    /// What may go wrong.
+    /// What may go wrong, for people.
     pub reason: String,
 }
 
-/// A note that can't be used.
+/// Why a note cannot be used.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum NoteError {
-    /// Not an ELF note of ours, or cut off.
+    /// The section is no ELF note of vmpatch, or is cut off.
     #[error("section {NOTE_SECTION} is not a note of vmpatch: {what}")]
     Damaged {
         /// What is wrong with it.
         what: String,
     },
-    /// Written by a later vmpatch.
+    /// The note was written by a later vmpatch.
     #[error("section {NOTE_SECTION} has format {found}, this vmpatch knows {FORMAT}")]
     Format {
-        /// The format that it says it has.
+        /// Format of the note.
         found: u32,
     },
-    /// Digest and code contradict each other.
+    /// The digest of a function is not that of its code.
     #[error("section {NOTE_SECTION}: {function} has digest {digest} and code whose digest is {computed}")]
     Digest {
         /// The function.
         function: String,
-        /// The digest given.
+        /// The digest in the note.
         digest: String,
-        /// That of the code given.
+        /// The digest of the code in the note.
         computed: String,
     },
 }
 
 impl OldCode {
-    /// A function's old code.
+    /// The code of an old function.
     pub fn new(name: &str, sympos: u64, object: Option<&str>, code: Pattern) -> Self {
         Self {
             name: name.to_owned(),
@@ -125,7 +124,7 @@ impl OldCode {
 }
 
 impl Note {
-    /// A note in today's format, to be filled.
+    /// An empty note in the current format.
     pub fn new(name: &str) -> Self {
         Self {
             format: FORMAT,
@@ -141,14 +140,14 @@ impl Note {
         }
     }
 
-    /// What it says of a function of an object: a module, or none for the kernel itself.
+    /// The entry of a function of an object, which is a module, or `None` for the kernel image.
     pub fn function(&self, name: &str, sympos: u64, object: Option<&str>) -> Option<&OldCode> {
         self.functions
             .iter()
             .find(|old| old.name == name && old.sympos == sympos && old.object.as_deref() == object)
     }
 
-    /// The section's bytes. The same note gives the same bytes.
+    /// Encodes the section. The same note gives the same bytes.
     pub fn to_bytes(&self) -> Result<Vec<u8>, serde_json::Error> {
         let text = serde_json::to_vec(self)?;
         let len = |bytes: usize| u32::try_from(bytes).unwrap_or(u32::MAX).to_le_bytes();
@@ -162,9 +161,11 @@ impl Note {
         Ok(bytes)
     }
 
-    /// Reads the section's bytes.
+    /// Decodes the section.
     ///
-    /// Errors: see [`NoteError`].
+    /// # Errors
+    ///
+    /// The note cannot be used.
     pub fn parse(section: &[u8]) -> Result<Self, NoteError> {
         let damaged = |what: &str| NoteError::Damaged { what: what.to_owned() };
         if section.len() > NOTE_BYTES_MAX {

@@ -1,14 +1,14 @@
-//! Which names a module can have: an object of any other name would wait for ever to be loaded.
+//! The names that a module can have. A patch for any other name would be pending for ever.
 //!
 //! The kernel's build makes a module's name of its file's, with `_` for `-` and `,` (scripts/Makefile.lib, `name-fix`, 5.10 to
 //! 7.2), and the name with its NUL has room in `struct module` (`MODULE_NAME_LEN`, include/linux/module.h: 64 less a long).
 
 /// Most bytes of a name.
 const BYTES_MAX: usize = 64 - size_of::<u64>() - 1;
-/// What the kernel image is called; an object without a name stands for it.
+/// The name of the kernel image, which is also an object without a name.
 const IMAGE: &str = "vmlinux";
 
-/// What is wrong with a name that no module can have, as advice; none for a name that a module can have.
+/// Advice on a name that no module can have; `None` for a name that a module can have.
 pub(super) fn advice(name: &str) -> Option<String> {
     if name == IMAGE {
         return Some("the kernel image is the object without a name".to_owned());
@@ -33,7 +33,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_name_that_no_module_can_have_is_answered_with_the_right_one() {
+    fn a_name_that_no_module_can_have_gives_the_right_one_as_advice() {
         for (name, meant) in [
             ("kvm_amd.ko", "kvm_amd"),
             ("kvm-amd", "kvm_amd"),
@@ -48,7 +48,7 @@ mod tests {
     }
 
     #[test]
-    fn names_that_modules_have_are_taken() {
+    fn names_that_modules_have_are_accepted() {
         for name in ["af_alg", "8021q", "ip6t_REJECT", "nf_log_syslog", &"n".repeat(55)] {
             assert_eq!(advice(name), None);
         }

@@ -1,8 +1,7 @@
-//! ORC: how to unwind through the new functions. Kept beside them in the guest, so that their frames can be unwound by
-//! whoever finds the tables: the guest does not know them by itself.
+//! The ORC tables of the new functions, which are placed with them in the guest.
 //!
-//! As in a loaded module: a table of 4-byte distances, each from itself to the code that an entry begins to hold for, and
-//! a table of the entries, both in the order of the code (arch/x86/kernel/unwind_orc.c, `unwind_module_init`).
+//! As in a loaded module, there is a table of 4-byte distances, each from itself to the code from which an entry applies, and a table of the entries. Both are
+//! in the order of the code (arch/x86/kernel/unwind_orc.c, `unwind_module_init`).
 
 use super::LinkError;
 use super::PatchModule;
@@ -14,7 +13,7 @@ use crate::addr::Gva;
 
 const IPS: &str = ".orc_unwind_ip";
 const ENTRIES: &str = ".orc_unwind";
-/// Bytes of an entry that are plausible: 6 in all releases up to 7.x (arch/x86/include/asm/orc_types.h).
+/// Plausible lengths of an entry in bytes: 6 in all releases up to 7.x (arch/x86/include/asm/orc_types.h).
 const ENTRY_BYTES_MAX: u64 = 16;
 
 /// The rows for placed code, before it has addresses.
@@ -30,13 +29,13 @@ pub(crate) struct OrcRows<'d> {
 /// The ORC tables of linked code.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct OrcTables {
-    /// Where the table of distances is, 4 bytes each.
+    /// Guest-virtual address of the table of distances, 4 bytes each.
     pub ips: Gva,
-    /// Where the table of entries is.
+    /// Guest-virtual address of the table of entries.
     pub entries: Gva,
-    /// Bytes of an entry.
+    /// Length of an entry, in bytes.
     pub entry_size: u64,
-    /// What the tables say, in their order: from this address on, this entry (the bytes of a `struct orc_entry`).
+    /// The rows in order: from this address on, this entry applies (the bytes of a `struct orc_entry`).
     pub rows: Vec<(Gva, Vec<u8>)>,
 }
 
@@ -69,7 +68,7 @@ impl<'d> PatchModule<'d> {
 }
 
 impl OrcRows<'_> {
-    /// Reserves room for the tables.
+    /// Reserves space for the tables.
     pub(crate) fn place(&mut self, layout: &mut Layout) -> Result<(), LayoutError> {
         let count = self.rows.len() as u64;
         if count > 0 {
@@ -81,13 +80,12 @@ impl OrcRows<'_> {
 }
 
 impl Linker<'_, '_, '_> {
-    /// Writes the tables and returns what they say.
+    /// Writes the tables, and gives their rows.
     pub(super) fn write_orc(&mut self) -> Result<OrcTables, LinkError> {
         let image = self.image;
         let mut rows = Vec::with_capacity(image.orc.rows.len());
         for (at, entry) in &image.orc.rows {
-            // A section's last row ends it, and may share its address with the next section's first, which must win: that
-            // is the later one.
+            // The last row of a section ends it, and may have the same address as the first row of the next section. The later row must take precedence.
             let ends = image
                 .module
                 .section(at.section)

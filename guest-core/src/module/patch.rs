@@ -1,4 +1,4 @@
-//! What a module patches, and the kernel's structures that say so.
+//! The patch that a module describes, and the layouts of the kernel's structures for it.
 
 use super::init::{OwnFunction, Work};
 use super::sections::SectionOffset;
@@ -12,7 +12,7 @@ pub(super) const OBJECTS_MAX: usize = 1_000;
 /// The members of `struct klp_callbacks`, in their order (include/linux/livepatch.h, 4.15 to 7.2; 8 bytes each).
 pub(super) const CALLBACKS: [&str; 4] = ["pre_patch", "post_patch", "pre_unpatch", "post_unpatch"];
 
-/// The name of the callback whose pointer is so many bytes into the structure.
+/// The name of the callback whose pointer is at this offset in the structure, in bytes.
 pub(super) fn callback(offset: u64) -> String {
     let name = usize::try_from(offset / 8).ok().and_then(|index| CALLBACKS.get(index));
     name.copied().unwrap_or("nameless").to_owned()
@@ -51,23 +51,23 @@ pub struct KlpLayout {
     pub func_old_sympos: u64,
 }
 
-/// What a module patches.
+/// The patch that a module describes.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Patch {
-    /// The kernel image, modules, and their functions; at least one object with at least one function.
+    /// The objects (the kernel image and modules) with their functions: at least one object with at least one function.
     pub objects: Vec<PatchObject>,
-    /// `klp_patch.replace`: all other patches are to go. None where the module's init decides that at run time.
+    /// `klp_patch.replace`: the patch replaces all others. `None` if the module's init decides that at run time.
     pub replace: Option<bool>,
-    /// How the module says all this.
+    /// The format of the description.
     pub format: PatchFormat,
-    /// `klp_patch.mod`, where there is a static `klp_patch`: the only place in data that may hold the address of the
-    /// module's own `struct module`.
+    /// Place of `klp_patch.mod`, if there is a static `klp_patch`. It is the only place in data that may hold the address of the module's own
+    /// `struct module`.
     pub(crate) this_module: Option<SectionOffset>,
-    /// Where static livepatch structures lie, and their bytes: pointers in there are vmpatch's to read, not the guest's.
+    /// Places and lengths of static livepatch structures. vmpatch reads their pointers; the guest does not.
     pub(crate) descriptors: Vec<(SectionOffset, u64)>,
 }
 
-/// How a module says what it patches.
+/// The format in which a module describes its patch.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum PatchFormat {
     /// Static `klp_patch` structures, as a kernel developer writes them.
@@ -79,7 +79,7 @@ pub enum PatchFormat {
 }
 
 impl PatchFormat {
-    /// For people and reports.
+    /// The name in reports.
     pub fn name(self) -> &'static str {
         match self {
             Self::KlpPatch => "klp_patch",
@@ -92,40 +92,40 @@ impl PatchFormat {
 /// An object of a patch: the kernel image or a module.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PatchObject {
-    /// The module's name; none for the kernel image (vmlinux).
+    /// Name of the module; `None` for the kernel image (vmlinux).
     pub name: Option<String>,
-    /// The functions to be replaced in it.
+    /// The functions that are replaced in it.
     pub functions: Vec<PatchFunction>,
 }
 
-/// A function to be replaced.
+/// A function that is replaced.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PatchFunction {
     /// The old function's name in the object's kallsyms.
     pub old_name: String,
-    /// Which of several symbols of that name, from 1 on; 0: there must be only one.
+    /// Position among symbols of that name, from 1; 0 if the name must be unique.
     pub sympos: u64,
-    /// The new function.
+    /// Place of the new function.
     pub new: SectionOffset,
-    /// Bytes of the new function. Where the module has no symbol for it: up to the end of its section.
+    /// Length of the new function in bytes. Without a symbol for it, it extends to the end of its section.
     pub size: u64,
-    /// The new function's own name, where the module has a symbol for it.
+    /// Name of the new function, if the module has a symbol for it.
     pub symbol: Option<String>,
 }
 
-/// Why [`PatchModule::patch`](super::PatchModule::patch) found nothing that it could act on.
+/// Why a module describes no patch that can be applied.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum PatchError {
-    /// A module that kpatch-build left off with, or made for kpatch's own kernel module.
+    /// kpatch-build has not finished the module, or has made it for kpatch's own kernel module.
     #[error("section {section}: kpatch-build has not finished the module as a livepatch module (create-klp-module)")]
     Unfinished {
-        /// The section that shows it.
+        /// The section that shows this.
         section: &'static str,
     },
-    /// Nothing calls `klp_enable_patch`.
+    /// The module never calls `klp_enable_patch`.
     #[error("the module never calls klp_enable_patch, so it patches nothing")]
     NotEnabled,
-    /// `klp_enable_patch` is called, but with what is not found.
+    /// The module calls `klp_enable_patch`, but its argument was not found.
     #[error(
         "no struct klp_patch found: nothing that the caller of klp_enable_patch refers to has a module and objects"
     )]
@@ -133,12 +133,12 @@ pub enum PatchError {
     /// More than one `struct klp_patch`.
     #[error("the module has two patches, at {first} and at {second}; one is expected")]
     SeveralPatches {
-        /// Where one is.
+        /// Place of the first.
         first: String,
-        /// Where another is.
+        /// Place of the second.
         second: String,
     },
-    /// A member of a descriptor is not what it has to be.
+    /// A member of a descriptor has a wrong value.
     #[error("{member} at {at} is {found}, expected {expected}")]
     Member {
         /// Structure and member.
@@ -147,13 +147,13 @@ pub enum PatchError {
         at: String,
         /// What is there.
         found: String,
-        /// What should be.
+        /// The expected value.
         expected: &'static str,
     },
-    /// A patch of nothing.
+    /// The patch has no function.
     #[error("the patch names no function")]
     Empty,
-    /// More than a patch can sensibly hold.
+    /// The patch has more functions or objects than are accepted.
     #[error("the patch has more than {max} {what}")]
     TooMany {
         /// Of what.
@@ -161,36 +161,36 @@ pub enum PatchError {
         /// The limit.
         max: usize,
     },
-    /// Functions to be called before or after patching.
+    /// An object has a callback.
     #[error("object {object} has a {callback} callback at {at}, which would have to be called in the guest")]
     Callback {
         /// The object's name.
         object: String,
-        /// When it is to be called: a member of `struct klp_callbacks`.
+        /// The kind of callback: a member of `struct klp_callbacks`.
         callback: String,
         /// Section and offset of the pointer.
         at: String,
     },
-    /// States that later patches are to be compared with.
+    /// The patch has states, with which the kernel compares later patches.
     #[error("the patch has states (klp_patch.states at {at}): they are not handled")]
     States {
         /// Section and offset of the pointer.
         at: String,
     },
-    /// It is for a module of a name that no module can have.
+    /// The patch is for a module name that no module can have.
     #[error("the patch is for module {name:?}, and no module can have that name: {advice}")]
     ObjectName {
         /// The name.
         name: String,
-        /// What is wrong with it.
+        /// The advice for the operator.
         advice: String,
     },
-    /// Init or exit does something else than enabling the patch.
+    /// Init or exit does something beside enabling the patch.
     #[error(
         "{function} {work} ({at}): vmpatch does not run a module's init and exit yet; load the module in the guest, or build the patch without that work"
     )]
     OwnFunction {
-        /// Which of the two.
+        /// Init or exit.
         function: OwnFunction,
         /// What it does.
         work: Work,
@@ -200,7 +200,7 @@ pub enum PatchError {
 }
 
 impl PatchModule<'_> {
-    /// How the module says what it patches.
+    /// The format of the module's description.
     pub fn format(&self) -> PatchFormat {
         if self.section_named(kpatch::FUNCS).is_some() {
             PatchFormat::Kpatch
@@ -211,9 +211,11 @@ impl PatchModule<'_> {
         }
     }
 
-    /// Reads what the module patches, in whatever format it says so.
+    /// Reads the patch that the module describes, in any format.
     ///
-    /// Errors: see [`PatchError`].
+    /// # Errors
+    ///
+    /// The module describes no patch that can be applied.
     pub fn patch(&self, layout: &KlpLayout) -> Result<Patch, PatchError> {
         let patch = match self.format() {
             PatchFormat::Kpatch => self.kpatch()?,
@@ -238,7 +240,7 @@ impl PatchModule<'_> {
     }
 }
 
-/// Functions by their objects, both in the order in which they first come.
+/// Groups functions by their objects. Both are in the order of their first occurrence.
 pub(super) fn group(functions: Vec<(Option<String>, PatchFunction)>) -> Vec<PatchObject> {
     let mut objects: Vec<PatchObject> = Vec::new();
     for (name, function) in functions {

@@ -1,4 +1,4 @@
-//! x86-64 relocations, those that kernel modules use (`__apply_relocate_add` in arch/x86/kernel/module.c).
+//! Applies x86-64 relocations, those that kernel modules use (`__apply_relocate_add` in arch/x86/kernel/module.c).
 
 use super::LinkError;
 use super::layout::AreaKind;
@@ -14,13 +14,13 @@ struct Form {
     name: &'static str,
     /// Bytes stored.
     width: usize,
-    /// True: what is stored is the distance from the place itself.
+    /// True if the stored value is the distance from the place itself.
     relative: bool,
-    /// True: the stored bytes are extended with their sign, false: with zeroes.
+    /// True if the stored bytes are sign-extended, false if they are zero-extended.
     signed: bool,
 }
 
-/// Form of a relocation type; none for those that no kernel module uses.
+/// The form of a relocation type; `None` for types that no kernel module uses.
 fn form(kind: u32) -> Option<Form> {
     let (name, width, relative, signed) = match RelocationType(kind) {
         R_X86_64_64 => ("R_X86_64_64", 8, false, true),
@@ -40,7 +40,7 @@ fn form(kind: u32) -> Option<Form> {
 }
 
 impl Form {
-    /// The bytes to store for `value`, an address or distance modulo 2^64; none where they can't hold it.
+    /// The bytes to store for `value`, an address or distance modulo 2^64; `None` if they cannot hold it.
     fn encode(self, value: u64) -> Option<Vec<u8>> {
         let fits = match (self.width, self.signed) {
             (8, _) => true,
@@ -110,7 +110,7 @@ impl Linker<'_, '_, '_> {
             return Ok(());
         }
         let bytes = self.relocated(at, relocation, self.address(at)?)?;
-        // Bytes that aren't zero would be overwritten in silence: two relocations in one place, or a damaged file.
+        // Other bytes than zeroes mean two relocations in one place, or a damaged file.
         let found = self.bytes(at, bytes.len())?;
         if found.iter().any(|byte| *byte != 0) {
             return Err(LinkError::NotZero {
@@ -122,7 +122,7 @@ impl Linker<'_, '_, '_> {
         self.write(at, &bytes)
     }
 
-    /// The bytes that a relocation at `at` in the file puts at the address `place`.
+    /// The bytes of a relocation at `at` in the file for the address `place`.
     pub(super) fn relocated(
         &mut self,
         at: SectionOffset,
@@ -178,7 +178,7 @@ mod tests {
     }
 
     #[test]
-    fn types_that_need_a_got_are_not_taken() {
+    fn types_that_need_a_got_are_refused() {
         assert_eq!(form(object::elf::R_X86_64_GOTPCREL.0), None);
     }
 }

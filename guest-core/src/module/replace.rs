@@ -1,7 +1,7 @@
-//! Applies alternatives for the guest's CPU: where it has the feature asked for, the site gets the replacement.
+//! Applies alternatives for the guest's CPU: if the CPU has the feature, the site gets the replacement.
 //!
-//! As `apply_alternatives` (arch/x86/kernel/alternative.c; 6.1, 6.12, 7.2), with one difference that does not show: 6.1 corrects
-//! only a lone call or jump for its new place, later kernels every instruction, and so it is done here for all of them.
+//! This is done as in `apply_alternatives` (arch/x86/kernel/alternative.c; 6.1, 6.12, 7.2), with one difference without effect: 6.1 corrects only a lone call or
+//! jump for its new place; later kernels, and this module, correct every instruction.
 
 use super::LinkError;
 use super::alternatives::Alternative;
@@ -12,12 +12,12 @@ use iced_x86::{Decoder, DecoderOptions, Instruction, Mnemonic, OpKind};
 
 const TABLE: &str = ".altinstructions";
 
-/// An instruction that can't be moved; says why.
+/// Why an instruction cannot be moved.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Immovable {
-    /// Bytes that are no instruction, or not a whole one.
+    /// The bytes are no complete instruction.
     Undecodable,
-    /// A distance that its field can't hold any more.
+    /// A distance does not fit into its field any more.
     TooFar,
 }
 
@@ -43,7 +43,7 @@ impl Linker<'_, '_, '_> {
         Ok(())
     }
 
-    /// True where the guest's CPU has the feature, or lacks it where that is asked for.
+    /// True if the alternative applies to the guest's CPU: the CPU has the feature, or lacks it if the entry asks for that.
     fn applies(&self, alternative: &Alternative) -> Result<bool, LinkError> {
         let feature = usize::from(alternative.feature);
         let word = self
@@ -58,7 +58,7 @@ impl Linker<'_, '_, '_> {
         Ok((word >> (feature % 32) & 1 != 0) != alternative.inverted)
     }
 
-    /// The `len` bytes that the site gets.
+    /// The `len` bytes for the site.
     fn replacement(&self, alternative: &Alternative, len: usize) -> Result<Vec<u8>, LinkError> {
         if alternative.direct_call {
             return self.direct_call(TABLE, alternative.site, len);
@@ -82,7 +82,7 @@ impl Linker<'_, '_, '_> {
     }
 }
 
-/// Corrects the distances in code that moves from one address to another. Those that stay inside it stay as they are.
+/// Corrects the distances in code that moves from one address to another. Distances within the code stay as they are.
 fn relocate(code: &mut [u8], from: Gva, to: Gva) -> Result<(), Immovable> {
     let len = code.len() as u64;
     let shift = from.0.wrapping_sub(to.0).cast_signed();
@@ -100,7 +100,7 @@ fn relocate(code: &mut [u8], from: Gva, to: Gva) -> Result<(), Immovable> {
             ),
             _ => continue,
         };
-        // The end of the code is inside too: what follows the replacement follows the site.
+        // The end of the code counts as inside: what follows the replacement follows the site.
         if target.wrapping_sub(from.0) <= len {
             continue;
         }
@@ -141,7 +141,7 @@ fn instructions(code: &[u8], at: Gva) -> Result<Vec<(usize, Instruction, iced_x8
     Ok(found)
 }
 
-/// The same code with runs of NOPs made of as few as possible. Code that can't be decoded stays as it is: this only saves time.
+/// Replaces runs of NOPs in the code by as few as possible, which saves time. Code that cannot be decoded stays as it is.
 fn merge_nops(code: &[u8]) -> Vec<u8> {
     let mut merged = code.to_vec();
     let Ok(found) = instructions(code, Gva(0)) else {

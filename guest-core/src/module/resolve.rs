@@ -1,58 +1,63 @@
-//! How a module's symbols become guest addresses: the caller knows the guest's kernel.
+//! Resolves the symbols that a module imports. The caller knows the guest's kernel.
 
 use crate::addr::Gva;
+use crate::kernel::KernelError;
 
-/// Why a symbol has no address, or not one.
+/// Why a symbol was not resolved.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum ResolveError {
-    /// No such symbol.
+    /// The object has no such symbol.
     #[error("not found in {object}")]
     NotFound {
-        /// Where it was looked for: `vmlinux` or a module.
+        /// The object: `vmlinux` or a module.
         object: String,
     },
-    /// There is such a symbol, but modules may not use it.
+    /// The symbol is not exported to modules.
     #[error("not exported by the guest's kernel")]
     NotExported,
-    /// More than one symbol of that name, and no position given.
+    /// Several symbols have that name, and no position was given.
     #[error("{} symbols of that name in {object}: {addresses:?}", addresses.len())]
     Ambiguous {
-        /// Where it was looked for.
+        /// The object.
         object: String,
         /// Their addresses.
         addresses: Vec<Gva>,
     },
-    /// A position behind the last symbol of that name.
+    /// The position is behind the last symbol of that name.
     #[error("symbol position {sympos} in {object}, which has {found} of that name")]
     Position {
-        /// Where it was looked for.
+        /// The object.
         object: String,
-        /// The position asked for, from 1 on.
+        /// The position, from 1.
         sympos: u64,
-        /// How many there are.
+        /// Number of symbols of that name.
         found: usize,
     },
-    /// A module that the guest has not loaded.
+    /// The guest has not loaded the module.
     #[error("module {object} is not loaded in the guest")]
     NotLoaded {
         /// The module's name.
         object: String,
     },
-    /// The guest's tables could not be read.
-    #[error("{0}")]
-    Guest(String),
+    /// The guest's kernel cannot be read.
+    #[error(transparent)]
+    Guest(#[from] KernelError),
 }
 
 /// Finds symbols in the guest.
 pub trait ResolveSymbol {
-    /// The address of a symbol that the guest's kernel exports to modules.
+    /// The guest-virtual address of a symbol that the guest exports to modules.
     ///
-    /// Errors: [`ResolveError::NotFound`], [`ResolveError::NotExported`].
+    /// # Errors
+    ///
+    /// [`ResolveError::NotFound`] or [`ResolveError::NotExported`].
     fn exported(&self, name: &str) -> Result<Gva, ResolveError>;
 
-    /// The address of any symbol of `object` (none: the kernel image): the one at position `sympos`, from 1 on, or with 0 the
-    /// only one of that name.
+    /// The guest-virtual address of any symbol of `object` (`None` for the kernel image): the one at position `sympos`, from 1, or with 0 the only one of that
+    /// name.
     ///
-    /// Errors: [`ResolveError::NotFound`], [`ResolveError::Ambiguous`], [`ResolveError::Position`], [`ResolveError::NotLoaded`].
+    /// # Errors
+    ///
+    /// [`ResolveError::NotFound`], [`ResolveError::Ambiguous`], [`ResolveError::Position`] or [`ResolveError::NotLoaded`].
     fn any(&self, object: Option<&str>, name: &str, sympos: u64) -> Result<Gva, ResolveError>;
 }

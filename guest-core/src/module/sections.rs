@@ -13,14 +13,14 @@ pub(crate) struct SymbolId(pub(crate) usize);
 /// A place in the module file: a section and an offset into it, in bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct SectionOffset {
-    /// Which section.
+    /// The section.
     pub section: SectionId,
     /// Bytes from the section's start.
     pub offset: u64,
 }
 
 impl SectionOffset {
-    /// The place `bytes` further on. Past 2^64 it stays there, which no section reaches.
+    /// The place `bytes` further on. It saturates at 2^64, which no section reaches.
     pub(crate) fn plus(self, bytes: u64) -> Self {
         Self {
             section: self.section,
@@ -41,7 +41,7 @@ pub(crate) struct Relocation {
 }
 
 impl Relocation {
-    /// What the addend lacks in an instruction that ends at `end`: a distance counts from there, an address from nowhere.
+    /// What the addend lacks in an instruction that ends at `end`: a distance counts from there; an address is absolute.
     pub fn bias(&self, end: u64) -> i64 {
         let is_distance = [elf::R_X86_64_PC32.0, elf::R_X86_64_PLT32.0].contains(&self.kind);
         let from_end = end.wrapping_sub(self.offset).cast_signed();
@@ -57,17 +57,17 @@ pub(crate) struct Section<'d> {
     pub kind: u32,
     /// `SHF_*`.
     pub flags: u64,
-    /// Bytes in memory; a NOBITS section has no [`Section::data`] for them.
+    /// Size in memory, in bytes. A NOBITS section has no [`Section::data`].
     pub size: u64,
     pub align: u64,
-    /// Bytes in the file; empty for sections that are not loaded.
+    /// The bytes in the file; empty for sections that are not loaded.
     pub data: &'d [u8],
     /// In ascending order of offset.
     pub relocations: Vec<Relocation>,
 }
 
 impl Section<'_> {
-    /// True where the kernel's loader gives the section memory (`SHF_ALLOC`) and it holds something.
+    /// True if the kernel's loader gives the section memory (`SHF_ALLOC`), and it is not empty.
     pub fn is_loaded(&self) -> bool {
         self.flags & elf::SHF_ALLOC.0 != 0
             && self.size != 0
@@ -102,12 +102,12 @@ impl Section<'_> {
     }
 }
 
-/// What a symbol stands for.
+/// The place of a symbol.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum SymbolPlace<'d> {
-    /// Defined elsewhere: an exported symbol of the kernel.
+    /// Undefined here: an exported symbol of the kernel.
     Undefined { weak: bool },
-    /// A number.
+    /// An absolute number.
     Absolute(u64),
     /// A place in this module.
     Defined(SectionOffset),
@@ -119,7 +119,7 @@ pub(crate) enum SymbolPlace<'d> {
     },
     /// `SHN_COMMON`, which the kernel's loader refuses.
     Common,
-    /// A special section index that modules have no use for.
+    /// A special section index that modules do not use.
     Unknown(u16),
 }
 

@@ -1,18 +1,18 @@
-//! Which sections a patch needs: those of its functions, and all that they refer to, directly or through others.
+//! Selects the sections that a patch needs: those of its functions, and all that they refer to, directly or through others.
 
 use super::alternatives::Alternative;
-use super::duty::{Duty, bars, duty};
 use super::image::{ImageError, Undefined};
-use super::jump_rows::JumpRows;
+use super::instruction_tables::Rows;
+use super::jump_table::JumpRows;
 use super::layout::AreaKind;
-use super::rows::Rows;
+use super::section_policy::{SectionAction, action, bars};
 use super::sections::{Relocation, SectionId, SectionOffset, SymbolId, SymbolPlace};
 use super::sites::TableError;
 use super::{Patch, PatchModule};
 use object::elf::{R_X86_64_NONE, SHN_COMMON};
 use std::collections::{BTreeMap, VecDeque};
 
-/// The sections found to be needed so far, and those whose references are still to be followed.
+/// The sections that were found to be needed so far, and those whose references must still be followed.
 pub(super) struct Selection<'m, 'd> {
     module: &'m PatchModule<'d>,
     patch: &'m Patch,
@@ -21,10 +21,10 @@ pub(super) struct Selection<'m, 'd> {
     fixups: &'m Rows,
     bugs: &'m Rows,
     jump_rows: &'m JumpRows,
-    /// What goes into the guest, and where.
+    /// The layout of what goes into the guest.
     pub(super) needed: BTreeMap<SectionId, AreaKind>,
     queue: VecDeque<SectionId>,
-    /// What the guest must provide for it.
+    /// The symbols that the guest must provide for it.
     pub(super) undefined: BTreeMap<SymbolId, Undefined>,
 }
 
@@ -56,7 +56,7 @@ impl<'m, 'd> Selection<'m, 'd> {
         }
     }
 
-    /// Follows all references from what is needed, until nothing new turns up. Each section is visited once.
+    /// Follows all references from the needed sections, until no new section is found. Each section is visited once.
     pub(super) fn close(&mut self) -> Result<(), ImageError> {
         while let Some(id) = self.queue.pop_front() {
             let Some(section) = self.module.section(id) else {
@@ -73,7 +73,7 @@ impl<'m, 'd> Selection<'m, 'd> {
             for (from, relocation) in self.jump_rows.references(self.module, id) {
                 self.follow(from, relocation)?;
             }
-            // A replacement takes part only where it may be copied into needed code.
+            // A replacement is only needed if it may be copied into needed code.
             for alternative in self.alternatives.remove(&id).unwrap_or_default() {
                 let Some(replacement) = alternative.replacement else {
                     continue;
@@ -81,8 +81,8 @@ impl<'m, 'd> Selection<'m, 'd> {
                 let Some(section) = self.module.section(replacement.section) else {
                     continue;
                 };
-                let area = duty(section);
-                if area != Duty::Place(AreaKind::Scratch) {
+                let area = action(section);
+                if area != SectionAction::CopyTo(AreaKind::Scratch) {
                     let found = format!("a replacement in {}", section.name);
                     let table = self.module.section_name(alternative.entry.section);
                     return Err(TableError::named(
@@ -103,7 +103,7 @@ impl<'m, 'd> Selection<'m, 'd> {
         Ok(())
     }
 
-    /// Notes what a relocation in a needed section needs in turn.
+    /// Adds what a relocation in a needed section refers to.
     fn follow(&mut self, from: SectionId, relocation: &Relocation) -> Result<(), ImageError> {
         if relocation.kind == R_X86_64_NONE.0 {
             return Ok(());
@@ -118,9 +118,9 @@ impl<'m, 'd> Selection<'m, 'd> {
         };
         let (object, weak) = match symbol.place {
             SymbolPlace::Absolute(_) => return Ok(()),
-            // `klp_patch.mod`: the guest does not know the module, and the descriptor is not read any more.
+            // `klp_patch.mod`: the guest does not read the descriptor.
             SymbolPlace::Defined(_) if Some(at) == self.patch.this_module => return Ok(()),
-            // The guest gets one, though not from the file.
+            // The guest gets a `struct module` that vmpatch fills, not the file's.
             SymbolPlace::Defined(target) if module.is_this_module(target) => return Ok(()),
             SymbolPlace::Defined(target) => {
                 let bugs = self.bugs;
@@ -155,7 +155,7 @@ impl<'m, 'd> Selection<'m, 'd> {
         Ok(())
     }
 
-    /// Notes that a section is needed; an error where it can't be placed.
+    /// Adds a needed section. Refuses one that cannot be placed.
     pub(super) fn need(
         &mut self,
         id: SectionId,
@@ -174,16 +174,16 @@ impl<'m, 'd> Selection<'m, 'd> {
         let Some(section) = self.module.section(id) else {
             return Err(refuse("empty, or not loaded by the kernel either"));
         };
-        match duty(section) {
-            Duty::Place(AreaKind::Scratch) => Err(refuse("it is only copied from")),
-            Duty::Work => Err(refuse("it is a table for the loader")),
-            Duty::Drop(reason) => Err(refuse(reason)),
-            Duty::Refuse(reason) => Err(ImageError::UnsupportedSection {
+        match action(section) {
+            SectionAction::CopyTo(AreaKind::Scratch) => Err(refuse("it is only copied from")),
+            SectionAction::Process => Err(refuse("it is a table for the loader")),
+            SectionAction::Drop(reason) => Err(refuse(reason)),
+            SectionAction::Refuse(reason) => Err(ImageError::UnsupportedSection {
                 section: section.name.into(),
                 concerns: needed_by(),
                 reason,
             }),
-            Duty::Place(area) => {
+            SectionAction::CopyTo(area) => {
                 self.needed.insert(id, area);
                 self.queue.push_back(id);
                 Ok(())
@@ -191,10 +191,12 @@ impl<'m, 'd> Selection<'m, 'd> {
         }
     }
 
-    /// Refuses sections that are not handled and say something of what is needed.
+    /// Refuses unhandled sections that concern a needed section.
     pub(super) fn refuse_unhandled(&self) -> Result<(), ImageError> {
         for (_, section) in self.module.sections() {
-            let Duty::Refuse(reason) = duty(section) else { continue };
+            let SectionAction::Refuse(reason) = action(section) else {
+                continue;
+            };
             let concerned = section.relocations.iter().find_map(|relocation| {
                 let SymbolPlace::Defined(at) = self.module.symbol(relocation)?.place else {
                     return None;

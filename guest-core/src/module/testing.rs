@@ -174,7 +174,7 @@ impl TestElf {
         self.symbol(name, 0x10, 0, 0, 0)
     }
 
-    /// Adds a symbol that stands for a section's start.
+    /// Adds a section symbol.
     pub fn section_symbol(&mut self, section: u16) -> usize {
         self.symbol("", 3, section, 0, 0)
     }

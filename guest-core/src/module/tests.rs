@@ -18,7 +18,7 @@ fn patch_of(file: &[u8]) -> Result<Patch, PatchError> {
     PatchModule::parse(file).unwrap().patch(&KLP_6_1)
 }
 
-/// What comes of laying out a file whose patch is found.
+/// The layout of a file whose patch is found, or the error.
 fn layout_of(file: &[u8]) -> Result<Layout, ImageError> {
     let module = PatchModule::parse(file).unwrap();
     let patch = module.patch(&KLP_6_1).unwrap();
@@ -286,10 +286,9 @@ fn a_weak_symbol_that_nobody_has_is_null_and_another_is_an_error() {
     let strong = elf.undefined("surely");
     elf.relocation(1, 8, R_X86_64_64, strong, 0);
     let error = link(&elf.build(), &TestGuest::default()).unwrap_err();
-    assert_eq!(
-        error.to_string(),
-        "cannot resolve surely, needed by .text+0x8: not found in vmlinux"
-    );
+    assert_eq!(error.to_string(), "cannot resolve surely, needed by .text+0x8");
+    let cause = std::error::Error::source(&error).map(ToString::to_string);
+    assert_eq!(cause.as_deref(), Some("not found in vmlinux"));
 }
 
 #[test]

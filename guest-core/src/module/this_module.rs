@@ -1,5 +1,5 @@
-//! The module's own `struct module`, which code and data refer to as `THIS_MODULE`. The file's section of it is not placed: the
-//! guest gets one that vmpatch fills ([`Registration`](crate::guest_module::Registration)), and every reference means that one.
+//! The module's own `struct module`, to which code and data refer as `THIS_MODULE`. The file's section is not placed: vmpatch fills one in the guest
+//! ([`PreparedModule`](crate::guest_module::PreparedModule)), and every reference means that one.
 
 use super::flow::Code;
 use super::layout::AreaKind;
@@ -7,25 +7,25 @@ use super::sections::{Relocation, SectionId, SectionOffset, SymbolPlace};
 use super::{Image, PatchModule};
 use object::elf::{R_X86_64_32, R_X86_64_32S, R_X86_64_64, R_X86_64_NONE, RelocationType};
 
-/// The section that holds it; its only pointers lead to init and exit (include/linux/module.h).
+/// Its section in the file. The only pointers in there lead to init and exit (include/linux/module.h).
 pub(super) const SECTION: &str = ".gnu.linkonce.this_module";
 
 /// A place in the guest's memory that refers to the patch's `struct module`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ThisModuleUse {
-    /// The place: section and offset.
+    /// The place of the reference: section and offset.
     pub at: String,
-    /// Bytes from the start of the structure; none where that can't be told.
+    /// Offset in the structure in bytes; `None` if it cannot be told.
     pub offset: Option<u64>,
 }
 
 impl PatchModule<'_> {
-    /// Bytes that the module's `struct module` had where the module was compiled; none where the file has none.
+    /// Size of the module's `struct module` in bytes, as the module was compiled; `None` if the file has none.
     pub fn this_module_bytes(&self) -> Option<u64> {
         self.section_named(SECTION).map(|(_, section)| section.size)
     }
 
-    /// Where in it the pointers to init and exit are, in bytes from its start.
+    /// Offsets of the pointers to init and exit in it, in bytes.
     pub fn this_module_pointers(&self) -> impl Iterator<Item = u64> {
         let section = self.section_named(SECTION).map(|(_, section)| section);
         let relocations = section.into_iter().flat_map(|section| &section.relocations);
@@ -39,7 +39,7 @@ impl PatchModule<'_> {
 }
 
 impl Image<'_, '_> {
-    /// All places that refer to the patch's `struct module`, but for `klp_patch.mod`, which is not read any more.
+    /// All references to the patch's `struct module`, without `klp_patch.mod`, which the guest does not read.
     pub fn this_module_uses(&self) -> Vec<ThisModuleUse> {
         let mut uses = Vec::new();
         for placed in &self.layout().sections {
@@ -126,13 +126,13 @@ mod tests {
     }
 
     #[test]
-    fn each_use_is_known_by_its_place_in_the_structure() {
+    fn each_use_has_its_offset_in_the_structure() {
         let expected = [(".text+0x3", Some(0)), (".text+0xe", Some(4))];
         assert_eq!(uses(&code()), expected.map(|(at, offset)| (at.to_owned(), offset)));
     }
 
     #[test]
-    fn a_use_that_is_not_understood_is_of_no_known_place() {
+    fn a_use_that_cannot_be_understood_has_no_offset() {
         let mut elf = code();
         elf.patch_bytes(1, 19, &[0x06]);
         assert_eq!(uses(&elf)[1].1, None);
@@ -146,7 +146,7 @@ mod tests {
     }
 
     #[test]
-    fn references_lead_to_the_structure_that_the_guest_has() {
+    fn references_lead_to_the_structure_in_the_guest() {
         let guest = TestGuest {
             exported: [("try_module_get", BASES.text.0 + 0x100)].into(),
             ..Default::default()

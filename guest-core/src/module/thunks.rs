@@ -1,16 +1,16 @@
-//! What the guest's kernel has decided about speculation, read from what it did to its own thunks.
+//! Finds out which mitigations of speculation the guest's kernel uses, from the code of its own thunks.
 //!
-//! The kernel decides by CPU feature bits of its own making (`X86_FEATURE_RETPOLINE`, `_RETHUNK`, `_INDIRECT_THUNK_ITS`, ...),
-//! whose numbers differ between releases (ITS: 11*32+9 in 5.10, 21*32+5 in 6.1, 21*32+6 in 6.12) and stand nowhere in the guest. The outcome does:
-//! its thunks are alternatives themselves, patched at boot (arch/x86/lib/retpoline.S), and `x86_return_thunk` points
-//! to the return thunk in use (arch/x86/kernel/cpu/bugs.c). So the bytes in guest memory are asked, not the bits.
+//! The kernel records its decision in synthetic CPU feature bits (`X86_FEATURE_RETPOLINE`, `_RETHUNK`, `_INDIRECT_THUNK_ITS`, ...),
+//! whose numbers differ between releases (ITS: 11*32+9 in 5.10, 21*32+5 in 6.1, 21*32+6 in 6.12) and are recorded nowhere in the guest. But its
+//! thunks are alternatives themselves, patched at boot (arch/x86/lib/retpoline.S), and `x86_return_thunk` points to the return thunk in use
+//! (arch/x86/kernel/cpu/bugs.c). Therefore the bytes in guest memory are read, not the bits.
 
 use super::LinkError;
 use super::ResolveError;
 use super::link::GuestContext;
 use crate::addr::Gva;
 
-/// The thunk that the compiler lets every return jump to, until the loader patches the site.
+/// The thunk to which the compiler lets every return jump, until the loader patches the site.
 pub(super) const RETURN_THUNK: &str = "__x86_return_thunk";
 /// `ret`.
 const RET: u8 = 0xc3;
@@ -21,28 +21,28 @@ const ENDBR64: [u8; 4] = [0xf3, 0x0f, 0x1e, 0xfa];
 /// `lfence`.
 pub(super) const LFENCE: [u8; 3] = [0x0f, 0xae, 0xe8];
 
-/// What the kernel does with return sites.
+/// What the kernel makes of return sites.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Returns {
-    /// Returns plainly.
+pub(super) enum ReturnThunk {
+    /// A plain return.
     Plain,
-    /// Jumps to a thunk, by default the compiler's.
+    /// A jump to this thunk, by default the compiler's.
     Thunk(Gva),
 }
 
-/// What the kernel does with indirect calls and jumps through a register.
+/// What the kernel makes of indirect calls and jumps through a register.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Indirect {
-    /// Goes through the thunk.
+    /// A branch to the thunk.
     Retpoline,
-    /// Branches at the site.
+    /// An indirect branch at the site.
     Plain,
-    /// Branches at the site, behind an LFENCE.
+    /// An indirect branch at the site, behind an LFENCE.
     Lfence,
 }
 
 impl GuestContext<'_> {
-    /// A symbol of the kernel image, exported or not; none where it has no such symbol.
+    /// The address of a symbol of the kernel image, exported or not; `None` if there is no such symbol.
     fn internal(&self, name: &str) -> Result<Option<Gva>, LinkError> {
         match self.symbols.any(None, name, 0) {
             Ok(address) => Ok(Some(address)),
@@ -55,30 +55,30 @@ impl GuestContext<'_> {
         }
     }
 
-    /// What this guest does with returns.
-    pub(super) fn returns(&self) -> Result<Returns, LinkError> {
+    /// What this guest makes of return sites.
+    pub(super) fn returns(&self) -> Result<ReturnThunk, LinkError> {
         let default = self.exported(RETURN_THUNK, "return sites")?;
         if let Some(variable) = self.internal("x86_return_thunk")? {
             let thunk = Gva(self.read_u64(variable, "x86_return_thunk")?);
-            // Counting calls needs more than a thunk: every call would have to count (arch/x86/kernel/callthunks.c).
+            // Tracking call depth needs more than a thunk: every call would have to count (arch/x86/kernel/callthunks.c).
             if self.internal("call_depth_return_thunk")? == Some(thunk) {
                 return Err(LinkError::CallDepth);
             }
             if thunk != default {
-                return Ok(Returns::Thunk(thunk));
+                return Ok(ReturnThunk::Thunk(thunk));
             }
         }
-        // The default thunk is the one in use: then either returns are plain, or (before 6.1.44 and 5.10.189) this thunk is
-        // the safe one. A function that the kernel patched itself shows which.
+        // The default thunk is in use. Then either returns are plain, or (before 6.1.44 and 5.10.189) this thunk is the safe one. A function that
+        // the kernel patched itself shows which.
         if let Some(returns) = self.witness()? {
             return Ok(returns);
         }
         let [first] = self.bytes(default, RETURN_THUNK)?;
         match first {
-            // Returning through it is right in both cases.
-            RET => Ok(Returns::Thunk(default)),
-            // `jmp warn_thunk_thunk` (6.9): whoever comes here was left out by mistake, so returns are plain.
-            JMP32 => Ok(Returns::Plain),
+            // A return through it is right in both cases.
+            RET => Ok(ReturnThunk::Thunk(default)),
+            // `jmp warn_thunk_thunk` (6.9): only a site that was not patched by mistake comes here, so returns are plain.
+            JMP32 => Ok(ReturnThunk::Plain),
             _ => {
                 let found: [u8; 8] = self.bytes(default, RETURN_THUNK)?;
                 Err(LinkError::Thunk {
@@ -91,8 +91,8 @@ impl GuestContext<'_> {
         }
     }
 
-    /// The return of a kernel function in assembly, whose code up to there is the same in every release.
-    fn witness(&self) -> Result<Option<Returns>, LinkError> {
+    /// The return of a kernel function in assembly, whose code before the return is the same in every release.
+    fn witness(&self) -> Result<Option<ReturnThunk>, LinkError> {
         // arch/x86/lib/clear_page_64.S (5.10 to 6.12; 7.2 has none): mov $4096,%ecx; xor %eax,%eax; rep stosb; RET
         const NAME: &str = "clear_page_erms";
         const BODY: [u8; 9] = [0xb9, 0x00, 0x10, 0x00, 0x00, 0x31, 0xc0, 0xf3, 0xaa];
@@ -108,16 +108,16 @@ impl GuestContext<'_> {
         let at = at.wrapping_add(9);
         let [opcode, displacement @ ..] = self.bytes::<5>(at, NAME)?;
         Ok(match opcode {
-            RET => Some(Returns::Plain),
+            RET => Some(ReturnThunk::Plain),
             JMP32 => {
                 let distance = i32::from_le_bytes(displacement);
-                Some(Returns::Thunk(at.wrapping_add(5).wrapping_offset(distance.into())))
+                Some(ReturnThunk::Thunk(at.wrapping_add(5).wrapping_offset(distance.into())))
             }
             _ => None,
         })
     }
 
-    /// What this guest does with branches through register number `register`, whose thunk is at `thunk`.
+    /// What this guest makes of branches through register number `register`, whose thunk is at `thunk`.
     pub(super) fn indirect(&self, register: u8, thunk: Gva, name: &str) -> Result<Indirect, LinkError> {
         let found: [u8; 8] = self.bytes(thunk, name)?;
         let jump = jump_to(register);
@@ -127,7 +127,7 @@ impl GuestContext<'_> {
         if found.strip_prefix(&LFENCE).is_some_and(|rest| rest.starts_with(&jump)) {
             return Ok(Indirect::Lfence);
         }
-        // `call 1f`: the retpoline, whatever its form.
+        // `call 1f`: a retpoline of any form.
         if found.first() == Some(&0xe8) {
             return Ok(Indirect::Retpoline);
         }
@@ -140,8 +140,8 @@ impl GuestContext<'_> {
         })
     }
 
-    /// True where branches must not end in the lower half of a cache line (ITS, Indirect Target Selection): the kernel then
-    /// returns through `its_return_thunk`, and makes plain indirect branches avoid it too (`its_select_mitigation`).
+    /// True if branches must not end in the lower half of a cache line (ITS, Indirect Target Selection). The kernel then returns through
+    /// `its_return_thunk`, and lets plain indirect branches avoid the lower half, too (`its_select_mitigation`).
     pub(super) fn avoids_lower_half(&self) -> Result<bool, LinkError> {
         let (Some(variable), Some(its)) = (self.internal("x86_return_thunk")?, self.internal("its_return_thunk")?)
         else {
@@ -224,7 +224,7 @@ mod tests {
         add_variable(&mut guest, 0xffff_ffff_8180_1000);
         assert_eq!(
             guest.context().returns(),
-            Ok(Returns::Thunk(Gva(0xffff_ffff_8180_1000)))
+            Ok(ReturnThunk::Thunk(Gva(0xffff_ffff_8180_1000)))
         );
     }
 
@@ -233,20 +233,20 @@ mod tests {
         let mut guest = guest(&[0xc3, 0xcc]);
         add_variable(&mut guest, DEFAULT);
         add_witness(&mut guest, &[0xc3, 0xcc, 0xcc, 0xcc, 0xcc]);
-        assert_eq!(guest.context().returns(), Ok(Returns::Plain));
+        assert_eq!(guest.context().returns(), Ok(ReturnThunk::Plain));
         // jmp __x86_return_thunk
         add_witness(&mut guest, &[0xe9, 0xf2, 0xff, 0x0f, 0]);
-        assert_eq!(guest.context().returns(), Ok(Returns::Thunk(Gva(DEFAULT))));
+        assert_eq!(guest.context().returns(), Ok(ReturnThunk::Thunk(Gva(DEFAULT))));
     }
 
     #[test]
     fn without_a_witness_the_default_thunk_is_used_where_it_returns() {
         assert_eq!(
             guest(&[0xc3, 0xcc]).context().returns(),
-            Ok(Returns::Thunk(Gva(DEFAULT)))
+            Ok(ReturnThunk::Thunk(Gva(DEFAULT)))
         );
         // jmp warn_thunk_thunk
-        assert_eq!(guest(&[0xe9, 0, 1, 0, 0]).context().returns(), Ok(Returns::Plain));
+        assert_eq!(guest(&[0xe9, 0, 1, 0, 0]).context().returns(), Ok(ReturnThunk::Plain));
         assert!(matches!(
             guest(&[0x90]).context().returns(),
             Err(LinkError::Thunk { .. })
@@ -262,7 +262,7 @@ mod tests {
     }
 
     #[test]
-    fn a_patched_thunk_shows_what_became_of_retpolines() {
+    fn a_patched_thunk_shows_what_the_kernel_makes_of_retpolines() {
         let mut guest = TestGuest::default();
         let mut is = |register, bytes: &[u8]| {
             let mut bytes = bytes.to_vec();

@@ -1,4 +1,4 @@
-//! What a module was compiled against: names of exported symbols and the checksums of their types (`CONFIG_MODVERSIONS`).
+//! The exported symbols that a module was compiled against, with the checksums of their types (`CONFIG_MODVERSIONS`).
 //!
 //! - `__versions`: `struct modversion_info` (include/linux/module.h), 8 bytes for the checksum and 56 for the name;
 //! - `__version_ext_crcs` and `__version_ext_names` (`CONFIG_EXTENDED_MODVERSIONS`, since 6.14; scripts/mod/modpost.c,
@@ -9,7 +9,7 @@ use super::{ModuleError, PatchModule};
 /// Bytes of a `struct modversion_info`, and of the checksum at its start.
 const ENTRY_BYTES: usize = 64;
 const CRC_BYTES: usize = 8;
-/// More than a module uses.
+/// Most symbols of a module.
 const VERSIONS_MAX: usize = 1 << 16;
 
 const ENTRIES: &str = "__versions";
@@ -20,9 +20,11 @@ const EXTENDED_NAMES: &str = "__version_ext_names";
 pub type Version<'d> = (&'d str, u32);
 
 impl<'d> PatchModule<'d> {
-    /// All of them, from both forms; none where the module has neither.
+    /// The symbols with their checksums, from both forms. Empty for a module with neither.
     ///
-    /// Errors: [`ModuleError::Versions`], where a part is cut off or is not what the kernel's loader could compare.
+    /// # Errors
+    ///
+    /// [`ModuleError::Versions`]: a part is cut off, or the kernel's loader could not compare it.
     pub fn versions(&self) -> Result<Vec<Version<'d>>, ModuleError> {
         let data = |name| self.section_named(name).map(|(_, section)| section.data);
         let mut versions = entries(data(ENTRIES).unwrap_or_default())?;
@@ -109,7 +111,7 @@ mod tests {
     use crate::module::testing::TestElf;
     use object::elf::SHF_ALLOC;
 
-    /// What a module with these sections was compiled against, or what is wrong with them.
+    /// The symbols of a module with these sections, or the error.
     fn versions(sections: &[(&'static str, &[u8])]) -> Result<Vec<(String, u32)>, String> {
         let mut elf = TestElf::livepatch(&[0xc3]);
         for (name, data) in sections {

@@ -1,12 +1,13 @@
-//! A patch's own per-CPU variables: memory at the same offset in the area of every CPU, taken from what the guest keeps in
-//! reserve for its modules, as its own loader would take it (`__alloc_reserved_percpu`, mm/percpu.c).
+//! Allocates a patch's per-CPU variables: memory at the same offset in the area of every CPU, from the reserve that the guest keeps for
+//! modules, as its own loader does (`__alloc_reserved_percpu`, mm/percpu.c).
 //!
-//! The reserve is one `struct pcpu_chunk`: a map of what is in use (`units.rs`), a map of where each piece begins, and hints by
-//! which the allocator skips parts of the map. Taking a piece sets its bits and writes the hints as the kernel finds them when it
-//! looks at the whole map. All that happens in the pause, while nobody holds `pcpu_lock` and `pcpu_alloc_mutex`. The size in
-//! the patch's `struct module` (`module.percpu_size`) is the last thing written when a piece is taken, and the first when it is
-//! given back: where it is zero the piece is not ours, and a vmpatch that is killed between the two can at worst leave a
-//! few bytes of the reserve in use, never one that the guest has handed out since.
+//! The reserve is one `struct pcpu_chunk`: a map of the units in use (`units.rs`), a map of the starts of allocations, and hints by which
+//! the allocator skips parts of the map. An allocation sets its bits, and writes the hints as the kernel finds them when it scans the whole
+//! map. All this happens in the pause, while no task of the guest holds `pcpu_lock` or `pcpu_alloc_mutex`.
+//!
+//! The size in the patch's `struct module` (`module.percpu_size`) is written last when memory is allocated, and first when it is freed. If
+//! it is zero, the allocation is not the patch's. A vmpatch that is killed in between leaves at worst a few bytes of the reserve in use. It
+//! never frees an allocation that the guest has handed out since.
 
 mod units;
 
@@ -18,58 +19,58 @@ use serde::{Deserialize, Serialize};
 use std::ops::Range;
 use units::{Hints, Units};
 
-/// Bytes of a unit (`PCPU_MIN_ALLOC_SIZE`): 4 in all releases from 4.14 to 7.2; [`Reserve::find`] checks it.
+/// Size of a unit in bytes (`PCPU_MIN_ALLOC_SIZE`): 4 in all releases from 4.14 to 7.2. [`Reserve::find`] checks it.
 const UNIT_BYTES: u64 = 4;
-/// Bytes of a block of the map's hints (`PCPU_BITMAP_BLOCK_SIZE`), a page.
+/// Bytes of per-CPU memory with common hints (`PCPU_BITMAP_BLOCK_SIZE`): a page.
 const BLOCK_BYTES: u64 = 4096;
-/// More pages than a reserve has: it is 8 KiB, unaligned (`PERCPU_MODULE_RESERVE`).
+/// Most pages of a reserve. It has 8 KiB, unaligned (`PERCPU_MODULE_RESERVE`).
 const PAGES_MAX: u64 = 64;
-/// More bytes than the initial values of all CPUs together may have: they are written in the pause.
+/// Most bytes of initial values, of all CPUs together. They are written in the pause.
 const VALUES_BYTES_MAX: u64 = 256 << 10;
-/// What the change is called that says whether a patch has its piece.
+/// Name of the change that marks the allocation as the patch's, for errors.
 const MARK: &str = "module.percpu_size";
 /// What the guest is doing when it changes the reserve.
 const CHANGING: &str = "taking or giving back per-CPU memory";
-/// What is read here, for errors.
+/// Name of what is read here, for errors.
 const WHAT: &str = "the guest's reserve of per-CPU memory";
 
-/// Why there is no per-CPU memory for a patch.
+/// Why a patch gets no per-CPU memory. Nothing was changed.
 #[derive(Debug, thiserror::Error)]
 pub enum PerCpuError {
     /// The kernel keeps no reserve for modules.
     #[error("the guest's kernel keeps no per-CPU memory in reserve for modules (it has no pcpu_reserved_chunk)")]
     NoReserve,
-    /// No free piece of that size.
+    /// The reserve has no free run of that size.
     #[error(
-        "the module wants {bytes} bytes of per-CPU memory in one piece, of {free} that the guest has in reserve for modules"
+        "the module needs {bytes} contiguous bytes of per-CPU memory; the guest's reserve for modules has no such run among its {free} free bytes"
     )]
     Full {
-        /// Bytes wanted.
+        /// Bytes that the module needs.
         bytes: u64,
-        /// Bytes that are free, in whatever pieces.
+        /// All free bytes of the reserve.
         free: u64,
     },
-    /// Initial values of so many CPUs that the pause would be long.
+    /// The initial values of all CPUs are so many that the pause would be long.
     #[error(
         "{bytes} bytes of per-CPU variables on {cpus} CPUs are more than the {VALUES_BYTES_MAX} that a pause has time for"
     )]
     TooBig {
-        /// Bytes on each.
+        /// Bytes of variables on each CPU.
         bytes: u64,
-        /// CPUs.
+        /// Number of possible CPUs.
         cpus: usize,
     },
-    /// The allocator's state is not understood.
+    /// The allocator's state cannot be read, or is not understood.
     #[error(transparent)]
     Kernel(#[from] KernelError),
 }
 
-/// A piece of the reserve that a patch has.
+/// An allocation in the guest's reserve.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Piece {
-    /// What a per-CPU pointer to it is: to be added to a CPU's offset.
+pub struct Allocation {
+    /// The per-CPU pointer to it. The guest-virtual address is this and a CPU's offset.
     pub at: u64,
-    /// Bytes, a whole number of units.
+    /// Length in bytes, a whole number of units.
     pub bytes: u64,
     /// The first unit, counted from the start of the reserve.
     unit: u64,
@@ -80,7 +81,7 @@ pub struct Piece {
 /// The guest's reserve.
 struct Reserve {
     units: Units,
-    /// Bits of `bound_map`: where each piece begins, and one behind the last.
+    /// Bits of `bound_map`: the start of each allocation, and the end of the last one.
     bounds: Units,
     count: u64,
     free_bytes: u64,
@@ -88,15 +89,19 @@ struct Reserve {
     bounds_at: Gva,
     free_bytes_at: Gva,
     empty_pages_at: Gva,
-    /// Hints of the whole reserve, and of each of its blocks, with the units that they are of.
+    /// Guest-virtual addresses of the hints of the whole reserve and of each block, with their units.
     hints: Vec<(Gva, Range<u64>)>,
-    /// What a per-CPU pointer to the first unit is.
+    /// The per-CPU pointer to the first unit.
     first: u64,
 }
 
-/// Chooses a piece of `bytes` bytes, a multiple of `align` from the start of a CPU's area, for the module whose `percpu_size` is
-/// at `mark`. Nothing is taken yet.
-pub fn choose(live: &Live<'_>, bytes: u64, align: u64, mark: Gva) -> Result<Piece, PerCpuError> {
+/// Chooses `bytes` bytes, at a multiple of `align` from the start of a CPU's area, for the module whose `percpu_size` is at `mark`. Changes
+/// nothing.
+///
+/// # Errors
+///
+/// The reserve has no space for them, or cannot be read.
+pub fn choose(live: &Live<'_>, bytes: u64, align: u64, mark: Gva) -> Result<Allocation, PerCpuError> {
     let live = &live.that_changes_when(CHANGING);
     let reserve = Reserve::find(live)?;
     let cpus = possible_cpus(live)?.len();
@@ -108,7 +113,7 @@ pub fn choose(live: &Live<'_>, bytes: u64, align: u64, mark: Gva) -> Result<Piec
     let free = reserve.free_bytes;
     let unit = reserve.units.last_fit(wanted, align.div_ceil(UNIT_BYTES).max(1));
     let unit = unit.ok_or(PerCpuError::Full { bytes, free })?;
-    Ok(Piece {
+    Ok(Allocation {
         at: reserve.first.wrapping_add(unit.saturating_mul(UNIT_BYTES)),
         bytes: wanted.saturating_mul(UNIT_BYTES),
         unit,
@@ -116,9 +121,13 @@ pub fn choose(live: &Live<'_>, bytes: u64, align: u64, mark: Gva) -> Result<Piec
     })
 }
 
-impl Piece {
-    /// The changes that take the piece, and give it the initial values `values` on every CPU; the patch's data, of which the byte
-    /// at `data.0` is at `data.1` in physical memory, is laid by then. To be made in a pause.
+impl Allocation {
+    /// Plans the allocation, with the initial values `values` on every CPU. The byte of the patch's data at the guest-virtual address `data.0`
+    /// is at the guest-physical address `data.1`; the data are staged before. The changes must be made in a pause.
+    ///
+    /// # Errors
+    ///
+    /// The reserve cannot be read.
     pub fn take(&self, live: &Live<'_>, values: &[u8], data: (Gva, Gpa)) -> Result<Vec<Change>, PerCpuError> {
         let live = &live.that_changes_when(CHANGING);
         let mut reserve = Reserve::find(live)?;
@@ -142,9 +151,13 @@ impl Piece {
         Ok(changes)
     }
 
-    /// The changes that give the piece back, whatever the reserve is like now; none where it was not taken. To be made in a
-    /// pause, when nobody uses the variables any more.
-    pub fn give_back(&self, live: &Live<'_>) -> Result<Vec<Change>, KernelError> {
+    /// Plans to free the allocation in the reserve as it is now. Gives no changes for an allocation that was not made. The changes must be made
+    /// in a pause, when the guest no longer uses the variables.
+    ///
+    /// # Errors
+    ///
+    /// The reserve cannot be read, or contradicts the allocation.
+    pub fn free(&self, live: &Live<'_>) -> Result<Vec<Change>, KernelError> {
         let live = &live.that_changes_when(CHANGING);
         let mark = live.read_u32(Gva(self.mark)).map_err(unreadable(Gva(self.mark)))?;
         let units = self.units();
@@ -153,13 +166,13 @@ impl Piece {
         }
         let mut reserve = Reserve::find(live).map_err(|error| match error {
             PerCpuError::Kernel(error) => error,
-            other => damaged(other.to_string(), "the reserve that the patch took a piece of"),
+            other => damaged(other.to_string(), "the reserve that the patch has memory of"),
         })?;
-        // The record is the guest's word: nothing beyond the map, and nothing that is free already.
+        // The record comes from the guest: the units must be in the map, and in use.
         if units.end > reserve.count || units.clone().any(|unit| !reserve.units.is_set(unit)) {
-            return Err(damaged(format!("units {units:?} free"), "the patch's piece in use"));
+            return Err(damaged(format!("units {units:?} free"), "the patch's units in use"));
         }
-        let mut changes = pieces(live, MARK, Gva(self.mark), &int(self.bytes), &int(0))?;
+        let mut changes = fragments(live, MARK, Gva(self.mark), &int(self.bytes), &int(0))?;
         reserve.units.fill(units, false);
         reserve.free_bytes = reserve.free_bytes.saturating_add(self.bytes);
         changes.extend(reserve.changes(live)?);
@@ -172,7 +185,7 @@ impl Piece {
 }
 
 impl Reserve {
-    /// Reads the reserve, and checks that it is kept as it is understood here.
+    /// Reads the reserve, and checks that the kernel keeps it as described above.
     fn find(live: &Live<'_>) -> Result<Self, PerCpuError> {
         let symbols = &live.kernel.symbols;
         let pointer = symbols.unique("pcpu_reserved_chunk").ok_or(PerCpuError::NoReserve)?;
@@ -228,7 +241,7 @@ impl Reserve {
             let found = format!("{free_bytes} bytes free, and {free} units");
             return Err(damaged(found, "4 bytes in a unit").into());
         }
-        // The distance of a per-CPU pointer from the address on the first CPU's area (`__addr_to_pcpu_ptr`).
+        // The distance of a per-CPU pointer from the address in the first CPU's area (`__addr_to_pcpu_ptr`).
         let base_at = live.kernel.symbol("pcpu_base_addr")?;
         let start = symbols.unique("__per_cpu_start").unwrap_or(Gva(0));
         let first = word(member("base_addr")?)?
@@ -248,7 +261,7 @@ impl Reserve {
         })
     }
 
-    /// The changes that bring the guest's reserve into this state.
+    /// Plans the changes from the guest's reserve to this state.
     fn changes(&self, live: &Live<'_>) -> Result<Vec<Change>, KernelError> {
         let layout = live.kernel.btf.structure("pcpu_block_md")?;
         let mut changes = becomes(live, WHAT, self.bounds_at, &self.bounds.to_bytes())?;
@@ -288,7 +301,7 @@ fn int(value: u64) -> Vec<u8> {
     value.to_le_bytes().into_iter().take(4).collect()
 }
 
-/// For each CPU that there can be, what to add to a per-CPU pointer.
+/// The offset of each possible CPU, which is added to a per-CPU pointer.
 fn possible_cpus(live: &Live<'_>) -> Result<Vec<u64>, KernelError> {
     let mask = live.kernel.symbol("__cpu_possible_mask")?;
     let mut offsets = Vec::new();
@@ -301,16 +314,16 @@ fn possible_cpus(live: &Live<'_>) -> Result<Vec<u64>, KernelError> {
     Ok(offsets)
 }
 
-/// The changes that make the bytes at `at`, whatever they are, those of `new`: what is the same already is not written.
+/// Plans to write `new` at `at`, from the first byte that differs to the last.
 fn becomes(live: &Live<'_>, what: &str, at: Gva, new: &[u8]) -> Result<Vec<Change>, KernelError> {
     let mut old = vec![0; new.len()];
     live.read(at, &mut old).map_err(unreadable(at))?;
     let unlike = unlike(&old, new);
     let of = |bytes: &[u8]| bytes.get(unlike.clone()).unwrap_or_default().to_vec();
-    pieces(live, what, at.wrapping_add(unlike.start as u64), &of(&old), &of(new))
+    fragments(live, what, at.wrapping_add(unlike.start as u64), &of(&old), &of(new))
 }
 
-/// From the first byte that differs to the last one; nothing, at the end, where none does.
+/// The range from the first byte that differs to the last; empty, at the end, if none differs.
 fn unlike(old: &[u8], new: &[u8]) -> Range<usize> {
     let differs = |(old, new): (&u8, &u8)| old != new;
     let len = old.len().min(new.len());
@@ -323,8 +336,8 @@ fn unlike(old: &[u8], new: &[u8]) -> Range<usize> {
     first..last
 }
 
-/// The change of bytes at a guest-virtual address, one for each part that lies in one piece in the guest's memory.
-fn pieces(live: &Live<'_>, what: &str, at: Gva, mut old: &[u8], mut new: &[u8]) -> Result<Vec<Change>, KernelError> {
+/// The changes of bytes at a guest-virtual address, one for each fragment that is contiguous in guest-physical memory.
+fn fragments(live: &Live<'_>, what: &str, at: Gva, mut old: &[u8], mut new: &[u8]) -> Result<Vec<Change>, KernelError> {
     let mut changes = Vec::new();
     let mut at = at;
     while !new.is_empty() && !old.is_empty() {

@@ -1,5 +1,5 @@
-//! The map of an area of per-CPU memory: one bit for each unit that the allocator hands out, set where it is in use; and what the
-//! allocator remembers of a part of the map so that it need not look at it (`struct pcpu_block_md`, mm/percpu-internal.h).
+//! The map of an area of per-CPU memory, with one bit for each unit that the allocator hands out: set if the unit is in use. And the hints
+//! with which the allocator need not scan a part of the map (`struct pcpu_block_md`, mm/percpu-internal.h).
 
 use std::ops::Range;
 
@@ -7,7 +7,7 @@ use std::ops::Range;
 const WORD_BYTES: u64 = 8;
 const WORD_BITS: u64 = 64;
 
-/// A bit for each unit.
+/// The map: a bit for each unit.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Units {
     words: Vec<u64>,
@@ -15,12 +15,12 @@ pub(super) struct Units {
 }
 
 impl Units {
-    /// Bytes of a map of `count` units.
+    /// Size of a map of `count` units, in bytes.
     pub fn bytes_for(count: u64) -> u64 {
         count.div_ceil(WORD_BITS).saturating_mul(WORD_BYTES)
     }
 
-    /// From the bytes of the map; units that are not in them count as used.
+    /// Decodes the bytes of a map. Units beyond the bytes count as used.
     pub fn from_bytes(bytes: &[u8], count: u64) -> Self {
         let words = bytes.as_chunks::<8>().0.iter().map(|word| u64::from_le_bytes(*word));
         Self {
@@ -29,7 +29,7 @@ impl Units {
         }
     }
 
-    /// As in the guest.
+    /// Encodes the map as the guest has it.
     pub fn to_bytes(&self) -> Vec<u8> {
         self.words.iter().flat_map(|word| word.to_le_bytes()).collect()
     }
@@ -67,7 +67,7 @@ impl Units {
         runs
     }
 
-    /// The last place for `len` units, that is a multiple of `align`. The guest's own modules take the first ones.
+    /// The last free run of `len` units that starts at a multiple of `align`. The guest's own modules get the first ones.
     pub fn last_fit(&self, len: u64, align: u64) -> Option<u64> {
         let runs = self.free_in(0..self.count);
         runs.into_iter().rev().find_map(|run| {
@@ -78,24 +78,24 @@ impl Units {
     }
 }
 
-/// What the allocator remembers of a part of the map, counted from its start. The kernel finds these values itself when it
-/// looks at all of the part (`pcpu_block_refresh_hint`).
+/// The allocator's hints for a part of the map, as units from the start of the part. These are the values that the kernel finds when it
+/// scans the whole part (`pcpu_block_refresh_hint`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub(super) struct Hints {
-    /// The longest run of free units, and where it begins.
+    /// Length of the longest free run.
     pub contig_hint: u64,
-    /// Where that one begins.
+    /// Start of that run.
     pub contig_hint_start: u64,
-    /// The free run at the start of the part.
+    /// Length of the free run at the start of the part.
     pub left_free: u64,
-    /// The free run at its end.
+    /// Length of the free run at the end of the part.
     pub right_free: u64,
-    /// The first free unit; the number of units where none is.
+    /// The first free unit; the number of units if none is free.
     pub first_free: u64,
 }
 
 impl Hints {
-    /// Of that part of the map.
+    /// Finds the hints for a part of the map.
     pub fn of(units: &Units, part: Range<u64>) -> Self {
         let bits = part.end.saturating_sub(part.start);
         let mut hints = Self {
@@ -130,7 +130,7 @@ mod tests {
     }
 
     #[test]
-    fn a_map_is_what_its_bytes_say() {
+    fn a_map_is_decoded_from_its_bytes() {
         let map = units(&[3..5, 64..66], 128);
         assert_eq!(map.to_bytes()[..9], [0b0001_1000, 0, 0, 0, 0, 0, 0, 0, 3]);
         assert_eq!(Units::from_bytes(&map.to_bytes(), 128), map);
@@ -139,7 +139,7 @@ mod tests {
     }
 
     #[test]
-    fn the_last_place_that_fits_is_taken() {
+    fn the_last_run_that_fits_is_chosen() {
         let map = units(&[0..8, 60..64, 120..128], 128);
         assert_eq!(map.last_fit(56, 1), Some(64));
         assert_eq!(map.last_fit(40, 16), Some(80));
@@ -150,7 +150,7 @@ mod tests {
     }
 
     #[test]
-    fn hints_say_the_longest_run_and_those_at_the_ends() {
+    fn hints_have_the_longest_run_and_those_at_both_ends() {
         let map = units(&[4..10, 20..24, 110..128], 128);
         let hints = Hints {
             contig_hint: 86,

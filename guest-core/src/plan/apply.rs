@@ -1,47 +1,51 @@
-//! From a module and a kernel to the plan of applying it.
+//! Plans the apply of a module.
 
-use super::areas::Areas;
+use super::placement::Placement;
 use super::redirects::{self, Redirects};
-use super::{Plan, Refusal, fit, from_reads, guard, known, old, parts, reapply, this_module};
+use super::{Plan, Refusal, compatibility, from_reads, guard, partial, reapply, registration, targets, this_module};
 use crate::addr::Gva;
-use crate::guest_module::{self, Description, Registration};
+use crate::guest_module::{self, Description, PreparedModule};
 use crate::kernel::resolve::GuestSymbols;
 use crate::kernel::{Live, alternatives, livepatch};
 use crate::module::{Bases, GuestContext, Image, JumpLayout, Note, Patch, PatchModule};
 use crate::paging::PAGE_SIZE;
-use crate::place::{Orc, Record, Registry, Span, State};
 use crate::reads::Preconditions;
+use crate::registry::{Orc, Record, Registry, Span, State};
 use sha2::{Digest, Sha256};
 
-/// Room for a record at first; one of a few functions needs no more.
+/// Space for a record in the first attempt, in bytes. The record of a patch with a few functions needs no more.
 const RECORD_BYTES_FIRST: u64 = 4 * PAGE_SIZE;
 
-/// What the operator chose.
+/// What the record says of the apply.
 #[derive(Debug, Clone)]
 pub struct ApplyOptions {
-    /// Name of the consistency model, for the record.
+    /// Name of the consistency model.
     pub model: String,
-    /// Seconds since 1970 on the host.
+    /// Time on the host, in seconds since 1970.
     pub now: u64,
 }
 
-/// Plans to apply the module `file`. Reads the guest, changes nothing.
+/// Plans the apply of `file`, the bytes of a livepatch module. Reads the guest and changes nothing.
+///
+/// # Errors
+///
+/// The module does not fit the guest, or the guest has no space for it.
 pub fn apply(live: &Live<'_>, registry: &Registry, file: &[u8], options: &ApplyOptions) -> Result<Plan, Refusal> {
     from_reads::plan(live, |live| plan(live, registry, file, options))
 }
 
 fn plan(live: &Live<'_>, registry: &Registry, file: &[u8], options: &ApplyOptions) -> Result<Plan, Refusal> {
     let module = PatchModule::parse(file)?;
-    fit::check(live, &module)?;
+    compatibility::check(live, &module)?;
     guard::require_survival::<Refusal>(live)?;
     let mut patch = module.patch(&livepatch::layout(live)?)?;
     let alternatives = alternatives::layout(live)?;
     let digest = crate::change::hex::encode(&Sha256::digest(file));
     let symbols = GuestSymbols::new(live);
-    let parts = parts::split(live, &symbols, registry, &digest, &mut patch)?;
+    let parts = partial::split(live, &symbols, registry, &digest, &mut patch)?;
     let id = parts.id(registry, &module, &patch, &alternatives)?;
     if patch.replace == Some(true) {
-        fit::refuse_beside_others(live, registry)?;
+        compatibility::refuse_beside_others(live, registry)?;
     }
     let note = module.note()?;
     if let Some(plan) = reapply::plan(live, &symbols, registry, (&id, &digest, note.as_ref()), &patch)? {
@@ -61,18 +65,18 @@ fn plan(live: &Live<'_>, registry: &Registry, file: &[u8], options: &ApplyOption
         pending: &parts.pending,
         note: note.as_ref(),
     };
-    // Linking needs the addresses, and only then it shows how long the record is that says where everything is.
+    // The patch is linked for its addresses, and only the linked patch gives the length of the record.
     let mut record_bytes = RECORD_BYTES_FIRST;
     loop {
         match part.place(options, record_bytes)? {
-            Placed::Whole(plan) => return Ok(*plan),
-            // more than there was room for, each time: it ends, with a plan or for want of room
-            Placed::RecordOf(bytes) => record_bytes = bytes,
+            Placed::Planned(plan) => return Ok(*plan),
+            // Each attempt has more space than the one before: the loop ends with a plan, or with an error that there is no space.
+            Placed::LongerRecord(bytes) => record_bytes = bytes,
         }
     }
 }
 
-/// What of a module is applied now, which fits the guest.
+/// The part of a module that is applied now, which was found to fit the guest.
 struct Part<'a> {
     live: &'a Live<'a>,
     registry: &'a Registry,
@@ -84,40 +88,41 @@ struct Part<'a> {
     digest: &'a str,
     /// Modules that the guest has not loaded.
     pending: &'a [String],
-    /// What the module was made for, where it says so.
+    /// The code that the module was made for, where the module carries it.
     note: Option<&'a Note>,
 }
 
+/// Result of an attempt to place a patch.
 enum Placed {
-    Whole(Box<Plan>),
-    /// The record is longer than the room for it: that many bytes.
-    RecordOf(u64),
+    Planned(Box<Plan>),
+    /// The record does not fit into its space: its bytes.
+    LongerRecord(u64),
 }
 
 impl Part<'_> {
-    /// Plans it with room for a record of `record_bytes`.
+    /// Plans the apply with space for a record of `record_bytes`.
     fn place(&self, options: &ApplyOptions, record_bytes: u64) -> Result<Placed, Refusal> {
         let (live, registry, image) = (self.live, self.registry, self.image);
         let layout = image.layout();
-        let guest = known::layout(live, self.id)?;
+        let guest = registration::layout(live, self.id)?;
         let named: Vec<_> = image.symbols().collect();
-        let uses = old::used(live, self.symbols, self.patch, image.undefined())?;
-        let room = guest.room(
+        let uses = targets::used(live, self.symbols, self.patch, image.undefined())?;
+        let space = guest.space(
             &named,
             (uses.len(), image.traceable()),
             layout.rodata.size,
             layout.data.size,
         );
-        let sizes = [layout.text.size, room.rodata, room.data];
-        let areas = Areas::find(registry, sizes, record_bytes)?;
-        let [text, rodata, data] = areas.mapped(registry);
-        let per_cpu = known::per_cpu(live, &layout.per_cpu, data.wrapping_add(room.module))?;
+        let sizes = [layout.text.size, space.rodata, space.data];
+        let placement = Placement::find(registry, sizes, record_bytes)?;
+        let [text, rodata, data] = placement.mapped(registry);
+        let per_cpu = registration::per_cpu(live, &layout.per_cpu, data.wrapping_add(space.module))?;
         let bases = Bases {
             text,
             rodata,
             data,
-            per_cpu: Gva(per_cpu.map_or(0, |piece| piece.at)),
-            module: data.wrapping_add(room.module),
+            per_cpu: Gva(per_cpu.map_or(0, |allocation| allocation.at)),
+            module: data.wrapping_add(space.module),
         };
         let context = GuestContext {
             symbols: self.symbols,
@@ -140,34 +145,34 @@ impl Part<'_> {
             fixups: linked.fixups,
             bugs: linked.bugs,
             jumps: (linked.jump_labels.table, linked.jump_labels.count),
-            per_cpu: per_cpu.map(|piece| Gva(piece.at)),
+            per_cpu: per_cpu.map(|allocation| Gva(allocation.at)),
             uses: &uses,
             sites: &linked.sites,
             symbols: named,
         };
-        let others = registry.all_records().filter_map(|record| record.known.as_ref());
-        let registration = guest.register(live, &description, &room, others)?;
-        let module_at = Gva(registration.known.module);
+        let others = registry.all_records().filter_map(|record| record.registration.as_ref());
+        let prepared = guest.register(live, &description, &space, others)?;
+        let module_at = Gva(prepared.registration.module);
         let (keys, listed) =
             guest_module::list_at_keys(live, &linked.jump_labels, module_at, (data, &mut linked.data))?;
-        known::append(&mut linked.rodata, room.symbols, &registration.symbols);
-        known::append(&mut linked.data, room.module, &registration.module);
-        let Registration {
-            changes: mut paused,
-            mut known,
+        registration::append(&mut linked.rodata, space.symbols, &prepared.symbols);
+        registration::append(&mut linked.data, space.module, &prepared.module);
+        let PreparedModule {
+            changes: mut atomic,
+            mut registration,
             ..
-        } = registration;
-        known.keys = listed;
-        known.per_cpu = per_cpu;
-        paused.extend(keys);
-        if let Some(piece) = per_cpu {
-            paused.extend(piece.take(live, &linked.per_cpu, (data, areas.data(registry)))?);
+        } = prepared;
+        registration.keys = listed;
+        registration.per_cpu = per_cpu;
+        atomic.extend(keys);
+        if let Some(allocation) = per_cpu {
+            atomic.extend(allocation.take(live, &linked.per_cpu, (data, placement.data(registry)))?);
         }
 
         let Redirects {
             functions,
             changes,
-            occupied,
+            must_be_quiescent,
         } = redirects::plan(live, self.symbols, registry, self.note, &linked.functions)?;
         let orders = registry.all_records().map(|record| record.order);
         let span = |start: Gva, len| Span { start: start.0, len };
@@ -187,23 +192,23 @@ impl Part<'_> {
                 count: linked.orc.rows.len() as u64,
             },
             changes,
-            known: Some(known),
+            registration: Some(registration),
             pending: self.pending.to_vec(),
             escapes: Some(image.escapes()),
         };
         let bytes = record.to_bytes()?;
-        if bytes.len() as u64 > areas.record_room() {
-            return Ok(Placed::RecordOf(bytes.len() as u64));
+        if bytes.len() as u64 > placement.record_space() {
+            return Ok(Placed::LongerRecord(bytes.len() as u64));
         }
-        paused.extend(record.changes.iter().cloned());
-        paused.push(registry.state_change(areas.slot, State::Applying, State::Applied));
-        Ok(Placed::Whole(Box::new(Plan {
-            before: areas.lay(registry, &linked, &bytes),
-            paused,
+        atomic.extend(record.changes.iter().cloned());
+        atomic.push(registry.state_change(placement.slot, State::Applying, State::Applied));
+        Ok(Placed::Planned(Box::new(Plan {
+            staged: placement.stage(registry, &linked, &bytes),
+            atomic,
             requires: Preconditions::default(),
-            occupied,
-            unread: Gva(0)..Gva(0),
-            laid: registry.laid_code(),
+            must_be_quiescent,
+            unreferenced: Gva(0)..Gva(0),
+            patch_code: registry.patch_code(),
             record,
         })))
     }

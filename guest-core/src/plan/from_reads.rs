@@ -1,4 +1,4 @@
-//! Makes a plan from a guest that runs: all that the plan is made from becomes a precondition of its commit.
+//! Makes a plan while the guest runs: all that the planner reads becomes a precondition of the commit.
 
 use super::{Plan, Refusal, RevertError};
 use crate::guest_module;
@@ -7,9 +7,9 @@ use crate::kernel::{KernelError, Live};
 use crate::reads::Reads;
 use crate::redirect::RedirectError;
 
-/// An error of a planner, which may be due to a guest that changed what was being read.
+/// An error of a planner. A guest that changes what is being read may be its cause.
 pub(super) trait PlanError: From<KernelError> {
-    /// True where the guest's structures could not be read, or contradicted one another.
+    /// True where the guest's structures cannot be read, or contradict one another.
     fn is_of_reading(&self) -> bool;
 }
 
@@ -27,18 +27,31 @@ impl PlanError for RevertError {
 
 impl PlanError for Refusal {
     fn is_of_reading(&self) -> bool {
+        use crate::module::{LinkError, ResolveError};
         use crate::per_cpu::PerCpuError;
         matches!(
             self,
-            Self::Kernel(_) | Self::Redirect(RedirectError::Kernel { .. }) | Self::PerCpu(PerCpuError::Kernel(_))
+            Self::Kernel(_)
+                | Self::Redirect(RedirectError::Kernel { .. })
+                | Self::PerCpu(PerCpuError::Kernel(_))
+                | Self::Function {
+                    cause: ResolveError::Guest(_),
+                    ..
+                }
+                | Self::Link(LinkError::Symbol {
+                    cause: ResolveError::Guest(_),
+                    ..
+                })
         )
     }
 }
 
-/// Runs a planner whose reads are written down, and gives its plan the preconditions.
+/// Runs a planner, records its reads, and gives them to its plan as preconditions.
 ///
-/// Where the planner fails and what it has read is not so any more, or the guest is just changing it, the error is
-/// [`KernelError::Changed`] or [`KernelError::Held`]: another try may succeed.
+/// # Errors
+///
+/// Those of the planner. Where it failed and the bytes that it read have changed since, or the guest is changing them right now, the error
+/// is [`KernelError::Changed`] or [`KernelError::Held`] instead: another attempt may succeed.
 pub(super) fn plan<E: PlanError>(
     live: &Live<'_>,
     planner: impl FnOnce(&Live<'_>) -> Result<Plan, E>,
@@ -61,5 +74,32 @@ pub(super) fn plan<E: PlanError>(
                 Some(held) if error.is_of_reading() => Err(KernelError::Held(held).into()),
                 _ => Err(error),
             }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::module::{LinkError, ResolveError};
+
+    #[test]
+    fn an_unreadable_symbol_table_is_an_error_of_reading_and_a_missing_symbol_is_not() {
+        let unreadable = || ResolveError::Guest(KernelError::NoSymbol("modules"));
+        let missing = || ResolveError::NotFound {
+            object: "vmlinux".to_owned(),
+        };
+        for (cause, is_of_reading) in [(unreadable(), true), (missing(), false)] {
+            let function = Refusal::Function {
+                name: "f".to_owned(),
+                cause: cause.clone(),
+            };
+            let symbol = Refusal::Link(LinkError::Symbol {
+                symbol: "s".to_owned(),
+                needed_by: ".text+0x8".to_owned(),
+                cause,
+            });
+            assert_eq!(function.is_of_reading(), is_of_reading, "{function:?}");
+            assert_eq!(symbol.is_of_reading(), is_of_reading, "{symbol:?}");
+        }
     }
 }

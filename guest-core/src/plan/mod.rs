@@ -1,50 +1,50 @@
-//! What is going to be done to the guest, as pure data: every byte to write, with the byte it expects to replace.
-//! Everything that can fail for a reason known beforehand fails here, when the guest has not been touched.
+//! Plans the changes of an apply, a revert or a recovery, as pure data: every byte to write, with the byte that it replaces. All checks that
+//! need no pause are made here, before the guest is changed.
 
 mod apply;
-mod areas;
 mod cleanup;
-mod fit;
+mod compatibility;
 mod from_reads;
 mod guard;
-mod known;
-mod old;
-mod old_code;
-mod parts;
+mod partial;
+mod placement;
 mod reapply;
 mod redirects;
 mod refusal;
+mod registration;
 mod revert;
+mod targets;
 mod this_module;
+mod verify_code;
 
 pub use apply::{ApplyOptions, apply};
 pub use cleanup::{cleanup, recovery};
-pub use fit::{Checksums, checksums};
+pub use compatibility::{Checksums, checksums};
 pub use refusal::Refusal;
 pub use revert::{RevertError, revert};
 
 use crate::addr::Gva;
 use crate::change::Change;
-use crate::place::Record;
 use crate::reads::Preconditions;
+use crate::registry::Record;
 use crate::unwind::{OldFunction, PatchCode};
 use std::ops::Range;
 
-/// What is going to be done.
+/// The changes of an apply, a revert or a recovery, and what must hold when they are committed.
 #[derive(Debug, Clone)]
 pub struct Plan {
-    /// Made one by one while the guest runs: none of it is reachable for the guest yet.
-    pub before: Vec<Change>,
-    /// Made together, with all vCPUs stopped.
-    pub paused: Vec<Change>,
-    /// What the plan was made from: it must be so when `paused` is made.
+    /// Changes made one by one while the guest runs. The guest cannot reach them yet.
+    pub staged: Vec<Change>,
+    /// Changes made in one pause: all of them or none. The last one is the patch's state in the registry.
+    pub atomic: Vec<Change>,
+    /// The bytes that the plan was made from. They must be unchanged when `atomic` is made.
     pub requires: Preconditions,
-    /// What must be on no stack when `paused` is made.
-    pub occupied: Vec<OldFunction>,
-    /// What nobody may be reading then: memory that the guest knows, and that is going to be wiped.
-    pub unread: Range<Gva>,
-    /// Code of all patches that the guest holds: what stacks may lead through.
-    pub laid: Vec<PatchCode>,
-    /// The patch it is about.
+    /// Functions that must be quiescent when `atomic` is made: in use on no stack.
+    pub must_be_quiescent: Vec<OldFunction>,
+    /// Guest-virtual memory that must be unreferenced then: the guest can reach it, and the plan wipes it.
+    pub unreferenced: Range<Gva>,
+    /// The code of all patches in the guest, which stacks may lead through.
+    pub patch_code: Vec<PatchCode>,
+    /// The record of the patch.
     pub record: Record,
 }

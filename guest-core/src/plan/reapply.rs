@@ -1,17 +1,17 @@
-//! Bringing a patch back into force that was reverted and whose code was kept: in its old place, with its variables as they are.
-//! The guest may hold pointers to both, and each new copy would take room until the guest reboots.
+//! Applies a patch again whose code a revert has kept: at its old addresses, with its variables as they are. The guest may hold pointers
+//! to code and variables, and each new copy would take space until the guest reboots.
 
 use super::redirects::{self, Redirects};
-use super::{Plan, Refusal, known};
+use super::{Plan, Refusal, registration};
 use crate::addr::Gva;
 use crate::kernel::Live;
 use crate::kernel::resolve::GuestSymbols;
 use crate::module::{LinkedFunction, Note, Patch};
-use crate::place::{Record, Registry, State};
 use crate::reads::Preconditions;
+use crate::registry::{Record, Registry, State};
 
-/// Plans to bring the patch of that name and digest back into force. `None` where there is none whose code was kept, or where it
-/// does not fit any more as it is: it becomes a new copy then.
+/// Plans to apply the kept patch of that name and digest again. `None` where no such patch is kept, or where it does not fit as it is: the
+/// caller then applies a new copy.
 pub(super) fn plan(
     live: &Live<'_>,
     symbols: &GuestSymbols<'_>,
@@ -24,9 +24,11 @@ pub(super) fn plan(
     let Some((entry, record)) = kept.find(|(_, record)| same(record)) else {
         return Ok(None);
     };
-    let Some(module) = &record.known else { return Ok(None) };
-    // The name must be free again, too.
-    known::layout(live, id)?;
+    let Some(module) = &record.registration else {
+        return Ok(None);
+    };
+    // No other module may have taken the name since.
+    registration::layout(live, id)?;
     let functions = record.functions.iter().map(|function| LinkedFunction {
         object: function.object.clone(),
         old_name: function.name.clone(),
@@ -38,27 +40,27 @@ pub(super) fn plan(
     let Redirects {
         functions,
         changes,
-        occupied,
+        must_be_quiescent,
     } = redirects::plan(live, symbols, registry, note, &functions)?;
-    // A function that is traced now, and was not then, is redirected elsewhere, which the record does not say.
+    // A function that is traced now, but was not then, is redirected at another address than the record says.
     if functions != record.functions || changes != record.changes {
         return Ok(None);
     }
-    let mut paused: Vec<_> = module.rename(live, id)?.into_iter().collect();
-    paused.extend(changes);
-    paused.push(registry.state_change(entry.slot, State::Reapplying, State::Applied));
+    let mut atomic: Vec<_> = module.rename(live, id)?.into_iter().collect();
+    atomic.extend(changes);
+    atomic.push(registry.state_change(entry.slot, State::Reapplying, State::Applied));
     Ok(Some(Plan {
-        before: vec![registry.state_change(entry.slot, State::Kept, State::Reapplying)],
-        paused,
+        staged: vec![registry.state_change(entry.slot, State::Kept, State::Reapplying)],
+        atomic,
         requires: Preconditions::default(),
-        occupied,
-        unread: Gva(0)..Gva(0),
-        laid: registry.laid_code(),
+        must_be_quiescent,
+        unreferenced: Gva(0)..Gva(0),
+        patch_code: registry.patch_code(),
         record: record.clone(),
     }))
 }
 
-/// True where a patch is of the very functions that the record is of: an earlier part of the same module may have been of others.
+/// True where the patch replaces exactly the record's functions. An earlier part of the same module may have replaced others.
 fn replaces_the_same(record: &Record, patch: &Patch) -> bool {
     let functions = patch.objects.iter().flat_map(|object| {
         let of = move |function| (object.name.as_deref(), function);

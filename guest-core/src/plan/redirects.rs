@@ -1,26 +1,26 @@
-//! The redirects of a patch: from each old function to its new one.
+//! Plans the redirects of a patch, from each old function to its new one.
 
-use super::{Refusal, old, old_code};
+use super::{Refusal, targets, verify_code};
 use crate::change::Change;
 use crate::kernel::resolve::GuestSymbols;
 use crate::kernel::{Live, livepatch};
 use crate::module::{LinkedFunction, Note};
-use crate::place::{PatchedFunction, Registry};
 use crate::redirect::redirect;
+use crate::registry::{PatchedFunction, Registry};
 use crate::unwind::OldFunction;
 
-/// What the redirects are.
+/// The redirects of a patch.
 #[derive(Debug, Default)]
 pub(super) struct Redirects {
-    /// For the record.
+    /// The functions, as the record keeps them.
     pub functions: Vec<PatchedFunction>,
-    /// At the old functions' beginnings.
+    /// The changes that redirect the old functions.
     pub changes: Vec<Change>,
-    /// The old functions, with what the compiler split off them.
-    pub occupied: Vec<OldFunction>,
+    /// The old functions and their split parts.
+    pub must_be_quiescent: Vec<OldFunction>,
 }
 
-/// Finds the old function of each of `functions`, makes sure that it is the one which the patch was made for, and plans its redirect.
+/// Finds the old function of each of `functions`, verifies its code, and plans its redirect.
 pub(super) fn plan(
     live: &Live<'_>,
     symbols: &GuestSymbols<'_>,
@@ -31,12 +31,12 @@ pub(super) fn plan(
     let held = livepatch::held(live)?;
     let mut redirects = Redirects::default();
     for function in functions {
-        let old::Old { at, len, parts } = old::find(live, symbols, registry, function)?;
-        old_code::check(live, note, function, at)?;
+        let targets::Target { at, len, parts } = targets::find(live, symbols, registry, function)?;
+        verify_code::check(live, note, function, at)?;
         let (kind, sites) = redirect(live, &function.old_name, at, len, function.new, &held)?;
         let jump = sites.first().map_or(0, |change| change.gpa().0);
         redirects.changes.extend(sites);
-        redirects.occupied.extend(parts);
+        redirects.must_be_quiescent.extend(parts);
         redirects.functions.push(PatchedFunction {
             object: function.object.clone(),
             name: function.old_name.clone(),

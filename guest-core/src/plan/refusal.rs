@@ -1,4 +1,4 @@
-//! Why a patch is not applied.
+//! The reasons for which a patch is refused.
 
 use crate::addr::Gva;
 use crate::btf::BtfError;
@@ -6,25 +6,25 @@ use crate::kernel::KernelError;
 use crate::kernel::guard::Armed;
 use crate::module::{ImageError, LinkError, ModuleError, NoteError, PatchError, ResolveError};
 use crate::per_cpu::PerCpuError;
-use crate::place::RegistryError;
 use crate::redirect::RedirectError;
+use crate::registry::RegistryError;
 
-/// Why a module does not fit the guest. Nothing was changed.
+/// Why a patch is not applied. Nothing was changed.
 #[derive(Debug, thiserror::Error)]
 pub enum Refusal {
-    /// Not a module that vmpatch understands.
+    /// The file is no module that vmpatch understands.
     #[error(transparent)]
     Module(#[from] ModuleError),
-    /// The patch that it describes is not understood.
+    /// The module does not describe a patch that vmpatch understands.
     #[error(transparent)]
     Patch(#[from] PatchError),
-    /// It has a section, or needs memory, that is not handled.
+    /// The module has a section that is not handled, or needs memory that a patch cannot have.
     #[error(transparent)]
     Image(#[from] ImageError),
-    /// It can't be linked against this kernel.
+    /// The module cannot be linked against this kernel.
     #[error(transparent)]
     Link(#[from] LinkError),
-    /// It was made for another kernel.
+    /// The module was made for another kernel.
     #[error("the module was made for kernel {module:?}, the guest runs {guest:?}")]
     Vermagic {
         /// `vermagic` of the module.
@@ -32,7 +32,7 @@ pub enum Refusal {
         /// `vermagic`, or the release, of the guest's kernel.
         guest: String,
     },
-    /// It was compiled against another type of something that it uses.
+    /// The module was compiled against another type of a symbol that it uses.
     #[error(
         "the module was compiled against another {symbol} (checksum {module:#010x}; the guest's kernel has {guest:#010x})"
     )]
@@ -44,31 +44,31 @@ pub enum Refusal {
         /// That of the guest's kernel.
         guest: u32,
     },
-    /// It was compiled with another type than the guest's kernel has.
+    /// The module was compiled with another type than the guest's kernel has.
     #[error(
         "the module was compiled with a struct or union {name} of {module} bytes, the guest's kernel has {}",
         sizes(guest)
     )]
     TypeSize {
-        /// Its name.
+        /// Name of the type.
         name: String,
-        /// Bytes of the module's.
+        /// Size in the module, in bytes.
         module: u64,
-        /// Bytes of those of that name that the kernel has.
+        /// Sizes of the kernel's types of that name, in bytes.
         guest: Vec<u64>,
     },
-    /// Its types can't be read.
+    /// The module's types cannot be read.
     #[error("the module's .BTF.base can't be read: {0}")]
     BaseTypes(BtfError),
-    /// It was compiled with a `struct module` of another size.
+    /// The module was compiled with a `struct module` of another size.
     #[error("the module was compiled with a struct module of {module} bytes, the guest's kernel has one of {guest}")]
     ModuleSize {
-        /// Bytes of the module's.
+        /// Size in the module, in bytes.
         module: u64,
-        /// Bytes of the kernel's.
+        /// Size in the guest's kernel, in bytes.
         guest: u64,
     },
-    /// Its `struct module` has a pointer where the guest's kernel has neither init nor exit.
+    /// The module's `struct module` has a pointer at an offset where the guest's kernel has neither init nor exit.
     #[error(
         "the module was compiled with another struct module: at byte {offset}, where it points at init or exit, the guest's kernel has something else"
     )]
@@ -76,18 +76,18 @@ pub enum Refusal {
         /// Bytes from the structure's start.
         offset: u64,
     },
-    /// It uses a part of its own `struct module` that the guest's does not have filled in.
+    /// The module uses a member of its `struct module` that vmpatch does not fill.
     #[error(
         "{at} uses {} of THIS_MODULE: in a guest that is patched from outside, only its address, state, name and refcnt can be used",
         offset.map_or_else(|| "an unknown part".to_owned(), |offset| format!("byte {offset}"))
     )]
     ThisModule {
-        /// Section and offset.
+        /// Section and offset of the use.
         at: String,
-        /// Bytes from the structure's start, where it can be told.
+        /// Offset of the member in the structure, in bytes; `None` where it cannot be told.
         offset: Option<u64>,
     },
-    /// It registers something that is linked with its module in sysfs.
+    /// The module registers something that the kernel links with the module's directory in sysfs.
     #[error(
         "the patch uses THIS_MODULE and calls {function}, which links what it registers with the module in the guest's sysfs, where a patch from outside is not"
     )]
@@ -95,7 +95,7 @@ pub enum Refusal {
         /// The function.
         function: String,
     },
-    /// Its tables for unwinding have another format than the guest's kernel reads.
+    /// The module's ORC tables have another format than the guest's kernel reads.
     #[error("the module was built for another ORC format ({module}) than the guest's kernel has ({guest})")]
     OrcHeader {
         /// The digest of the module's format.
@@ -103,16 +103,16 @@ pub enum Refusal {
         /// That of the kernel's.
         guest: String,
     },
-    /// The guest's integrity guard would stop the guest, or may.
+    /// The guest's integrity guard would or may stop the guest.
     #[error(transparent)]
     Guard(#[from] Armed),
-    /// `klp_patch.replace`, in a guest that has other patches.
+    /// The module sets `klp_patch.replace`, and the guest has other patches.
     #[error("the module is to replace all other livepatches (klp_patch.replace); revert these first: {others}")]
     Replace {
-        /// The others, by name.
+        /// Names of the other patches.
         others: String,
     },
-    /// All that it patches is in modules that the guest has not loaded.
+    /// The module patches only modules that the guest has not loaded.
     #[error("it patches nothing but modules that the guest has not loaded: {}", objects.join(", "))]
     Pending {
         /// The module's name.
@@ -120,31 +120,31 @@ pub enum Refusal {
         /// The modules.
         objects: Vec<String>,
     },
-    /// A part of it has been applied before, with data that the rest would have to share.
+    /// A part of the module is applied, with variables that the rest would have to share.
     #[error(
         "{section} belongs to {id}, too, which was applied before {objects} was loaded; revert it and apply it again"
     )]
     SharedData {
-        /// The section.
+        /// The section with the variables.
         section: String,
         /// The part that is applied.
         id: String,
-        /// What is to be patched now.
+        /// The objects to be patched now.
         objects: String,
     },
-    /// A module that the patch needs is being loaded or unloaded.
-    #[error("the guest's module {module} is just being loaded or unloaded")]
-    Unsettled {
+    /// The guest is loading or unloading a module that the patch needs.
+    #[error("the guest is loading or unloading the module {module}")]
+    ModuleInTransition {
         /// The module.
         module: String,
     },
-    /// It is there already, of the very same module.
+    /// The same module is already applied.
     #[error("{id} is already applied")]
     AlreadyApplied {
         /// Its name.
         id: String,
     },
-    /// A patch of that name is there already, of another module.
+    /// Another module is applied under that name.
     #[error("{id} is applied from another module (its SHA-256 is {applied}, this one's is {file}): revert {id} first")]
     OtherModule {
         /// The name.
@@ -154,26 +154,26 @@ pub enum Refusal {
         /// SHA-256 of this module, in hex.
         file: String,
     },
-    /// It is there already, but something has overwritten its redirect.
+    /// The patch is applied, but something has overwritten a redirect.
     #[error("{id} is applied, but {function} is not redirected any more ({found}): revert {id}, then apply it again")]
     NotActive {
         /// Its name.
         id: String,
-        /// The function.
+        /// The old function.
         function: String,
-        /// What is in place of the redirect.
+        /// The bytes in place of the redirect.
         found: String,
     },
-    /// The guest has a module of that name.
-    #[error("the guest has loaded a module {id} of its own, and can't know a second one by that name")]
+    /// The guest has loaded a module of that name.
+    #[error("a module named {id} is already loaded in the guest")]
     Loaded {
         /// The name.
         id: String,
     },
-    /// A kernel that was built without modules does not load a livepatch either.
-    #[error("the guest's kernel was built without modules, and can't know the patch's code as one")]
+    /// The guest's kernel was built without modules. Such a kernel loads no livepatch either.
+    #[error("the guest's kernel was built without modules, so the patch cannot be registered as one")]
     NoModules,
-    /// What it says of the code that it was made for can't be read.
+    /// The module's note of the code that it was made for cannot be read.
     #[error(transparent)]
     Note(#[from] NoteError),
     /// The guest runs other code than the patch was made for.
@@ -185,14 +185,14 @@ pub enum Refusal {
         function: String,
         /// The first byte that differs, counted from the function's start.
         offset: usize,
-        /// Its address in the guest.
+        /// Guest-virtual address of that byte.
         at: Gva,
-        /// What is there.
+        /// The guest's byte.
         found: u8,
-        /// What should be.
+        /// The byte that the patch was made for.
         expected: u8,
     },
-    /// Another patch holds the function.
+    /// Another patch has replaced the function.
     #[error("{function} is already patched by {id}; revert that one first")]
     Held {
         /// The function.
@@ -200,32 +200,33 @@ pub enum Refusal {
         /// The patch.
         id: String,
     },
-    /// A function that the patch names is not in this kernel, or not once.
-    #[error("function {name}: {cause}")]
+    /// A function that the patch names is not in this kernel, or its name is not unique.
+    #[error("function {name}")]
     Function {
         /// Its name.
         name: String,
-        /// Why not.
+        /// Why it was not found.
+        #[source]
         cause: ResolveError,
     },
-    /// It can't be redirected.
+    /// A function cannot be redirected.
     #[error(transparent)]
     Redirect(#[from] RedirectError),
-    /// No per-CPU memory.
+    /// The guest has no per-CPU memory for the patch.
     #[error(transparent)]
     PerCpu(#[from] PerCpuError),
-    /// No room.
+    /// The registry cannot be read, or has no space for the patch.
     #[error(transparent)]
     Registry(#[from] RegistryError),
-    /// The guest's tables could not be read.
+    /// The guest's kernel cannot be read.
     #[error("reading the guest's kernel")]
     Kernel(#[from] KernelError),
-    /// Its record could not be written down.
+    /// The patch's record cannot be encoded.
     #[error("writing the patch's record")]
     Record(#[from] serde_json::Error),
 }
 
-/// The sizes of the types of a name, for a message.
+/// The sizes of the kernel's types of one name, for a message.
 fn sizes(sizes: &[u64]) -> String {
     let sizes: Vec<_> = sizes.iter().map(u64::to_string).collect();
     match sizes.as_slice() {

@@ -1,14 +1,14 @@
-//! Whether the `struct module` that the guest gets of a patch is what the patch takes it for.
+//! Checks how a patch uses its own `struct module` against the one that vmpatch gives it in the guest.
 
 use super::Refusal;
 use crate::kernel::{KernelError, Live};
 use crate::module::{Image, PatchModule};
 
-/// What the guest's structure has as after a native load, and code may look at. Functions of the kernel look at more of it:
-/// they find an address of null or a count of zero where a module has no such thing.
+/// Members of `struct module` that vmpatch fills as a native load does, and that the patch's code may use. Functions of the kernel read
+/// other members, too: they find null pointers and zero counts, as in a module without the things in question.
 const MEMBERS: [&str; 3] = ["state", "name", "refcnt"];
-/// Functions beside those with a driver in their name that link what they register with the module's directory in sysfs, which
-/// a patch has not: without it they warn, or fail (drivers/base/module.c, `module_add_driver`; drivers/base/core.c,
+/// Functions, beside those with `driver` in their name, that link what they register with the module's directory in sysfs. A patch has no
+/// such directory, and without it they warn or fail (drivers/base/module.c, `module_add_driver`; drivers/base/core.c,
 /// `__root_device_register`; Linux 5.10 to 7.3).
 const IN_SYSFS: [&str; 5] = [
     "__root_device_register",
@@ -18,8 +18,8 @@ const IN_SYSFS: [&str; 5] = [
     "usb_composite_probe",
 ];
 
-/// Demands that the module was compiled with the `struct module` that the guest's kernel has: its size, as the kernel's own
-/// loader does since 6.4 (kernel/module/main.c, `elf_validity_check`), and where it points at init and exit.
+/// Requires that the module was compiled with the guest kernel's `struct module`: compares its size, as the kernel's own loader does since
+/// 6.4 (kernel/module/main.c, `elf_validity_check`), and the offsets of the pointers to init and exit.
 pub(super) fn check_layout(live: &Live<'_>, module: &PatchModule<'_>) -> Result<(), Refusal> {
     let Some(bytes) = module.this_module_bytes() else {
         return Ok(());
@@ -39,7 +39,7 @@ pub(super) fn check_layout(live: &Live<'_>, module: &PatchModule<'_>) -> Result<
     }
 }
 
-/// Demands that the patch uses of its `struct module` only what the guest's has.
+/// Requires that the patch uses only the members of its `struct module` that vmpatch fills.
 pub(super) fn check_uses(live: &Live<'_>, image: &Image<'_, '_>) -> Result<(), Refusal> {
     let uses = image.this_module_uses();
     let layout = live.kernel.btf.structure("module").map_err(KernelError::from)?;

@@ -1,4 +1,4 @@
-//! CPUs: which one a vCPU is, what runs on it, and its stacks.
+//! Finds which CPU a vCPU is, which task runs on it, and its stacks.
 
 use super::layout::irq_stack_bytes;
 use crate::addr::{Gpa, Gva};
@@ -16,38 +16,38 @@ const EXCEPTION_STACKS: [&str; 6] = [
     "VC_stack",
     "VC2_stack",
 ];
-/// Where `current` is: a symbol of its own up to 6.1 and from 6.15 on, in between a member of `pcpu_hot`.
+/// Where `current` is: a member of `pcpu_hot` from 6.2 to 6.14, a symbol of its own before and since.
 const CURRENT: [(&str, &str, &str); 2] = [("pcpu_hot", "pcpu_hot", "current_task"), ("current_task", "", "")];
-/// Where the interrupt stack's pointer is, likewise.
+/// Where the pointer to the interrupt stack is, likewise.
 const IRQ_STACK: [(&str, &str, &str); 2] = [
     ("pcpu_hot", "pcpu_hot", "hardirq_stack_ptr"),
     ("hardirq_stack_ptr", "", ""),
 ];
-/// No stack of these is bigger, in bytes: with KASAN an exception stack has 8 pages.
+/// Largest size of a CPU's stack, in bytes. With KASAN, an exception stack has 8 pages.
 const CPU_STACK_BYTES_MAX: u64 = 64 << 10;
 /// Stacks start and end on pages.
 const PAGE_BYTES: u64 = 4096;
-/// Where a system call enters the kernel: in the tables of user mode, too, where these are apart (arch/x86/mm/pti.c:
+/// Where a system call enters the kernel. The page tables of user mode map it, too, where they are separate (arch/x86/mm/pti.c:
 /// `pti_clone_entry_text`, since 4.15).
 const SYSTEM_CALL: &str = "entry_SYSCALL_64";
 /// EFER bit 10: the vCPU is in long mode.
 const EFER_LMA: u64 = 1 << 10;
 
-/// What a stopped vCPU is, in the kernel's terms.
+/// Where a paused vCPU is, in the kernel's terms.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Place {
-    /// Not in this kernel, nor in its user mode: waiting for its start, in firmware, halted in a kernel that is gone, or in a
-    /// nested guest, whose registers these are.
+    /// Neither in this kernel nor in its user mode: not started, in firmware, halted in a former kernel, or in a nested guest, whose
+    /// registers these are.
     Elsewhere,
-    /// In user mode, on that CPU; no CPU where the VMM does not tell the kernel's GS base.
+    /// In user mode, on that CPU; `None` where the VMM does not tell the kernel's GS base.
     User(Option<usize>),
     /// In the kernel, on that CPU.
     Kernel(usize),
-    /// In the kernel, where it cannot be told on which CPU.
+    /// In the kernel, on an unknown CPU.
     Unknown,
 }
 
-/// Where per-CPU data is.
+/// Addresses of the per-CPU data that are needed of a CPU.
 #[derive(Debug, Clone)]
 pub(super) struct Cpus {
     offsets: Vec<u64>,
@@ -56,7 +56,7 @@ pub(super) struct Cpus {
     irq_stack_bytes: u64,
     exception_base: Gva,
     exception_stacks: Vec<Range<u64>>,
-    /// The entry stack, from where the exception stacks start.
+    /// The entry stack, as offsets from the start of the exception stacks.
     entry_stack: Range<i64>,
     run_queue: Gva,
     run_queue_current: u64,
@@ -64,7 +64,7 @@ pub(super) struct Cpus {
     run_queue_switches: u64,
     online: Gva,
     entry_text: Option<Range<Gva>>,
-    /// The first instruction of a system call, which all of the kernel's page tables map, and where it lies.
+    /// The first instruction of a system call, which all of the kernel's page tables map: guest-virtual and guest-physical address.
     system_call: (Gva, Option<Gpa>),
 }
 
@@ -111,27 +111,29 @@ impl Cpus {
         self.offsets.len()
     }
 
-    /// Which CPU a vCPU is. The kernel's GS base is the CPU's per-CPU offset; in user mode it is set aside, where no
-    /// user can change it. In the entry code it may be either, and a user may have set the other to any value.
+    /// Finds which CPU a vCPU is. The kernel's GS base is the CPU's per-CPU offset. In user mode it is in the other GS register, which a user
+    /// cannot change. In the entry code it may be in either, and a user may have set the other one to any value.
     ///
-    /// A vCPU that runs a nested guest has that guest's CR3, mode and GS bases, and says nothing of the thread that started it,
-    /// which is in the kernel. The nested guest's CR3 means memory of the nested guest, and so leads nowhere, or elsewhere.
+    /// A vCPU that runs a nested guest has that guest's CR3, mode and GS bases. They tell nothing of the thread that runs the nested guest,
+    /// which is in the kernel. The nested guest's CR3 is an address of the nested guest's memory, so that a translation with it fails or
+    /// leads elsewhere.
     pub fn place(&self, view: &dyn KernelView, registers: &Registers) -> Place {
         let (at, there) = self.system_call;
         if registers.efer & EFER_LMA == 0 || view.seen_by_vcpu(registers.cr3, registers.cr4, at) != there {
             return Place::Elsewhere;
         }
         let cpu = |base: u64| self.offsets.iter().position(|&offset| offset == base);
-        let (active, aside) = (cpu(registers.gs_base), cpu(registers.kernel_gs_base));
+        let (active, aside) = (cpu(registers.gs_base), registers.kernel_gs_base.and_then(cpu));
         if registers.in_user_mode() {
-            // 0 where the VMM does not tell it
             return match registers.kernel_gs_base {
-                0 => Place::User(None),
-                _ => aside.map_or(Place::Elsewhere, |cpu| Place::User(Some(cpu))),
+                None => Place::User(None),
+                Some(_) => aside.map_or(Place::Elsewhere, |cpu| Place::User(Some(cpu))),
             };
         }
+        // Where nobody tells the other register, it may hold another CPU's offset.
+        let is_told = registers.kernel_gs_base.is_some();
         match (active, aside) {
-            (Some(active), None) => Place::Kernel(active),
+            (Some(active), None) if is_told || !self.may_be_entry(registers.rip) => Place::Kernel(active),
             (None, Some(aside)) if self.may_be_entry(registers.rip) => Place::Kernel(aside),
             (Some(active), Some(aside)) if active == aside || !self.may_be_entry(registers.rip) => {
                 Place::Kernel(active)
@@ -163,15 +165,14 @@ impl Cpus {
         Ok(found)
     }
 
-    /// The task that a CPU is running, and the one that its run queue calls current: the next one, for the few
-    /// instructions of a task switch.
+    /// The task that a CPU is running, and the current task of its run queue. They differ for the few instructions of a task switch.
     pub fn running(&self, view: &dyn KernelView, cpu: usize) -> Result<(Gva, Gva), SetupError> {
         let current = read(view, "the current task", self.on(cpu, self.current))?;
         let queued = read(view, "rq->curr", self.queue(cpu, self.run_queue_current))?;
         Ok((Gva(current), Gva(queued)))
     }
 
-    /// A CPU's idle task; none where the CPU cannot be.
+    /// A CPU's idle task; `None` for a CPU that is not possible.
     pub fn idle(&self, view: &dyn KernelView, cpu: usize) -> Result<Option<Gva>, SetupError> {
         let idle = read(view, "rq->idle", self.queue(cpu, self.run_queue_idle))?;
         Ok((idle != 0).then_some(Gva(idle)))
@@ -188,7 +189,7 @@ impl Cpus {
         let mut stacks = Vec::new();
         let top = read(view, "the interrupt stack's pointer", self.on(cpu, self.irq_stack))?;
         if top != 0 {
-            // up to 5.11 it points at the end, since then at the last word, which a switch back pops
+            // Up to 5.11 the pointer is the stack's end. Since then it is the last word, which the switch back pops.
             let end = Gva(top).wrapping_add(8).align_down(PAGE_BYTES);
             stacks.push(Stack {
                 kind: StackKind::Irq,
@@ -224,7 +225,7 @@ impl Cpus {
     }
 }
 
-/// The bytes of a struct that are a stack.
+/// The range of a stack within a structure.
 fn stack_range(name: &str, member: &Member) -> Result<Range<u64>, SetupError> {
     let range = member.offset()..member.end();
     if range.end.saturating_sub(range.start) <= CPU_STACK_BYTES_MAX {
@@ -237,7 +238,7 @@ fn stack_range(name: &str, member: &Member) -> Result<Range<u64>, SetupError> {
     })
 }
 
-/// The per-CPU address of the first alternative that the kernel has: symbol, struct, member.
+/// The per-CPU address of the first alternative that the kernel has. An alternative is a symbol, a structure and a member.
 fn first_of(view: &dyn KernelView, alternatives: &[(&str, &str, &str)]) -> Result<Gva, SetupError> {
     for &(symbol, structure, member) in alternatives {
         let Some(at) = view.symbol(symbol) else { continue };

@@ -1,12 +1,12 @@
-//! Where the kernel keeps what is needed of a task. All from its own type information.
+//! Offsets of what is needed of a task, from the kernel's own type information.
 
 use crate::btf::BtfError;
 use crate::unwind::{KernelView, SetupError};
 
-/// Stacks are this big at least, and this big at most (with KASAN), in bytes.
+/// Sizes of stacks that are accepted, in bytes. The largest is that with KASAN.
 const STACK_BYTES: std::ops::RangeInclusive<u64> = 8 << 10..=64 << 10;
 
-/// Offsets in `struct task_struct` and what hangs on it.
+/// Offsets in `struct task_struct` and in structures that it points at.
 #[derive(Debug, Clone)]
 pub(super) struct TaskLayout {
     pub tasks: u64,
@@ -26,13 +26,13 @@ pub(super) struct TaskLayout {
     pub switches: u64,
     pub stack: u64,
     pub sp: u64,
-    /// In `struct inactive_task_frame`, which lies where a sleeping task's `sp` points.
+    /// In `struct inactive_task_frame`, at the saved stack pointer of a sleeping task.
     pub frame_bp: u64,
     pub frame_ret: u64,
     pub frame_bytes: u64,
     /// `THREAD_SIZE`.
     pub stack_bytes: u64,
-    /// `rcu_read_lock_nesting`, an int, where a task may lose its CPU within a section (`CONFIG_PREEMPT_RCU`).
+    /// `rcu_read_lock_nesting`, an int, in kernels in which a task may lose its CPU within an RCU section (`CONFIG_PREEMPT_RCU`).
     pub rcu_nesting: Option<u64>,
 }
 
@@ -74,8 +74,8 @@ impl TaskLayout {
     }
 }
 
-/// `THREAD_SIZE` is in no type that BTF keeps, but x86-64 gives interrupts stacks of the same size
-/// (`IRQ_STACK_SIZE`, arch/x86/include/asm/page_64_types.h), and those have one, `struct irq_stack`.
+/// The size of a task's stack in bytes, `THREAD_SIZE`. No type in BTF has this size, but interrupt stacks have the same
+/// (`IRQ_STACK_SIZE`, arch/x86/include/asm/page_64_types.h), and their type is `struct irq_stack`.
 fn stack_bytes(view: &dyn KernelView) -> Result<u64, SetupError> {
     let size = irq_stack_bytes(view)?;
     if size.is_power_of_two() && STACK_BYTES.contains(&size) {

@@ -1,26 +1,26 @@
-//! All threads of the guest: `init_task.tasks`, and each process's threads (`signal->thread_head`).
+//! Lists all threads of the guest: `init_task.tasks`, and each process's threads (`signal->thread_head`).
 //!
-//! The list may be read while the guest runs. It is whole where nothing was born or died meanwhile, and it then has
-//! as many threads as the kernel counts (`total_forks`, `nr_threads`, kernel/fork.c).
+//! The list may be read while the guest runs. It is complete if no task was born or died meanwhile. It then has as many threads as the
+//! kernel counts (`total_forks`, `nr_threads`, kernel/fork.c).
 
 use super::layout::TaskLayout;
 use crate::addr::Gva;
 use crate::unwind::list::{backward, forward};
 use crate::unwind::{KernelView, SetupError};
 
-/// More threads than are looked at: 8 times the default `pid_max` of a guest with few CPUs.
+/// Most threads that are listed: 8 times the default `pid_max` of a guest with few CPUs.
 const TASKS_MAX: usize = 1 << 18;
-/// How often a list that changes while it is read is read again.
+/// How often the list is read again if it changes while it is read.
 const READS_MAX: usize = 4;
 
-/// Births and living threads, as the kernel counts them.
+/// The kernel's counts of births and of living threads.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Counts {
     pub forks: u64,
     pub threads: u32,
 }
 
-/// Where the list and the counts are.
+/// Guest-virtual addresses of the list and of the counts.
 #[derive(Debug, Clone)]
 pub(super) struct TaskList {
     head: Gva,
@@ -28,11 +28,11 @@ pub(super) struct TaskList {
     threads: Gva,
 }
 
-/// A list that was read.
+/// The threads of a guest.
 #[derive(Debug)]
 pub(super) struct Listed {
     pub tasks: Vec<Gva>,
-    /// The counts that it agrees with; `None` where the guest changed it all the time.
+    /// The counts that the list agrees with; `None` where the guest changed the list in each attempt.
     pub counts: Option<Counts>,
 }
 
@@ -60,7 +60,11 @@ impl TaskList {
         Ok(Counts { forks, threads })
     }
 
-    /// Every thread. Errors where even a list that may be torn cannot be read, several times over.
+    /// Lists every thread.
+    ///
+    /// # Errors
+    ///
+    /// The list cannot be read to its end in several attempts.
     pub fn all(&self, view: &dyn KernelView, layout: &TaskLayout) -> Result<Listed, SetupError> {
         let mut last = Err(SetupError::NoSymbol("init_task".to_owned()));
         for _ in 0..READS_MAX {
@@ -94,17 +98,24 @@ impl TaskList {
         Ok(tasks)
     }
 
-    /// The processes behind the last one for which `known` is true: born since, because new ones are put at the end.
-    /// With all their threads. Only while the vCPUs are stopped.
+    /// Lists the processes behind the last one that `is_listed`, with all their threads. They were born since, because the kernel adds new
+    /// processes at the end. The vCPUs must be paused.
     pub fn newest(
         &self,
         view: &dyn KernelView,
         layout: &TaskLayout,
-        known: &dyn Fn(Gva) -> bool,
+        is_listed: &dyn Fn(Gva) -> bool,
     ) -> Result<Vec<Gva>, SetupError> {
         let mut tasks = Vec::new();
-        for leader in backward(view, "the list of processes", self.head, layout.tasks, TASKS_MAX, known)? {
-            // processes of a hostile guest may share a list of threads: one bound for all of them
+        for leader in backward(
+            view,
+            "the list of processes",
+            self.head,
+            layout.tasks,
+            TASKS_MAX,
+            is_listed,
+        )? {
+            // Processes of a hostile guest may share a list of threads: one bound for all of them.
             let left = TASKS_MAX.saturating_sub(tasks.len());
             let head = threads(view, layout, leader)?;
             tasks.extend(forward(view, "a process's threads", head, layout.thread_node, left)?);
@@ -113,17 +124,24 @@ impl TaskList {
     }
 }
 
-/// The threads of a process that are behind the last one for which `known` is true. Only while the vCPUs are stopped.
+/// Lists the threads of a process behind the last one that `is_listed`. The vCPUs must be paused.
 pub(super) fn newest_threads(
     view: &dyn KernelView,
     layout: &TaskLayout,
     head: Gva,
-    known: &dyn Fn(Gva) -> bool,
+    is_listed: &dyn Fn(Gva) -> bool,
 ) -> Result<Vec<Gva>, SetupError> {
-    backward(view, "a process's threads", head, layout.thread_node, TASKS_MAX, known)
+    backward(
+        view,
+        "a process's threads",
+        head,
+        layout.thread_node,
+        TASKS_MAX,
+        is_listed,
+    )
 }
 
-/// The list of a task's process's threads.
+/// Guest-virtual address of the list head of the threads of a task's process.
 pub(super) fn threads(view: &dyn KernelView, layout: &TaskLayout, task: Gva) -> Result<Gva, SetupError> {
     let at = task.wrapping_add(layout.signal);
     let signal = view.read_u64(at).map_err(|source| SetupError::Unreadable {

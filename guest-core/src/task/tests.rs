@@ -9,12 +9,12 @@ const CPU_DATA: u64 = 0xffff_8880_1000_0000;
 const COUNTS: u64 = 0xffff_ffff_8290_0000;
 const TASKS: u64 = 0xffff_8880_2000_0000;
 const STACKS: u64 = 0xffff_c900_0000_0000;
-/// What the kernel puts at the lowest address of a stack.
+/// The word at the lowest address of a stack.
 const STACK_END_MAGIC: u64 = 0x57ac_6e9d;
 const SIGNALS: u64 = 0xffff_8880_3000_0000;
 /// The code between user mode and the kernel proper.
 const ENTRY: u64 = TEXT + 0xa00;
-/// The functions: what sleeps, what it may be called from, where threads start.
+/// The functions: one that sleeps, its callers, and where threads start.
 const FUNCTIONS: [(&str, [u8; 6]); 6] = [
     ("sleep", entry::CALL_8),
     ("old", entry::CALL_8),
@@ -24,13 +24,13 @@ const FUNCTIONS: [(&str, [u8; 6]); 6] = [
     ("on_irq_stack", entry::SWITCH),
 ];
 
-/// A guest with one CPU, which task 1 runs, and tasks that sleep.
+/// A guest with one CPU, which runs task 1. The other tasks sleep.
 struct Guest {
     sample: Sample,
 }
 
 impl Guest {
-    /// Tasks 1 to `tasks`, each a process of its own, asleep in `other`; task 0 is the idle task.
+    /// Has tasks 1 to `tasks`, each a process of its own, asleep in `other`. Task 0 is the idle task.
     fn new(tasks: u64) -> Self {
         let mut sample = Sample::new(&FUNCTIONS);
         for (name, at) in [
@@ -96,7 +96,7 @@ impl Guest {
         }
     }
 
-    /// Lets a task sleep in `sleep`, called from `caller`, called from the start of a thread.
+    /// Lets a task sleep in `sleep`, called from `caller`, called from where threads start.
     fn sleeps_in(&self, number: u64, caller: u64) {
         let sp = Self::stack(number) + 0x3f00;
         self.sample
@@ -122,17 +122,17 @@ impl Guest {
         }
     }
 
-    fn survey<'q>(&self, finder: &'q Quiescence) -> Survey<'q> {
+    fn snapshot<'q>(&self, finder: &'q Quiescence) -> Snapshot<'q> {
         let code = Gva(TEXT + 0x100)..Gva(TEXT + 0x200);
         let old = OldCode::new(vec![OldFunction {
             name: "old".into(),
             code,
         }]);
-        finder.survey(&self.sample, old, Vec::new()).unwrap()
+        finder.snapshot(&self.sample, old, Vec::new()).unwrap()
     }
 
-    fn recheck(&self, survey: &mut Survey<'_>, vcpus: &[Registers]) -> Verdict {
-        survey.recheck(&self.sample, vcpus, &|| false).unwrap().unwrap()
+    fn recheck(&self, snapshot: &mut Snapshot<'_>, vcpus: &[Registers]) -> Verdict {
+        snapshot.recheck(&self.sample, vcpus, &|| false).unwrap().unwrap()
     }
 }
 
@@ -141,11 +141,11 @@ fn vcpu(kernel: Option<(u64, u64)>) -> Registers {
     let mut registers = Registers {
         efer: 0x500,
         cs: 0x33,
-        kernel_gs_base: CPU_DATA,
+        kernel_gs_base: Some(CPU_DATA),
         ..Registers::default()
     };
     if let Some((rip, sp)) = kernel {
-        (registers.cs, registers.gs_base, registers.kernel_gs_base) = (0x10, CPU_DATA, 0);
+        (registers.cs, registers.gs_base, registers.kernel_gs_base) = (0x10, CPU_DATA, Some(0));
         (registers.rip, registers.general[4]) = (rip, sp);
     }
     registers
@@ -160,10 +160,10 @@ fn blocked(verdict: &Verdict) -> Vec<u32> {
 fn a_guest_whose_tasks_all_sleep_elsewhere_is_safe() {
     let guest = Guest::new(4);
     let finder = Quiescence::find(&guest.sample).unwrap();
-    let mut survey = guest.survey(&finder);
-    assert_eq!(survey.task_count(), 5);
-    assert!(survey.outlook(&guest.sample).is_safe());
-    assert!(guest.recheck(&mut survey, &[vcpu(None)]).is_safe());
+    let mut snapshot = guest.snapshot(&finder);
+    assert_eq!(snapshot.task_count(), 5);
+    assert!(snapshot.preview(&guest.sample).is_safe());
+    assert!(guest.recheck(&mut snapshot, &[vcpu(None)]).is_safe());
 }
 
 #[test]
@@ -171,9 +171,9 @@ fn a_task_that_sleeps_in_a_callee_of_an_old_function_is_named_with_its_stack() {
     let guest = Guest::new(4);
     guest.sleeps_in(3, TEXT + 0x120);
     let finder = Quiescence::find(&guest.sample).unwrap();
-    let mut survey = guest.survey(&finder);
-    let verdict = survey.outlook(&guest.sample);
-    assert_eq!(verdict, guest.recheck(&mut survey, &[vcpu(None)]));
+    let mut snapshot = guest.snapshot(&finder);
+    let verdict = snapshot.preview(&guest.sample);
+    assert_eq!(verdict, guest.recheck(&mut snapshot, &[vcpu(None)]));
     let [blocker] = verdict.blockers.as_slice() else {
         panic!("{verdict:?}")
     };
@@ -188,57 +188,57 @@ fn a_task_that_sleeps_in_a_callee_of_an_old_function_is_named_with_its_stack() {
 #[test]
 fn an_address_that_is_only_left_over_on_a_stack_does_not_block() {
     let guest = Guest::new(2);
-    // above the frames, where nothing returns to
+    // The address is above the frames, where nothing returns to.
     guest.sample.put_words(Guest::stack(2) + 0x3f80, &[TEXT + 0x120]);
     let finder = Quiescence::find(&guest.sample).unwrap();
-    assert!(guest.recheck(&mut guest.survey(&finder), &[vcpu(None)]).is_safe());
+    assert!(guest.recheck(&mut guest.snapshot(&finder), &[vcpu(None)]).is_safe());
 }
 
 #[test]
-fn a_task_that_ran_since_the_survey_is_looked_at_again() {
+fn a_task_that_ran_since_the_snapshot_is_checked_again() {
     let guest = Guest::new(4);
     let finder = Quiescence::find(&guest.sample).unwrap();
-    let mut survey = guest.survey(&finder);
+    let mut snapshot = guest.snapshot(&finder);
     guest.sleeps_in(2, TEXT + 0x120);
     guest.counts(2, 1);
     guest.runs(1, 9);
-    assert_eq!(blocked(&guest.recheck(&mut survey, &[vcpu(None)])), [2]);
-    // and it leaves again
+    assert_eq!(blocked(&guest.recheck(&mut snapshot, &[vcpu(None)])), [2]);
+    // The task leaves the old function again.
     guest.sleeps_in(2, TEXT + 0x210);
     guest.counts(2, 2);
     guest.runs(1, 11);
-    survey.settle(&guest.sample).unwrap();
-    assert!(guest.recheck(&mut survey, &[vcpu(None)]).is_safe());
+    snapshot.rescan(&guest.sample).unwrap();
+    assert!(guest.recheck(&mut snapshot, &[vcpu(None)]).is_safe());
 }
 
 #[test]
-fn where_the_time_is_over_before_all_are_seen_nothing_is_said() {
+fn a_recheck_has_no_verdict_if_the_time_is_over_before_all_are_checked() {
     let guest = Guest::new(3);
     let finder = Quiescence::find(&guest.sample).unwrap();
-    let mut survey = guest.survey(&finder);
-    let over = |survey: &mut Survey<'_>| survey.recheck(&guest.sample, &[vcpu(None)], &|| true).unwrap();
+    let mut snapshot = guest.snapshot(&finder);
+    let over = |snapshot: &mut Snapshot<'_>| snapshot.recheck(&guest.sample, &[vcpu(None)], &|| true).unwrap();
     guest.counts(2, 1);
     guest.runs(1, 9);
-    assert_eq!(over(&mut survey), None);
-    assert!(guest.recheck(&mut survey, &[vcpu(None)]).is_safe());
-    // a task that was born since
+    assert_eq!(over(&mut snapshot), None);
+    assert!(guest.recheck(&mut snapshot, &[vcpu(None)]).is_safe());
+    // A task was born since.
     guest.put_task(4);
     guest.sleeps_in(4, TEXT + 0x210);
     guest.link(4);
     guest.sample.put_words(COUNTS, &[101, 4]);
-    assert_eq!(over(&mut survey), None);
-    assert!(guest.recheck(&mut survey, &[vcpu(None)]).is_safe());
+    assert_eq!(over(&mut snapshot), None);
+    assert!(guest.recheck(&mut snapshot, &[vcpu(None)]).is_safe());
 }
 
 #[test]
-fn a_task_that_was_running_is_looked_at_where_it_sleeps_now() {
+fn a_task_that_was_running_is_checked_where_it_sleeps_now() {
     let guest = Guest::new(4);
     let finder = Quiescence::find(&guest.sample).unwrap();
-    let mut survey = guest.survey(&finder);
+    let mut snapshot = guest.snapshot(&finder);
     guest.sleeps_in(1, TEXT + 0x120);
     guest.counts(1, 1);
     guest.runs(4, 8);
-    assert_eq!(blocked(&guest.recheck(&mut survey, &[vcpu(None)])), [1]);
+    assert_eq!(blocked(&guest.recheck(&mut snapshot, &[vcpu(None)])), [1]);
 }
 
 #[test]
@@ -248,18 +248,18 @@ fn a_vcpu_in_the_kernel_is_unwound_from_its_registers() {
     let sp = Guest::stack(1) + 0x3f40;
     let at = |rip: u64, caller: u64| {
         guest.sample.put_words(sp, &[caller, TEXT + 0x310]);
-        guest.recheck(&mut guest.survey(&finder), &[vcpu(Some((rip, sp)))])
+        guest.recheck(&mut guest.snapshot(&finder), &[vcpu(Some((rip, sp)))])
     };
     assert!(at(TEXT + 0x10, TEXT + 0x220).is_safe());
     assert_eq!(blocked(&at(TEXT + 0x10, TEXT + 0x120)), [1]);
     assert_eq!(blocked(&at(TEXT + 0x100, TEXT + 0x310)), [1]);
-    // the instruction behind the old function is not in it, a return there is
+    // An instruction pointer behind the old function is not inside; a return address there is.
     assert!(at(TEXT + 0x200, TEXT + 0x310).is_safe());
     assert_eq!(blocked(&at(TEXT + 0x10, TEXT + 0x200)), [1]);
 }
 
 #[test]
-fn what_is_below_a_running_tasks_stack_pointer_does_not_count() {
+fn words_below_a_running_tasks_stack_pointer_do_not_count() {
     let guest = Guest::new(1);
     let finder = Quiescence::find(&guest.sample).unwrap();
     let sp = Guest::stack(1) + 0x3f40;
@@ -268,22 +268,22 @@ fn what_is_below_a_running_tasks_stack_pointer_does_not_count() {
         .put_words(sp - 8, &[TEXT + 0x120, TEXT + 0x220, TEXT + 0x310]);
     assert!(
         guest
-            .recheck(&mut guest.survey(&finder), &[vcpu(Some((TEXT + 0x10, sp)))])
+            .recheck(&mut guest.snapshot(&finder), &[vcpu(Some((TEXT + 0x10, sp)))])
             .is_safe()
     );
 }
 
 #[test]
-fn contexts_that_are_not_understood_are_not_safe() {
+fn contexts_that_cannot_be_understood_are_not_safe() {
     let guest = Guest::new(2);
     let finder = Quiescence::find(&guest.sample).unwrap();
     let why = |vcpus: &[Registers]| {
-        let verdict = guest.recheck(&mut guest.survey(&finder), vcpus);
+        let verdict = guest.recheck(&mut guest.snapshot(&finder), vcpus);
         assert!(!verdict.is_safe());
         verdict.unsure.first().unwrap().why.clone()
     };
     let sp = Guest::stack(1) + 0x3f40;
-    // no vCPU for the CPU; two for it; a GS base of no CPU; a stack pointer on no stack
+    // No vCPU for the CPU; two vCPUs for it; a GS base of no CPU; a stack pointer on no stack.
     assert_eq!(why(&[]), Why::NoVcpu { cpu: 0 });
     assert_eq!(why(&[vcpu(None), vcpu(None)]), Why::WhichCpu { vcpu: 1, rip: 0 });
     let foreign = Registers {
@@ -299,12 +299,12 @@ fn contexts_that_are_not_understood_are_not_safe() {
             sp: 0x7fff_0000
         }
     );
-    // a user mode vCPU whose kernel GS base the VMM does not tell is whichever CPU is left
+    // A vCPU in user mode whose kernel GS base the VMM does not tell counts for the CPU that is left.
     let untold = Registers {
-        kernel_gs_base: 0,
+        kernel_gs_base: None,
         ..vcpu(None)
     };
-    assert!(guest.recheck(&mut guest.survey(&finder), &[untold]).is_safe());
+    assert!(guest.recheck(&mut guest.snapshot(&finder), &[untold]).is_safe());
     assert_eq!(why(&[untold, untold]), Why::NoVcpu { cpu: 0 });
 }
 
@@ -313,38 +313,38 @@ fn a_vcpu_that_runs_a_nested_guest_is_not_in_user_mode_of_this_kernel() {
     let guest = Guest::new(2);
     let finder = Quiescence::find(&guest.sample).unwrap();
     let nested = |registers: Registers| {
-        let verdict = guest.recheck(&mut guest.survey(&finder), &[registers]);
+        let verdict = guest.recheck(&mut guest.snapshot(&finder), &[registers]);
         verdict.unsure.first().map(|unsure| unsure.why.clone())
     };
     let user = vcpu(None);
     assert_eq!(nested(user), None);
     let cases = [
-        // in its user mode: its tables, and no GS base, its own, or one that is equal to this kernel's
+        // In its user mode: its page tables, and no GS base, its own, or one that is equal to this kernel's.
         Registers {
             cr3: OTHER_TABLES,
-            kernel_gs_base: 0,
-            ..user
-        },
-        Registers {
-            cr3: OTHER_TABLES,
-            kernel_gs_base: 0x7000,
+            kernel_gs_base: Some(0),
             ..user
         },
         Registers {
             cr3: OTHER_TABLES,
+            kernel_gs_base: Some(0x7000),
             ..user
         },
-        // its tables may lead to the same place, but then its GS base is another one
         Registers {
-            kernel_gs_base: 0x7000,
+            cr3: OTHER_TABLES,
             ..user
         },
-        // in its kernel
+        // Its page tables may map the same addresses, but then its GS base is another one.
+        Registers {
+            kernel_gs_base: Some(0x7000),
+            ..user
+        },
+        // In its kernel.
         Registers {
             cr3: OTHER_TABLES,
             ..vcpu(Some((TEXT + 0x10, Guest::stack(1) + 0x3f40)))
         },
-        // in real mode
+        // In real mode.
         Registers { efer: 0, cs: 0, ..user },
     ];
     for registers in cases {
@@ -356,40 +356,40 @@ fn a_vcpu_that_runs_a_nested_guest_is_not_in_user_mode_of_this_kernel() {
 fn a_task_switch_in_flight_has_one_task_on_the_cpu_and_one_saved() {
     let guest = Guest::new(2);
     let finder = Quiescence::find(&guest.sample).unwrap();
-    let mut survey = guest.survey(&finder);
-    // rq->curr is already task 2, current is still task 1, and so is the stack
+    let mut snapshot = guest.snapshot(&finder);
+    // rq->curr is already task 2; current and the stack are still task 1's.
     guest.sample.put_words(CPU_DATA, &[Guest::at(1), Guest::at(2)]);
     let sp = Guest::stack(1) + 0x3f40;
     guest.sample.put_words(sp, &[TEXT + 0x220, TEXT + 0x310]);
     let registers = [vcpu(Some((TEXT + 0x10, sp)))];
-    assert!(guest.recheck(&mut survey, &registers).is_safe());
+    assert!(guest.recheck(&mut snapshot, &registers).is_safe());
     guest.sleeps_in(2, TEXT + 0x120);
-    assert_eq!(blocked(&guest.recheck(&mut survey, &registers)), [2]);
+    assert_eq!(blocked(&guest.recheck(&mut snapshot, &registers)), [2]);
 }
 
 #[test]
-fn tasks_born_after_the_survey_are_found() {
+fn tasks_born_after_the_snapshot_are_found() {
     let guest = Guest::new(3);
     let finder = Quiescence::find(&guest.sample).unwrap();
-    let mut survey = guest.survey(&finder);
+    let mut snapshot = guest.snapshot(&finder);
     guest.put_task(4);
     guest.sleeps_in(4, TEXT + 0x120);
     guest.link(4);
     guest.sample.put_words(COUNTS, &[101, 4]);
     guest.counts(1, 1);
     guest.runs(1, 9);
-    assert_eq!(blocked(&guest.recheck(&mut survey, &[vcpu(None)])), [4]);
-    assert_eq!(survey.task_count(), 5);
+    assert_eq!(blocked(&guest.recheck(&mut snapshot, &[vcpu(None)])), [4]);
+    assert_eq!(snapshot.task_count(), 5);
 }
 
 #[test]
-fn a_thread_born_after_the_survey_is_found_behind_its_siblings() {
+fn a_thread_born_after_the_snapshot_is_found_behind_its_siblings() {
     let guest = Guest::new(3);
     let finder = Quiescence::find(&guest.sample).unwrap();
-    let mut survey = guest.survey(&finder);
+    let mut snapshot = guest.snapshot(&finder);
     guest.put_task(9);
     guest.sleeps_in(9, TEXT + 0x120);
-    // a second thread of the process of task 1, which runs
+    // A second thread of the process of task 1, which runs.
     let (signal, first, second) = (
         SIGNALS + 0x100,
         Guest::at(1) + task::THREAD_NODE,
@@ -399,21 +399,21 @@ fn a_thread_born_after_the_survey_is_found_behind_its_siblings() {
     guest.sample.put_words(first, &[second, signal]);
     guest.sample.put_words(second, &[signal, first]);
     guest.sample.put_words(COUNTS, &[101, 4]);
-    assert_eq!(blocked(&guest.recheck(&mut survey, &[vcpu(None)])), [9]);
+    assert_eq!(blocked(&guest.recheck(&mut snapshot, &[vcpu(None)])), [9]);
 }
 
 #[test]
 fn a_new_task_at_a_dead_ones_address_is_not_taken_for_it() {
     let guest = Guest::new(3);
     let finder = Quiescence::find(&guest.sample).unwrap();
-    let mut survey = guest.survey(&finder);
-    // same address, same counts; born later, and asleep in the old function
+    let mut snapshot = guest.snapshot(&finder);
+    // The new task has the same address and counts, was born later, and sleeps in the old function.
     guest.put_task(3);
     guest.link(3);
     guest.sample.put_words(Guest::at(3) + task::START_TIME, &[5000]);
     guest.sleeps_in(3, TEXT + 0x120);
     guest.sample.put_words(COUNTS, &[101, 3]);
-    assert_eq!(blocked(&guest.recheck(&mut survey, &[vcpu(None)])), [3]);
+    assert_eq!(blocked(&guest.recheck(&mut snapshot, &[vcpu(None)])), [3]);
 }
 
 /// Unlinks task 4, which is asleep with a return into the old function on its stack.
@@ -436,67 +436,67 @@ fn a_stack_in_an_old_function_whose_task_is_on_no_list_is_not_safe() {
     let guest = Guest::new(4);
     ends(&guest);
     let finder = Quiescence::find(&guest.sample).unwrap();
-    let mut survey = guest.survey(&finder);
-    let verdict = guest.recheck(&mut survey, &[vcpu(None)]);
+    let mut snapshot = guest.snapshot(&finder);
+    let verdict = guest.recheck(&mut snapshot, &[vcpu(None)]);
     assert_eq!(unlisted(&verdict), Some(Guest::stack(4)));
-    let said = verdict.unsure[0].why.to_string();
+    let why = verdict.unsure[0].why.to_string();
     assert!(
-        said.contains("no list of tasks") && said.contains("an address in old"),
-        "{said}"
+        why.contains("no list of tasks") && why.contains("an address in old"),
+        "{why}"
     );
-    // it goes on with something else
+    // It goes on with something else.
     guest.sleeps_in(4, TEXT + 0x210);
-    assert!(guest.recheck(&mut survey, &[vcpu(None)]).is_safe());
+    assert!(guest.recheck(&mut snapshot, &[vcpu(None)]).is_safe());
 }
 
 #[test]
-fn a_stack_that_a_cpu_keeps_for_later_or_that_was_given_back_does_not_count() {
+fn a_cached_or_freed_stack_does_not_count() {
     let guest = Guest::new(4);
     ends(&guest);
     let finder = Quiescence::find(&guest.sample).unwrap();
-    let mut survey = guest.survey(&finder);
-    // the second stack that the CPU keeps; its area is at 0x...700, with the stack's address behind a word
+    let mut snapshot = guest.snapshot(&finder);
+    // The second stack that the CPU keeps. Its area is at 0x...700, with the stack's address behind a word.
     let area = CPU_DATA + 0x700;
     guest.sample.put_words(area, &[0, Guest::stack(4)]);
     guest.sample.put_words(CPU_DATA + 56, &[area]);
-    assert!(guest.recheck(&mut survey, &[vcpu(None)]).is_safe());
-    assert!(guest.recheck(&mut guest.survey(&finder), &[vcpu(None)]).is_safe());
+    assert!(guest.recheck(&mut snapshot, &[vcpu(None)]).is_safe());
+    assert!(guest.recheck(&mut guest.snapshot(&finder), &[vcpu(None)]).is_safe());
     guest.sample.put_words(CPU_DATA + 56, &[0]);
     assert_eq!(
-        unlisted(&guest.recheck(&mut survey, &[vcpu(None)])),
+        unlisted(&guest.recheck(&mut snapshot, &[vcpu(None)])),
         Some(Guest::stack(4))
     );
-    // RCU and vmalloc link what was given back at its start
+    // RCU and vmalloc link a freed stack at its start.
     guest.sample.put_words(Guest::stack(4), &[0xffff_8880_0000_1000]);
-    assert!(guest.recheck(&mut survey, &[vcpu(None)]).is_safe());
+    assert!(guest.recheck(&mut snapshot, &[vcpu(None)]).is_safe());
 }
 
 #[test]
-fn a_task_that_ends_after_the_survey_is_still_looked_at() {
+fn a_task_that_ends_after_the_snapshot_is_still_checked() {
     let guest = Guest::new(4);
     let finder = Quiescence::find(&guest.sample).unwrap();
-    let mut survey = guest.survey(&finder);
+    let mut snapshot = guest.snapshot(&finder);
     ends(&guest);
     guest.counts(4, 1);
     guest.runs(1, 9);
-    assert_eq!(blocked(&guest.recheck(&mut survey, &[vcpu(None)])), [4]);
+    assert_eq!(blocked(&guest.recheck(&mut snapshot, &[vcpu(None)])), [4]);
 }
 
 #[test]
-fn a_task_that_was_born_and_is_at_its_end_before_the_pause_is_found() {
+fn a_task_that_was_born_and_is_ending_before_the_pause_is_found() {
     let guest = Guest::new(4);
     let finder = Quiescence::find(&guest.sample).unwrap();
-    let mut survey = guest.survey(&finder);
+    let mut snapshot = guest.snapshot(&finder);
     guest.put_task(5);
     guest.sleeps_in(5, TEXT + 0x120);
     guest.sample.put_words(COUNTS, &[101, 4]);
     guest.runs(1, 9);
     assert_eq!(
-        unlisted(&guest.recheck(&mut survey, &[vcpu(None)])),
+        unlisted(&guest.recheck(&mut snapshot, &[vcpu(None)])),
         Some(Guest::stack(5))
     );
-    // while another one was born that lives on
-    let mut survey = guest.survey(&finder);
+    // Another task was born meanwhile, and lives on.
+    let mut snapshot = guest.snapshot(&finder);
     guest.put_task(6);
     guest.put_task(7);
     guest.sleeps_in(6, TEXT + 0x210);
@@ -517,20 +517,20 @@ fn a_task_that_was_born_and_is_at_its_end_before_the_pause_is_found() {
     guest.sample.put_words(COUNTS, &[103, 5]);
     guest.runs(1, 10);
     assert_eq!(
-        unlisted(&guest.recheck(&mut survey, &[vcpu(None)])),
+        unlisted(&guest.recheck(&mut snapshot, &[vcpu(None)])),
         Some(Guest::stack(7))
     );
 }
 
 #[test]
-fn a_kernel_whose_stacks_are_not_where_they_are_looked_for_is_refused() {
+fn a_kernel_without_stacks_in_vmalloc_is_refused() {
     let guest = Guest::new(4);
     for number in 0..5 {
         guest.sample.put_words(Guest::stack(number), &[0]);
     }
     let finder = Quiescence::find(&guest.sample).unwrap();
     let error = finder
-        .survey(&guest.sample, OldCode::default(), Vec::new())
+        .snapshot(&guest.sample, OldCode::default(), Vec::new())
         .unwrap_err();
     assert!(error.to_string().contains("CONFIG_VMAP_STACK"), "{error}");
 }
@@ -539,12 +539,12 @@ fn a_kernel_whose_stacks_are_not_where_they_are_looked_for_is_refused() {
 fn lists_that_never_end_are_errors() {
     let guest = Guest::new(3);
     let finder = Quiescence::find(&guest.sample).unwrap();
-    // task 3's next is task 2
+    // The task behind task 3 is task 2.
     guest
         .sample
         .put_words(Guest::at(3) + task::TASKS, &[Guest::at(2) + task::TASKS]);
     let error = finder
-        .survey(&guest.sample, OldCode::default(), Vec::new())
+        .snapshot(&guest.sample, OldCode::default(), Vec::new())
         .unwrap_err();
     assert!(error.to_string().contains("more than 262144 elements"), "{error}");
 }
@@ -561,7 +561,7 @@ fn a_wild_stack_pointer_is_not_safe() {
         Guest::stack(3),
     ] {
         guest.sample.put_words(Guest::at(2) + task::SP, &[sp]);
-        let verdict = guest.survey(&finder).outlook(&guest.sample);
+        let verdict = guest.snapshot(&finder).preview(&guest.sample);
         assert_eq!(verdict.unsure.first().unwrap().why, Why::StackPointer { sp });
     }
 }
@@ -570,13 +570,13 @@ fn a_wild_stack_pointer_is_not_safe() {
 fn a_return_into_an_old_function_that_a_tracer_hides_blocks() {
     let guest = Guest::new(2);
     let finder = Quiescence::find(&guest.sample).unwrap();
-    // the return address into the old function is kept by a kretprobe; its trampoline stands on the stack
+    // A kretprobe keeps the return address into the old function. The stack holds its trampoline.
     let (slot, node) = (Guest::stack(2) + 0x3f38, Guest::stack(2) + 0x100);
     guest.sleeps_in(2, TEXT + 0x400);
     guest.sample.put_words(node, &[0, TEXT + 0x120, slot]);
-    assert_eq!(guest.survey(&finder).outlook(&guest.sample).unsure.len(), 1);
+    assert_eq!(guest.snapshot(&finder).preview(&guest.sample).unsure.len(), 1);
     guest.sample.put_words(Guest::at(2) + task::RETHOOKS, &[node]);
-    let verdict = guest.survey(&finder).outlook(&guest.sample);
+    let verdict = guest.snapshot(&finder).preview(&guest.sample);
     assert_eq!(blocked(&verdict), [2]);
     let stack: Vec<_> = verdict.blockers[0]
         .stack
@@ -587,17 +587,24 @@ fn a_return_into_an_old_function_that_a_tracer_hides_blocks() {
 }
 
 #[test]
-fn a_vcpu_on_its_way_between_user_mode_and_the_kernel_has_nothing_on_the_kernels_stack() {
+fn a_vcpu_between_user_mode_and_the_kernel_has_nothing_on_the_kernels_stack() {
     let guest = Guest::new(1);
     let finder = Quiescence::find(&guest.sample).unwrap();
     guest.sample.put_words(Guest::stack(1) + 0x3ff0, &[TEXT + 0x120]);
-    // a system call's first instruction: the user's stack, and the kernel's GS base is still set aside
+    // At a system call's first instruction: the user's stack, and the user's GS base.
     let mut registers = vcpu(Some((ENTRY, 0x7fff_0000)));
-    (registers.gs_base, registers.kernel_gs_base) = (0, CPU_DATA);
-    assert!(guest.recheck(&mut guest.survey(&finder), &[registers]).is_safe());
-    // the user has set its GS base to the value of a CPU's
+    (registers.gs_base, registers.kernel_gs_base) = (0, Some(CPU_DATA));
+    assert!(guest.recheck(&mut guest.snapshot(&finder), &[registers]).is_safe());
+    // The user has set its GS base to that of a CPU.
     registers.gs_base = CPU_DATA;
-    assert!(guest.recheck(&mut guest.survey(&finder), &[registers]).is_safe());
+    assert!(guest.recheck(&mut guest.snapshot(&finder), &[registers]).is_safe());
+    // Where the VMM does not tell the other one, it may be that of another CPU.
+    registers.kernel_gs_base = None;
+    let verdict = guest.recheck(&mut guest.snapshot(&finder), &[registers]);
+    assert_eq!(
+        verdict.unsure.first().unwrap().why,
+        Why::WhichCpu { vcpu: 0, rip: ENTRY }
+    );
 }
 
 #[test]
@@ -607,10 +614,10 @@ fn no_stack_is_unwound_from_the_entry_code() {
     let sp = Guest::stack(1) + 0x3f40;
     guest.sample.put_words(sp, &[TEXT + 0x220, TEXT + 0x310]);
     let rip = ENTRY + 0x10;
-    let look = || guest.recheck(&mut guest.survey(&finder), &[vcpu(Some((rip, sp)))]);
-    assert!(look().is_safe());
+    let recheck = || guest.recheck(&mut guest.snapshot(&finder), &[vcpu(Some((rip, sp)))]);
+    assert!(recheck().is_safe());
     guest.sample.put_words(sp + 0x20, &[TEXT + 0x120]);
-    assert_eq!(look().unsure.first().unwrap().why, Why::Entry { rip });
+    assert_eq!(recheck().unsure.first().unwrap().why, Why::Entry { rip });
 }
 
 #[test]
@@ -620,20 +627,20 @@ fn a_vcpu_in_an_interrupt_has_its_task_scanned_too() {
     let irq = STACKS + 0x90_0000;
     guest.sample.put(irq, &[0; STACK_BYTES as usize]);
     guest.sample.put_words(CPU_DATA + 32, &[irq + STACK_BYTES - 8]);
-    // the top word of the interrupt stack is the task's stack pointer
+    // The top word of the interrupt stack is the task's stack pointer.
     let (top, sp) = (irq + STACK_BYTES - 8, Guest::stack(1) + 0x3f40);
     guest.sample.put_words(top - 8, &[TEXT + 0x510, sp]);
     guest.sample.put_words(sp, &[TEXT + 0x320]);
     let registers = [vcpu(Some((TEXT + 0x10, top - 8)))];
-    let look = || guest.recheck(&mut guest.survey(&finder), &registers);
-    assert!(look().is_safe());
-    // left over at the far end of the task's stack: the walk, which does not get there, decides
+    let recheck = || guest.recheck(&mut guest.snapshot(&finder), &registers);
+    assert!(recheck().is_safe());
+    // The address is left over at the far end of the task's stack. The walk does not get there, and decides.
     guest.sample.put_words(Guest::stack(1) + 0x100, &[TEXT + 0x120]);
-    assert!(look().is_safe());
-    // the interrupted code goes on in the old function
+    assert!(recheck().is_safe());
+    // The interrupted code is in the old function.
     guest.sample.put_words(sp, &[TEXT + 0x120, TEXT + 0x320]);
-    assert_eq!(blocked(&look()), [1]);
-    // an end on the interrupt stack would leave out the task's
+    assert_eq!(blocked(&recheck()), [1]);
+    // A walk that ended on the interrupt stack would leave out the task's.
     guest.sample.put_words(top - 8, &[TEXT + 0x320]);
-    assert!(!look().is_safe());
+    assert!(!recheck().is_safe());
 }

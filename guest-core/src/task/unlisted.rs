@@ -1,7 +1,7 @@
-//! Kernel stacks that belong to no task that a list names.
+//! Finds kernel stacks whose task is on no list.
 //!
-//! A task can run the kernel's code, and sleep in it, without being on a list that [`super::list`] walks. The ways, with
-//! their places in the kernel (looked up in 6.1.170):
+//! A task can run the kernel's code, and sleep in it, without being on a list that [`super::list`] walks. These are the cases, with their
+//! places in the kernel (of 6.1.170):
 //!
 //! | task | kernel source | how it is found |
 //! |---|---|---|
@@ -12,14 +12,13 @@
 //! | kernel threads, workers, io_uring's and vhost's threads | kernel/fork.c: all come from `copy_process()` | listed |
 //!
 //! With `CONFIG_VMAP_STACK` (since 4.9) a task's stack is an area of vmalloc: pages in a row at a multiple of their size,
-//! and a page behind them that is not mapped (kernel/fork.c: `alloc_thread_stack_node`). Before the task runs, the word
-//! at its start is set to `STACK_END_MAGIC`. It loses the word when it is given back, either to RCU
-//! (`thread_stack_delayed_free`, since 5.18) or to vmalloc (`vfree_atomic`), which keep a list there; or it goes, as it is,
-//! to the few that each CPU keeps (`cached_stacks`). What has the word, and is neither there nor a listed task's, may be
-//! in use by a task that is not listed.
+//! and a page behind them that is not mapped (kernel/fork.c: `alloc_thread_stack_node`). Before the task runs, the word at the stack's
+//! start is set to `STACK_END_MAGIC`. When the stack is freed, either RCU (`thread_stack_delayed_free`, since 5.18) or vmalloc
+//! (`vfree_atomic`) overwrites the word with a list pointer; or the stack is unchanged among the few that each CPU keeps
+//! (`cached_stacks`). A stack with the word that is neither cached nor a listed task's may be in use by an unlisted task.
 //!
-//! The page tables of vmalloc are read, and not its list of areas: an entry is there or not, whatever the guest changes
-//! meanwhile, while a list that changes may be torn.
+//! The page tables of vmalloc are read, not its list of areas: an entry of a table is valid or not, whatever the guest changes meanwhile,
+//! but a list may be torn while it changes.
 
 use super::cpus::Cpus;
 use super::layout::TaskLayout;
@@ -30,18 +29,18 @@ use std::ops::Range;
 
 /// `STACK_END_MAGIC`, include/uapi/linux/magic.h.
 const STACK_END_MAGIC: u64 = 0x57ac_6e9d;
-/// `NR_CACHED_STACKS`, kernel/fork.c. Were there more, they would be taken for stacks in use.
+/// `NR_CACHED_STACKS`, kernel/fork.c. In a kernel with more, the others would count as stacks in use.
 const CACHED_STACKS: u64 = 2;
-/// More page tables than the vmalloc area of a guest has: they map 128 GiB.
+/// Most page tables of the vmalloc area that are read. They map 128 GiB, more than a guest uses.
 const TABLES_MAX: usize = 1 << 16;
-/// More stacks than a guest has that no list names.
+/// Most stacks of unlisted tasks that are accepted, more than a guest has.
 const UNLISTED_MAX: usize = 1 << 12;
 
-/// Where stacks are.
+/// Where the kernel keeps the stacks of tasks.
 #[derive(Debug, Clone)]
 pub(super) struct StackArea {
     vmalloc: Range<Gva>,
-    /// Per-CPU, pointers to `struct vm_struct`; and the offset of `addr` therein.
+    /// Per-CPU address of pointers to `struct vm_struct`, and the offset of `addr` in that structure.
     cached: Option<(Gva, u64)>,
     pages: usize,
     bytes: u64,
@@ -61,7 +60,7 @@ impl StackArea {
             None => None,
         };
         Ok(Self {
-            // kaslr_regions, arch/x86/mm/kaslr.c: vmalloc lies between the direct map and vmemmap
+            // vmalloc is between the direct map and vmemmap (`kaslr_regions`, arch/x86/mm/kaslr.c).
             vmalloc: word("vmalloc_base")?..word("vmemmap_base")?,
             cached,
             pages: usize::try_from(layout.stack_bytes / PAGE_SIZE).unwrap_or(0),
@@ -69,9 +68,11 @@ impl StackArea {
         })
     }
 
-    /// The stacks that may be in use by a task that is not listed. `owned`: the stacks of those that are, sorted.
+    /// Finds the stacks that an unlisted task may use. `owned` are the stacks of the listed tasks, sorted.
     ///
-    /// Error: the kernel's stacks are not as described above, so that the search would find nothing.
+    /// # Errors
+    ///
+    /// The kernel's stacks are not as described above, so that the search would find nothing.
     pub fn unlisted(&self, view: &dyn KernelView, cpus: &Cpus, owned: &[Gva]) -> Result<Vec<Gva>, SetupError> {
         let (mut found, mut is_understood) = (Vec::new(), false);
         let cached = self.cached(view, cpus);
@@ -127,7 +128,7 @@ impl StackArea {
         Ok(found)
     }
 
-    /// Those of `stacks` that still may be in use.
+    /// Those of `stacks` that may still be in use.
     pub fn still(&self, view: &dyn KernelView, cpus: &Cpus, stacks: &[Gva]) -> Vec<Gva> {
         if stacks.is_empty() {
             return Vec::new();
@@ -137,7 +138,7 @@ impl StackArea {
         stacks.iter().filter(in_use).copied().collect()
     }
 
-    /// The stacks that CPUs keep for tasks to come.
+    /// The freed stacks that CPUs keep for new tasks.
     fn cached(&self, view: &dyn KernelView, cpus: &Cpus) -> Vec<Gva> {
         let Some((cached, addr)) = self.cached else {
             return Vec::new();

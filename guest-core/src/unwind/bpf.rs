@@ -1,17 +1,17 @@
-//! Code that the kernel's BPF compiler makes: programs, and the trampolines by which they are attached to functions.
+//! Code that the kernel's BPF compiler generates: programs, and the trampolines that attach them to functions.
 //!
-//! The kernel finds the piece that an address is in by the tree `bpf_tree`, of `struct bpf_ksym` (kernel/bpf/core.c since 5.7,
-//! trampolines since 5.8). It is a latch: two trees and a sequence number, of which the number's lowest bit names the tree that
-//! does not change now (include/linux/rbtree_latch.h).
+//! The kernel finds the image (a program or trampoline) that holds an address in the tree `bpf_tree` of `struct bpf_ksym`
+//! (kernel/bpf/core.c since 5.7, trampolines since 5.8). The tree is a latch: two trees and a sequence number, whose lowest bit selects the
+//! tree that does not change now (include/linux/rbtree_latch.h).
 //!
-//! The code has no ORC table. It keeps BP as a frame pointer instead: `push rbp`, `mov rbp, rsp`, then room is made on the stack
-//! (arch/x86/net/bpf_jit_comp.c: `emit_prologue`, `arch_prepare_bpf_trampoline`; read in 6.1 and 7.2). Since 7.2 or before, the
-//! kernel also says from where to where BP is one, `fp_start` and `fp_end`, and unwinds by it (arch/x86/kernel/unwind_orc.c:
-//! `orc_bpf_find`). Here the first instructions must be these, and BP must be as far above SP as they say.
+//! The code has no ORC table, but keeps a frame pointer in BP: `push rbp`, `mov rbp, rsp`, and then it reserves stack space
+//! (arch/x86/net/bpf_jit_comp.c: `emit_prologue`, `arch_prepare_bpf_trampoline`; read in 6.1 and 7.2). Since 7.2 or before, the kernel also
+//! records the range in which BP is a frame pointer, `fp_start` and `fp_end`, and unwinds by it (arch/x86/kernel/unwind_orc.c:
+//! `orc_bpf_find`). This module requires that the code begins with these instructions, and that BP is as far above SP as they make it.
 //!
-//! A trampoline with a program for a function's end (fexit) calls the function's code behind its ftrace site. It stays listed for as
-//! long as a task is in it (kernel/bpf/trampoline.c: `bpf_tramp_image_put`), so that what was found for a task that sleeps holds
-//! until the task runs.
+//! A trampoline with a program for a function's end (fexit) calls the function's code behind its ftrace site. The kernel lists it for as
+//! long as a task is in it (kernel/bpf/trampoline.c: `bpf_tramp_image_put`), so that what was found for a sleeping task holds until the
+//! task runs.
 
 use super::error::UnwindError;
 use super::orc::{Base, Kind, Rule};
@@ -25,20 +25,20 @@ use crate::paging::PAGE_SIZE;
 use crate::text::plain;
 use std::ops::Range;
 
-/// A red-black tree of that depth has more pieces than fit into the memory for them.
+/// Largest depth of the tree. A red-black tree of that depth has more images than fit into memory.
 const DEPTH_MAX: usize = 48;
-/// How often the tree is searched where the guest changes it meanwhile.
+/// How often the tree is searched if the guest changes it meanwhile.
 const SEARCHES_MAX: usize = 4;
-/// Longest name that is read (`KSYM_NAME_LEN`).
+/// Longest name that is read, in bytes (`KSYM_NAME_LEN`).
 const NAME_BYTES_MAX: u64 = 512;
-/// Bytes at the start of a piece in which BP is set up.
+/// Bytes at the start of an image in which BP is set up.
 const PROLOGUE_BYTES: usize = 64;
-/// What may come before that: each instruction's first bytes, and its length. For tracers, for control-flow protection, to count
+/// The instructions that may come before: their first bytes, and their lengths. They serve tracers and control-flow protection, and count
 /// calls and tail calls.
 const BEFORE: [(&[u8], usize); 9] = [
     (&[0xf3, 0x0f, 0x1e, 0xfa], 4),        // endbr64
-    (&[0x0f, 0x1f, 0x44, 0x00, 0x00], 5),  // nop, where a program can be traced
-    (&[0xe8], 5),                          // call, where it is
+    (&[0x0f, 0x1f, 0x44, 0x00, 0x00], 5),  // nop, for tracing of the program
+    (&[0xe8], 5),                          // call, while it is traced
     (&[0x0f, 0x1f, 0x00], 3),              // nop
     (&[0x66, 0x90], 2),                    // nop
     (&[0x31, 0xc0], 2),                    // xor eax, eax
@@ -51,19 +51,19 @@ const SET_UP: [u8; 4] = [0x55, 0x48, 0x89, 0xe5];
 const ENDBR: [u8; 4] = [0xf3, 0x0f, 0x1e, 0xfa];
 /// `sub rsp, imm8` and `sub rsp, imm32`.
 const MAKE_ROOM: [[u8; 3]; 2] = [[0x48, 0x83, 0xec], [0x48, 0x81, 0xec]];
-/// More than the code puts on the stack beside the room that it makes: registers of its caller, the count of tail calls, arguments.
+/// Most bytes that the code pushes beyond the space that it reserves: registers of its caller, the count of tail calls, arguments.
 const PUSHED_BYTES_MAX: u64 = 256;
-/// No trampoline is longer (`arch_bpf_trampoline_size`, kernel/bpf/trampoline.c); before 6.9 each has one page.
+/// Longest trampoline, in bytes (`arch_bpf_trampoline_size`, kernel/bpf/trampoline.c). Before 6.9, each has one page.
 const TRAMPOLINE_BYTES_MAX: u64 = PAGE_SIZE;
 /// `call rel32`
 const CALL: u8 = 0xe8;
 const CALL_BYTES: usize = 5;
 
-/// Where the tree is, and what is read of each piece.
+/// Where the tree is, and the offsets of what is read of each image.
 #[derive(Debug, Clone)]
 pub(super) struct BpfCode {
     sequence: Gva,
-    /// The root of each tree, and where its node is in a piece.
+    /// Guest-virtual address of the root of each tree, and the offset of its node in `struct bpf_ksym`.
     trees: [(Gva, u64); 2],
     left: u64,
     right: u64,
@@ -73,15 +73,15 @@ pub(super) struct BpfCode {
     frame: Option<Range<u64>>,
 }
 
-/// One piece of code.
+/// One program or trampoline.
 #[derive(Debug, Clone, PartialEq, Eq)]
-struct Piece {
+struct Image {
     ksym: Gva,
     text: Range<Gva>,
 }
 
 impl BpfCode {
-    /// Looks the tree up; `None` for a kernel without BPF, or one that lists its code in another manner: it is unknown code then.
+    /// Looks up the tree; `None` for a kernel without BPF, or one that lists its code in another way. BPF's code is then unknown code.
     pub fn find(view: &dyn KernelView) -> Option<Self> {
         let tree = view.symbol("bpf_tree")?;
         Self::read(view, tree).ok()
@@ -111,76 +111,78 @@ impl BpfCode {
         })
     }
 
-    /// How to unwind from `frame`, whose BP is `bp`. `None` where `frame` is not in code of BPF.
+    /// The rule that unwinds from `frame`, whose BP is `bp`. `None` for a frame that is not in BPF's code.
     ///
-    /// Error: it is, and that it has a frame of its own there is not certain.
+    /// # Errors
+    ///
+    /// The frame is in BPF's code, and BP may not be its frame pointer there.
     pub fn rule(&self, view: &dyn KernelView, frame: Frame, bp: u64) -> Option<Result<Rule, UnwindError>> {
-        let piece = self.piece(view, frame.code())?;
-        let why = match self.doubt(view, &piece, frame, bp) {
+        let image = self.image(view, frame.code())?;
+        let why = match self.doubt(view, &image, frame, bp) {
             Ok(None) => return Some(Ok(FRAME_POINTER)),
             Ok(Some(why)) => why,
             Err(_) => "which cannot be read",
         };
         Some(Err(UnwindError::Bpf {
             ip: frame.ip,
-            name: self.name(view, &piece),
+            name: self.name(view, &image),
             why,
         }))
     }
 
-    /// The function of `old` that a trampoline may be about to call that holds `at`. Where the trampoline was called from the
-    /// function, its return address says so, too; since 7.2 or before it may have been jumped to (`bpf_trampoline_use_jmp`).
+    /// The function of `old` that the trampoline which holds `at` may be about to call. If the function has called the trampoline, a return
+    /// address shows the function, too; since 7.2 or before, it may have jumped there (`bpf_trampoline_use_jmp`).
     pub fn calls<'o>(&self, view: &dyn KernelView, at: Gva, old: &'o OldCode) -> Option<&'o OldFunction> {
-        let piece = self.piece(view, at)?;
-        let len = piece.text.end.checked_sub(piece.text.start)?;
+        let image = self.image(view, at)?;
+        let len = image.text.end.checked_sub(image.text.start)?;
         let mut code = vec![0; usize::try_from(len.min(TRAMPOLINE_BYTES_MAX)).ok()?];
-        view.read(piece.text.start, &mut code).ok()?;
-        calls_into(piece.text.start, &code, old)
+        view.read(image.text.start, &mut code).ok()?;
+        calls_into(image.text.start, &code, old)
     }
 
-    /// Why it is not certain that `frame` has BP for a frame pointer.
+    /// Why BP may not be the frame pointer of `frame`; `None` if it is.
     fn doubt(
         &self,
         view: &dyn KernelView,
-        piece: &Piece,
+        image: &Image,
         frame: Frame,
         bp: u64,
     ) -> Result<Option<&'static str>, MemoryError> {
         if frame.interrupted {
             return Ok(Some("which was interrupted there"));
         }
-        let offset = frame.ip.checked_sub(piece.text.start).unwrap_or(0);
+        let offset = frame.ip.checked_sub(image.text.start).unwrap_or(0);
         let len = usize::try_from(offset).unwrap_or(usize::MAX).min(PROLOGUE_BYTES);
         let mut code = vec![0; len];
-        view.read(piece.text.start, &mut code)?;
-        let Some((set_up, room)) = room_made(&code) else {
+        view.read(image.text.start, &mut code)?;
+        let Some((set_up, reserved)) = prologue(&code) else {
             return Ok(Some("which does not begin as such code does"));
         };
         if let Some(frame) = &self.frame {
-            let bound = |at: u64| view.read_u32(piece.ksym.wrapping_add(at)).map(u64::from);
+            let bound = |at: u64| view.read_u32(image.ksym.wrapping_add(at)).map(u64::from);
             let (start, end) = (bound(frame.start)?, bound(frame.end)?);
             if start < set_up as u64 || !(start..=end).contains(&offset) {
                 return Ok(Some("which the kernel says has no frame pointer there"));
             }
         }
-        let used = bp.checked_sub(frame.sp).and_then(|used| used.checked_sub(room));
+        let used = bp.checked_sub(frame.sp).and_then(|used| used.checked_sub(reserved));
         Ok(match used {
             Some(pushed) if pushed <= PUSHED_BYTES_MAX => None,
             _ => Some("and its frame pointer is not where such code has it"),
         })
     }
 
-    fn name(&self, view: &dyn KernelView, piece: &Piece) -> String {
+    fn name(&self, view: &dyn KernelView, image: &Image) -> String {
         let len = (self.name.end - self.name.start).min(NAME_BYTES_MAX);
         let mut name = vec![0; usize::try_from(len).unwrap_or(0)];
-        match view.read(piece.ksym.wrapping_add(self.name.start), &mut name) {
+        match view.read(image.ksym.wrapping_add(self.name.start), &mut name) {
             Ok(()) => plain(&name),
             Err(_) => "?".to_owned(),
         }
     }
 
-    /// The piece that holds `at`; `None` too where that cannot be found out, so that it is unknown code.
-    fn piece(&self, view: &dyn KernelView, at: Gva) -> Option<Piece> {
+    /// The image that holds `at`; `None` if none does, or if the tree cannot be read. The address is then in unknown code.
+    fn image(&self, view: &dyn KernelView, at: Gva) -> Option<Image> {
         for _ in 0..SEARCHES_MAX {
             let before = view.read_u32(self.sequence).ok()?;
             let [even, odd] = &self.trees;
@@ -192,7 +194,7 @@ impl BpfCode {
         None
     }
 
-    fn search(&self, view: &dyn KernelView, tree: &(Gva, u64), at: Gva) -> Result<Option<Piece>, MemoryError> {
+    fn search(&self, view: &dyn KernelView, tree: &(Gva, u64), at: Gva) -> Result<Option<Image>, MemoryError> {
         let &(root, node_offset) = tree;
         let mut node = Gva(view.read_u64(root)?);
         for _ in 0..DEPTH_MAX {
@@ -203,7 +205,7 @@ impl BpfCode {
             let word = |offset| view.read_u64(ksym.wrapping_add(offset)).map(Gva);
             let text = word(self.start)?..word(self.end)?;
             if text.contains(&at) {
-                return Ok(Some(Piece { ksym, text }));
+                return Ok(Some(Image { ksym, text }));
             }
             let next = if at < text.start { self.left } else { self.right };
             node = Gva(view.read_u64(node.wrapping_add(next))?);
@@ -222,8 +224,8 @@ const FRAME_POINTER: Rule = Rule {
     signal: false,
 };
 
-/// Where code that begins so has BP set up, and how many bytes it then reserves on the stack; `None` for other code.
-pub(super) fn room_made(code: &[u8]) -> Option<(usize, u64)> {
+/// The offset at which the code has set up BP, and the stack space that it then reserves, in bytes; `None` for code that does not begin so.
+pub(super) fn prologue(code: &[u8]) -> Option<(usize, u64)> {
     let mut rest = code;
     while !rest.starts_with(&SET_UP) {
         let (_, len) = BEFORE.iter().find(|(bytes, _)| rest.starts_with(bytes))?;
@@ -233,18 +235,18 @@ pub(super) fn room_made(code: &[u8]) -> Option<(usize, u64)> {
     let set_up = code.len() - rest.len();
     rest = rest.strip_prefix(&ENDBR).unwrap_or(rest);
     let [short, long] = &MAKE_ROOM;
-    let room = if let Some(bytes) = rest.strip_prefix(short) {
+    let reserved = if let Some(bytes) = rest.strip_prefix(short) {
         u64::from(*bytes.first()?)
     } else if let Some(bytes) = rest.strip_prefix(long) {
         u64::from(u32::from_le_bytes(*bytes.first_chunk()?))
     } else {
         0
     };
-    Some((set_up, room))
+    Some((set_up, reserved))
 }
 
-/// The first old function into which `code`, which is at `start`, has a call, other than to its beginning. Bytes that only look like
-/// one count, too.
+/// The first old function that `code`, at `start`, calls at an address behind the function's beginning. Bytes that only look like a call
+/// count, too.
 pub(super) fn calls_into<'o>(start: Gva, code: &[u8], old: &'o OldCode) -> Option<&'o OldFunction> {
     (1_u64..).zip(code.windows(CALL_BYTES)).find_map(|(behind, bytes)| {
         let (opcode, distance) = bytes.split_first()?;

@@ -1,4 +1,4 @@
-use super::bpf::{BpfCode, calls_into, room_made};
+use super::bpf::{BpfCode, calls_into, prologue};
 use super::orc::{Base, Kind};
 use super::testing::{Sample, basic_types};
 use super::{Frame, OldCode, OldFunction, UnwindError};
@@ -8,9 +8,9 @@ use crate::btf::builder::{Builder, STRUCT};
 const TREE: u64 = 0xffff_ffff_8220_0000;
 const KSYMS: u64 = 0xffff_8880_0000_0000;
 const CODE: u64 = 0xffff_ffff_c000_0000;
-/// What the builder calls the basic types' `long unsigned int`.
+/// The builder's number of the basic types' `long unsigned int`.
 const LONG: u32 = 1;
-/// In the sample's `struct bpf_ksym`.
+/// Offsets in the sample's `struct bpf_ksym`.
 mod ksym {
     pub const NAME: u64 = 16;
     pub const NODE: u64 = 48;
@@ -18,15 +18,15 @@ mod ksym {
     pub const BYTES: u64 = 104;
 }
 const NODE_BYTES: u64 = 24;
-/// `struct bpf_ksym` number `index`.
+/// Address of the `struct bpf_ksym` number `index`.
 const fn at(index: u64) -> u64 {
     KSYMS + 0x1000 * index
 }
 
-/// What 6.1 makes for fentry and fexit, up to the first call: `push rbp`, `mov rbp, rsp`, `sub rsp, 0x30`, `push rbx`.
+/// The code that 6.1 generates for fentry and fexit, up to the first call: `push rbp`, `mov rbp, rsp`, `sub rsp, 0x30`, `push rbx`.
 const TRAMPOLINE: [u8; 9] = [0x55, 0x48, 0x89, 0xe5, 0x48, 0x83, 0xec, 0x30, 0x53];
 
-/// A kernel with pieces of 0x100 bytes, three for each tree: the middle one is the root. `says_frames`: as since 7.2.
+/// A kernel with images of 0x100 bytes, three for each tree, whose middle one is the root. `says_frames`: as since 7.2.
 fn sample(sequence: u32, says_frames: bool) -> Sample {
     let mut types = Builder::new();
     basic_types(&mut types);
@@ -64,7 +64,7 @@ fn sample(sequence: u32, says_frames: bool) -> Sample {
     let mut sample = Sample::with_types(&[], &types);
     sample.set_symbol("bpf_tree", TREE);
     let tree = u64::from(sequence % 2);
-    // the other tree is being changed: it leads nowhere
+    // The other tree is being changed: its root leads nowhere.
     let mut roots = [8, 8];
     roots[tree as usize] = at(1) + ksym::NODE + tree * NODE_BYTES;
     sample.put_words(TREE, &[u64::from(sequence), roots[0], roots[1]]);
@@ -81,7 +81,7 @@ fn sample(sequence: u32, says_frames: bool) -> Sample {
     sample
 }
 
-/// How a frame at `offset` into the piece `index` is unwound, whose BP lies `used` bytes above its SP.
+/// The rule for a frame at `offset` in the image `index`, whose BP is `used` bytes above its SP.
 fn rule_at(sample: &Sample, index: u64, offset: u64, used: u64) -> Option<Result<(Base, i64, Kind), UnwindError>> {
     let frame = Frame {
         ip: Gva(CODE + 0x200 * index + offset),
@@ -103,7 +103,7 @@ fn why(rule: Option<Result<(Base, i64, Kind), UnwindError>>) -> &'static str {
 const BY_BP: Option<Result<(Base, i64, Kind), UnwindError>> = Some(Ok((Base::Bp, 16, Kind::Call)));
 
 #[test]
-fn a_frame_in_a_trampoline_is_unwound_by_its_frame_pointer_from_whichever_tree_holds_still() {
+fn a_frame_in_a_trampoline_is_unwound_by_its_frame_pointer_with_either_tree() {
     for sequence in [0, 1, 6, 7] {
         let sample = sample(sequence, false);
         for index in 0..3 {
@@ -111,13 +111,13 @@ fn a_frame_in_a_trampoline_is_unwound_by_its_frame_pointer_from_whichever_tree_h
         }
         assert_eq!(rule_at(&sample, 0, 0x150, 0x38), None);
         assert_eq!(rule_at(&sample, 3, 0x50, 0x38), None);
-        // a call at the end: its return address is one past the piece
+        // A call at the end: its return address is one past the image.
         assert_eq!(rule_at(&sample, 0, 0x100, 0x38), BY_BP);
     }
 }
 
 #[test]
-fn a_frame_pointer_that_the_code_cannot_have_set_is_not_believed() {
+fn a_frame_pointer_that_the_code_cannot_have_set_is_refused() {
     let sample = sample(0, false);
     let expected = "and its frame pointer is not where such code has it";
     for used in [0, 0x28, 0x30 + 0x101, 0x10000, 0_u64.wrapping_sub(8)] {
@@ -126,14 +126,14 @@ fn a_frame_pointer_that_the_code_cannot_have_set_is_not_believed() {
 }
 
 #[test]
-fn code_that_begins_otherwise_or_that_was_interrupted_is_named() {
+fn code_that_begins_otherwise_or_was_interrupted_is_refused_by_name() {
     let sample = sample(0, false);
     sample.put(CODE + 0x200, &[0x90]);
     assert_eq!(
         why(rule_at(&sample, 1, 0x50, 0x38)),
         "which does not begin as such code does"
     );
-    // before BP is set up
+    // Before BP is set up.
     assert_eq!(
         why(rule_at(&sample, 2, 3, 0x38)),
         "which does not begin as such code does"
@@ -151,7 +151,7 @@ fn code_that_begins_otherwise_or_that_was_interrupted_is_named() {
 }
 
 #[test]
-fn where_the_kernel_says_where_the_frame_pointer_is_one_it_must_say_so_there() {
+fn a_kernel_that_records_the_range_of_the_frame_pointer_must_include_the_frame() {
     let sample = sample(0, true);
     let unsaid = "which the kernel says has no frame pointer there";
     assert_eq!(why(rule_at(&sample, 1, 0x50, 0x38)), unsaid);
@@ -167,7 +167,7 @@ fn where_the_kernel_says_where_the_frame_pointer_is_one_it_must_say_so_there() {
 }
 
 #[test]
-fn a_tree_that_never_ends_or_never_holds_still_holds_nothing() {
+fn a_tree_that_never_ends_or_always_changes_finds_nothing() {
     let sample = sample(0, false);
     let node = at(1) + ksym::NODE;
     sample.put_words(node, &[0, node, node]);
@@ -178,27 +178,27 @@ fn a_tree_that_never_ends_or_never_holds_still_holds_nothing() {
 }
 
 #[test]
-fn the_room_is_what_the_code_itself_makes() {
-    // 6.12 with endbr64 and a count of calls; a program of 7.2, with a call in place of its nop
+fn the_reserved_space_is_read_from_the_code() {
+    // Code of 6.12 with endbr64 and a count of calls; a program of 7.2, with a call in place of its nop.
     let counting = [
         &[0xf3, 0x0f, 0x1e, 0xfa, 0x65, 0x48, 0xc1, 0x3c, 0x25, 1, 2, 3, 4, 5][..],
         &[0x55, 0x48, 0x89, 0xe5, 0x48, 0x81, 0xec, 0x88, 1, 0, 0][..],
     ]
     .concat();
-    assert_eq!(room_made(&counting), Some((18, 0x188)));
+    assert_eq!(prologue(&counting), Some((18, 0x188)));
     let program = [
         &[0xf3, 0x0f, 0x1e, 0xfa, 0xe8, 0, 0, 0, 0, 0x0f, 0x1f, 0x00][..],
         &[0x55, 0x48, 0x89, 0xe5, 0xf3, 0x0f, 0x1e, 0xfa, 0x53][..],
     ]
     .concat();
-    assert_eq!(room_made(&program), Some((16, 0)));
-    assert_eq!(room_made(&[0xf3, 0x0f, 0x1e, 0xfa]), None);
-    assert_eq!(room_made(&[0x48, 0x89, 0xf4, 0x48, 0x89, 0xd5]), None);
-    assert_eq!(room_made(&TRAMPOLINE[..7]), None);
+    assert_eq!(prologue(&program), Some((16, 0)));
+    assert_eq!(prologue(&[0xf3, 0x0f, 0x1e, 0xfa]), None);
+    assert_eq!(prologue(&[0x48, 0x89, 0xf4, 0x48, 0x89, 0xd5]), None);
+    assert_eq!(prologue(&TRAMPOLINE[..7]), None);
 }
 
 #[test]
-fn a_trampoline_that_calls_behind_an_old_functions_site_is_about_to_run_it() {
+fn a_trampoline_that_calls_behind_an_old_functions_site_is_about_to_run_the_function() {
     let old = OldCode::new(vec![OldFunction {
         name: "f".to_owned(),
         code: Gva(CODE + 0x1000)..Gva(CODE + 0x1100),
@@ -209,7 +209,7 @@ fn a_trampoline_that_calls_behind_an_old_functions_site_is_about_to_run_it() {
         calls_into(Gva(CODE), &code, &old).map(|function| function.name.as_str())
     };
     assert_eq!(calling(0x1005), Some("f"));
-    // its beginning leads to the new function; others are others
+    // A call to its beginning reaches the new function. Other functions are not old.
     assert_eq!(calling(0x1000), None);
     assert_eq!(calling(0x1100), None);
     assert_eq!(calls_into(Gva(CODE), &[0xe8, 0, 0], &old), None);

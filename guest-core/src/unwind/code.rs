@@ -1,10 +1,9 @@
-//! All code that the kernel may be running, and how to unwind through each piece: the kernel's own text, its modules,
-//! what vmpatch has laid, and ftrace's trampolines.
+//! All code that the kernel may run, and the ORC tables to unwind through it: the kernel's own text, its modules, patches, and ftrace's
+//! trampolines.
 //!
-//! What is not in here is unknown code: kprobes' instruction slots, modules that came later. A frame in it cannot be
-//! unwound. A *word* that points into it must not be taken for harmless either: a kprobe's slot goes on, with a jump, in
-//! the function that it was set on, whose address is then on no stack. So it is with code of BPF, which is looked up only
-//! where a frame is in it: see [`super::bpf`].
+//! Other code is unknown: kprobes' instruction slots, and modules that were loaded later. A frame in unknown code cannot be unwound. A
+//! *word* that points into it is not harmless either: a kprobe's slot jumps back to the probed function, whose address is then on no stack.
+//! The same holds for BPF's code, which is only looked up for a frame in it: see [`super::bpf`].
 
 use super::bpf::BpfCode;
 use super::error::{SetupError, UnwindError};
@@ -18,41 +17,41 @@ use super::walk::Frame;
 use crate::addr::Gva;
 use std::ops::Range;
 
-/// Functions whose first instruction shows how registers are numbered in ORC entries; every kernel has them.
+/// Functions that every kernel has. The ORC entry of their first instruction shows how registers are numbered.
 const PROBES: [&str; 3] = ["schedule", "vfs_read", "kfree"];
-/// Where all kernel code lies: the top 2 GiB, `__START_KERNEL_map` (arch/x86/include/asm/page_64_types.h).
+/// The address range of all kernel code: the top 2 GiB, `__START_KERNEL_map` (arch/x86/include/asm/page_64_types.h).
 const CODE_START: Gva = Gva(0xffff_ffff_8000_0000);
-/// One past the last address for modules, `MODULES_END`; small negative numbers are above it.
-const CODE_END: Gva = Gva(0xffff_ffff_ff00_0000);
-/// A symbol of kernels whose indirect SP entries add before they dereference (5.8 to 5.11).
+/// The end of the address ranges of modules and of the alias mapping. Small negative numbers are above it.
+const CODE_END: Gva = Gva(0xffff_ffff_ff40_0000);
+/// A symbol of the kernels whose indirect SP entries add before they dereference (5.8 to 5.11).
 const ADDS_FIRST: &str = "asm_call_on_stack";
 
-/// Code that vmpatch has laid into the guest.
+/// The code of a patch in the guest.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PatchCode {
-    /// Its text.
+    /// Guest-virtual address range of its text.
     pub text: Range<Gva>,
     /// Its ORC table, in guest memory, sorted.
     pub orc: OrcTable,
 }
 
-/// A piece of text with the table for it.
+/// A range of text with its table.
 #[derive(Debug, PartialEq, Eq)]
-struct Piece {
+struct TextRange {
     text: Range<Gva>,
     orc: Option<OrcTable>,
-    /// The module's name; none for a patch.
+    /// Name of the module; `None` for a patch.
     module: Option<Box<str>>,
 }
 
-/// All known code of a kernel at one moment.
+/// All code of a kernel at one moment.
 #[derive(Debug)]
 pub struct CodeMap {
     format: OrcFormat,
     /// `_stext.._etext`
     text: Range<Gva>,
-    /// `_sinittext.._einittext`: code that ran at boot. Its memory was given away, but the first idle task's stack
-    /// still has frames of it, to which nothing ever returns.
+    /// `_sinittext.._einittext`: code that ran at boot. Its memory was freed, but the first idle task's stack still has frames of it, to
+    /// which nothing ever returns.
     init_text: Option<Range<Gva>>,
     /// `_text.._end`: text and data
     image: Range<Gva>,
@@ -63,18 +62,22 @@ pub struct CodeMap {
     loaded: Loaded,
 }
 
-/// What comes and goes.
+/// The code that the kernel loads and unloads.
 #[derive(Debug, Default, PartialEq, Eq)]
 struct Loaded {
-    /// Modules' and patches' text, sorted. A patch in the kernel's text cave stands before the kernel's own table.
-    pieces: Vec<Piece>,
-    /// Modules' other memory, sorted.
+    /// Text of modules and patches, sorted. A patch in the text cave takes precedence over the kernel's own table.
+    ranges: Vec<TextRange>,
+    /// Other memory of modules, sorted.
     data: Vec<Range<Gva>>,
     trampolines: Vec<Trampoline>,
 }
 
 impl CodeMap {
-    /// Reads what the kernel has loaded now. `patches`: what vmpatch has laid.
+    /// Reads the code that the kernel has loaded now. `patches` are the patches in the guest.
+    ///
+    /// # Errors
+    ///
+    /// The lists of code, or the ORC tables, cannot be read.
     pub fn read(view: &dyn KernelView, patches: &[PatchCode]) -> Result<Self, SetupError> {
         let symbol = |name: &str| view.symbol(name).ok_or_else(|| SetupError::NoSymbol(name.to_owned()));
         let orc = own_table(view)?;
@@ -96,7 +99,11 @@ impl CodeMap {
         Ok(map)
     }
 
-    /// Reads again what may have changed since; true where it has.
+    /// Reads the loaded code again. Gives true if it has changed.
+    ///
+    /// # Errors
+    ///
+    /// As [`CodeMap::read`].
     pub fn refresh(&mut self, view: &dyn KernelView, patches: &[PatchCode]) -> Result<bool, SetupError> {
         let modules = self
             .modules
@@ -104,21 +111,21 @@ impl CodeMap {
             .map_or(Ok(Vec::new()), |modules| modules.read(view))?;
         let mut now = Loaded::default();
         for module in modules {
-            let piece = |text| Piece {
+            let of_module = |text| TextRange {
                 text,
                 orc: module.orc,
                 module: Some(module.name.clone()),
             };
-            now.pieces.extend(module.text.into_iter().map(piece));
+            now.ranges.extend(module.text.into_iter().map(of_module));
             now.data.extend(module.data);
         }
-        let laid = |patch: &PatchCode| Piece {
+        let of_patch = |patch: &PatchCode| TextRange {
             text: patch.text.clone(),
             orc: Some(patch.orc),
             module: None,
         };
-        now.pieces.extend(patches.iter().map(laid));
-        now.pieces.sort_by_key(|piece| piece.text.start);
+        now.ranges.extend(patches.iter().map(of_patch));
+        now.ranges.sort_by_key(|range| range.text.start);
         now.data.sort_by_key(|data| data.start);
         now.trampolines = self
             .tracers
@@ -131,21 +138,21 @@ impl CodeMap {
 
     /// True for an address in known code.
     pub fn is_text(&self, at: Gva) -> bool {
-        self.is_own_text(at) || self.piece(at).is_some() || self.trampoline(at).is_some()
+        self.is_own_text(at) || self.range_at(at).is_some() || self.trampoline(at).is_some()
     }
 
-    /// True for a word that may point into code that is not known; see the module's text.
+    /// True for a word that may point into unknown code, as described at the top of this module.
     pub fn may_be_unknown_code(&self, word: u64) -> bool {
         let at = Gva(word);
         (CODE_START..CODE_END).contains(&at)
             && !self.image.contains(&at)
             && !self.is_text(at)
-            // a return address may be one past the text
+            // A return address may be one past the text.
             && !self.is_text(Gva(word - 1))
             && holding(&self.loaded.data, at, |data| data).is_none()
     }
 
-    /// How to unwind from `frame`, whose BP is `bp`.
+    /// The rule that unwinds from `frame`, whose BP is `bp`.
     pub fn rule(&self, view: &dyn KernelView, frame: Frame, bp: u64) -> Result<Rule, UnwindError> {
         let (at, memory) = (frame.code(), as_memory(view));
         if !self.is_text(at) {
@@ -153,15 +160,15 @@ impl CodeMap {
             let of_bpf = self.bpf.as_ref().and_then(|bpf| bpf.rule(view, frame, bp));
             return of_bpf.unwrap_or(Err(UnwindError::NotText { ip, sp }));
         }
-        if let Some(piece) = self.piece(at) {
-            let missing = || match &piece.module {
+        if let Some(range) = self.range_at(at) {
+            let missing = || match &range.module {
                 Some(module) => UnwindError::NoTable {
                     ip: frame.ip,
                     module: module.to_string(),
                 },
                 None => UnwindError::NoOrc { ip: at },
             };
-            return piece.orc.ok_or_else(missing)?.rule(memory, &self.format, at);
+            return range.orc.ok_or_else(missing)?.rule(memory, &self.format, at);
         }
         let there = self
             .trampoline(at)
@@ -173,7 +180,7 @@ impl CodeMap {
         self.orc.rule(memory, &self.format, there)
     }
 
-    /// The function of `old` that code of BPF, in which `frame` is, may be about to call though no stack has its address.
+    /// The function of `old` that BPF's code, in which `frame` is, may be about to call, although no stack holds its address.
     pub fn calls_from_bpf<'o>(&self, view: &dyn KernelView, frame: Frame, old: &'o OldCode) -> Option<&'o OldFunction> {
         let bpf = self.bpf.as_ref().filter(|_| !self.is_text(frame.code()))?;
         bpf.calls(view, frame.code(), old)
@@ -183,13 +190,13 @@ impl CodeMap {
         self.text.contains(&at) || self.init_text.as_ref().is_some_and(|text| text.contains(&at))
     }
 
-    /// How this kernel writes ORC entries.
+    /// The format of this kernel's ORC entries.
     pub fn format(&self) -> &OrcFormat {
         &self.format
     }
 
-    fn piece(&self, at: Gva) -> Option<&Piece> {
-        holding(&self.loaded.pieces, at, |piece| &piece.text)
+    fn range_at(&self, at: Gva) -> Option<&TextRange> {
+        holding(&self.loaded.ranges, at, |range| &range.text)
     }
 
     fn trampoline(&self, at: Gva) -> Option<&Trampoline> {
@@ -197,7 +204,7 @@ impl CodeMap {
     }
 }
 
-/// The element whose range holds `at`, of a list sorted by start.
+/// The element whose range holds `at`, in a list sorted by start.
 fn holding<T>(sorted: &[T], at: Gva, range: impl Fn(&T) -> &Range<Gva>) -> Option<&T> {
     let behind = sorted.partition_point(|element| range(element).start <= at);
     sorted
@@ -205,7 +212,7 @@ fn holding<T>(sorted: &[T], at: Gva, range: impl Fn(&T) -> &Range<Gva>) -> Optio
         .filter(|element| range(element).contains(&at))
 }
 
-/// The kernel's own table; its two arrays must agree in length.
+/// The kernel's own table. Its two arrays must have the same number of elements.
 fn own_table(view: &dyn KernelView) -> Result<OrcTable, SetupError> {
     let symbol = |name: &str| view.symbol(name).ok_or_else(|| SetupError::NoSymbol(name.to_owned()));
     let (ips, ips_end) = (symbol("__start_orc_unwind_ip")?, symbol("__stop_orc_unwind_ip")?);
@@ -231,10 +238,9 @@ fn format(view: &dyn KernelView, orc: &OrcTable) -> Result<OrcFormat, SetupError
         let at = view.symbol(name).ok_or_else(|| SetupError::NoSymbol(name.to_owned()))?;
         let mut bytes = vec![0; size];
         orc.entry(as_memory(view), at, &mut bytes)
-            .map_err(|error| SetupError::NotUnderstood {
-                what: "ORC table",
-                found: error.to_string(),
-                expected: format!("an entry for {name}"),
+            .map_err(|source| SetupError::NoOrcEntry {
+                function: name,
+                source: Box::new(source),
             })?;
         at_entry.push(bytes);
     }

@@ -1,21 +1,25 @@
-//! Return addresses that kretprobes keep up to 5.10: `struct kretprobe_instance`, in a table of lists, by the task that it belongs to
-//! (kernel/kprobes.c: `kretprobe_inst_table`; its `fp` is the place on the stack, arch/x86/kernel/kprobes/core.c:
-//! `arch_prepare_kretprobe`). Later kernels have lists of their own for each task.
+//! The hooked returns of kretprobes up to 5.10: `struct kretprobe_instance`, in a hash table of lists, by task (kernel/kprobes.c:
+//! `kretprobe_inst_table`). Its `fp` is the address on the stack (arch/x86/kernel/kprobes/core.c: `arch_prepare_kretprobe`). Later kernels
+//! have a list for each task.
 
 use super::error::UnwindError;
-use super::returns::Hidden;
+use super::hooked_returns::HookedReturn;
 use super::view::KernelView;
 use crate::addr::Gva;
 use crate::btf::BtfError;
 
-/// `KPROBE_HASH_BITS`. With another number a return address would not be found, and the stack not be safe.
+/// `KPROBE_HASH_BITS`. With another number, a return address would not be found, and its stack would not be safe.
 const HASH_BITS: u32 = 6;
 /// `GOLDEN_RATIO_64`, include/linux/hash.h.
 const GOLDEN_RATIO: u64 = 0x61c8_8646_80b5_83eb;
-/// More returns in flight than tasks with the same hash have.
+/// Most hooked returns of all tasks with the same hash.
 const INSTANCES_MAX: usize = 4096;
+const TOO_MANY: UnwindError = UnwindError::TooMany {
+    what: "return probes in flight",
+    max: INSTANCES_MAX,
+};
 
-/// Where the table is, and what is read of each instance.
+/// Where the table is, and the offsets of what is read of each instance.
 #[derive(Debug, Clone)]
 pub(super) struct Kretprobes {
     table: Gva,
@@ -26,7 +30,7 @@ pub(super) struct Kretprobes {
 }
 
 impl Kretprobes {
-    /// Looks the table up; `None` for a kernel that keeps the addresses elsewhere.
+    /// Looks up the table; `None` for a kernel that keeps the addresses elsewhere.
     pub fn find(view: &dyn KernelView) -> Result<Option<Self>, BtfError> {
         let Some(table) = view.symbol("kretprobe_inst_table") else {
             return Ok(None);
@@ -41,11 +45,14 @@ impl Kretprobes {
         }))
     }
 
-    /// Adds those of `task`.
-    pub fn collect(&self, view: &dyn KernelView, task: Gva, found: &mut Vec<Hidden>) -> Result<(), UnwindError> {
+    /// Adds the hooked returns of `task`.
+    pub fn collect(&self, view: &dyn KernelView, task: Gva, found: &mut Vec<HookedReturn>) -> Result<(), UnwindError> {
         let word = |at: Gva| {
-            view.read_u64(at)
-                .map_err(|source| UnwindError::Unreadable { at: at.0, source })
+            view.read_u64(at).map_err(|source| UnwindError::Unreadable {
+                what: "the table of return probes",
+                at: at.0,
+                source,
+            })
         };
         let bucket = task.0.wrapping_mul(GOLDEN_RATIO) >> (u64::BITS - HASH_BITS);
         let mut node = word(self.table.wrapping_add(8 * bucket))?;
@@ -55,14 +62,14 @@ impl Kretprobes {
             }
             let instance = Gva(node.wrapping_sub(self.node));
             if word(instance.wrapping_add(self.task))? == task.0 {
-                found.push(Hidden {
+                found.push(HookedReturn {
                     slot: word(instance.wrapping_add(self.slot))?,
                     ret: word(instance.wrapping_add(self.ret))?,
                 });
             }
             node = word(Gva(node))?;
         }
-        Err(UnwindError::TooMany(INSTANCES_MAX))
+        Err(TOO_MANY)
     }
 }
 
@@ -76,8 +83,8 @@ mod tests {
     const INSTANCES: u64 = 0xffff_8880_0000_0000;
     const TASK: u64 = 0xffff_8880_1234_5680;
 
-    /// A table in which the given words lead from one instance to the next.
-    fn collected(next: [u64; 3]) -> Result<Vec<Hidden>, UnwindError> {
+    /// Collects from a table in which the given words lead from one instance to the next.
+    fn collected(next: [u64; 3]) -> Result<Vec<HookedReturn>, UnwindError> {
         let mut types = Builder::new();
         basic_types(&mut types);
         types.composite(
@@ -95,7 +102,7 @@ mod tests {
         let mut sample = Sample::with_types(&[], &types);
         sample.set_symbol("kretprobe_inst_table", TABLE);
         sample.put(TABLE, &[0; 512]);
-        // hash_64(0xffff888012345680, 6)
+        // The index is hash_64(0xffff888012345680, 6).
         sample.put_words(TABLE + 8 * 0x30, &[INSTANCES]);
         for (index, next) in (0..).zip(next) {
             let task = if index == 1 { TASK + 64 } else { TASK };
@@ -108,15 +115,15 @@ mod tests {
     }
 
     #[test]
-    fn a_tasks_own_addresses_are_found_among_those_of_its_hash() {
+    fn a_tasks_own_returns_are_found_among_those_of_its_hash() {
         let found = collected([INSTANCES + 64, INSTANCES + 128, 0]).unwrap();
-        let expected = [(0x200, 0x100), (0x202, 0x102)].map(|(slot, ret)| Hidden { slot, ret });
+        let expected = [(0x200, 0x100), (0x202, 0x102)].map(|(slot, ret)| HookedReturn { slot, ret });
         assert_eq!(found, expected);
     }
 
     #[test]
     fn a_list_without_an_end_is_an_error() {
         let endless = collected([INSTANCES + 64, INSTANCES, 0]).unwrap_err();
-        assert_eq!(endless, UnwindError::TooMany(INSTANCES_MAX));
+        assert_eq!(endless, TOO_MANY);
     }
 }

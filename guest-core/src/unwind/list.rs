@@ -1,5 +1,4 @@
-//! The kernel's doubly linked lists (`struct list_head`), walked with a bound: while the guest runs, or where it is
-//! hostile, they may lead anywhere.
+//! Walks the kernel's doubly linked lists (`struct list_head`) with a bound: in a running or hostile guest they may lead anywhere.
 
 use super::error::SetupError;
 use super::view::KernelView;
@@ -8,8 +7,11 @@ use crate::addr::Gva;
 /// Offset of `prev` in `struct list_head`.
 const PREV: u64 = 8;
 
-/// The elements of the list at `head`, from first to last: each one's address, where its node lies `node` bytes into
-/// it. Error: a node that cannot be read, or more than `max` elements.
+/// The addresses of the elements of the list at `head`, from first to last. The list node is `node` bytes into each element.
+///
+/// # Errors
+///
+/// A node cannot be read, or the list has more than `max` elements.
 pub(crate) fn forward(
     view: &dyn KernelView,
     what: &'static str,
@@ -34,8 +36,11 @@ pub(crate) fn forward(
     }
 }
 
-/// The elements of the list at `head` from the last one back to, and without, the first for which `stop` is true.
-/// Errors: as [`forward`].
+/// The addresses of the elements of the list at `head`, from the last one back to the first for which `stop` is true, without that one.
+///
+/// # Errors
+///
+/// As [`forward`].
 pub(crate) fn backward(
     view: &dyn KernelView,
     what: &'static str,

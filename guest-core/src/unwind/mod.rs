@@ -1,21 +1,20 @@
-//! Which functions a context of the guest's kernel is in: stacks, unwound by the kernel's own ORC tables.
+//! Finds the functions that a context of the guest's kernel is in: unwinds stacks with the kernel's own ORC tables.
 //!
 //! - [`OldCode`], [`mod@scan`]: the cheap first pass over a stack's words;
-//! - [`CodeMap`]: all known code, and its ORC tables;
+//! - [`CodeMap`]: all code of the kernel, with its ORC tables;
 //! - [`Unwinder`]: the walk from frame to frame;
-//! - [`Returns`]: return addresses that a tracer has taken off the stack.
+//! - [`HookedReturns`]: return addresses that a tracer has replaced on the stack.
 //!
-//! A stack that cannot be unwound to its end is not safe; nothing here guesses. Who has which stack is told by
-//! [`crate::task`].
+//! A stack that cannot be unwound to its end is not safe; nothing here guesses. [`crate::task`] tells which task has which stack.
 
 mod bpf;
 pub mod code;
 mod error;
+pub mod hooked_returns;
 mod kretprobes;
 pub(crate) mod list;
 mod modules;
 pub mod orc;
-pub mod returns;
 pub mod scan;
 pub mod stack;
 pub mod table;
@@ -36,7 +35,7 @@ mod walk_tests;
 
 pub use code::{CodeMap, PatchCode};
 pub use error::{SetupError, UnwindError};
-pub use returns::Returns;
+pub use hooked_returns::HookedReturns;
 pub use scan::{OldCode, OldFunction, scan};
 pub use stack::{Stack, StackKind};
 pub use table::OrcTable;

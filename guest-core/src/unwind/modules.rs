@@ -1,4 +1,4 @@
-//! The guest's loaded modules: where their code and data lie, and their ORC tables.
+//! Reads the guest's loaded modules: the addresses of their code and data, and their ORC tables.
 //!
 //! Format: `struct module` (include/linux/module.h): `mem[]` since 6.4, `core_layout` and `init_layout` before;
 //! `arch.orc_unwind` (arch/x86/include/asm/module.h).
@@ -12,16 +12,16 @@ use crate::btf::{BtfError, Struct};
 use crate::text::plain;
 use std::ops::Range;
 
-/// More modules than any guest has loaded.
+/// Most modules of a guest.
 const MODULES_MAX: usize = 4096;
-/// Longest `struct module` that is read.
+/// Largest `struct module` that is read, in bytes.
 const STRUCT_BYTES_MAX: usize = 16 << 10;
 /// The kinds of memory that hold code, `enum mod_mem_type`.
 const CODE_KINDS: [&str; 2] = ["MOD_TEXT", "MOD_INIT_TEXT"];
 /// The layouts of kernels before 6.4.
 const LAYOUTS: [&str; 2] = ["core_layout", "init_layout"];
 
-/// What one module has in memory.
+/// The memory of one module.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(super) struct ModuleCode {
     pub name: Box<str>,
@@ -30,7 +30,7 @@ pub(super) struct ModuleCode {
     pub orc: Option<OrcTable>,
 }
 
-/// Where a `struct module` says it: offsets of base, total size, and size of the text at its start.
+/// Offsets in `struct module` that describe a part of its memory: base, total size, and size of the text at its start.
 #[derive(Debug, Clone)]
 struct Area {
     base: u64,
@@ -39,7 +39,7 @@ struct Area {
     is_code: bool,
 }
 
-/// Where the list of modules is, and what is read of each.
+/// Where the list of modules is, and the offsets of what is read of each.
 #[derive(Debug, Clone)]
 pub(super) struct Modules {
     head: Gva,
@@ -53,7 +53,7 @@ pub(super) struct Modules {
 }
 
 impl Modules {
-    /// Looks the list up; `None` for a kernel built without modules.
+    /// Looks up the list; `None` for a kernel that was built without modules.
     pub fn find(view: &dyn KernelView) -> Result<Option<Self>, SetupError> {
         let Some(head) = view.symbol("modules") else {
             return Ok(None);
@@ -71,7 +71,7 @@ impl Modules {
         }))
     }
 
-    /// Reads what is loaded now.
+    /// Reads the modules that are loaded now.
     pub fn read(&self, view: &dyn KernelView) -> Result<Vec<ModuleCode>, SetupError> {
         let mut bytes = vec![0; self.bytes];
         let mut found = Vec::new();

@@ -1,4 +1,4 @@
-//! ORC entries: for a place in the code, where its caller's frame is.
+//! ORC entries: for an address in the code, how the caller's frame is found.
 //!
 //! Format: `struct orc_entry`, arch/x86/include/asm/orc_types.h. Its 6 bytes kept their order, but not their meaning:
 //! - up to 6.2 two bits `type` (call, regs, partial regs) and a bit `end`;
@@ -6,27 +6,27 @@
 //! - 6.4 three bits `type` (undefined, end, call, regs, partial regs) and a bit `signal`;
 //! - 7.1 the same, with the registers numbered anew.
 //!
-//! BTF tells the first three apart. The numbering shows in the entries themselves: at the very first instruction of
-//! any function the caller's frame is at SP + 8.
+//! BTF tells the first three apart. The entries themselves show the numbering: at the first instruction of any function, the caller's frame
+//! is at SP + 8.
 //! Up to 5.11 an indirect SP entry adds its offset before it dereferences, later ones after (unwind_orc.c).
 
 use super::error::{SetupError, UnwindError};
 use crate::addr::Gva;
 use crate::btf::{Btf, Member};
 
-/// Longest entry that is accepted, in bytes; all known ones have 6.
+/// Longest entry that is accepted, in bytes. All known ones have 6.
 pub const ENTRY_BYTES_MAX: usize = 16;
-/// What the caller's frame is found from, at the first instruction of a function: the return address alone is pushed.
+/// The offset of the caller's frame from SP at the first instruction of a function, in bytes: only the return address is pushed.
 const SP_OFFSET_AT_ENTRY: i64 = 8;
 /// `TOP_OF_KERNEL_STACK_PADDING` with FRED (arch/x86/include/asm/thread_info.h, since 6.9), in bytes.
 const FRED_PADDING_BYTES: u64 = 16;
 
-/// What an address on the stack is computed from.
+/// The base from which an address on the stack is computed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Base {
-    /// Not known; for BP: unchanged.
+    /// Unknown; for BP: unchanged.
     Undefined,
-    /// The caller's stack pointer, just computed.
+    /// The caller's stack pointer, which was computed before.
     PrevSp,
     /// SP.
     Sp,
@@ -36,11 +36,11 @@ pub enum Base {
     SpIndirect,
     /// The word that BP points at.
     BpIndirect,
-    /// Another register, for stacks that the compiler aligns and for entry code.
+    /// Another register, in functions with an aligned stack and in entry code.
     Register(Register),
 }
 
-/// A general register that may hold the frame for a few instructions.
+/// A general register that may point to the frame for a few instructions.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Register {
     /// RAX
@@ -56,7 +56,7 @@ pub enum Register {
 }
 
 impl Register {
-    /// Its name.
+    /// The register's name.
     pub fn name(self) -> &'static str {
         match self {
             Self::Ax => "RAX",
@@ -68,35 +68,35 @@ impl Register {
     }
 }
 
-/// What is found at the computed address.
+/// What is at the computed address.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Kind {
-    /// Nothing is known here.
+    /// Unknown.
     Undefined,
-    /// The stack ends here: the first code of a kernel thread, or of a CPU.
+    /// The end of the stack: the code is the first of a kernel thread, or of a CPU.
     End,
     /// A return address just below.
     Call,
     /// All registers (`struct pt_regs`).
     Regs,
-    /// The five words that the CPU pushes at an interrupt, the end of `struct pt_regs`.
+    /// The five words that the CPU pushes at an interrupt, which end `struct pt_regs`.
     RegsPartial,
 }
 
 /// A decoded entry.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Rule {
-    /// Where the caller's stack pointer comes from.
+    /// Base of the caller's stack pointer.
     pub sp: Base,
-    /// Added to it, in bytes.
+    /// Offset from that base, in bytes.
     pub sp_offset: i64,
-    /// Where the caller's BP is saved.
+    /// Base of the address at which the caller's BP is saved.
     pub bp: Base,
-    /// Added to that, in bytes.
+    /// Offset from that base, in bytes.
     pub bp_offset: i64,
-    /// What is there.
+    /// What is at the caller's stack pointer.
     pub kind: Kind,
-    /// True where the caller was interrupted at its address, false where it has called just before it.
+    /// True if the caller was interrupted at its address; false if the address is a return address.
     pub signal: bool,
 }
 
@@ -108,7 +108,7 @@ enum Numbering {
     Second,
 }
 
-/// How this kernel writes its entries.
+/// The format of a kernel's entries.
 #[derive(Debug, Clone)]
 pub struct OrcFormat {
     size: usize,
@@ -120,13 +120,17 @@ pub struct OrcFormat {
     signal: Option<Member>,
     end: Option<Member>,
     numbering: Numbering,
-    /// True where an indirect SP entry adds its offset before it dereferences.
+    /// True if an indirect SP entry adds its offset before it dereferences.
     adds_first: bool,
 }
 
 impl OrcFormat {
-    /// Finds out the format: from the type information, and from the entries at the first instruction of some
-    /// functions (`at_entry`), which must all say the same. `adds_first`: see the module's text.
+    /// Detects the format from the type information, and from the entries at the first instruction of some functions (`at_entry`), which must
+    /// agree. `adds_first`: an indirect SP entry adds its offset before it dereferences.
+    ///
+    /// # Errors
+    ///
+    /// The format is unknown.
     pub fn detect(btf: &Btf, at_entry: &[Vec<u8>], adds_first: bool) -> Result<Self, SetupError> {
         let entry = btf.structure("orc_entry")?;
         let size = usize::try_from(entry.size()).unwrap_or(usize::MAX);
@@ -169,11 +173,11 @@ impl OrcFormat {
         }
         Err(not_understood(
             format!("{at_entry:02x?} at function entries"),
-            "SP + 8 under a known numbering",
+            "SP + 8 in a known numbering",
         ))
     }
 
-    /// Bytes of an entry.
+    /// Length of an entry, in bytes.
     pub fn entry_bytes(&self) -> usize {
         self.size
     }
@@ -212,12 +216,12 @@ impl OrcFormat {
         })
     }
 
-    /// True where an indirect SP entry adds its offset before it dereferences.
+    /// True if an indirect SP entry adds its offset before it dereferences.
     pub fn adds_before_dereference(&self) -> bool {
         self.adds_first
     }
 
-    /// Most bytes that a kernel with this format leaves free between the outermost `struct pt_regs` and a stack's end: none up to 6.3.
+    /// Most bytes that a kernel with this format leaves between the outermost `struct pt_regs` and a stack's end. Up to 6.3 it leaves none.
     pub fn stack_padding_max(&self) -> u64 {
         if self.end.is_some() { 0 } else { FRED_PADDING_BYTES }
     }

@@ -23,7 +23,7 @@ fn rule(format: &OrcFormat, bytes: [u8; 6]) -> (Base, i64, Base, i64, Kind, bool
     (rule.sp, rule.sp_offset, rule.bp, rule.bp_offset, rule.kind, rule.signal)
 }
 
-// entries as they stand in Debian's kernels
+// The entries are from Debian's kernels.
 
 #[test]
 fn entries_of_6_1_are_read() {

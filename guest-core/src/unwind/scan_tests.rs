@@ -1,4 +1,4 @@
-use super::returns::Hidden;
+use super::hooked_returns::HookedReturn;
 use super::scan::{Finding, scan};
 use super::testing::{IMAGE_END, Sample, TEXT, entry, task};
 use super::*;
@@ -7,6 +7,7 @@ use crate::btf::builder::{Builder, STRUCT};
 
 const TASK: u64 = 0xffff_8880_0000_0000;
 const SHADOW: u64 = 0xffff_8880_0001_0000;
+const TOO_MANY: &str = "more than 512 return addresses that a tracer has taken off the stack";
 
 fn old(functions: &[(&str, u64)]) -> OldCode {
     let function = |&(name, start): &(&str, u64)| OldFunction {
@@ -26,7 +27,7 @@ fn an_instruction_is_inside_from_the_first_byte_and_a_return_from_the_second_to_
     assert_eq!(name(old.at_instruction(at(0x1ff))), "a");
     assert_eq!(name(old.at_instruction(at(0x200))), "");
     assert_eq!(name(old.at_return(at(0x200))), "a");
-    // where two functions meet
+    // Two functions meet.
     assert_eq!(name(old.at_instruction(at(0x400))), "c");
     assert_eq!(name(old.at_return(at(0x400))), "b");
     assert_eq!(name(old.at_instruction(at(0x500))), "");
@@ -42,13 +43,13 @@ fn a_scan_finds_old_functions_tracers_and_unknown_code_and_nothing_else() {
         ("f", entry::CALL_8),
     ]);
     let code = CodeMap::read(&sample, &[]).unwrap();
-    let returns = Returns::read(&sample).unwrap();
+    let returns = HookedReturns::read(&sample).unwrap();
     let look = |words: &[u64]| {
         let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
         scan(&bytes, &old(&[("old", 0)]), &code, &returns)
     };
     let clear = Finding::default();
-    // user addresses, the direct map, other text, kernel data, error numbers
+    // User addresses, the direct map, other text, kernel data, error numbers.
     let harmless = [
         0,
         0x7fff_ffff_f000,
@@ -81,7 +82,7 @@ fn a_scan_finds_old_functions_tracers_and_unknown_code_and_nothing_else() {
 }
 
 #[test]
-fn what_vmpatch_has_laid_is_known_code_with_its_own_table() {
+fn a_patch_is_code_with_a_table_of_its_own() {
     let sample = Sample::new(&[("old", entry::CALL_8)]);
     let new = 0xffff_ffff_a000_0000;
     sample.put(new + 0x1000, &(-0x1000i32).to_le_bytes());
@@ -104,11 +105,11 @@ fn what_vmpatch_has_laid_is_known_code_with_its_own_table() {
 }
 
 #[test]
-fn return_addresses_that_graph_tracing_hides_are_found_in_its_packed_stack() {
+fn returns_that_graph_tracing_has_hooked_are_found_in_its_packed_stack() {
     let sample = Sample::new(&[("return_to_handler", entry::UNDEFINED)]);
     sample.put(TASK, &[0; task::BYTES as usize]);
     sample.put_words(TASK + task::RET_STACK, &[SHADOW]);
-    // ret, func, retp, and a word that says how far back the struct is
+    // ret, func, retp, and a word with the distance back to the struct.
     sample.put_words(
         SHADOW,
         &[
@@ -124,27 +125,27 @@ fn return_addresses_that_graph_tracing_hides_are_found_in_its_packed_stack() {
             0,
         ],
     );
-    let returns = Returns::read(&sample).unwrap();
+    let returns = HookedReturns::read(&sample).unwrap();
     let hidden = |depth: u32| {
         sample.put(TASK + task::RET_INDEX, &depth.to_le_bytes());
         returns.of_task(&sample, Gva(TASK))
     };
     assert_eq!(hidden(0).unwrap(), []);
     let both = hidden(8).unwrap();
-    assert!(both.contains(&Hidden {
+    assert!(both.contains(&HookedReturn {
         slot: 0x1000,
         ret: TEXT + 0x210
     }));
-    assert!(both.contains(&Hidden {
+    assert!(both.contains(&HookedReturn {
         slot: 0x2000,
         ret: TEXT + 0x220
     }));
     assert!(!hidden(4).unwrap().iter().any(|hidden| hidden.slot == 0x2000));
-    assert_eq!(hidden(0x7fff_ffff), Err(UnwindError::TooMany(512)));
+    assert_eq!(hidden(0x7fff_ffff).unwrap_err().to_string(), TOO_MANY);
 }
 
 #[test]
-fn return_addresses_that_graph_tracing_hides_are_found_in_its_array() {
+fn returns_that_graph_tracing_has_hooked_are_found_in_its_array() {
     let mut types = Builder::new();
     let long = types.int("long unsigned int", 8);
     let entry_type = types.composite("ftrace_ret_stack", STRUCT, 24, &[("ret", long, 0), ("retp", long, 128)]);
@@ -160,16 +161,16 @@ fn return_addresses_that_graph_tracing_hides_are_found_in_its_array() {
     sample.put(TASK, &[0; task::BYTES as usize]);
     sample.put_words(TASK + task::RET_STACK, &[SHADOW]);
     sample.put_words(SHADOW, &[TEXT + 0x210, 0, 0x1000, TEXT + 0x220, 0, 0x2000, 0]);
-    let returns = Returns::read(&sample).unwrap();
+    let returns = HookedReturns::read(&sample).unwrap();
     let hidden = |index: i32| {
         sample.put(TASK + task::RET_INDEX, &index.to_le_bytes());
         returns.of_task(&sample, Gva(TASK)).unwrap()
     };
-    // an index of -1: nothing is traced
+    // With an index of -1, nothing is traced.
     assert_eq!(hidden(-1), []);
     assert_eq!(
         hidden(0),
-        [Hidden {
+        [HookedReturn {
             slot: 0x1000,
             ret: TEXT + 0x210
         }]
@@ -178,7 +179,7 @@ fn return_addresses_that_graph_tracing_hides_are_found_in_its_array() {
 }
 
 #[test]
-fn return_addresses_that_kretprobes_hide_are_found_and_an_endless_list_is_an_error() {
+fn returns_that_kretprobes_have_hooked_are_found_and_an_endless_list_is_an_error() {
     let sample = Sample::new(&[("arch_rethook_trampoline", entry::UNDEFINED)]);
     sample.put(TASK, &[0; task::BYTES as usize]);
     sample.put_words(TASK + task::RETHOOKS, &[SHADOW]);
@@ -186,18 +187,19 @@ fn return_addresses_that_kretprobes_hide_are_found_and_an_endless_list_is_an_err
         SHADOW,
         &[SHADOW + 0x20, TEXT + 0x210, 0x1000, 0, 0, TEXT + 0x220, 0x2000],
     );
-    let returns = Returns::read(&sample).unwrap();
+    let returns = HookedReturns::read(&sample).unwrap();
     let found = [
-        Hidden {
+        HookedReturn {
             slot: 0x1000,
             ret: TEXT + 0x210,
         },
-        Hidden {
+        HookedReturn {
             slot: 0x2000,
             ret: TEXT + 0x220,
         },
     ];
     assert_eq!(returns.of_task(&sample, Gva(TASK)).unwrap(), found);
     sample.put_words(SHADOW + 0x20, &[SHADOW]);
-    assert_eq!(returns.of_task(&sample, Gva(TASK)), Err(UnwindError::TooMany(512)));
+    let error = returns.of_task(&sample, Gva(TASK)).unwrap_err();
+    assert_eq!(error.to_string(), TOO_MANY);
 }

@@ -1,4 +1,4 @@
-//! The stacks that one context may use, and the rule that each is used once and upwards.
+//! The stacks that one context may use. A walk uses each stack once, and upwards.
 
 use crate::addr::Gva;
 use std::ops::Range;
@@ -6,27 +6,27 @@ use std::ops::Range;
 /// What a stack is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum StackKind {
-    /// A task's own.
+    /// The stack of a task.
     Task,
-    /// A CPU's, for hardware and software interrupts.
+    /// A CPU's stack for hardware and software interrupts.
     Irq,
-    /// A CPU's, for NMI, debug, double fault, machine check.
+    /// A CPU's stack for NMI, debug, double fault or machine check.
     Exception,
-    /// A CPU's few words for entering from user mode.
+    /// A CPU's short stack for the entry from user mode.
     Entry,
 }
 
-/// One stack.
+/// A stack in guest memory.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Stack {
-    /// What it is for.
+    /// What the stack is for.
     pub kind: StackKind,
-    /// All of it, from the lowest address on.
+    /// Its guest-virtual address range.
     pub range: Range<Gva>,
 }
 
 impl Stack {
-    /// True where `len` bytes at `at` lie on it.
+    /// True where `len` bytes at `at` are on the stack.
     pub fn holds(&self, at: u64, len: u64) -> bool {
         at >= self.range.start.0 && at.checked_add(len).is_some_and(|end| end <= self.range.end.0)
     }
@@ -49,8 +49,7 @@ impl<'a> Stacks<'a> {
         }
     }
 
-    /// True where `len` bytes at `at` lie on the stack the walk is on, or on one that it has not yet been on; the
-    /// walk is then on that.
+    /// True where `len` bytes at `at` are on the current stack, or on one that the walk has not used yet; that becomes the current stack.
     pub fn reach(&mut self, at: u64, len: u64) -> bool {
         let holds = |index: usize| self.all.get(index).is_some_and(|stack| stack.holds(at, len));
         if self.current.is_some_and(holds) {
@@ -68,13 +67,13 @@ impl<'a> Stacks<'a> {
         true
     }
 
-    /// Which stack the walk is on.
+    /// Index of the current stack.
     pub fn current(&self) -> Option<usize> {
         self.current
     }
 
-    /// True where `at` is at most `len` bytes before the end of the stack the walk is on, and that is one on which a walk may end:
-    /// interrupts and exceptions come from somewhere, and what they interrupted in the kernel is on another stack.
+    /// True where `at` is at most `len` bytes before the end of the current stack, and a walk may end on this stack. It may not end on the stack
+    /// of an interrupt or exception, because the interrupted code of the kernel is on another stack.
     pub fn is_near_end(&self, at: u64, len: u64) -> bool {
         let current = self.current.and_then(|index| self.all.get(index));
         current.is_some_and(|stack| {
@@ -83,7 +82,7 @@ impl<'a> Stacks<'a> {
         })
     }
 
-    /// True where the word at `at` lies on the stack the walk is on.
+    /// True where the word at `at` is on the current stack.
     pub fn is_on_current(&self, at: u64) -> bool {
         self.current
             .and_then(|index| self.all.get(index))

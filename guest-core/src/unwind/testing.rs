@@ -1,4 +1,4 @@
-//! A small kernel made by hand, for unit tests: literal memory, symbols and types.
+//! A small hand-made kernel for unit tests: literal memory, symbols and types.
 
 use super::view::KernelView;
 use crate::addr::{Gpa, Gva};
@@ -10,38 +10,38 @@ use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::ops::Range;
 
-/// First byte of the text; each function has 0x100 bytes.
+/// Guest-virtual address of the text. Each function has 0x100 bytes.
 pub(crate) const TEXT: u64 = 0xffff_ffff_8100_0000;
-/// One past it.
+/// End of the text.
 pub(crate) const TEXT_END: u64 = TEXT + 0x1000;
 const IPS: u64 = 0xffff_ffff_8200_0000;
 const ENTRIES: u64 = 0xffff_ffff_8210_0000;
-/// One past the image.
+/// End of the image.
 pub(crate) const IMAGE_END: u64 = 0xffff_ffff_8300_0000;
 /// CR3 of page tables that are not this kernel's.
 pub(crate) const OTHER_TABLES: u64 = 0xbad_0000;
 /// `THREAD_SIZE` and `IRQ_STACK_SIZE`.
 pub(crate) const STACK_BYTES: u64 = 16384;
 
-/// Entries as Linux 6.12 has them: see [`super::orc`].
+/// ORC entries as Linux 6.12 has them: see [`super::orc`].
 pub(crate) mod entry {
-    /// SP + 8 leads to the caller: the first instruction of every function.
+    /// The caller is at SP + 8: the first instruction of every function.
     pub const CALL_8: [u8; 6] = [0x08, 0, 0, 0, 0x05, 0x02];
-    /// SP + 16; BP was saved at the caller's SP - 16.
+    /// The caller is at SP + 16, its BP at its SP - 16.
     pub const CALL_16_BP: [u8; 6] = [0x10, 0, 0xf0, 0xff, 0x15, 0x02];
-    /// All registers at SP.
+    /// All registers are at SP.
     pub const REGS: [u8; 6] = [0, 0, 0, 0, 0x05, 0x0b];
-    /// What the CPU pushes, at SP.
+    /// The words that the CPU pushes are at SP.
     pub const IRET: [u8; 6] = [0, 0, 0, 0, 0x05, 0x0c];
     /// The word at SP is the caller's SP, plus 8.
     pub const SWITCH: [u8; 6] = [0x08, 0, 0, 0, 0x09, 0x02];
-    /// BP + 16; BP was saved below.
+    /// The caller is at BP + 16; its BP was saved below.
     pub const FRAME_POINTER: [u8; 6] = [0x10, 0, 0xf0, 0xff, 0x14, 0x02];
     /// R10 holds the caller's SP.
     pub const BY_R10: [u8; 6] = [0, 0, 0, 0, 0x06, 0x02];
-    /// The end.
+    /// The end of the stack.
     pub const END: [u8; 6] = [0, 0, 0, 0, 0, 0x01];
-    /// Unknown.
+    /// The stack layout is unknown.
     pub const UNDEFINED: [u8; 6] = [0; 6];
 }
 
@@ -54,15 +54,15 @@ pub(crate) struct Sample {
 }
 
 impl Sample {
-    /// A kernel whose functions `names`, in a row from [`TEXT`] on, have one ORC entry each. The probes for the
-    /// register numbering come behind them.
+    /// A kernel with these functions, one after another from [`TEXT`] on, with one ORC entry each. The functions that show the register
+    /// numbering follow.
     pub fn new(functions: &[(&'static str, [u8; 6])]) -> Self {
         let mut types = Builder::new();
         basic_types(&mut types);
         Self::with_types(functions, &types)
     }
 
-    /// The same with these types.
+    /// A kernel with these functions and types.
     pub fn with_types(functions: &[(&'static str, [u8; 6])], types: &Builder) -> Self {
         let probes = ["schedule", "vfs_read", "kfree"].map(|name| (name, entry::CALL_8));
         let all: Vec<_> = functions.iter().copied().chain(probes).collect();
@@ -102,7 +102,7 @@ impl Sample {
         self.symbols.push((name, at..at + 8));
     }
 
-    /// Puts bytes; what was put before at the same address is replaced.
+    /// Puts bytes into memory, in place of earlier ones at the same address.
     pub fn put(&self, at: u64, bytes: &[u8]) {
         let mut memory = self.memory.borrow_mut();
         if let Some((start, region)) = memory.range_mut(..=at).next_back() {
@@ -140,7 +140,7 @@ pub(crate) mod task {
     pub const BYTES: u64 = 136;
 }
 
-/// The types that unwinding and the task list need, as 6.12 has them; structs hold only what is used.
+/// The types that the unwinder and the task list need, as 6.12 has them. Structures have only the members in use.
 pub(crate) fn basic_types(b: &mut Builder) {
     let long = b.int("long unsigned int", 8);
     let (bits, byte) = (b.int("unsigned int", 4), b.int("char", 1));
@@ -227,9 +227,9 @@ pub(crate) fn orc_types(b: &mut Builder) {
     );
 }
 
-/// A struct of words.
+/// Adds a structure of words.
 fn words(b: &mut Builder, name: &str, members: &[&str]) -> u32 {
-    // the first type is an unsigned long
+    // The first type is an unsigned long.
     let members: Vec<_> = members
         .iter()
         .enumerate()
@@ -276,7 +276,7 @@ impl KernelView for Sample {
         (cr3 != OTHER_TABLES).then_some(Gpa(at.0))
     }
 
-    /// Pages that lie in one piece of memory are mapped.
+    /// Pages are mapped whose memory is in one range of the sample.
     fn visit_small_tables(
         &self,
         range: &Range<Gva>,

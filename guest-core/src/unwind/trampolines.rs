@@ -1,16 +1,16 @@
 //! ftrace's own trampolines: copies of `ftrace_caller` or `ftrace_regs_caller`, one for each user of ftrace.
 //!
-//! They have no ORC table; the one of the code that they are a copy of fits (kernel: `orc_ftrace_find` in
-//! arch/x86/kernel/unwind_orc.c, `create_trampoline` in arch/x86/kernel/ftrace.c).
+//! They have no ORC table. The entries of the copied code apply (`orc_ftrace_find`, arch/x86/kernel/unwind_orc.c; `create_trampoline`,
+//! arch/x86/kernel/ftrace.c).
 
 use super::error::SetupError;
 use super::view::KernelView;
 use crate::addr::Gva;
 use std::ops::Range;
 
-/// More users of ftrace than any guest has.
+/// Most users of ftrace in a guest.
 const OPS_MAX: usize = 4096;
-/// The flag of users that get all registers, include/linux/ftrace.h.
+/// The flag of users that get all registers (include/linux/ftrace.h).
 const SAVE_REGS: &str = "FTRACE_OPS_FL_SAVE_REGS";
 
 /// One trampoline.
@@ -21,15 +21,15 @@ pub(super) struct Trampoline {
 }
 
 impl Trampoline {
-    /// The place in the original code that `at` is a copy of. Behind the copy a return is put, as it stands behind
-    /// the part of the original that is copied. `None` for the data after that.
+    /// The address in the original code that `at` is a copy of. The copy ends with a return, as does the copied part of the original. `None` for
+    /// the data behind the copy.
     pub fn original(&self, at: Gva) -> Option<Gva> {
         let original = self.copy_of.start.checked_add(at.checked_sub(self.text.start)?)?;
         (original <= self.copy_of.end).then_some(original)
     }
 }
 
-/// Where the list `ftrace_ops_list` is, and what is read of each user.
+/// Where the list `ftrace_ops_list` is, and the offsets of what is read of each user.
 #[derive(Debug, Clone)]
 pub(super) struct Trampolines {
     head: Gva,
@@ -44,8 +44,7 @@ pub(super) struct Trampolines {
 }
 
 impl Trampolines {
-    /// Looks the list up; `None` for a kernel without ftrace, or with one that does not tell the size of its
-    /// trampolines.
+    /// Looks up the list; `None` for a kernel without ftrace, or with one that does not tell the size of its trampolines.
     pub fn find(view: &dyn KernelView) -> Result<Option<Self>, SetupError> {
         let list = view.symbol("ftrace_ops_list").zip(view.symbol("ftrace_list_end"));
         let code = view
@@ -54,7 +53,8 @@ impl Trampolines {
         let (Some((head, end)), Some((plain, regs))) = (list, code) else {
             return Ok(None);
         };
-        // the symbols within them end the range before their own end; where they lack, less is understood
+        // The next symbol is within the original and would end its range too early. In a kernel without the symbols of the ends, a part of each trampoline is
+        // unknown code.
         let whole = |name: &str, end: Gva| view.symbol(name).unwrap_or(end);
         let plain = plain.start..whole("ftrace_caller_end", plain.end);
         let regs = regs.start..whole("ftrace_regs_caller_end", regs.end);
@@ -78,7 +78,7 @@ impl Trampolines {
         }))
     }
 
-    /// Reads those that are in use now, sorted by address.
+    /// Reads the trampolines that are in use now, sorted by address.
     pub fn read(&self, view: &dyn KernelView) -> Result<Vec<Trampoline>, SetupError> {
         let what = "the list of ftrace users";
         let word = |at: Gva| {

@@ -1,4 +1,4 @@
-//! What unwinding and the task list need of a kernel, and nothing more.
+//! What the unwinder and the task list need of a kernel.
 
 use crate::addr::{Gpa, Gva};
 use crate::btf::Btf;
@@ -7,24 +7,24 @@ use crate::memory::{MemoryError, VirtMemory};
 use crate::paging::{AddressSpace, SmallTableVisitor};
 use std::ops::Range;
 
-/// A kernel as seen from here: its memory, its symbols and its types.
+/// The parts of a kernel that the unwinder needs: its memory, its symbols and its types.
 pub trait KernelView: VirtMemory {
-    /// Its type information.
+    /// The kernel's type information.
     fn btf(&self) -> &Btf;
 
-    /// The address of the only symbol of that name; for a per-CPU symbol what per-CPU offsets are added to.
+    /// The address of the symbol, if its name is unique. For a per-CPU symbol, per-CPU offsets are added to it.
     fn symbol(&self, name: &str) -> Option<Gva>;
 
     /// The same, with the next symbol's address as its end.
     fn symbol_range(&self, name: &str) -> Option<Range<Gva>>;
 
-    /// For each possible CPU, what to add to a per-CPU symbol. A CPU's kernel GS base is that very number.
+    /// The per-CPU offset of each possible CPU. It is also the CPU's kernel GS base.
     fn per_cpu_offsets(&self) -> &[u64];
 
-    /// The guest-physical address of kernel data that is never moved; `None` where it is not mapped.
+    /// The guest-physical address of kernel data that is never moved; `None` for an address that is not mapped.
     fn physical(&self, at: Gva) -> Option<Gpa>;
 
-    /// Where an address leads through the page tables that a vCPU's CR3 and CR4 name; `None` where it is not mapped.
+    /// Translates an address with the page tables of a vCPU's CR3 and CR4; `None` for an address that is not mapped.
     fn seen_by_vcpu(&self, cr3: u64, cr4: u64, at: Gva) -> Option<Gpa>;
 
     /// Visits the kernel's last-level page tables for `range`: see [`AddressSpace::visit_small_tables`].

@@ -1,26 +1,26 @@
-//! Walking up a stack, frame by frame, as the kernel's own unwinder does (arch/x86/kernel/unwind_orc.c,
-//! `unwind_next_frame`), with its rules for a *reliable* trace (`arch_stack_walk_reliable`): a walk ends at registers
-//! saved in user mode or at an ORC entry that says "end"; anything else is an error. Here, unlike there, a frame whose
-//! code has no ORC entry is an error too, and never guessed from the frame pointer; in code of BPF it is shown that there is one.
+//! Walks a stack frame by frame, as the kernel's own unwinder does (arch/x86/kernel/unwind_orc.c, `unwind_next_frame`), with its rules for
+//! a *reliable* trace (`arch_stack_walk_reliable`): a walk ends at registers saved in user mode, or at an ORC entry of the kind "end".
+//! Anything else is an error. In addition, a frame whose code has no ORC entry is an error: the walk never assumes a frame pointer. For
+//! BPF's code, [`super::bpf`] verifies it.
 //!
-//! Nor is an end believed that is not at the end of the stack. The kernel never unwinds from some instructions, for which ORC is
-//! wrong; a stopped vCPU may be at any. Up to 6.3 that is the beginning of every retpoline (`UNWIND_HINT_EMPTY`,
-//! arch/x86/lib/retpoline.S), so of every indirect call: ORC says "end", and whoever believes it finds nobody in the function that
-//! is called from. Another is behind `call error_entry` (arch/x86/entry/entry_64.S, 6.1): all registers lie on the stack by then,
-//! of which ORC knows only the CPU's five, so that the interrupted code's R13 is taken for its code segment.
+//! An end is only accepted at the end of the stack. ORC is wrong for some instructions, from which the kernel never unwinds, but at which a
+//! paused vCPU may be. Up to 6.3 this is the beginning of every retpoline (`UNWIND_HINT_EMPTY`, arch/x86/lib/retpoline.S), and so of every
+//! indirect call: ORC has "end" there, and the calling function would be missed. Another such instruction is behind `call error_entry`
+//! (arch/x86/entry/entry_64.S, 6.1): all registers are on the stack by then, but ORC has only the CPU's five, so that the interrupted code's
+//! R13 would be taken for its code segment.
 
 use super::code::CodeMap;
 use super::error::UnwindError;
+use super::hooked_returns::{HookedReturn, HookedReturns};
 use super::orc::{Base, Kind, Register, Rule};
-use super::returns::{Hidden, Returns};
 use super::stack::{Stack, Stacks};
 use super::view::KernelView;
 use crate::addr::Gva;
 use crate::btf::{Btf, BtfError};
 
-/// More frames than fit on a task's and a CPU's stacks in practice; each also has to lie above the one before.
+/// Most frames of a walk, more than a task's and a CPU's stacks hold in practice. Each frame must also be above the one before.
 const FRAMES_MAX: usize = 2048;
-/// Bytes of what the CPU pushes at an interrupt: ip, cs, flags, sp, ss.
+/// Bytes that the CPU pushes at an interrupt: ip, cs, flags, sp, ss.
 const IRET_BYTES: u64 = 40;
 /// `__KERNEL_CS`, `__USER_CS` and `__USER32_CS` (arch/x86/include/asm/segment.h): a saved code segment is one of these.
 const KERNEL_CS: u64 = 0x10;
@@ -42,7 +42,7 @@ pub struct PtRegs {
 }
 
 impl PtRegs {
-    /// Looks the offsets up.
+    /// Looks up the offsets.
     pub fn read(btf: &Btf) -> Result<Self, BtfError> {
         let regs = btf.structure("pt_regs")?;
         let at = |name| regs.offset(name);
@@ -73,20 +73,19 @@ impl PtRegs {
     }
 }
 
-/// One frame.
+/// A frame of a stack.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Frame {
-    /// Where its code goes on: an instruction where it was interrupted, else a return address.
+    /// The address at which its code continues: the interrupted instruction, or a return address.
     pub ip: Gva,
-    /// Its stack pointer at that point.
+    /// The stack pointer at that address.
     pub sp: u64,
-    /// True where it was interrupted at `ip`, or is the running code itself.
+    /// True if the code was interrupted at `ip`, or is the running code itself.
     pub interrupted: bool,
 }
 
 impl Frame {
-    /// The address whose code the frame stands for: where it called, that is the call, whose stack layout may differ from that of
-    /// what follows it.
+    /// The address whose stack layout the frame has. For a return address that is the call, because the layout may differ behind it.
     pub fn code(&self) -> Gva {
         if self.interrupted {
             self.ip
@@ -101,37 +100,37 @@ impl Frame {
 pub struct Start {
     /// The first frame.
     pub frame: Frame,
-    /// BP in it.
+    /// The frame's BP.
     pub bp: u64,
-    /// All general registers in the instruction set's order, where they are known: a stopped vCPU's.
+    /// All general registers in the instruction set's order, if they are known: those of a paused vCPU.
     pub general: Option<[u64; 16]>,
 }
 
-/// What walks rest on.
+/// What a walk needs.
 #[derive(Debug, Clone, Copy)]
 pub struct Unwinder<'a> {
-    /// Known code.
+    /// The kernel's code.
     pub code: &'a CodeMap,
-    /// Tracers' trampolines.
-    pub returns: &'a Returns,
+    /// Hooked returns.
+    pub returns: &'a HookedReturns,
     /// Offsets in saved registers.
     pub regs: &'a PtRegs,
 }
 
-/// Where the values of registers are known from.
+/// Where the values of registers come from.
 #[derive(Debug, Clone, Copy)]
-enum Known {
+enum RegisterSource {
     Nothing,
     Live([u64; 16]),
-    /// At an address on the stack, all of them.
+    /// All of them are saved at an address on the stack.
     Saved(u64),
 }
 
 struct State {
     frame: Frame,
     bp: u64,
-    /// Of this frame, or of the one before it where this one has only the words that the CPU pushes.
-    known: Known,
+    /// The registers of this frame; of the frame before if this one has only the words that the CPU pushes.
+    registers: RegisterSource,
 }
 
 enum Step {
@@ -140,24 +139,26 @@ enum Step {
 }
 
 impl Unwinder<'_> {
-    /// Visits every frame from `start` to the end of the stack, innermost first. `stacks`: those that the walk may
-    /// use; `hidden`: the task's return addresses in flight ([`Returns::of_task`]).
+    /// Visits every frame from `start` to the end of the stack, innermost first. The walk may use `stacks`; `hidden` are the task's hooked
+    /// returns ([`HookedReturns::of_task`]).
     ///
-    /// Errors: the first thing that is not certain. What was visited until then is a beginning, not the whole.
+    /// # Errors
+    ///
+    /// The first thing that is not certain. The frames that were visited until then are only the beginning of the stack.
     pub fn walk(
         &self,
         view: &dyn KernelView,
         start: Start,
         stacks: &[Stack],
-        hidden: &[Hidden],
+        hidden: &[HookedReturn],
         visit: &mut dyn FnMut(Frame),
     ) -> Result<(), UnwindError> {
         let mut stacks = Stacks::new(stacks);
-        let known = start.general.map_or(Known::Nothing, Known::Live);
+        let registers = start.general.map_or(RegisterSource::Nothing, RegisterSource::Live);
         let mut state = State {
             frame: start.frame,
             bp: start.bp,
-            known,
+            registers,
         };
         if !stacks.reach(state.frame.sp, 0) {
             return Err(UnwindError::OffStack {
@@ -176,24 +177,27 @@ impl Unwinder<'_> {
                 Step::Frame(next) => state = next,
             }
         }
-        Err(UnwindError::TooMany(FRAMES_MAX))
+        Err(UnwindError::TooMany {
+            what: "frames",
+            max: FRAMES_MAX,
+        })
     }
 
-    /// From one frame to its caller's.
+    /// Steps from one frame to its caller's.
     fn step(
         &self,
         view: &dyn KernelView,
         state: &State,
         rule: Rule,
         stacks: &mut Stacks<'_>,
-        hidden: &[Hidden],
+        hidden: &[HookedReturn],
     ) -> Result<Step, UnwindError> {
         let Frame { ip, sp: from, .. } = state.frame;
         let before = stacks.current();
         let padding = self.code.format().stack_padding_max();
         match rule.kind {
             Kind::Undefined => return Err(UnwindError::NoOrc { ip }),
-            // the first code of a thread runs where its registers for user mode belong
+            // The first code of a thread runs where its registers for user mode will be saved.
             Kind::End if stacks.is_near_end(from, self.regs.size + padding) => return Ok(Step::End),
             Kind::End => return Err(UnwindError::NotTheEnd { ip, at: from }),
             Kind::Call | Kind::Regs | Kind::RegsPartial => {}
@@ -203,7 +207,7 @@ impl Unwinder<'_> {
             let reached = stacks.reach(at, len);
             reached.then_some(at).ok_or(UnwindError::OffStack { ip, at })
         };
-        let (frame, known) = match rule.kind {
+        let (frame, registers) = match rule.kind {
             Kind::Call => {
                 let slot = on_stack(cfa.wrapping_sub(8), 8)?;
                 let mut next = Gva(word(view, slot)?);
@@ -216,12 +220,12 @@ impl Unwinder<'_> {
                         sp: cfa,
                         interrupted: rule.signal,
                     },
-                    Known::Nothing,
+                    RegisterSource::Nothing,
                 )
             }
             Kind::Regs | Kind::RegsPartial => {
                 let partial = rule.kind == Kind::RegsPartial;
-                // as if the other registers were there, too
+                // The address is computed as if the other registers were there, too.
                 let regs = if partial { cfa.wrapping_sub(self.regs.ip) } else { cfa };
                 on_stack(cfa, if partial { IRET_BYTES } else { self.regs.size })?;
                 let cs = word(view, regs.wrapping_add(self.regs.cs))?;
@@ -237,21 +241,25 @@ impl Unwinder<'_> {
                 }
                 let next = Gva(word(view, regs.wrapping_add(self.regs.ip))?);
                 let sp = word(view, regs.wrapping_add(self.regs.sp))?;
-                let known = if partial { state.known } else { Known::Saved(regs) };
+                let registers = if partial {
+                    state.registers
+                } else {
+                    RegisterSource::Saved(regs)
+                };
                 (
                     Frame {
                         ip: next,
                         sp,
                         interrupted: rule.signal,
                     },
-                    known,
+                    registers,
                 )
             }
             Kind::Undefined | Kind::End => return Err(UnwindError::NoOrc { ip }),
         };
         let bp = match rule.bp {
-            Base::Undefined => match (rule.kind, known) {
-                (Kind::Regs, Known::Saved(regs)) => word(view, regs.wrapping_add(self.regs.bp))?,
+            Base::Undefined => match (rule.kind, registers) {
+                (Kind::Regs, RegisterSource::Saved(regs)) => word(view, regs.wrapping_add(self.regs.bp))?,
                 _ => state.bp,
             },
             Base::PrevSp => word(view, on_stack(cfa.wrapping_add_signed(rule.bp_offset), 8)?)?,
@@ -264,14 +272,14 @@ impl Unwinder<'_> {
                 });
             }
         };
-        // upwards on the same stack; a stack that was left is never entered again
+        // The walk goes upwards on a stack, and never enters a stack again that it has left.
         if stacks.current() == before && stacks.is_on_current(frame.sp) && frame.sp <= from {
             return Err(UnwindError::WrongWay { ip, from, to: frame.sp });
         }
-        Ok(Step::Frame(State { frame, bp, known }))
+        Ok(Step::Frame(State { frame, bp, registers }))
     }
 
-    /// The address that the entry calls the caller's stack pointer, or at which it has saved registers.
+    /// The caller's stack pointer according to the rule, or the address of the saved registers.
     fn caller_sp(
         &self,
         view: &dyn KernelView,
@@ -307,10 +315,10 @@ impl Unwinder<'_> {
             ip: state.frame.ip,
             register: register.name(),
         };
-        match state.known {
-            Known::Nothing => Err(missing),
-            Known::Saved(regs) => word(view, regs.wrapping_add(self.regs.offset(register))),
-            Known::Live(general) => {
+        match state.registers {
+            RegisterSource::Nothing => Err(missing),
+            RegisterSource::Saved(regs) => word(view, regs.wrapping_add(self.regs.offset(register))),
+            RegisterSource::Live(general) => {
                 let index = match register {
                     Register::Ax => 0,
                     Register::Dx => 2,
@@ -325,6 +333,9 @@ impl Unwinder<'_> {
 }
 
 fn word(view: &dyn KernelView, at: u64) -> Result<u64, UnwindError> {
-    view.read_u64(Gva(at))
-        .map_err(|source| UnwindError::Unreadable { at, source })
+    view.read_u64(Gva(at)).map_err(|source| UnwindError::Unreadable {
+        what: "the stack",
+        at,
+        source,
+    })
 }

@@ -1,4 +1,4 @@
-use super::returns::Hidden;
+use super::hooked_returns::HookedReturn;
 use super::testing::{STACK_BYTES, Sample, basic_types, entry};
 use super::*;
 use crate::addr::Gva;
@@ -7,12 +7,12 @@ use crate::btf::builder::{Builder, STRUCT};
 const STACK: u64 = 0xffff_c900_0000_0000;
 const IRQ: u64 = 0xffff_c900_0010_0000;
 
-/// Two stacks, the words at the given addresses, and where to start.
+/// Two stacks with words at the given addresses, and the start of a walk.
 struct Case {
     sample: Sample,
     start: Start,
-    hidden: Vec<Hidden>,
-    /// The task's stack ends behind the last of the words on it.
+    hidden: Vec<HookedReturn>,
+    /// Makes a case whose task stack ends behind its last word.
     end: u64,
 }
 
@@ -42,10 +42,10 @@ fn case(functions: &[(&'static str, [u8; 6])], words: &[(u64, Vec<u64>)], start:
     }
 }
 
-/// The frames seen, as names with a mark where interrupted, and how it ended.
+/// The visited frames, as names with a mark for interrupted ones, and the result of the walk.
 fn walked(case: &Case) -> (Vec<String>, Result<(), UnwindError>) {
     let code = CodeMap::read(&case.sample, &[]).unwrap();
-    let returns = Returns::read(&case.sample).unwrap();
+    let returns = HookedReturns::read(&case.sample).unwrap();
     let regs = PtRegs::read(case.sample.btf()).unwrap();
     let stacks = [
         Stack {
@@ -73,7 +73,7 @@ fn walked(case: &Case) -> (Vec<String>, Result<(), UnwindError>) {
     (seen, end)
 }
 
-/// A place in the n-th function.
+/// An address in the n-th function.
 fn at(function: u64, offset: u64) -> u64 {
     super::testing::TEXT + 0x100 * function + offset
 }
@@ -86,7 +86,7 @@ const THREAD: [(&str, [u8; 6]); 3] = [
 
 #[test]
 fn a_walk_goes_from_call_to_call_up_to_the_first_code_of_a_thread() {
-    // inner pushed BP: [bp][return to outer]; outer has nothing: [return to start]
+    // inner has pushed BP: [bp][return to outer]. outer has pushed nothing: [return to start].
     let case = case(
         &THREAD,
         &[(STACK + 0x100, vec![0x1234, at(1, 0x20), at(2, 0x30)])],
@@ -100,7 +100,7 @@ fn a_walk_goes_from_call_to_call_up_to_the_first_code_of_a_thread() {
 
 #[test]
 fn a_return_address_at_a_functions_end_belongs_to_the_call_before_it() {
-    // the last instruction of outer is a call that does not return: the address behind it is start's first
+    // The last instruction of outer is a call that does not return. The address behind it is start's first.
     let case = case(
         &THREAD,
         &[(STACK + 0x100, vec![0, at(1, 0x100), at(2, 0x30)])],
@@ -116,7 +116,7 @@ fn interrupted_code_is_unwound_from_its_saved_registers_and_user_mode_ends_the_w
         ("asm_interrupt", entry::REGS),
         ("interrupted", entry::FRAME_POINTER),
     ];
-    // pt_regs of `interrupted`, whose frame BP points at; above it those of user mode
+    // pt_regs of `interrupted`, whose frame BP points at. Above them are those of user mode.
     let mut regs = [0u64; 21];
     (regs[4], regs[16], regs[17], regs[19]) = (STACK + 0x300, at(2, 0), 0x10, STACK + 0x200);
     let mut user = [0u64; 21];
@@ -138,13 +138,13 @@ fn interrupted_code_is_unwound_from_its_saved_registers_and_user_mode_ends_the_w
 }
 
 #[test]
-fn an_end_that_is_not_at_the_stacks_end_is_none() {
+fn an_end_that_is_not_at_the_stacks_end_is_refused() {
     let functions = [
         ("asm_interrupt", entry::IRET),
         ("start", entry::END),
         ("inner", entry::CALL_8),
     ];
-    // as behind `call error_entry`: where ORC sees the code segment, the interrupted code's R13 is, here one like user mode's
+    // As behind `call error_entry`: in the place of the code segment is the interrupted code's R13, here with a value like user mode's.
     let mut regs = [0u64; 21];
     (regs[1], regs[16], regs[17]) = (0x33, at(2, 0), 0x10);
     let far = [(STACK + 0x100, regs.to_vec()), (STACK + 0x400, vec![at(1, 0x10)])];
@@ -158,7 +158,7 @@ fn an_end_that_is_not_at_the_stacks_end_is_none() {
         (at(0, 0x10), STACK + 0x100),
     );
     assert_eq!(walked(&odd).1, Err(UnwindError::BadSegment { ip, found: 7 }));
-    // as at a retpoline before 6.4, which a function in the middle of the stack has called
+    // As at a retpoline before 6.4, which a function in the middle of the stack has called.
     let retpoline = [(STACK + 0x100, vec![at(2, 0x10)]), (STACK + 0x400, vec![0])];
     let retpoline = case(&functions, &retpoline, (at(1, 1), STACK + 0x100));
     let (ip, end) = (Gva(at(1, 1)), STACK + 0x100);
@@ -172,7 +172,7 @@ fn a_walk_crosses_from_the_interrupt_stack_once_and_never_back() {
         ("irq_entry", entry::CALL_8),
         ("start", entry::END),
     ];
-    // the top word of the interrupt stack is the task's stack pointer
+    // The top word of the interrupt stack is the task's stack pointer.
     let top = IRQ + STACK_BYTES - 8;
     let frames = [
         (top, vec![STACK + 0x100]),
@@ -200,7 +200,7 @@ fn a_walk_crosses_from_the_interrupt_stack_once_and_never_back() {
 }
 
 #[test]
-fn what_is_not_certain_is_an_error_and_never_an_end() {
+fn an_uncertain_frame_is_an_error_and_never_an_end() {
     let functions = [
         ("inner", entry::CALL_8),
         ("asm", entry::UNDEFINED),
@@ -224,7 +224,7 @@ fn what_is_not_certain_is_an_error_and_never_an_end() {
             sp: STACK + 0x108
         }
     );
-    // BP is 0: its frame would be at 16
+    // BP is 0: its frame would be at 16.
     assert_eq!(
         end(at(2, 0x10)),
         UnwindError::OffStack {
@@ -277,7 +277,7 @@ fn a_register_is_used_only_where_its_value_is_known() {
 }
 
 #[test]
-fn a_tracers_trampoline_is_seen_through_where_the_real_address_is_known() {
+fn a_tracers_trampoline_is_replaced_by_the_real_return_address() {
     let functions = [
         ("inner", entry::CALL_8),
         ("return_to_handler", entry::UNDEFINED),
@@ -289,17 +289,17 @@ fn a_tracers_trampoline_is_seen_through_where_the_real_address_is_known() {
         (at(0, 0x10), STACK + 0x100),
     );
     assert_eq!(walked(&case).1, Err(UnwindError::HiddenReturn { slot: STACK + 0x100 }));
-    // a tail call was traced, too: its entry has the trampoline as address
-    case.hidden.push(Hidden {
+    // A tail call was traced, too: the return address of its entry is the trampoline.
+    case.hidden.push(HookedReturn {
         slot: STACK + 0x100,
         ret: at(1, 0),
     });
-    case.hidden.push(Hidden {
+    case.hidden.push(HookedReturn {
         slot: STACK + 0x100,
         ret: at(2, 0x10),
     });
     assert_eq!(walked(&case), (vec!["0x10".into(), "0x210".into()], Ok(())));
-    case.hidden.push(Hidden {
+    case.hidden.push(HookedReturn {
         slot: STACK + 0x100,
         ret: at(2, 0x20),
     });
@@ -307,7 +307,7 @@ fn a_tracers_trampoline_is_seen_through_where_the_real_address_is_known() {
 }
 
 #[test]
-fn code_that_gives_an_address_back_is_not_walked_through() {
+fn code_that_restores_a_return_address_is_not_walked_through() {
     let functions = [("ftrace_return_to_handler", entry::CALL_8), ("start", entry::END)];
     let case = case(
         &functions,
@@ -318,8 +318,8 @@ fn code_that_gives_an_address_back_is_not_walked_through() {
 }
 
 #[test]
-fn what_the_cpu_pushes_is_enough_to_go_on() {
-    // an interrupt in entry code: ip, cs, flags, sp, ss at SP; all registers of the code before are still known
+fn the_words_that_the_cpu_pushes_are_enough_to_continue() {
+    // An interrupt in entry code: ip, cs, flags, sp, ss at SP. All registers of the code before are still known.
     let functions = [
         ("asm_exc", entry::IRET),
         ("entry_code", entry::BY_R10),
@@ -340,7 +340,7 @@ fn what_the_cpu_pushes_is_enough_to_go_on() {
 }
 
 #[test]
-fn frames_of_boot_code_that_is_gone_end_the_first_idle_tasks_stack() {
+fn frames_of_freed_boot_code_end_the_first_idle_tasks_stack() {
     let mut functions = vec![("idle", entry::CALL_8); 16];
     functions.push(("start_kernel", entry::END));
     let mut case = case(

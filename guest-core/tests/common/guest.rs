@@ -24,6 +24,8 @@ pub const DIRECT: u64 = 0xffff_8880_0000_0000;
 pub const VMALLOC: u64 = 0xffff_c900_0000_0000;
 /// Where in the heap that lies.
 pub const VMALLOC_HEAP: u64 = 0x1a_0000;
+/// The page table of its first 2 MiB.
+pub const VMALLOC_TABLE: u64 = DATA + 0xe000;
 /// Bytes of RAM.
 pub const RAM_BYTES: usize = 16 << 20;
 /// Guest-physical start of what is not the image.
@@ -52,6 +54,9 @@ pub const RELEASE: &str = "6.1.0-made";
 pub const VERMAGIC: &str = "6.1.0-made SMP preempt mod_unload modversions ";
 /// What ftrace leaves in a site.
 pub const SITE_NOP: [u8; 5] = [0x0f, 0x1f, 0x44, 0x00, 0x00];
+
+/// The page directory of the last GiB, where modules and the fixmap are.
+pub const FIXMAP_DIRECTORY: u64 = DATA + 0xf000;
 
 const BTF: u64 = RODATA + 0x1000;
 const EXPORTS: u64 = RODATA + 0x1_0000;
@@ -230,7 +235,7 @@ impl Build {
             tables_at,
         };
         tasks::populate(&guest, 4);
-        guest.ram.settle();
+        guest.ram.take_baseline();
         guest
     }
 
@@ -506,6 +511,7 @@ impl Build {
             }
             self.put_u64(top + 511 * 8, gpa(upper) | 0x63);
             self.put_u64(upper + 510 * 8, gpa(middle) | 0x63);
+            self.put_u64(upper + 511 * 8, gpa(FIXMAP_DIRECTORY) | 0x67);
             self.map_vmalloc(top);
             let slot = |at: u64| middle + (at - 0xffff_ffff_8000_0000) / 0x20_0000 * 8;
             if user {
@@ -524,6 +530,9 @@ impl Build {
                 let at = IMAGE + part * 0x20_0000;
                 self.put_u64(slot(at), gpa(at) | bits);
             }
+        }
+        for slot in [506, 507] {
+            self.put_u64(FIXMAP_DIRECTORY + 8 * slot, gpa(DATA + 0x9000) | 0x67);
         }
         gpa(TOP_TABLE) + if self.choice.isolated { user_half } else { 0 }
     }
@@ -582,8 +591,8 @@ impl Build {
             cr4: if self.choice.five_levels { 0x1020 } else { 0x20 },
             efer: 0xd01,
             gs_base: active,
-            kernel_gs_base: aside,
-            idt_base: IDT,
+            kernel_gs_base: Some(aside),
+            idt_base: Some(IDT),
             general: [
                 0,
                 0,

@@ -2,7 +2,7 @@
 
 use super::guest::Guest;
 use super::ram::Ram;
-use guest_core::machine::{Journal, Machine, MachineError, PauseTimes, Paused};
+use guest_core::machine::{Journal, Machine, MachineError, PauseTimes, Paused, WriteCode};
 use guest_core::{Gpa, PhysMemory, Registers};
 use std::time::Duration;
 
@@ -19,7 +19,7 @@ pub struct Vm<'a> {
     pub pauses: u32,
     /// The supervisor dies with the commit: it can't be told that nothing is left to take back.
     pub supervisor_dies: bool,
-    /// The first write fails, and what it was to write comes later: when it is settled, or the guest runs.
+    /// The first write fails, and what it was to write comes later: when the writes are drained, or the guest runs.
     pub is_late: bool,
     /// It does not run again after a pause.
     pub stays_paused: bool,
@@ -27,6 +27,8 @@ pub struct Vm<'a> {
     pub elapsed: Duration,
     /// What memory held when the first code was written.
     pub before_code: Option<Pages>,
+    /// A word that the guest writes right before it is stopped.
+    pub last_write: Option<(Gpa, u64)>,
 }
 
 impl<'a> Vm<'a> {
@@ -43,6 +45,7 @@ impl<'a> Vm<'a> {
             stays_paused: false,
             elapsed: Duration::ZERO,
             before_code: None,
+            last_write: None,
         }
     }
 }
@@ -58,6 +61,9 @@ impl Machine for Vm<'_> {
 
     fn pause(&mut self) -> Result<Box<dyn Paused + '_>, MachineError> {
         self.pauses += 1;
+        if let Some((at, word)) = self.last_write {
+            self.ram.write(at, &word.to_le_bytes()).unwrap();
+        }
         Ok(Box::new(Stopped {
             ram: self.ram,
             vcpus: &self.vcpus,
@@ -108,15 +114,7 @@ impl Drop for Stopped<'_> {
     }
 }
 
-impl Paused for Stopped<'_> {
-    fn registers(&mut self) -> Result<Vec<Registers>, MachineError> {
-        Ok(self.vcpus.to_vec())
-    }
-
-    fn elapsed(&self) -> Duration {
-        self.elapsed
-    }
-
+impl WriteCode for Stopped<'_> {
     fn write(&mut self, writes: &[(Gpa, Vec<u8>)]) -> Result<(), MachineError> {
         if let Some(kept) = self.before_code.take() {
             kept.get_or_insert_with(|| self.ram.differences());
@@ -133,9 +131,19 @@ impl Paused for Stopped<'_> {
         Ok(())
     }
 
-    fn settle(&mut self) -> Result<(), MachineError> {
+    fn drain(&mut self) -> Result<(), MachineError> {
         self.write_late();
         Ok(())
+    }
+}
+
+impl Paused for Stopped<'_> {
+    fn registers(&mut self) -> Result<Vec<Registers>, MachineError> {
+        Ok(self.vcpus.to_vec())
+    }
+
+    fn elapsed(&self) -> Duration {
+        self.elapsed
     }
 
     fn resume(self: Box<Self>) -> Result<PauseTimes, MachineError> {

@@ -86,7 +86,7 @@ pub fn livepatch_made_for(name: &str, note: &[u8], functions: &[Function]) -> Ve
 }
 
 /// A module called `name` whose new functions can be traced, and count in a variable on each CPU.
-pub fn livepatch_with_duties(name: &str, functions: &[&'static str]) -> Vec<u8> {
+pub fn livepatch_with_sections(name: &str, functions: &[&'static str]) -> Vec<u8> {
     // endbr64; the NOP of the ftrace site; incq %gs:calls; ret
     let code = [
         &[0xf3, 0x0f, 0x1e, 0xfa][..],
@@ -106,7 +106,7 @@ pub fn livepatch_with_duties(name: &str, functions: &[&'static str]) -> Vec<u8> 
     make(name, VERMAGIC, &functions, &[(SITES, &sites), (PERCPU, &[7; 24])])
 }
 
-/// Tables of [`livepatch_with_duties`].
+/// Tables of [`livepatch_with_sections`].
 const SITES: &str = "__mcount_loc";
 const PERCPU: &str = ".data..percpu";
 /// `incq %gs:0`, and where its address stands.

@@ -2,11 +2,11 @@
 
 use super::guest::Guest;
 use super::machine::Vm;
-use super::module::{Function, livepatch, livepatch_with_duties};
+use super::module::{Function, livepatch, livepatch_with_sections};
 use guest_core::Kernel;
-use guest_core::commit::{CommitError, CommitOptions, Model, commit, lay};
-use guest_core::place::{Registry, cave};
+use guest_core::commit::{CommitError, CommitOptions, Model, commit, stage};
 use guest_core::plan::{ApplyOptions, Plan, Refusal, apply, cleanup, recovery};
+use guest_core::registry::{Registry, cave};
 use std::time::Duration;
 
 /// One try, under the clean-cut model.
@@ -45,7 +45,7 @@ pub fn refusal(guest: &Guest, kernel: &Kernel, old: &'static str) -> Refusal {
 }
 
 /// Commits a plan.
-pub fn carry_out(guest: &Guest, kernel: &Kernel, plan: &Plan) -> Result<(), CommitError> {
+pub fn commit_plan(guest: &Guest, kernel: &Kernel, plan: &Plan) -> Result<(), CommitError> {
     commit(&kernel.live(&guest.ram), &mut Vm::new(guest), plan, &OPTIONS).map(|_| ())
 }
 
@@ -61,16 +61,16 @@ pub fn two() -> Vec<u8> {
 }
 
 /// The same with tables for the loader, and variables on each CPU.
-pub fn two_with_duties() -> Vec<u8> {
-    livepatch_with_duties("fix", &["victim", "notrace_victim"])
+pub fn two_with_sections() -> Vec<u8> {
+    livepatch_with_sections("fix", &["victim", "notrace_victim"])
 }
 
 /// A guest with those two patched, as the state that differences are told from.
 pub fn patched() -> (Guest, Kernel) {
     let mut guest = Guest::new();
     let kernel = guest.kernel();
-    carry_out(&guest, &kernel, &plan(&guest, &kernel, &two()).unwrap()).unwrap();
-    guest.ram.settle();
+    commit_plan(&guest, &kernel, &plan(&guest, &kernel, &two()).unwrap()).unwrap();
+    guest.ram.take_baseline();
     (guest, kernel)
 }
 
@@ -83,10 +83,10 @@ pub fn target(guest: &Guest, at: u64) -> u64 {
 }
 
 /// What the next vmpatch does first: undoes what was cut off, and wipes what is not in force.
-pub fn mend(guest: &Guest, kernel: &Kernel) {
+pub fn recover(guest: &Guest, kernel: &Kernel) {
     let live = kernel.live(&guest.ram);
     if let Some(plan) = recovery(&live, &registry(guest, kernel)).unwrap() {
-        carry_out(guest, kernel, &plan).unwrap();
+        commit_plan(guest, kernel, &plan).unwrap();
     }
-    lay(&live, &cleanup(&live, &registry(guest, kernel)).unwrap()).unwrap();
+    stage(&live, &cleanup(&live, &registry(guest, kernel)).unwrap()).unwrap();
 }

@@ -67,7 +67,7 @@ impl Ram {
     }
 
     /// Takes what was written so far as the state that [`Ram::differences`] compares with.
-    pub fn settle(&mut self) {
+    pub fn take_baseline(&mut self) {
         let mut bytes = self.base.as_ref().clone();
         for (page, copy) in std::mem::take(&mut *self.written.borrow_mut()) {
             bytes[span(page)].copy_from_slice(&copy[..]);

@@ -4,32 +4,6 @@
 //! lines, where nothing is escaped.
 
 use super::params::Params;
-use super::socket::Place;
-use nix::libc::O_NONBLOCK;
-use std::fs::OpenOptions;
-use std::io::Read;
-use std::os::unix::fs::OpenOptionsExt;
-use std::path::Path;
-
-/// The longest file read, in bytes. Incus's, the longest ones known, have some 20 kB.
-const LEN_MAX: u64 = 1 << 20;
-
-impl Place {
-    /// What is in a configuration file of the process at this place. None where it cannot be read, or is no file: a
-    /// pipe has been emptied by QEMU, and reading it would wait for ever.
-    pub(super) fn read_config(&self, path: &Path) -> Option<Vec<u8>> {
-        let open = OpenOptions::new()
-            .read(true)
-            .custom_flags(O_NONBLOCK)
-            .open(self.path(path)?);
-        let file = open
-            .ok()
-            .filter(|file| file.metadata().is_ok_and(|found| found.is_file()))?;
-        let mut text = Vec::new();
-        file.take(LEN_MAX).read_to_end(&mut text).ok()?;
-        Some(text)
-    }
-}
 
 /// The sections of a file: each one's group, and its parameters with the id among them. A line that QEMU would not
 /// have taken is passed over, as that QEMU would not be running.

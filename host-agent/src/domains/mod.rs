@@ -15,7 +15,7 @@ mod socket;
 
 pub use address::QmpAddress;
 pub use error::DomainError;
-pub use process::Binary;
+pub use process::{Binary, is_undumpable_own};
 pub use socket::QmpSocket;
 
 use command_line::CommandLine;

@@ -54,7 +54,7 @@ struct Stat {
 
 /// True for a process of this process's own user, whose memory /proc shows to root alone: its files there belong to root
 /// (`proc(5)`, "dumpable").
-pub(crate) fn is_undumpable_own(pid: i32) -> bool {
+pub fn is_undumpable_own(pid: i32) -> bool {
     let folder = PathBuf::from(format!("/proc/{pid}"));
     let owner = |path: &Path| fs::metadata(path).ok().map(|found| found.uid());
     let status = fs::read_to_string(folder.join("status")).unwrap_or_default();

@@ -4,11 +4,16 @@ use super::address::QmpAddress;
 use super::command_line::{CommandLine, Monitor};
 use super::names;
 use super::process::proc_path;
+use nix::libc::O_NONBLOCK;
 use std::ffi::{OsStr, OsString};
-use std::fs;
+use std::fs::{self, OpenOptions};
+use std::io::Read;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+
+/// The longest configuration file read, in bytes. Incus's, the longest ones known, have some 20 kB.
+const CONFIG_LEN_MAX: u64 = 1 << 20;
 
 /// The room for a path in a socket address (`sun_path`, `unix(7)`), and for its closing zero byte.
 const SUN_PATH_LEN: usize = 108;
@@ -105,6 +110,21 @@ impl Place {
         } else {
             self.relative(path)
         }
+    }
+
+    /// What is in a configuration file of the process at this place. None where it cannot be read, or is no file: a
+    /// pipe has been emptied by QEMU, and reading it would wait for ever.
+    pub(super) fn read_config(&self, path: &Path) -> Option<Vec<u8>> {
+        let open = OpenOptions::new()
+            .read(true)
+            .custom_flags(O_NONBLOCK)
+            .open(self.path(path)?);
+        let file = open
+            .ok()
+            .filter(|file| file.metadata().is_ok_and(|found| found.is_file()))?;
+        let mut text = Vec::new();
+        file.take(CONFIG_LEN_MAX).read_to_end(&mut text).ok()?;
+        Some(text)
     }
 
     fn absolute(&self, path: &Path) -> PathBuf {

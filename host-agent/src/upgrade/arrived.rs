@@ -1,27 +1,79 @@
 //! After the move: the guest is looked at in its new process, and the old one ended.
 
-use super::binary;
+use super::binary::Version;
 use super::error::UpgradeError;
 use super::prepare::Prepared;
-use super::run::Done;
 use super::settle;
 use super::successor::Successor;
-use crate::commands::status;
-use crate::error::Failure;
-use crate::progress::Progress;
-use crate::report::{Guest, Process, Upgrade};
-use crate::session::{Session, Target};
+use crate::hypervisor::Route;
+use crate::session::Session;
+use crate::target::Target;
+use qmp::migrate::{Arrival, Method};
+use std::path::PathBuf;
+use std::time::Duration;
+
+/// One of the two QEMUs of a move.
+#[derive(Debug, Clone)]
+pub struct Qemu {
+    /// Its process, where there is one.
+    pub pid: Option<i32>,
+    /// Its version.
+    pub version: Version,
+    /// Its program.
+    pub program: PathBuf,
+}
+
+/// A guest that has moved, or could.
+pub struct Upgraded {
+    /// The guest's name.
+    pub name: Option<String>,
+    /// `uname -r` of its kernel.
+    pub release: String,
+    /// Where it was.
+    pub old: Qemu,
+    /// Where it is.
+    pub new: Qemu,
+    /// The machine type, which stays.
+    pub machine: String,
+    /// How its memory got there.
+    pub method: Method,
+    /// How many pieces of the kernel and its patches are compared before the guest runs.
+    pub compared: usize,
+    /// What the operator should know.
+    pub warnings: Vec<String>,
+    /// The guest in its new process; none where it was only checked.
+    pub arrived: Option<Arrived>,
+}
+
+/// A guest in its new process.
+pub struct Arrived {
+    /// It is locked, and understood.
+    pub session: Session,
+    /// How long it was paused, by the times at which the two QEMUs stopped and resumed it.
+    pub downtime: Option<Duration>,
+    /// From the new process's start until the guest ran there.
+    pub total: Duration,
+    /// Bytes sent.
+    pub transferred: u64,
+}
+
+/// What a move was like.
+pub(super) struct Done {
+    /// How it arrived.
+    pub(super) arrival: Arrival,
+    /// When it was let run in the new process, in microseconds since 1970.
+    pub(super) resumed_at_us: Option<u64>,
+    /// From the new process's start until then.
+    pub(super) total: Duration,
+    /// Bytes sent.
+    pub(super) transferred: u64,
+}
 
 /// Looks at the guest in its new process, ends the old one, and says how it was. Where it was not to be moved, says how it would
 /// have been.
-pub(super) fn finish(
-    prepared: Prepared,
-    new: &Successor,
-    done: Option<Done>,
-    progress: &Progress,
-) -> Result<Upgrade, Failure> {
-    let mut report = planned(&prepared);
-    let Some(done) = done else { return Ok(report) };
+pub(super) fn finish(prepared: Prepared, new: &Successor, done: Option<Done>) -> Result<Upgraded, UpgradeError> {
+    let mut upgraded = planned(&prepared);
+    let Some(done) = done else { return Ok(upgraded) };
     let Prepared {
         old,
         socket,
@@ -31,58 +83,50 @@ pub(super) fn finish(
         pair,
         ..
     } = prepared;
-    report.guest.pid = new.pid;
-    report.new.pid = Some(new.pid);
-    report.state = "moved".to_owned();
-    let stood = done.resumed_at_us.zip(done.arrival.stopped_at_us);
-    report.downtime_us = stood.map(|(resumed, stopped)| resumed.saturating_sub(stopped));
-    report.total_ms = u64::try_from(done.total.as_millis()).ok();
-    report.transferred = Some(done.transferred);
+    upgraded.new.pid = Some(new.pid);
     // QEMU serves one client per socket.
     drop(pair);
     let target = Target {
         name: old.name.clone(),
         pid: Some(new.pid),
-        socket,
+        route: Route::qmp(socket),
     };
-    let session = Session::open(&target, progress)?;
-    identity.confirm(&session).map_err(UpgradeError::from)?;
-    report.patches = status::patches(&session);
-    progress.step(&format!("{shown}: ending process {}", old.pid));
+    let session = Session::open(&target)?;
+    identity.confirm(&session)?;
+    tracing::debug!(guest = shown, "ending process {}", old.pid);
     settle::end_old(&old, new.pid)?;
     // Held until the old process is gone.
     drop(lock);
-    Ok(report)
+    let paused = done.resumed_at_us.zip(done.arrival.stopped_at_us);
+    upgraded.arrived = Some(Arrived {
+        session,
+        downtime: paused.map(|(resumed, stopped)| Duration::from_micros(resumed.saturating_sub(stopped))),
+        total: done.total,
+        transferred: done.transferred,
+    });
+    Ok(upgraded)
 }
 
-fn planned(prepared: &Prepared) -> Upgrade {
+fn planned(prepared: &Prepared) -> Upgraded {
     let Prepared { old, facts, .. } = prepared;
-    let program = old.binary.as_ref().map(|binary| binary.path.display().to_string());
-    Upgrade {
-        guest: Guest {
-            domain: old.name.clone(),
-            pid: old.pid,
-            release: prepared.release.clone(),
-            integrity_guard: None,
-        },
-        state: "would move".to_owned(),
-        old: Process {
+    let program = old.binary.as_ref().map(|binary| binary.path.clone());
+    Upgraded {
+        name: old.name.clone(),
+        release: prepared.release.clone(),
+        old: Qemu {
             pid: Some(old.pid),
-            qemu: binary::spell(facts.version),
+            version: facts.version,
             program: program.unwrap_or_default(),
         },
-        new: Process {
+        new: Qemu {
             pid: None,
-            qemu: binary::spell(prepared.version),
-            program: prepared.program.display().to_string(),
+            version: prepared.version,
+            program: prepared.program.clone(),
         },
         machine: facts.machine.clone(),
-        way: prepared.way.name().to_owned(),
-        downtime_us: None,
-        total_ms: None,
-        transferred: None,
+        method: prepared.method,
         compared: prepared.identity.len(),
-        patches: Vec::new(),
         warnings: prepared.warnings.clone(),
+        arrived: None,
     }
 }

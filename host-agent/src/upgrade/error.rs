@@ -4,7 +4,10 @@ use super::binary::BinaryError;
 use super::identity::IdentityError;
 use super::line::Refused;
 use super::origin::OriginError;
-use crate::state::GuestState;
+use crate::domains::DomainError;
+use crate::lock::LockError;
+use crate::outcome::{GuestState, Reason};
+use crate::session::{BusyError, OpenError};
 use guest_core::MemoryError;
 use guest_core::commit::Effect;
 use qmp::memory::RamMapError;
@@ -15,6 +18,18 @@ use std::path::PathBuf;
 /// Why a guest was not moved into another QEMU.
 #[derive(Debug, thiserror::Error)]
 pub enum UpgradeError {
+    /// The domains of this host can't be listed.
+    #[error(transparent)]
+    Domain(#[from] DomainError),
+    /// Another vmpatch is at work there.
+    #[error(transparent)]
+    Lock(#[from] LockError),
+    /// The guest can't be reached, or is not understood.
+    #[error(transparent)]
+    Open(#[from] OpenError),
+    /// The guest can't be moved now.
+    #[error(transparent)]
+    Busy(#[from] BusyError),
     /// libvirt has its own idea of which process has the guest.
     #[error("{domain} is managed by libvirt, which would lose sight of a guest that moves without it")]
     Libvirt {
@@ -98,6 +113,12 @@ pub enum UpgradeError {
         /// Why it was not done.
         source: io::Error,
     },
+    /// The guest has moved, and what came afterwards failed.
+    #[error("{source}")]
+    Moved {
+        /// What failed.
+        source: Box<UpgradeError>,
+    },
     /// Neither process can be made to run the guest.
     #[error("the guest stands in the old process (pid {old}), and has never run in the new one (pid {new})")]
     Stranded {
@@ -160,8 +181,9 @@ impl UpgradeError {
     }
 
     /// What the guest is like.
-    pub(crate) fn guest_state(&self) -> GuestState {
+    pub fn guest_state(&self) -> GuestState {
         match self {
+            Self::Moved { source } => source.guest_state().or(GuestState::InForce),
             Self::Unfinished { .. } => GuestState::InForce,
             Self::Stranded { .. } => GuestState::Paused {
                 change: Effect::AsBefore,
@@ -171,16 +193,31 @@ impl UpgradeError {
         }
     }
 
-    /// Whether it was found before anything was begun.
-    pub(crate) fn is_refusal(&self) -> bool {
-        matches!(
-            self,
+    /// Why it was not moved.
+    pub fn reason(&self) -> Reason {
+        match self {
+            Self::Moved { source } => source.reason(),
+            Self::Open(error) => error.reason(),
+            Self::Busy(error) => error.reason(),
+            // Found before anything was begun.
             Self::Libvirt { .. }
-                | Self::Binary(_)
-                | Self::Line(_)
-                | Self::Origin(_)
-                | Self::Unfit { .. }
-                | Self::Differs { .. }
-        )
+            | Self::Binary(_)
+            | Self::Line(_)
+            | Self::Origin(_)
+            | Self::Unfit { .. }
+            | Self::Differs { .. } => Reason::Refused,
+            Self::Domain(_) | Self::Lock(_) | Self::Overtaken { .. } | Self::UnderWay { .. } => Reason::Unreachable,
+            Self::Ended { .. }
+            | Self::Mute { .. }
+            | Self::Migrate(_)
+            | Self::Memory(_)
+            | Self::Ram(_)
+            | Self::Identity(_)
+            | Self::Host { .. }
+            | Self::Unfinished { .. }
+            | Self::Stranded { .. }
+            | Self::Lost { .. }
+            | Self::NoSocket { .. } => Reason::Failed,
+        }
     }
 }

@@ -1,10 +1,11 @@
 //! What must be the same in the new process: bytes of the guest's kernel and of its patches.
 
-use crate::attach::memory::{self, RamError};
+use crate::hypervisor::qemu;
+use crate::hypervisor::ram::RamError;
 use crate::session::Session;
 use guest_core::change::{Change, ChangeError};
 use guest_core::paging::PAGE_SIZE;
-use guest_core::place::State;
+use guest_core::registry::State;
 use guest_core::{Gpa, MemoryError, PhysMemory};
 use qmp::RamMap;
 
@@ -74,7 +75,7 @@ pub enum IdentityError {
 impl Identity {
     /// Of the guest that a session has understood.
     pub(super) fn of(session: &Session) -> Result<Self, MemoryError> {
-        let memory = session.attached.memory();
+        let memory = session.vm.memory();
         let (kernel, registry) = (&session.kernel, &session.registry);
         let mut wanted: Vec<(String, Gpa, usize)> = Vec::new();
         if let Some(start) = kernel.image.physical(kernel.image.start()) {
@@ -89,7 +90,7 @@ impl Identity {
         let records: Vec<_> = there.filter_map(|entry| entry.record.as_ref()).collect();
         for record in &records {
             // The pool of pages is contiguous in both kinds of memory.
-            let offset = record.text.start.wrapping_sub(registry.window.0);
+            let offset = record.text.start.wrapping_sub(registry.alias.0);
             let len = usize::try_from(record.text.len).unwrap_or(0);
             wanted.push((
                 format!("the code of {}", record.id),
@@ -124,7 +125,7 @@ impl Identity {
                 new: session.kernel.banner.clone(),
             });
         }
-        self.verify(session.attached.memory())
+        self.verify(session.vm.memory())
     }
 
     /// How many places are compared.
@@ -163,7 +164,7 @@ impl Identity {
 
 /// The guest's memory in the new process.
 pub(super) fn memory_of(map: &RamMap) -> Result<Box<dyn PhysMemory>, IdentityError> {
-    Ok(memory::open(map)?)
+    Ok(qemu::open_ram(map)?)
 }
 
 #[cfg(test)]

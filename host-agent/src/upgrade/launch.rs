@@ -56,6 +56,8 @@ impl LaunchError {
 
 /// Reads a [`Spec`] and becomes that. Returns only where it could not.
 pub fn launch() -> Result<(), LaunchError> {
+    // SAFETY: this process has just begun, and has opened nothing.
+    unsafe { descriptor::close_inherited() };
     let mut text = Vec::new();
     io::stdin()
         .read_to_end(&mut text)

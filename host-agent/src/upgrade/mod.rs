@@ -19,6 +19,7 @@ mod folder;
 mod identity;
 pub mod launch;
 mod line;
+mod method;
 mod named;
 mod origin;
 mod owner;
@@ -30,12 +31,36 @@ mod signals;
 mod successor;
 mod tap;
 pub mod watch;
-mod way;
 
+pub use arrived::{Arrived, Qemu, Upgraded};
 pub use binary::BinaryError;
 pub use error::UpgradeError;
 pub use identity::IdentityError;
 pub use line::Refused;
 pub use origin::OriginError;
+pub use prepare::refuse_libvirts;
 pub use run::run;
 pub use settle::{Settled, resume_cut_off, settle};
+
+use qmp::migrate::Method;
+use std::path::PathBuf;
+use std::time::Duration;
+
+/// How a guest is moved.
+#[derive(Debug, Clone)]
+pub struct UpgradeOptions {
+    /// The QEMU program to move it into.
+    pub qemu: PathBuf,
+    /// Starts the new process and compares it, and leaves the guest where it is.
+    pub check: bool,
+    /// How the memory is migrated; none: the best method that fits.
+    pub method: Option<Method>,
+    /// Maximum downtime if precopy does not converge, in milliseconds.
+    pub downtime_ms: u64,
+    /// The most bytes to copy in a second; none: as much as there is.
+    pub bandwidth: Option<u64>,
+    /// How long the new process may take to begin, and then the guest to get there.
+    pub time_max: Duration,
+    /// Folders with the new QEMU's firmware, in place of those on the guest's command line.
+    pub data_dirs: Vec<PathBuf>,
+}

@@ -1,22 +1,22 @@
 //! All that can be known before the new process is started: whether the guest can be moved, and how.
 
+use super::UpgradeOptions;
 use super::binary::{self, Version};
 use super::error::UpgradeError;
 use super::files::{self, OpenFiles};
 use super::fit;
 use super::identity::Identity;
 use super::line::{self, Context, Rewritten};
+use super::method;
 use super::named;
 use super::origin::{self, Origin};
-use super::way;
-use crate::cli::{Options, UpgradeOptions};
 use crate::domains::names::Name;
 use crate::domains::{self, Domain};
-use crate::error::Failure;
+use crate::hypervisor::Accelerator;
 use crate::lock::{DomainLock, LockError};
-use crate::progress::Progress;
-use crate::session::{Session, Target};
-use qmp::migrate::{Facts, Pair, Way};
+use crate::session::{OpenError, Session};
+use crate::target::{Selector, Target};
+use qmp::migrate::{Facts, Method, Pair};
 use std::fs;
 use std::io::ErrorKind;
 use std::os::unix::fs::MetadataExt;
@@ -61,7 +61,7 @@ pub(super) struct Prepared {
     /// What the new process runs as.
     pub(super) origin: Origin,
     /// How the memory gets there.
-    pub(super) way: Way,
+    pub(super) method: Method,
     /// The guest must stand while it is copied.
     pub(super) standing: bool,
     /// What the operator should know.
@@ -69,30 +69,40 @@ pub(super) struct Prepared {
 }
 
 /// Looks at all of it.
-pub(super) fn prepare(options: &Options, wanted: &UpgradeOptions, progress: &Progress) -> Result<Prepared, Failure> {
-    refuse_libvirts(options)?;
-    let target = Target::from_options(options)?;
+pub(super) fn prepare(target: &Target, wanted: &UpgradeOptions) -> Result<Prepared, UpgradeError> {
     let program =
         std::path::absolute(&wanted.qemu).map_err(UpgradeError::host(format!("finding {}", wanted.qemu.display())))?;
-    let version = binary::version(&program).map_err(UpgradeError::from)?;
-    let session = Session::open(&target, progress).map_err(overtaken)?;
+    let version = binary::version(&program)?;
+    let session = Session::open(target).map_err(overtaken)?;
     session.refuse_if_busy()?;
-    let (shown, release, pid) = (session.shown(), session.kernel.release.clone(), session.attached.pid());
-    let is_emulated = session.attached.accelerator() == "tcg";
-    let identity = Identity::of(&session).map_err(UpgradeError::from)?;
-    progress.detail(&format!("{}: {} places to compare", shown, identity.len()));
+    let (shown, release, pid) = (
+        session.shown(),
+        session.kernel.release.clone(),
+        session.vm.identity().pid,
+    );
+    let is_emulated = session.vm.identity().accelerator == Accelerator::Tcg;
+    let identity = Identity::of(&session)?;
+    tracing::info!(guest = shown, "{} places to compare", identity.len());
     // QEMU serves one client per socket.
     let lock = session.into_lock()?;
-    let old = Domain::of_peer(pid, &target.socket)?;
+    let socket = match target.route.qmp_socket() {
+        Some(socket) => socket.to_owned(),
+        None => {
+            return Err(UpgradeError::unfit(
+                shown,
+                "only a guest that is reached by a QMP socket can be moved",
+            ));
+        }
+    };
+    let old = Domain::of_peer(pid, &socket)?;
     if old.is_libvirts() {
         return Err(UpgradeError::Libvirt {
             domain: old.to_string(),
-        }
-        .into());
+        });
     }
-    progress.step(&format!("{shown}: looking at process {pid}"));
-    let pair = Pair::new(&target.socket, CONNECT_TIME_MAX).map_err(UpgradeError::from)?;
-    let facts = pair.source_facts().map_err(UpgradeError::from)?;
+    tracing::debug!(guest = shown, "looking at process {pid}");
+    let pair = Pair::new(&socket, CONNECT_TIME_MAX)?;
+    let facts = pair.source_facts()?;
     fit::check_state(&pair)?;
     fit::check_program(&old)?;
     let (words, folder) = domains::command_line_of(pid)
@@ -105,11 +115,11 @@ pub(super) fn prepare(options: &Options, wanted: &UpgradeOptions, progress: &Pro
             .map(|binary| binary.path.clone())
             .unwrap_or_default(),
         new_program: program.clone(),
-        data: wanted.data_dir.clone(),
+        data: wanted.data_dirs.clone(),
         taps: origin::taps(pid),
         generation: facts.generation.clone(),
     };
-    let line = line::rewrite(&words, &context).map_err(UpgradeError::from)?;
+    let line = line::rewrite(&words, &context)?;
     let arguments = line::arguments(&words);
     fit::check_networks(&facts)?;
     fit::check_bonds(&facts, &arguments)?;
@@ -120,18 +130,18 @@ pub(super) fn prepare(options: &Options, wanted: &UpgradeOptions, progress: &Pro
             "{new} is older than {old}, from which the guest comes: QEMU promises the other direction only"
         ));
     }
-    let ram = pair.source_ram(pid).map_err(UpgradeError::from)?;
+    let ram = pair.source_ram(pid)?;
     let mut names: Vec<Name> = line.names.iter().map(|name| name.in_folder(&folder)).collect();
-    names.sort_by_key(|name| is_same(&name.own, &target.socket));
+    names.sort_by_key(|name| is_same(&name.own, &socket));
     let files = OpenFiles::of(pid, &ram, files::real(&names))?;
     files.check_names(pid)?;
     named::check_unchanged(pid, &arguments, &folder, &files)?;
     named::check_log(&arguments, &folder, &files)?;
-    let way = way::choose(&pair, &facts, version, &ram, wanted.way)?;
-    if way == Way::Precopy {
-        way::check_room(&ram)?;
+    let method = method::choose(&pair, &facts, version, &ram, wanted.method)?;
+    if method == Method::Precopy {
+        method::check_room(&ram)?;
     }
-    let standing = way == Way::Precopy && is_emulated && facts.version < FIRST_WITHOUT_LOSS;
+    let standing = method == Method::Precopy && is_emulated && facts.version < FIRST_WITHOUT_LOSS;
     if standing {
         warnings.push(format!(
             "QEMU {} loses what an emulated guest writes while it is copied: the guest stands for all of the copy",
@@ -140,7 +150,7 @@ pub(super) fn prepare(options: &Options, wanted: &UpgradeOptions, progress: &Pro
     }
     Ok(Prepared {
         old,
-        socket: target.socket,
+        socket,
         lock,
         identity,
         shown,
@@ -153,37 +163,39 @@ pub(super) fn prepare(options: &Options, wanted: &UpgradeOptions, progress: &Pro
         folder,
         names,
         files,
-        origin: Origin::of(pid).map_err(UpgradeError::from)?,
-        way,
+        origin: Origin::of(pid)?,
+        method,
         standing,
         warnings,
     })
 }
 
 /// One who waited for the lock of a process whose guest another one has moved meanwhile finds its socket in other hands, or nobody.
-fn overtaken(failure: Failure) -> Failure {
-    match failure {
-        Failure::OtherProcess { expected: old, .. } => UpgradeError::Overtaken { old }.into(),
-        Failure::Lock(LockError::Process { pid: old, cause }) if cause.kind() == ErrorKind::NotFound => {
-            UpgradeError::Overtaken { old }.into()
+fn overtaken(error: OpenError) -> UpgradeError {
+    match error {
+        OpenError::OtherProcess { expected: old, .. } => UpgradeError::Overtaken { old },
+        OpenError::Lock(LockError::Process { pid: old, cause }) if cause.kind() == ErrorKind::NotFound => {
+            UpgradeError::Overtaken { old }
         }
-        failure => failure,
+        error => error.into(),
     }
 }
 
 /// Before anything else: what a command says of a domain whose only QMP socket is libvirt's would be of no use here.
-fn refuse_libvirts(options: &Options) -> Result<(), Failure> {
+///
+/// # Errors
+///
+/// It is libvirt's.
+pub fn refuse_libvirts(selector: &Selector) -> Result<(), UpgradeError> {
     let survey = domains::all()?;
-    let named = |domain: &&Domain| options.domain.is_some() && domain.name == options.domain;
-    let found = match &options.qmp {
-        Some(socket) => survey.by_qmp(socket),
-        None => survey.iter().find(named),
+    let found = match selector {
+        Selector::QmpSocket(socket) => survey.by_qmp(socket),
+        Selector::Name(name) => survey.iter().find(|domain| domain.name.as_ref() == Some(name)),
     };
     match found.filter(|domain| domain.is_libvirts()) {
         Some(domain) => Err(UpgradeError::Libvirt {
             domain: domain.to_string(),
-        }
-        .into()),
+        }),
         None => Ok(()),
     }
 }

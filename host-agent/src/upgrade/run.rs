@@ -1,6 +1,7 @@
 //! The move itself.
 
-use super::arrived;
+use super::UpgradeOptions;
+use super::arrived::{self, Done, Upgraded};
 use super::binary;
 use super::compare;
 use super::error::UpgradeError;
@@ -8,6 +9,7 @@ use super::files::{self, OpenFiles};
 use super::folder::ChannelFolder;
 use super::identity;
 use super::launch::Spec;
+use super::method;
 use super::owner::Owner;
 use super::prepare::{Prepared, is_same, prepare};
 use super::rights;
@@ -16,16 +18,11 @@ use super::signals::Wish;
 use super::successor::Successor;
 use super::tap::Taps;
 use super::watch::Watcher;
-use super::way;
-use crate::cli::{Options, UpgradeOptions};
 use crate::domains::process;
-use crate::error::Failure;
-use crate::progress::Progress;
-use crate::report::Upgrade;
-use crate::state::GuestState;
+use crate::target::Target;
 use guest_core::PhysMemory;
 use qmp::RunState;
-use qmp::migrate::{Arrival, Limits, MigrateError, Pair, Status, Way};
+use qmp::migrate::{Arrival, Limits, Method, MigrateError, Pair, Status};
 use std::os::unix::ffi::OsStringExt;
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -37,8 +34,6 @@ const START_TIME_MAX: Duration = Duration::from_secs(60);
 const CANCEL_TIME_MAX: Duration = Duration::from_secs(20);
 /// How long a process that seems to have ended may take to be seen as ended.
 const END_TIME_MAX: Duration = Duration::from_millis(300);
-/// Length of the bar that shows how far a move is.
-const BAR_LEN: usize = 20;
 /// Between two looks for a socket of the new process.
 const POLL: Duration = Duration::from_millis(2);
 
@@ -52,44 +47,43 @@ struct Move {
     wish: Wish,
 }
 
-/// What a move was like.
-pub(super) struct Done {
-    /// How it arrived.
-    pub(super) arrival: Arrival,
-    /// When it was let run in the new process, in microseconds since 1970.
-    pub(super) resumed_at_us: Option<u64>,
-    /// From the new process's start until then.
-    pub(super) total: Duration,
-    /// Bytes sent.
-    pub(super) transferred: u64,
-}
-
-/// Moves the guest, or with `--check` stops before that.
-pub fn run(options: &Options, wanted: &UpgradeOptions, progress: &Progress) -> Result<Upgrade, Failure> {
+/// Moves the guest, or stops before that where it is only to be checked.
+///
+/// # Errors
+///
+/// See [`UpgradeError`]; [`UpgradeError::guest_state`] says what the guest is like.
+pub fn run(target: &Target, wanted: &UpgradeOptions) -> Result<Upgraded, UpgradeError> {
     let wish = Wish::watch().map_err(UpgradeError::host("waiting for signals"))?;
-    let prepared = prepare(options, wanted, progress)?;
-    let vmpatch = std::env::current_exe().map_err(Failure::Supervisor)?;
+    let prepared = prepare(target, wanted)?;
+    let vmpatch = std::env::current_exe().map_err(UpgradeError::host("finding the program of this vmpatch"))?;
     let check = wanted.check;
     let mut journey = Move::new(prepared, wanted, wish)?;
     let Prepared {
         socket, lock, shown, ..
     } = &journey.prepared;
     let spec = journey.spec(check);
-    progress.step(&format!("{shown}: starting {}", spec.program.display()));
+    tracing::debug!(guest = shown, "starting {}", spec.program.display());
     let mut new = Successor::start(&vmpatch, &spec)?;
     let mut watcher = match Watcher::start(&vmpatch, &spec, socket, journey.was_running, lock) {
         Ok(watcher) => watcher,
         Err(error) => {
             journey.discard(&mut new);
-            return Err(Failure::Supervisor(error));
+            return Err(UpgradeError::host("starting the process that watches over the move")(
+                error,
+            ));
         }
     };
-    let result = match journey.go(&mut new, &mut watcher, check, progress) {
+    let result = match journey.go(&mut new, &mut watcher, check) {
         Ok(done) => {
-            let state = done.as_ref().map_or(GuestState::AsBefore, |_| GuestState::InForce);
-            arrived::finish(journey.prepared, &new, done, progress).map_err(|failure| failure.after(state))
+            let has_moved = done.is_some();
+            arrived::finish(journey.prepared, &new, done).map_err(|error| match has_moved {
+                true => UpgradeError::Moved {
+                    source: Box::new(error),
+                },
+                false => error,
+            })
         }
-        Err(error) => Err(error.into()),
+        Err(error) => Err(error),
     };
     watcher.over();
     result
@@ -103,10 +97,10 @@ impl Move {
             taps: Taps::of(prepared.old.pid, &prepared.line.descriptors)
                 .map_err(UpgradeError::host("copying descriptors of the old process"))?,
             limits: Limits {
-                downtime_ms: wanted.downtime,
-                bandwidth: wanted.bandwidth.map(|mib| mib.saturating_mul(1 << 20)),
+                downtime_ms: wanted.downtime_ms,
+                bandwidth: wanted.bandwidth,
                 standing: prepared.standing && was_running,
-                time_max: wanted.time_max(),
+                time_max: wanted.time_max,
             },
             was_running,
             wish,
@@ -116,7 +110,7 @@ impl Move {
 
     /// Whether guest RAM is handed over before the new process opens its sockets. Not for `--check`: it begins a migration.
     fn hands_over(&self, check: bool) -> bool {
-        self.prepared.way == Way::CprTransfer && !check
+        self.prepared.method == Method::CprTransfer && !check
     }
 
     fn spec(&self, check: bool) -> Spec {
@@ -144,15 +138,9 @@ impl Move {
     }
 
     /// From a new process that has just begun to a guest that runs there; or to everything as it was before.
-    fn go(
-        &mut self,
-        new: &mut Successor,
-        watcher: &mut Watcher,
-        check: bool,
-        progress: &Progress,
-    ) -> Result<Option<Done>, UpgradeError> {
+    fn go(&mut self, new: &mut Successor, watcher: &mut Watcher, check: bool) -> Result<Option<Done>, UpgradeError> {
         let begun = Instant::now();
-        let arrived = match self.arrive(new, check, progress) {
+        let arrived = match self.arrive(new, check) {
             Ok(Some(arrived)) => arrived,
             Ok(None) => {
                 self.abandon(new)?;
@@ -167,7 +155,7 @@ impl Move {
         match self.let_run(&arrived, watcher) {
             Ok(resumed_at_us) => {
                 let total = begun.elapsed();
-                progress.step(&format!("{}: taking over the names", self.prepared.shown));
+                tracing::debug!(guest = self.prepared.shown, "taking over the names");
                 settle::take_over(new.pid, &self.owner(), &self.prepared.names)?;
                 Ok(Some(Done {
                     resumed_at_us,
@@ -184,12 +172,7 @@ impl Move {
     }
 
     /// Until the guest is in both processes, stands, and is the same; None where that is not wanted.
-    fn arrive(
-        &mut self,
-        new: &mut Successor,
-        check: bool,
-        progress: &Progress,
-    ) -> Result<Option<Arrival>, UpgradeError> {
+    fn arrive(&mut self, new: &mut Successor, check: bool) -> Result<Option<Arrival>, UpgradeError> {
         let hands_over = self.hands_over(check);
         let Self {
             prepared,
@@ -228,16 +211,16 @@ impl Move {
         pair.carry_settings_over(&prepared.facts, &pair.destination_facts()?)?;
         compare::same_machine(&prepared.facts, &pair.destination_facts()?)?;
         let ram = pair.destination_ram(new.pid)?;
-        way::check_memory(prepared.way, &ram)?;
+        method::check_memory(prepared.method, &ram)?;
         let alone = files::temporary(&prepared.names);
         prepared.files.check_same(&OpenFiles::of(new.pid, &ram, alone)?)?;
         let memory = identity::memory_of(&ram)?;
         if check {
             return Ok(None);
         }
-        pair.start(prepared.way, limits, &main)?;
+        pair.start(prepared.method, limits, &main)?;
         let observe = |sent: &qmp::migrate::Progress| {
-            progress.step(&bar(&shown, sent));
+            tell(&shown, sent);
             !wish.is_there()
         };
         let arrival = pair.wait(limits, observe, || new.is_alive())?;
@@ -363,20 +346,25 @@ fn hand_over(
     }
 }
 
-/// How far a migration is, in one line.
-fn bar(shown: &str, sent: &qmp::migrate::Progress) -> String {
+/// Tells how far a migration is.
+fn tell(shown: &str, sent: &qmp::migrate::Progress) {
+    let (percent, left) = how_far(sent);
+    tracing::debug!(guest = shown, percent, "{left}");
+}
+
+/// How much of the memory is there, and what is left at which rate.
+fn how_far(sent: &qmp::migrate::Progress) -> (u64, String) {
     let mib = |bytes: u64| bytes >> 20;
     let done = sent.total.saturating_sub(sent.remaining);
     let percent = (done.saturating_mul(100)).checked_div(sent.total).unwrap_or(0);
-    let filled = usize::try_from(percent / 5).unwrap_or(0).min(BAR_LEN);
-    let bar = "█".repeat(filled) + &"░".repeat(BAR_LEN - filled);
     let seconds = sent.remaining.checked_div(sent.rate).unwrap_or(0);
-    format!(
-        "{shown}: {bar} {percent} %, {} MiB left, {} MiB/s, {seconds} s, round {}",
+    let left = format!(
+        "{} MiB left, {} MiB/s, {seconds} s, round {}",
         mib(sent.remaining),
         mib(sent.rate),
         sent.rounds
-    )
+    );
+    (percent, left)
 }
 
 #[cfg(test)]
@@ -384,7 +372,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_bar_tells_what_is_left_at_which_rate() {
+    fn a_migration_tells_what_is_left_at_which_rate() {
         let sent = qmp::migrate::Progress {
             status: Status::UnderWay,
             state: "active".to_owned(),
@@ -398,9 +386,6 @@ mod tests {
             downtime_ms: None,
             blockers: Vec::new(),
         };
-        assert_eq!(
-            bar("vm42", &sent),
-            "vm42: ███████████████░░░░░ 75 %, 100 MiB left, 50 MiB/s, 2 s, round 2"
-        );
+        assert_eq!(how_far(&sent), (75, "100 MiB left, 50 MiB/s, 2 s, round 2".to_owned()));
     }
 }

@@ -11,10 +11,7 @@ use super::successor;
 use super::tap::Taps;
 use crate::domains::names::{Name, own};
 use crate::domains::{self, Domain, Successor, process};
-use crate::error::Failure;
-use crate::lock::DomainLock;
-use crate::output;
-use crate::session::LOCK_TIME_MAX;
+use crate::lock::{DomainLock, LOCK_TIME_MAX};
 use qmp::RunState;
 use qmp::migrate::{MigrateError, Pair, Status};
 use std::fmt;
@@ -79,7 +76,7 @@ pub fn settle(old: &Domain, new: &Domain, was_running: bool) -> Result<Settled, 
 /// Brings a move to an end whose vmpatch was killed, together with the process that watched over it, and says so.
 ///
 /// Errors: its vmpatch is still at work, or one of [`settle`]'s.
-pub fn resume_cut_off(old: &Domain, new: &Successor) -> Result<(), Failure> {
+pub fn resume_cut_off(old: &Domain, new: &Successor) -> Result<(), UpgradeError> {
     // While somebody works on it, it was not cut off.
     let lock = DomainLock::acquire_within(old.pid, LOCK_TIME_MAX)?;
     // It may have come to its end meanwhile.
@@ -90,9 +87,7 @@ pub fn resume_cut_off(old: &Domain, new: &Successor) -> Result<(), Failure> {
     {
         let settled = settle(old, &new.domain, new.was_running)?;
         let (old, new) = (old.pid, new.domain.pid);
-        output::message(&format!(
-            "a move from process {old} to {new} had been cut off: {settled}\n"
-        ));
+        tracing::warn!("a move from process {old} to {new} had been cut off: {settled}");
     }
     drop(lock);
     Ok(())

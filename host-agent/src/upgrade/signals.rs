@@ -1,5 +1,7 @@
-//! Ctrl-C while a guest moves: not the end of the program, but a wish that it is told of.
+//! Ctrl-C while a guest moves: not the end of the program, but a wish that it is told of. Ctrl-Z waits until the move is done: stopped at
+//! the wrong moment, the program would leave the guest paused.
 
+use crate::hypervisor::stops::StopsHeldBack;
 use nix::sys::signal::{SigSet, Signal};
 use std::io;
 use std::sync::Arc;
@@ -7,26 +9,33 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
 /// Whether somebody has asked this program to end.
-#[derive(Debug, Clone)]
-pub(super) struct Wish(Arc<AtomicBool>);
+#[derive(Debug)]
+pub(super) struct Wish {
+    is_there: Arc<AtomicBool>,
+    _stops: StopsHeldBack,
+}
 
 impl Wish {
     /// From here on, such a request only sets this.
     pub(super) fn watch() -> io::Result<Self> {
         let requests = SigSet::from_iter([Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP]);
         requests.thread_block()?;
-        let wish = Self(Arc::new(AtomicBool::new(false)));
-        let told = wish.clone();
+        let stops = StopsHeldBack::begin();
+        let is_there = Arc::new(AtomicBool::new(false));
+        let told = Arc::clone(&is_there);
         thread::spawn(move || {
             while requests.wait().is_ok() {
-                told.0.store(true, Ordering::Relaxed);
+                told.store(true, Ordering::Relaxed);
             }
         });
-        Ok(wish)
+        Ok(Self {
+            is_there,
+            _stops: stops,
+        })
     }
 
     /// Whether that has happened.
     pub(super) fn is_there(&self) -> bool {
-        self.0.load(Ordering::Relaxed)
+        self.is_there.load(Ordering::Relaxed)
     }
 }

@@ -5,9 +5,7 @@ use super::error::UpgradeError;
 use super::launch::Spec;
 use super::settle::{self, Settled};
 use crate::domains;
-use crate::error::Failure;
 use crate::lock::DomainLock;
-use crate::output;
 use crate::supervisor;
 use qmp::RunState;
 use qmp::migrate::{Pair, Status};
@@ -72,14 +70,17 @@ impl Watcher {
     }
 }
 
-/// The watcher's side: `vmpatch watch-move OLD RUNNING SOCKET TAPS`, with the worker's socket as standard input.
-pub fn watch(old: i32, was_running: bool, socket: &Path, taps: &str) -> Result<(), Failure> {
+/// The watcher's side: `vmpatch watch-move OLD RUNNING SOCKET TAPS`, with the worker's socket as standard input. Says where the
+/// guest is, where it had to bring the move to an end.
+pub fn watch(old: i32, was_running: bool, socket: &Path, taps: &str) -> Result<Option<Settled>, UpgradeError> {
     supervisor::ignore_requests_to_end();
     let mut told = Vec::new();
     // Ends where the worker does.
-    io::stdin().read_to_end(&mut told).map_err(Failure::Supervisor)?;
+    io::stdin()
+        .read_to_end(&mut told)
+        .map_err(UpgradeError::host("reading what vmpatch says of the move"))?;
     if told.contains(&OVER) {
-        return Ok(());
+        return Ok(None);
     }
     let survey = domains::all()?;
     let found = survey.iter().find(|domain| domain.pid == old);
@@ -87,10 +88,9 @@ pub fn watch(old: i32, was_running: bool, socket: &Path, taps: &str) -> Result<(
         (Some(domain), Some(new)) => settle::settle(domain, &new.domain, was_running)?,
         // The new process is gone, too: where the guest has not run there, it can go on here.
         (Some(_), None) if !told.contains(&COMMITTING) => go_on(old, socket, was_running, taps)?,
-        _ => return Ok(()),
+        _ => return Ok(None),
     };
-    output::message(&format!("vmpatch: its process was killed; {settled}\n"));
-    Ok(())
+    Ok(Some(settled))
 }
 
 fn go_on(old: i32, socket: &Path, was_running: bool, taps: &str) -> Result<Settled, UpgradeError> {

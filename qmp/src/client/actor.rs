@@ -2,19 +2,17 @@
 
 use super::descriptor::send_line;
 use super::error::CommandError;
+use super::transport::Command;
 use super::wire::{self, Event, LineError, LineReader, Message, Refusal};
 use serde_json::{Value, json};
 use std::collections::HashMap;
-use std::os::fd::OwnedFd;
 use std::time::{SystemTime, UNIX_EPOCH};
 use tokio::sync::{broadcast, mpsc, oneshot};
 
-/// A command on its way to QEMU.
+/// A command, with the channel for its reply.
 #[derive(Debug)]
 pub struct Request {
-    pub name: String,
-    pub arguments: Value,
-    pub fd: Option<OwnedFd>,
+    pub command: Command,
     pub reply: oneshot::Sender<Result<Value, CommandError>>,
 }
 
@@ -33,8 +31,7 @@ impl Pending {
     }
 }
 
-/// Moves requests out and replies and events in, until the client is dropped or the connection ends.
-/// Then every command still waiting is told why.
+/// Sends requests, and distributes replies and events, until the client is dropped or the connection ends. Then every waiting command gets the reason.
 pub async fn run(mut lines: LineReader, mut queue: mpsc::Receiver<Request>, events: broadcast::Sender<Event>) {
     let mut pending = HashMap::new();
     let mut next_id = first_id();
@@ -57,34 +54,30 @@ pub async fn run(mut lines: LineReader, mut queue: mpsc::Receiver<Request>, even
     for (_, waiting) in pending.drain() {
         waiting.fail(&cause);
     }
-    while let Ok(Request { name, reply, .. }) = queue.try_recv() {
+    while let Ok(Request { command, reply }) = queue.try_recv() {
+        let name = command.name;
         Pending { name, reply }.fail(&cause);
     }
 }
 
-/// Where ids begin: at the time in nanoseconds, so that a result meant for an earlier client, killed in the middle of a
-/// command, is not taken for one of ours.
+/// The first id: the time in nanoseconds, so that the result of an earlier client, which was killed in the middle of a command, is not taken for ours.
 fn first_id() -> u64 {
     let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     // QEMU's JSON integers have 63 bits.
     u64::try_from(since.as_nanos()).unwrap_or(0) & (u64::MAX >> 2)
 }
 
-/// Sends a command. Reading waits meanwhile, which cannot lock up: QEMU buffers its replies and goes on reading.
+/// Sends a command. Nothing is read meanwhile. This cannot deadlock, because QEMU buffers its replies and continues to read.
 async fn submit(
     lines: &LineReader,
     request: Request,
     id: u64,
     pending: &mut HashMap<u64, Pending>,
 ) -> Result<(), LineError> {
-    // Callers that gave up have dropped their end: forget them, so that the table cannot grow.
+    // Callers that gave up have dropped their end. They are removed, so that the table cannot grow.
     pending.retain(|_, waiting| !waiting.reply.is_closed());
-    let Request {
-        name,
-        arguments,
-        fd,
-        reply,
-    } = request;
+    let Request { command, reply } = request;
+    let Command { name, arguments, fd } = command;
     let mut line = json!({ "execute": name, "arguments": arguments, "id": id }).to_string();
     line.push('\n');
     pending.insert(id, Pending { name, reply });
@@ -101,10 +94,10 @@ fn receive(
     let line = line.map_err(|cause| cause.to_string())?;
     match wire::parse_message(&line) {
         None => return Err(format!("QEMU sent what is not JSON: {}", wire::excerpt(&line))),
-        // Nobody listening is no error.
+        // It is no error if there is no receiver.
         Some(Message::Event(event)) => drop(events.send(event)),
         Some(Message::Reply { id, result }) => {
-            // A reply whose caller timed out finds no entry, or a closed one: dropped, as it should be.
+            // A reply whose caller gave up has no entry, or a closed channel, and is dropped.
             if let Some(Pending { name, reply }) = pending.remove(&id) {
                 let result = result.map_err(|Refusal { class, description }| CommandError::Refused {
                     command: name,

@@ -1,4 +1,4 @@
-//! Sending a line on a Unix socket, with a descriptor attached.
+//! Sends a line on a Unix socket, with an attached descriptor.
 
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
@@ -6,7 +6,7 @@ use tokio::io::Interest;
 use tokio::net::UnixStream;
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
-/// A socket of tokio's, which does not wait.
+/// A non-blocking socket of tokio.
 struct Socket<'a>(&'a UnixStream);
 
 impl ScmSocket for Socket<'_> {
@@ -15,8 +15,8 @@ impl ScmSocket for Socket<'_> {
     }
 }
 
-/// Writes all of `line`; `fd` travels with its first byte, as QEMU's chardev expects (it keeps the last descriptor set
-/// received and hands it to the command that asks).
+/// Writes all of `line`. `fd` is attached to its first byte, as QEMU's chardev expects: it keeps the last received descriptors for the command that uses
+/// them.
 pub async fn send_line(stream: &UnixStream, line: &[u8], fd: Option<OwnedFd>) -> io::Result<()> {
     let mut rest = line;
     let mut fd = fd;

@@ -1,74 +1,73 @@
-//! What can go wrong between vmpatch and a QMP socket.
+//! Errors of QMP connections and commands.
 
 use super::wire::LineError;
 use std::io::{self, ErrorKind};
 use std::path::{Path, PathBuf};
 
-/// Why no QMP connection could be made.
+/// Why there is no QMP connection.
 #[derive(Debug, thiserror::Error)]
 pub enum ConnectError {
-    /// Nothing has that name.
+    /// There is no such file.
     #[error("there is no QMP socket at {path}")]
     NoSocket {
-        /// The path tried.
+        /// Path of the socket.
         path: PathBuf,
     },
-    /// The caller may not open it.
+    /// The caller has no permission to open the socket.
     #[error("no permission to open the QMP socket {path}")]
     Permission {
-        /// The path tried.
+        /// Path of the socket.
         path: PathBuf,
     },
-    /// The file is there and nobody listens: its QEMU is gone, or it is not a listening socket.
+    /// No process listens on the socket: its QEMU is gone, or the file is no listening socket.
     #[error("nobody listens on {path}: its QEMU is gone, or it is not a socket that QEMU serves")]
     Refused {
-        /// The path tried.
+        /// Path of the socket.
         path: PathBuf,
     },
-    /// No greeting in time. QEMU serves one client per QMP socket, so another client holds it (libvirt does), or QEMU
-    /// hangs.
+    /// There was no greeting in time. QEMU serves one client for each QMP socket, so that another client holds it (as libvirt does), or QEMU hangs.
     #[error(
         "the QMP socket {path} gave no greeting within {within_ms} ms: another client holds it \
          (QEMU serves one at a time; libvirt keeps its own open), or QEMU hangs"
     )]
     Held {
-        /// The path tried.
+        /// Path of the socket.
         path: PathBuf,
         /// The time allowed, in milliseconds.
         within_ms: u128,
     },
-    /// Whoever answers does not speak QMP.
+    /// The process at the other end does not speak QMP.
     #[error("{path} does not speak QMP: it said {found}")]
     NotQmp {
-        /// The path tried.
+        /// Path of the socket.
         path: PathBuf,
-        /// The beginning of what it said.
+        /// The beginning of its message.
         found: String,
     },
-    /// The connection broke before the greeting was whole.
+    /// The connection ended before the greeting was complete.
     #[error("the QMP socket {path} broke off before its greeting")]
     Lost {
-        /// The path tried.
+        /// Path of the socket.
         path: PathBuf,
-        /// How it broke.
+        /// How it ended.
         #[source]
         cause: LineError,
     },
-    /// Greeted, but the negotiation failed.
+    /// The negotiation after the greeting failed.
     #[error("the QMP socket {path} did not finish the negotiation")]
     Capabilities {
-        /// The path tried.
+        /// Path of the socket.
         path: PathBuf,
-        /// What QEMU answered.
+        /// The error of the command.
         #[source]
         cause: CommandError,
     },
     /// Any other failure of `connect`.
     #[error("cannot connect to the QMP socket {path}")]
     Io {
-        /// The path tried.
+        /// Path of the socket.
         path: PathBuf,
-        /// What the host said.
+        /// The host's error.
         #[source]
         cause: io::Error,
     },
@@ -86,10 +85,10 @@ impl ConnectError {
     }
 }
 
-/// Why a command gave no result. But for [`CommandError::Disconnected`], the connection stays usable.
+/// Why a command gave no result. The connection stays usable, except after [`CommandError::Disconnected`].
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum CommandError {
-    /// No reply in time. Should it still come, it is dropped without harm; whether the command took effect is unknown.
+    /// There was no reply in time. It is unknown whether the command took effect. A late reply is dropped without harm.
     #[error("QEMU did not answer `{command}` within {within_ms} ms")]
     Timeout {
         /// The command.
@@ -97,17 +96,17 @@ pub enum CommandError {
         /// The time allowed, in milliseconds.
         within_ms: u128,
     },
-    /// QEMU refused.
+    /// QEMU refused the command.
     #[error("QEMU refused `{command}`: {description} ({class})")]
     Refused {
         /// The command.
         command: String,
         /// QEMU's error class, such as `GenericError` or `CommandNotFound`.
         class: String,
-        /// QEMU's own words.
+        /// QEMU's description of the error.
         description: String,
     },
-    /// The connection ended before the reply: QEMU exited, or sent what is not QMP.
+    /// The connection ended before the reply: QEMU exited, or sent a message that is not QMP.
     #[error("the QMP connection ended before `{command}` was answered: {cause}")]
     Disconnected {
         /// The command.
@@ -115,29 +114,22 @@ pub enum CommandError {
         /// Why it ended.
         cause: String,
     },
-    /// The arguments could not be put into JSON.
+    /// The arguments cannot be encoded as JSON.
     #[error("the arguments of `{command}` do not fit into JSON: {cause}")]
     Arguments {
         /// The command.
         command: String,
-        /// What the encoder said.
+        /// The encoder's error.
         cause: String,
     },
-    /// The reply is not of the form that the command promises.
+    /// The reply has another form than the command defines.
     #[error("QEMU's answer to `{command}` has another form than expected ({cause}): {found}")]
     Reply {
         /// The command.
         command: String,
-        /// What the decoder said.
+        /// The decoder's error.
         cause: String,
         /// The beginning of the reply.
         found: String,
     },
-}
-
-impl CommandError {
-    /// True where QEMU does not know the command at all.
-    pub fn is_unknown_command(&self) -> bool {
-        matches!(self, Self::Refused { class, .. } if class == "CommandNotFound")
-    }
 }

@@ -1,70 +1,51 @@
-//! A QMP client: one task owns the socket, any number of callers share it.
+//! A QMP client: typed commands over any [`Transport`] to the monitor.
 //!
-//! The commands' types come from the `qapi` crate; its own stream is not used, because an event that the crate does
-//! not know, or a reply that comes after its caller gave up, ends it. Here a line is parsed to JSON first and
-//! dispatched on `id` or `event`, so both are harmless.
+//! The `qapi` crate defines the types of the commands. Its stream is not used, because an unknown event, or a reply that comes after its caller gave up,
+//! ends that stream. Here a line is first parsed to JSON, and dispatched on `id` or `event`, so that both are harmless.
 //!
 //! Protocol: QEMU's `docs/interop/qmp-spec.rst` (the same from 2.x to 10.0).
 
 mod actor;
 mod descriptor;
 mod error;
+mod socket;
+mod transport;
 mod wire;
 
 pub use error::{CommandError, ConnectError};
+pub use transport::{Answer, Command, Transport};
 pub(crate) use wire::read_all;
 pub use wire::{Event, Greeting};
 
-use actor::Request;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
-use std::io::ErrorKind;
+use socket::Socket;
 use std::os::fd::OwnedFd;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::Duration;
-use tokio::net::UnixStream;
-use tokio::sync::{broadcast, mpsc, oneshot};
-use tokio::task::JoinHandle;
-use tokio::time::{sleep, timeout};
+use tokio::sync::broadcast;
+use tokio::time::timeout;
 
-/// How long one command may take, in seconds, unless the caller says otherwise: `stop` drains the guest's disks on
-/// QEMU's main loop, which a slow disk can hold for seconds; beyond ten, QEMU is as good as hung.
+/// Default timeout of a command, in seconds. `stop` drains the guest's disks on QEMU's main loop, which may take seconds with a slow disk. After ten
+/// seconds, QEMU is considered to hang.
 const COMMAND_TIMEOUT_S: u64 = 10;
 
-/// Requests that may wait for the task that owns the socket. QEMU itself queues eight commands; more only wait here.
-const REQUEST_QUEUE_LEN: usize = 16;
-
-/// Between two tries at a full listen queue, in milliseconds: the kernel gives no other sign that it has room again.
-const QUEUE_RETRY_MS: u64 = 10;
-
-/// Events kept for a receiver that is not reading. QEMU rate-limits its chatty events; 256 is minutes of a busy guest.
-const EVENT_QUEUE_LEN: usize = 256;
-
-/// Lines skipped before the greeting. QEMU carries out one command at a time, so there are a few at most.
-const STALE_LINES_MAX: usize = 16;
-
-/// What a command is told that comes after the connection's end.
-const GONE: &str = "it had ended before";
-
-/// A QMP connection, past its greeting and ready for commands. Dropping it closes the connection.
+/// A QMP monitor, ready for commands. When it is dropped, it releases the monitor.
 ///
-/// Needs a running tokio runtime: its task makes progress only while the runtime is driven.
+/// It needs a running tokio runtime: its transport makes progress only while the runtime is driven.
 #[derive(Debug)]
 pub struct Client {
-    path: PathBuf,
+    transport: Box<dyn Transport>,
     greeting: Greeting,
-    peer_pid: Option<i32>,
     command_timeout: Duration,
-    requests: mpsc::Sender<Request>,
-    /// To subscribe by. Never read, and no sender: the last one must go with the connection, whose end the others are to see.
-    events: broadcast::Receiver<Event>,
-    task: JoinHandle<()>,
 }
 
 impl Client {
     /// Connects to the QMP socket at `path` and negotiates, all within `within`.
     ///
-    /// Errors: see [`ConnectError`]; a socket held by another client shows as [`ConnectError::Held`].
+    /// # Errors
+    ///
+    /// There is no connection. For a socket that another client holds, the error is [`ConnectError::Held`].
     pub async fn connect(path: &Path, within: Duration) -> Result<Self, ConnectError> {
         let held = || ConnectError::Held {
             path: path.to_owned(),
@@ -74,22 +55,8 @@ impl Client {
     }
 
     async fn negotiate(path: &Path) -> Result<Self, ConnectError> {
-        let stream = reach(path).await?;
-        let peer_pid = stream.peer_cred().ok().and_then(|cred| cred.pid());
-        let (requests, queue) = mpsc::channel(REQUEST_QUEUE_LEN);
-        let (sender, events) = broadcast::channel(EVENT_QUEUE_LEN);
-        let mut lines = wire::LineReader::new(stream);
-        let greeting = greet(path, &mut lines).await?;
-        let task = tokio::spawn(actor::run(lines, queue, sender));
-        let client = Self {
-            path: path.to_owned(),
-            greeting,
-            peer_pid,
-            command_timeout: Duration::from_secs(COMMAND_TIMEOUT_S),
-            requests,
-            events,
-            task,
-        };
+        let (socket, greeting) = Socket::connect(path).await?;
+        let client = Self::over(Box::new(socket), greeting);
         match client.execute(qapi::qmp::qmp_capabilities { enable: None }).await {
             Ok(_) => Ok(client),
             Err(cause) => Err(ConnectError::Capabilities {
@@ -99,53 +66,59 @@ impl Client {
         }
     }
 
-    /// The socket's path, as given to [`Client::connect`].
-    pub fn path(&self) -> &Path {
-        &self.path
+    /// A client of the QEMU that sent `greeting`, whose monitor executes commands through `transport`.
+    pub fn over(transport: Box<dyn Transport>, greeting: Greeting) -> Self {
+        Self {
+            transport,
+            greeting,
+            command_timeout: Duration::from_secs(COMMAND_TIMEOUT_S),
+        }
     }
 
-    /// What QEMU said of itself on connecting.
+    /// QEMU's greeting, with its version.
     pub fn greeting(&self) -> &Greeting {
         &self.greeting
     }
 
-    /// The process at the other end, as the kernel remembers it: the one that called `listen` on the socket. That is
-    /// QEMU, unless a manager opened the socket and handed it down.
+    /// The process at the other end: see [`Transport::peer_pid`].
     pub fn peer_pid(&self) -> Option<i32> {
-        self.peer_pid
+        self.transport.peer_pid()
     }
 
-    /// Changes how long each later command may take.
+    /// Sets the timeout of later commands.
     pub fn set_command_timeout(&mut self, within: Duration) {
         self.command_timeout = within;
     }
 
-    /// Every event from now on, those unknown to the `qapi` crate included. A receiver that falls behind by more than
-    /// 256 events is told so and loses the oldest.
+    /// Subscribes to the events from now on, including those unknown to the `qapi` crate. A receiver that falls behind by more than 256 events gets an error
+    /// and loses the oldest. For a transport without events, the receiver is closed.
     pub fn events(&self) -> broadcast::Receiver<Event> {
-        self.events.resubscribe()
+        self.transport.events()
     }
 
-    /// Runs a typed command. Errors: [`CommandError`]; after a time-out the connection stays usable.
+    /// Runs a typed command.
+    ///
+    /// # Errors
+    ///
+    /// The command failed. After a timeout, the connection stays usable.
     pub async fn execute<C: qapi::Command>(&self, command: C) -> Result<C::Ok, CommandError> {
         let arguments = encode(&command, C::NAME)?;
         decode(C::NAME, self.call(C::NAME, arguments, None).await?)
     }
 
-    /// Runs a command by name, with a reply type of the caller's own. For replies whose `qapi` type is stricter than
-    /// QEMU is: its enumerations refuse a word that a newer QEMU added.
+    /// Runs a command by name, with a reply type of the caller. For replies whose `qapi` type is too strict: its enumerations refuse a word that a newer QEMU
+    /// has added.
     pub async fn execute_as<T: DeserializeOwned>(&self, name: &str, arguments: Value) -> Result<T, CommandError> {
         decode(name, self.call(name, arguments, None).await?)
     }
 
-    /// Runs a typed command that takes a descriptor (`getfd`, `add-fd`), passing `fd` along as SCM_RIGHTS.
+    /// Runs a typed command that takes a descriptor (`getfd`, `add-fd`), and passes `fd` with it.
     pub async fn execute_with_fd<C: qapi::Command>(&self, command: C, fd: OwnedFd) -> Result<C::Ok, CommandError> {
         let arguments = encode(&command, C::NAME)?;
         decode(C::NAME, self.call(C::NAME, arguments, Some(fd)).await?)
     }
 
-    /// Runs a line of the human monitor and returns what it printed. The human monitor has no errors: a refusal is
-    /// part of the text.
+    /// Runs a line of the human monitor and gives its output. The human monitor has no errors: a refusal is part of the output.
     pub async fn hmp(&self, line: &str) -> Result<String, CommandError> {
         self.execute(qapi::qmp::human_monitor_command {
             cpu_index: None,
@@ -154,72 +127,24 @@ impl Client {
         .await
     }
 
-    /// Closes the connection. Every later command fails with [`CommandError::Disconnected`].
+    /// Releases the monitor. Every later command fails with [`CommandError::Disconnected`].
     pub async fn disconnect(&mut self) {
-        self.task.abort();
-        // It has dropped the socket when it has ended.
-        let _ = (&mut self.task).await;
+        self.transport.close().await;
     }
 
     async fn call(&self, name: &str, arguments: Value, fd: Option<OwnedFd>) -> Result<Value, CommandError> {
-        let (reply, answer) = oneshot::channel();
-        let gone = || CommandError::Disconnected {
-            command: name.to_owned(),
-            cause: GONE.to_owned(),
-        };
-        let request = Request {
+        let command = Command {
             name: name.to_owned(),
             arguments,
             fd,
-            reply,
         };
-        let exchange = async {
-            self.requests.send(request).await.map_err(|_| gone())?;
-            answer.await.map_err(|_| gone())?
-        };
-        timeout(self.command_timeout, exchange).await.unwrap_or_else(|_| {
+        let answer = timeout(self.command_timeout, self.transport.call(command));
+        answer.await.unwrap_or_else(|_| {
             Err(CommandError::Timeout {
                 command: name.to_owned(),
                 within_ms: self.command_timeout.as_millis(),
             })
         })
-    }
-}
-
-/// Connects, waiting while the listen queue is full: QEMU's is one long, so somebody is served and somebody else waits.
-async fn reach(path: &Path) -> Result<UnixStream, ConnectError> {
-    loop {
-        match UnixStream::connect(path).await {
-            Err(cause) if cause.kind() == ErrorKind::WouldBlock => sleep(Duration::from_millis(QUEUE_RETRY_MS)).await,
-            result => return result.map_err(|cause| ConnectError::from_connect(path, cause)),
-        }
-    }
-}
-
-/// Reads the greeting. Before it may come what answers a client that was killed in the middle of a command: QEMU sends
-/// a result to whoever is connected by then (seen with 10.0.2).
-async fn greet(path: &Path, lines: &mut wire::LineReader) -> Result<Greeting, ConnectError> {
-    let path = path.to_owned();
-    let mut found = String::new();
-    for _ in 0..STALE_LINES_MAX {
-        let line = match lines.next().await {
-            Ok(line) => line,
-            Err(cause) => return Err(ConnectError::Lost { path, cause }),
-        };
-        if let Some(greeting) = Greeting::parse(&line) {
-            return Ok(greeting);
-        }
-        found = wire::excerpt(&line);
-        if wire::parse_message(&line).is_none() {
-            break;
-        }
-    }
-    Err(ConnectError::NotQmp { path, found })
-}
-
-impl Drop for Client {
-    fn drop(&mut self) {
-        self.task.abort();
     }
 }
 
@@ -241,4 +166,62 @@ fn decode<T: DeserializeOwned>(name: &str, value: Value) -> Result<T, CommandErr
         cause: cause.to_string(),
         found: wire::excerpt(found.as_bytes()),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::pin::Pin;
+    use std::sync::Mutex;
+    use tokio::sync::broadcast::Receiver;
+
+    /// One command, one answer, and no events, as libvirt passes them on.
+    #[derive(Debug)]
+    struct OneByOne {
+        answers: Mutex<Vec<Value>>,
+    }
+
+    impl Transport for OneByOne {
+        fn call(&self, command: Command) -> Answer<'_> {
+            let answer = self.answers.lock().unwrap().pop();
+            Box::pin(async move {
+                match answer {
+                    Some(answer) => Ok(answer),
+                    None => std::future::pending().await,
+                }
+                .inspect(|_| assert_eq!(command.name, "query-name"))
+            })
+        }
+
+        fn events(&self) -> Receiver<Event> {
+            broadcast::channel(1).1
+        }
+
+        fn peer_pid(&self) -> Option<i32> {
+            Some(7)
+        }
+
+        fn close(&mut self) -> Pin<Box<dyn Future<Output = ()> + Send + '_>> {
+            Box::pin(async { self.answers.lock().unwrap().clear() })
+        }
+    }
+
+    #[tokio::test]
+    async fn commands_go_over_any_transport_and_each_has_its_time() {
+        let answers = Mutex::new(vec![json!({"name": 1}), json!({"name": "vm42"})]);
+        let greeting = Greeting {
+            version: (10, 0, 2),
+            package: String::new(),
+        };
+        let mut client = Client::over(Box::new(OneByOne { answers }), greeting);
+        client.set_command_timeout(Duration::from_millis(20));
+        let name = client.execute(qapi::qmp::query_name {}).await.unwrap().name;
+        assert_eq!((name.as_deref(), client.peer_pid()), (Some("vm42"), Some(7)));
+        assert!(client.events().recv().await.is_err());
+        let other_form = client.execute(qapi::qmp::query_name {}).await.unwrap_err();
+        assert!(matches!(other_form, CommandError::Reply { .. }), "{other_form}");
+        client.disconnect().await;
+        let late = client.execute(qapi::qmp::query_name {}).await.unwrap_err();
+        assert!(matches!(late, CommandError::Timeout { within_ms: 20, .. }), "{late}");
+    }
 }

@@ -5,23 +5,23 @@ use std::io;
 use tokio::io::AsyncReadExt;
 use tokio::net::UnixStream;
 
-/// The longest message accepted, in bytes. The longest honest ones are `query-qmp-schema` (0.3 MB) and `info mtree` of a
-/// guest with hundreds of devices (a few MB); a peer that sends more is not to fill our memory.
+/// Longest message that is accepted, in bytes. The longest real ones are the replies to `query-qmp-schema` (0.3 MB) and to `info mtree` of a guest with
+/// hundreds of devices (a few MB). A peer must not fill our memory.
 const LINE_BYTES_MAX: usize = 16 << 20;
 
-/// Bytes asked of the socket at once; a reply to `info mtree -f` comes in a few reads.
+/// Bytes of one read from the socket. A reply to `info mtree -f` takes a few reads.
 const READ_BYTES: usize = 64 << 10;
 
-/// Bytes of a foreign message quoted in an error.
+/// Most bytes of a message that an error quotes.
 const EXCERPT_BYTES: usize = 120;
 
-/// How reading a message failed.
+/// Why no message was read.
 #[derive(Debug, thiserror::Error)]
 pub enum LineError {
     /// The peer closed the connection.
     #[error("QEMU closed the connection")]
     Closed,
-    /// No end of it within the limit.
+    /// The message is longer than the limit.
     #[error("a message is longer than {LINE_BYTES_MAX} bytes")]
     TooLong,
     /// The socket failed.
@@ -29,11 +29,11 @@ pub enum LineError {
     Io(#[from] io::Error),
 }
 
-/// Cuts bytes into lines, each at most `limit` bytes.
+/// Splits bytes into lines of at most `limit` bytes.
 #[derive(Debug)]
 struct LineBuffer {
     bytes: Vec<u8>,
-    /// Bytes already searched for an end of line.
+    /// Number of bytes already searched for an end of line.
     searched: usize,
     limit: usize,
 }
@@ -47,7 +47,7 @@ impl LineBuffer {
         }
     }
 
-    /// Takes the next whole line, without its end; `None` where more bytes are needed.
+    /// The next complete line, without its end; `None` if more bytes are needed.
     fn take(&mut self) -> Result<Option<Vec<u8>>, LineError> {
         let unsearched = self.bytes.get(self.searched..).unwrap_or_default();
         let Some(found) = unsearched.iter().position(|&byte| byte == b'\n') else {
@@ -68,7 +68,7 @@ impl LineBuffer {
     }
 }
 
-/// Puts the lines of a pretty-printed message together: with `pretty=on`, QEMU (qobject/json-writer.c, 7.2 to 11.1) writes
+/// Joins the lines of a pretty-printed message: with `pretty=on`, QEMU (qobject/json-writer.c, 7.2 to 11.1) writes
 /// a message's first and last brace on lines of their own, and indents all between.
 #[derive(Debug, Default)]
 struct Pretty {
@@ -76,7 +76,7 @@ struct Pretty {
 }
 
 impl Pretty {
-    /// Takes a line; gives a message that it ends, which a line that is not pretty-printed does by itself.
+    /// Adds a line. Gives the message that ends with it; a line that is not pretty-printed is a message of its own.
     fn take(&mut self, line: Vec<u8>, limit: usize) -> Result<Option<Vec<u8>>, LineError> {
         if self.message.is_empty() && line != b"{" {
             return Ok(Some(line));
@@ -89,7 +89,7 @@ impl Pretty {
     }
 }
 
-/// A QMP socket read message by message.
+/// Reads a QMP socket message by message.
 #[derive(Debug)]
 pub struct LineReader {
     stream: UnixStream,
@@ -110,7 +110,7 @@ impl LineReader {
         &self.stream
     }
 
-    /// The next message. Cancelling it loses nothing: what was read is in the buffers already.
+    /// The next message. A cancelled call loses nothing: what was read is kept in the buffers.
     pub async fn next(&mut self) -> Result<Vec<u8>, LineError> {
         loop {
             while let Some(line) = self.buffer.take()? {
@@ -129,7 +129,7 @@ impl LineReader {
     }
 }
 
-/// QEMU's first line: its version.
+/// QEMU's greeting, with its version.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Greeting {
     /// Major, minor and micro version, as in 10.0.2.
@@ -155,27 +155,27 @@ impl Greeting {
     }
 }
 
-/// Something that QEMU reported unasked.
+/// An event from QEMU.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Event {
-    /// QEMU's name for it, such as `STOP`.
+    /// Name of the event, such as `STOP`.
     pub name: String,
-    /// What comes with it; `Null` where nothing does.
+    /// Data of the event; `Null` if there are none.
     pub data: Value,
-    /// When, in microseconds since 1970 by the host's clock; `None` where QEMU could not tell.
+    /// Time of the event in microseconds since 1970, by the host's clock; `None` if QEMU could not tell.
     pub at_us: Option<u64>,
 }
 
-/// A line from QEMU, sorted.
+/// The kind of a message from QEMU.
 #[derive(Debug, PartialEq)]
 pub enum Message {
     Event(Event),
-    /// A command's result, with the id that the command had.
+    /// The result of a command, with the command's id.
     Reply {
         id: u64,
         result: Result<Value, Refusal>,
     },
-    /// Valid JSON that answers nothing of ours.
+    /// Valid JSON that is no reply to us.
     Other,
 }
 
@@ -186,7 +186,7 @@ pub struct Refusal {
     pub description: String,
 }
 
-/// Sorts a line. `None`: it is not JSON, so the connection is not to be trusted any more.
+/// Parses a message. `None` if it is not JSON: the connection cannot be used any more.
 pub fn parse_message(line: &[u8]) -> Option<Message> {
     let Value::Object(mut message) = serde_json::from_slice(line).ok()? else {
         return Some(Message::Other);
@@ -225,7 +225,7 @@ pub fn parse_message(line: &[u8]) -> Option<Message> {
     })
 }
 
-/// Reads bytes as they would come from a socket, as far as they are messages, and counts those.
+/// Parses bytes as they come from a socket, up to the first that are no message, and counts the messages.
 pub fn read_all(bytes: &[u8]) -> usize {
     let (mut buffer, mut pretty) = (LineBuffer::new(LINE_BYTES_MAX), Pretty::default());
     let mut count = 0;
@@ -246,7 +246,7 @@ pub fn read_all(bytes: &[u8]) -> usize {
     count
 }
 
-/// The beginning of a message, printable, for an error.
+/// The beginning of a message as printable text, for an error.
 pub fn excerpt(bytes: &[u8]) -> String {
     let head = bytes.get(..EXCERPT_BYTES).unwrap_or(bytes);
     let dots = if head.len() < bytes.len() { "…" } else { "" };
@@ -325,7 +325,7 @@ mod tests {
 
     #[test]
     fn an_event_whose_time_is_unknown_is_kept() {
-        // QEMU writes -1 where it cannot tell the time.
+        // QEMU writes -1 if it cannot tell the time.
         let line = br#"{"timestamp": {"seconds": -1, "microseconds": -1}, "event": "STOP"}"#;
         let expected = Event {
             name: "STOP".into(),

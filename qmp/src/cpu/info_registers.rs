@@ -1,18 +1,17 @@
 //! The registers of all vCPUs while they run: HMP `info registers -a`.
 //!
 //! Seen with QEMU 7.2.22 and 10.0.2, in real, protected and long mode; QEMU's `target/i386/cpu-dump.c`. Under TCG the
-//! values of a running vCPU are those of some moment ago, so they serve to find things (the IDT, a page table), never
-//! to unwind a stack.
+//! values of a running vCPU may be out of date, so that they serve to find things (the IDT, a page table), never to unwind a stack.
 
-use super::CpuState;
 use crate::text::{TextError, hex};
+use guest_core::Registers;
 
 const SOURCE: &str = "info registers -a";
 
-/// The most vCPUs read; QEMU's q35 takes 4096 at most.
+/// Most vCPUs that are read. QEMU's q35 has at most 4096.
 const VCPUS_MAX: usize = 4096;
 
-/// General registers in the order of [`CpuState::general`], with their names in long mode and in the other modes.
+/// General registers in the order of [`Registers::general`], with their names in long mode and in the other modes.
 const GENERAL: [(&str, &str); 16] = [
     ("RAX", "EAX"),
     ("RCX", "ECX"),
@@ -32,9 +31,12 @@ const GENERAL: [(&str, &str); 16] = [
     ("R15", ""),
 ];
 
-/// Reads the registers of each vCPU, in the order of their numbers. Errors: no vCPU, or one whose registers are not
-/// all there.
-pub fn parse(text: &str) -> Result<Vec<CpuState>, TextError> {
+/// Parses the registers of each vCPU, in the order of their numbers.
+///
+/// # Errors
+///
+/// There is no vCPU, or a register is missing.
+pub fn parse(text: &str) -> Result<Vec<Registers>, TextError> {
     let sections: Vec<&str> = text.split("CPU#").skip(1).take(VCPUS_MAX).collect();
     if sections.is_empty() {
         return Err(TextError::new(SOURCE, "at least one vCPU", text));
@@ -46,7 +48,7 @@ pub fn parse(text: &str) -> Result<Vec<CpuState>, TextError> {
         .collect()
 }
 
-fn parse_vcpu(section: &str) -> Option<CpuState> {
+fn parse_vcpu(section: &str) -> Option<Registers> {
     let either = |long, short| value(section, long).or_else(|| value(section, short));
     let mut general = [0; 16];
     for (slot, (long, short)) in general.iter_mut().zip(GENERAL) {
@@ -57,7 +59,7 @@ fn parse_vcpu(section: &str) -> Option<CpuState> {
             either(long, short)?
         };
     }
-    Some(CpuState {
+    Some(Registers {
         general,
         rip: either("RIP", "EIP")?,
         rflags: either("RFL", "EFL")?,
@@ -72,7 +74,7 @@ fn parse_vcpu(section: &str) -> Option<CpuState> {
     })
 }
 
-/// What follows `name=`, at the beginning of a line or behind a blank.
+/// The text behind `name=`, which is at the beginning of a line or behind a blank.
 fn after<'a>(section: &'a str, name: &str) -> Option<&'a str> {
     section.match_indices(name).find_map(|(at, _)| {
         let starts = section.get(..at)?.chars().next_back().is_none_or(char::is_whitespace);
@@ -84,7 +86,7 @@ fn after<'a>(section: &'a str, name: &str) -> Option<&'a str> {
     })
 }
 
-/// The number behind `name=`; of a segment, its selector.
+/// The number behind `name=`. For a segment, this is its selector.
 fn value(section: &str, name: &str) -> Option<u64> {
     hex(after(section, name)?.split_whitespace().next()?)
 }
@@ -107,7 +109,7 @@ mod tests {
     #[test]
     fn vcpus_in_user_mode_and_idle_in_the_kernel_are_read() {
         let vcpus = parse(include_str!("../testdata/registers-10.0.2-linux.txt")).unwrap();
-        let user = CpuState {
+        let user = Registers {
             general: [
                 0,
                 0,

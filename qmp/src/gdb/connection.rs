@@ -1,36 +1,36 @@
-//! A connection to the stub: stop and registers, guest-physical memory, resume.
+//! A connection to the stub: stops the guest, reads registers, reads and writes guest-physical memory, and resumes.
 
 use super::error::StubError;
 use super::exchange::Exchange;
 use super::layout::{self, Layout};
 use super::packet;
-use crate::addr::Gpa;
-use crate::cpu::CpuState;
+use guest_core::Gpa;
+use guest_core::Registers;
 use std::io;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-/// Bytes of guest memory in one `M` or `m` packet: two digits each, with room for the address, below QEMU's limit.
+/// Bytes of guest memory in one `M` or `m` packet. With two digits each, and the address, they are below QEMU's limit.
 const MEMORY_BYTES_PER_PACKET: usize = (packet::PACKET_BYTES_MAX - 64) / 2;
 
-/// Bytes asked of a description file at once: the most that QEMU 7.2 and 10.0 give.
+/// Bytes of a description file in one request: the most that QEMU 7.2 and 10.0 give.
 const FEATURE_CHUNK_BYTES: usize = (packet::PACKET_BYTES_MAX - 5) / 2;
 
-/// The longest description file accepted, in chunks; QEMU's has four.
+/// Most chunks of a description file. QEMU's has four.
 const FEATURE_CHUNKS_MAX: usize = 64;
 
-/// The file that QEMU's `target.xml` includes, asked for on the chance that it still does.
+/// The file that `target.xml` of QEMU 7.2 and 10.0 includes. It is requested together with `target.xml`.
 const USUAL_FEATURE: &str = "i386-64bit.xml";
 
-/// Its chunks, in QEMU 7.2 and 10.0.
+/// Number of its chunks in QEMU 7.2 and 10.0.
 const USUAL_FEATURE_CHUNKS: usize = 4;
 
 /// The registers of a stopped guest.
 #[derive(Debug)]
 pub struct Stopped {
-    /// Of each vCPU, in the order asked for.
-    pub vcpus: Vec<CpuState>,
-    /// When the stub's first reply came: by then the guest had stopped.
+    /// Registers of each vCPU, in the order of the request.
+    pub vcpus: Vec<Registers>,
+    /// Time of the stub's first reply. The guest had stopped by then.
     pub stopped_at: Instant,
 }
 
@@ -41,21 +41,20 @@ pub struct Connection {
 }
 
 impl Connection {
-    /// Connects. The guest stops as soon as QEMU notices, which [`Connection::stop`] waits for. Any later exchange may
-    /// take `reply_timeout`.
+    /// Connects. The guest stops as soon as QEMU accepts; [`Connection::stop`] waits for that. Each later exchange may take `reply_timeout`.
     pub fn open(path: &Path, reply_timeout: Duration) -> io::Result<Self> {
         Ok(Self {
             exchange: Exchange::open(path, reply_timeout)?,
         })
     }
 
-    /// False once an exchange failed: the connection is of no use any more.
+    /// False after a failed exchange: the connection cannot be used any more.
     pub fn is_in_step(&self) -> bool {
         self.exchange.is_in_step()
     }
 
     /// Waits until the guest has stopped, and reads the registers of all vCPUs, given by their thread numbers (index
-    /// plus one). Fetches the register layout in the same go where it is not known yet.
+    /// plus one). Fetches the register layout in the same exchange if it is not known yet.
     pub fn stop(&mut self, threads: &[u64], known: &mut Option<Layout>) -> Result<Stopped, StubError> {
         let mut bodies = vec![String::from("Qqemu.PhyMemMode:1"), String::from("qfThreadInfo")];
         bodies.extend(threads.iter().map(|_| String::from("qsThreadInfo")));
@@ -91,7 +90,7 @@ impl Connection {
         Ok(Stopped { vcpus, stopped_at })
     }
 
-    /// Makes the layout of a first chunk of `target.xml`, and of the usual file's chunks where that is what it includes.
+    /// Builds the layout from the first chunk of `target.xml`, and from the usual file's chunks if `target.xml` includes that file.
     fn layout(&mut self, target: &[u8], usual: &[Vec<u8>]) -> Result<Layout, StubError> {
         let target = match join_chunks(&[target.to_vec()]) {
             Some(whole) => whole,
@@ -128,8 +127,11 @@ impl Connection {
         ))
     }
 
-    /// Writes guest-physical memory. The caller has made sure that all of it is RAM. On an error some of the bytes may
-    /// be written.
+    /// Writes guest-physical memory. The caller has checked that all of it is RAM.
+    ///
+    /// # Errors
+    ///
+    /// The exchange failed. Some of the bytes may be written.
     pub fn write(&mut self, writes: &[(Gpa, &[u8])]) -> Result<(), StubError> {
         let mut bodies = Vec::new();
         for (at, bytes) in writes {
@@ -157,22 +159,22 @@ impl Connection {
         Ok(())
     }
 
-    /// Leaves physical memory mode and detaches, which lets the guest run: when the reply comes, it does. Nothing may be
-    /// sent afterwards: it would stop the guest again.
+    /// Leaves physical memory mode and detaches, which resumes the guest: it runs when the reply comes. Anything sent afterwards would stop the guest
+    /// again.
     pub fn resume(&mut self) -> Result<(), StubError> {
-        // The process number is that of all vCPUs of a PC. It must be given once any debugger asked for process numbers.
+        // All vCPUs of a PC have this process number. It is required after any debugger has asked for process numbers.
         let bodies = [String::from("Qqemu.PhyMemMode:0"), String::from("D;1")];
         let replies = self.exchange.send(&bodies)?;
         replies.bodies.iter().try_for_each(|reply| expect_ok(reply))
     }
 
-    /// Leaves physical memory mode, and the guest stopped.
+    /// Leaves physical memory mode. The guest stays stopped.
     pub fn leave_stopped(&mut self) -> Result<(), StubError> {
         self.exchange.send(&[String::from("Qqemu.PhyMemMode:0")]).map(drop)
     }
 }
 
-/// Addresses of consecutive pieces. Saturates at the end of the address space, where there is no RAM.
+/// Addresses of consecutive fragments. They saturate at the end of the address space, where there is no RAM.
 fn chunks<'a>(at: Gpa, pieces: impl Iterator<Item = &'a [u8]>) -> impl Iterator<Item = (u64, &'a [u8])> {
     pieces.scan(at.0, |next, piece| {
         let gpa = *next;
@@ -188,7 +190,7 @@ fn feature_request(file: &str, chunk: usize) -> String {
     )
 }
 
-/// A file of its chunks (`m` and more to come, `l` and the last); `None` where they are not all there.
+/// Joins the chunks of a file (`m` before each chunk but the last, `l` before the last); `None` if some are missing.
 fn join_chunks(chunks: &[Vec<u8>]) -> Option<String> {
     let mut whole = Vec::new();
     for chunk in chunks {
@@ -212,8 +214,8 @@ fn expect_ok(reply: &[u8]) -> Result<(), StubError> {
     }
 }
 
-/// Each reply to `qfThreadInfo` and `qsThreadInfo` names one vCPU (`m01`, or `mp01.01` once a debugger asked for
-/// process numbers); the last is `l`.
+/// The vCPUs in the replies to `qfThreadInfo` and `qsThreadInfo`. Each reply names one vCPU (`m01`, or `mp01.01` after a debugger has asked for
+/// process numbers); the last one is `l`.
 fn check_threads(expected: &[u64], replies: &[Vec<u8>]) -> Result<(), StubError> {
     let number = |reply: &Vec<u8>| {
         let text = std::str::from_utf8(reply).ok()?.strip_prefix('m')?;

@@ -1,29 +1,29 @@
-//! What can go wrong with the stub.
+//! Errors of the GDB stub.
 
 use super::layout::LayoutError;
 use std::io;
 
-/// What can go wrong with the stub.
+/// Why an exchange with the GDB stub failed.
 #[derive(Debug, thiserror::Error)]
 pub enum StubError {
-    /// The socket failed, or the stub was silent for too long.
+    /// The socket failed, or the stub did not reply in time.
     #[error("the connection to QEMU's GDB stub failed")]
     Io(#[from] io::Error),
     /// The stub closed the connection.
     #[error("QEMU closed the connection to its GDB stub")]
     Closed,
-    /// An exchange before this one failed, so replies can no longer be told apart.
+    /// An earlier exchange failed, so that replies cannot be assigned to packets any more.
     #[error("the connection to QEMU's GDB stub is of no use any more")]
     OutOfStep,
-    /// A reply of another form than asked for; a refusal is `E` with two digits.
+    /// The reply has another form than expected. A refusal is `E` with two digits.
     #[error("QEMU's GDB stub was to send {expected}, and sent {found:?}")]
     Reply {
-        /// What was asked for.
+        /// The expected form.
         expected: &'static str,
-        /// What came.
+        /// The reply.
         found: String,
     },
-    /// The stub lists other vCPUs than QMP does: one was plugged or unplugged.
+    /// The stub lists other vCPUs than QMP: a vCPU was plugged or unplugged meanwhile.
     #[error("QEMU's GDB stub has the vCPUs {found:?}, QMP named {expected:?}")]
     Vcpus {
         /// Thread numbers by QMP.

@@ -1,4 +1,4 @@
-//! Packets out in a row, replies back in order.
+//! Sends packets in a row, and receives their replies in order.
 
 use super::error::StubError;
 use super::packet::{self, Receiver};
@@ -11,17 +11,17 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-/// Bytes of packets sent before their replies are read. QEMU stops reading while a reply finds our socket full, so what
-/// we send must fit into the socket whole (208 KiB by default), or both would wait for each other.
+/// Most bytes of packets that are sent before their replies are read. QEMU stops reading while our socket has no space for a reply. So the
+/// packets must fit into the socket (208 KiB by default), or both sides would wait for each other.
 const BATCH_BYTES: usize = 64 << 10;
 
-/// From so many packets on, their replies are waited for awake.
+/// Number of packets from which their replies are busy-polled.
 const MANY_PACKETS: usize = 32;
 
-/// How often they are looked for then.
+/// Interval of the busy-poll.
 const LOOK: Duration = Duration::from_micros(20);
 
-/// After so long without a reply, waiting asleep costs nothing more.
+/// Longest busy-poll for a reply. After that, sleeping costs nothing more.
 const AWAKE: Duration = Duration::from_micros(200);
 
 /// The socket of a stub.
@@ -30,15 +30,15 @@ pub struct Exchange {
     socket: UnixStream,
     received: Receiver,
     reply_timeout: Duration,
-    /// Replies to an exchange that failed may still come, and must not be taken for those to later packets.
+    /// True after a failed exchange: its replies may still come, and must not be taken for replies to later packets.
     in_step: bool,
 }
 
-/// The replies to what was sent, in its order.
+/// The replies, in the order of the packets.
 #[derive(Debug)]
 pub struct Replies {
     pub bodies: Vec<Vec<u8>>,
-    /// When the first one came.
+    /// Time of the first reply.
     pub first_at: Instant,
 }
 
@@ -58,7 +58,7 @@ impl Exchange {
         }
     }
 
-    /// False once an exchange failed.
+    /// False after a failed exchange.
     pub fn is_in_step(&self) -> bool {
         self.in_step
     }
@@ -92,7 +92,7 @@ impl Exchange {
         })
     }
 
-    /// The next reply that answers something. Stop replies come unasked, and start as no answer to us does.
+    /// The next reply to a packet. Stop replies are unsolicited, and begin with a letter that no reply to us begins with.
     fn reply(&mut self, deadline: Instant, is_awake: bool) -> Result<Vec<u8>, StubError> {
         let mut bytes = [0; packet::PACKET_BYTES_MAX];
         loop {
@@ -109,10 +109,10 @@ impl Exchange {
         }
     }
 
-    /// Bytes received by the deadline. What is there already is taken even past it: this process may have been stopped meanwhile.
+    /// Receives bytes until the deadline. Bytes that are already there are taken even after it: this process may have been stopped meanwhile.
     ///
-    /// QEMU writes each reply by itself, and waking who sleeps for it would take it as long as the packet did: of many, each is waited
-    /// for awake first.
+    /// QEMU writes each reply on its own, and to wake a sleeping reader would take QEMU as long as the packet did. So the replies to many packets
+    /// are busy-polled first.
     fn receive(&self, bytes: &mut [u8], deadline: Instant, is_awake: bool) -> io::Result<usize> {
         let awake_until = is_awake.then(|| Instant::now() + AWAKE);
         loop {
@@ -133,10 +133,10 @@ impl Exchange {
         }
     }
 
-    /// Sleeps until there is something to receive, for so long at the most; or a signal comes.
+    /// Sleeps until there is something to receive, a signal comes, or the time is over.
     fn wait_asleep(&self, within: Duration) -> io::Result<()> {
         let mut sockets = [PollFd::new(self.socket.as_fd(), PollFlags::POLLIN)];
-        // Rounded up, or the last part of a millisecond would be waited for awake.
+        // The time is rounded up: the last part of a millisecond would be busy-polled otherwise.
         let timeout = PollTimeout::try_from(within + Duration::from_millis(1)).unwrap_or(PollTimeout::MAX);
         match poll(&mut sockets, timeout) {
             Ok(_) | Err(Errno::EINTR) => Ok(()),
@@ -145,7 +145,7 @@ impl Exchange {
     }
 }
 
-/// Lets [`LOOK`] pass; QEMU may need this very processor.
+/// Lets [`LOOK`] pass. QEMU may need this CPU.
 fn wait_awake() {
     let look = Instant::now() + LOOK;
     while Instant::now() < look {

@@ -1,37 +1,37 @@
-//! Where each register lies in the reply to `g`: the target description (`qXfer:features:read`).
+//! The offset of each register in the reply to `g`, from the target description (`qXfer:features:read`).
 //!
 //! The description is XML (GDB manual, "Target Description Format"): `target.xml` includes feature files, these list
 //! registers in the order of `g`, each with its size. QEMU 7.2 and 10.0 include one file, `i386-64bit.xml`. Only the
-//! elements needed are looked for; comments, which hold disabled registers, are cut out first.
+//! needed elements are searched for. Comments, which hold disabled registers, are removed first.
 
-use crate::cpu::CpuState;
 use crate::text::TextError;
+use guest_core::Registers;
 
 const SOURCE: &str = "qXfer:features:read";
 
-/// The most registers read from a description; QEMU's has some 60.
+/// Most registers of a description. QEMU's has some 60.
 const REGISTERS_MAX: usize = 1024;
 
-/// General registers in the order of [`CpuState::general`].
+/// General registers in the order of [`Registers::general`].
 const GENERAL: [&str; 16] = [
     "rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi", "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15",
 ];
 
-/// Why registers could not be read through the stub's description.
+/// Why registers cannot be read with the stub's description.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum LayoutError {
     /// The description is not understood.
     #[error(transparent)]
     Text(#[from] TextError),
-    /// A register needed is not in the description, or has another size than expected.
+    /// A needed register is missing in the description, or has another size than expected.
     #[error("the GDB stub's description has no register {name} of {bytes} bytes")]
     NoRegister {
-        /// Its name.
+        /// Name of the register.
         name: &'static str,
-        /// The size wanted, in bytes.
+        /// Expected size, in bytes.
         bytes: usize,
     },
-    /// The reply to `g` is shorter than the description says.
+    /// The reply to `g` is shorter than the described registers.
     #[error("the GDB stub sent {found} bytes of registers, {expected} were described")]
     ShortReply {
         /// Bytes sent.
@@ -41,7 +41,7 @@ pub enum LayoutError {
     },
 }
 
-/// Byte offsets of the registers needed, in the reply to `g`.
+/// Offsets of the needed registers in the reply to `g`, in bytes.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Layout {
     general: [usize; 16],
@@ -97,17 +97,17 @@ impl Layout {
         })
     }
 
-    /// Takes the registers out of a reply to `g`.
-    pub fn decode(&self, bytes: &[u8]) -> Result<CpuState, LayoutError> {
+    /// Decodes the registers from a reply to `g`.
+    pub fn decode(&self, bytes: &[u8]) -> Result<Registers, LayoutError> {
         let quad = |at| field(bytes, at).map(u64::from_le_bytes);
         let word = |at| field(bytes, at).map(u32::from_le_bytes);
         let mut general = [0; 16];
         for (slot, &at) in general.iter_mut().zip(&self.general) {
             *slot = quad(at)?;
         }
-        // A selector has 16 bits; the description gives it 32, of which QEMU sends the upper ones as zero.
+        // A selector has 16 bits. The description gives it 32, and QEMU sends the upper ones as zero.
         let [low, high, ..] = word(self.cs)?.to_le_bytes();
-        Ok(CpuState {
+        Ok(Registers {
             general,
             rip: quad(self.rip)?,
             rflags: word(self.eflags)?.into(),
@@ -147,7 +147,7 @@ fn registers(features: &[String]) -> Result<Vec<Described<'_>>, TextError> {
         let bits: usize = attribute(element, "bitsize")
             .and_then(|bits| bits.parse().ok())
             .ok_or_else(error)?;
-        // `regnum` may renumber; where it does not just count on, the place in `g` is not known.
+        // `regnum` may renumber registers. If it does not simply count on, the place in `g` is unknown.
         let number = attribute(element, "regnum").map(|number| number.parse().ok());
         if number.is_some_and(|number: Option<usize>| number != Some(found.len())) || !bits.is_multiple_of(8) {
             return Err(error());

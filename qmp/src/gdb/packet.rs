@@ -2,10 +2,10 @@
 
 use super::error::StubError;
 
-/// The longest packet QEMU takes, body and framing (`MAX_PACKET_LENGTH`; 7.2 and 10.0). Longer ones are dropped.
+/// Longest packet that QEMU accepts, in bytes of body and framing (`MAX_PACKET_LENGTH`; 7.2 and 10.0). It drops longer ones.
 pub const PACKET_BYTES_MAX: usize = 4096;
 
-/// The longest reply accepted. QEMU's own limit is twice its packet length, for escapes.
+/// Longest reply that is accepted, in bytes. QEMU's own limit is twice its packet length, for escapes.
 const REPLY_BYTES_MAX: usize = 4 * PACKET_BYTES_MAX;
 
 /// Appends a packet to `out`. `body` must not need escapes: ours are letters, digits and `,:;.-`.
@@ -14,20 +14,20 @@ pub fn frame(body: &str, out: &mut Vec<u8>) {
     out.extend_from_slice(format!("${body}#{sum:02x}").as_bytes());
 }
 
-/// Bytes received, cut into packets.
+/// Splits received bytes into packets.
 #[derive(Debug, Default)]
 pub struct Receiver {
     bytes: Vec<u8>,
 }
 
 impl Receiver {
-    /// Adds bytes as they come.
+    /// Adds received bytes.
     pub fn push(&mut self, bytes: &[u8]) {
         self.bytes.extend_from_slice(bytes);
     }
 
-    /// The body of the next whole packet, escapes resolved; `None` where more bytes are needed. Acknowledgements and
-    /// anything else between packets are skipped.
+    /// The body of the next complete packet, without escapes; `None` if more bytes are needed. Acknowledgements and other bytes between packets are
+    /// skipped.
     pub fn next(&mut self) -> Result<Option<Vec<u8>>, StubError> {
         let Some(start) = self.bytes.iter().position(|&byte| byte == b'$') else {
             self.bytes.clear();
@@ -58,7 +58,7 @@ impl Receiver {
     }
 }
 
-/// `}x` stands for `x ^ 0x20`.
+/// Resolves escapes: `}x` means `x ^ 0x20`.
 fn unescape(body: &[u8]) -> Vec<u8> {
     let mut out = Vec::with_capacity(body.len());
     let mut bytes = body.iter();
@@ -84,7 +84,7 @@ pub fn to_hex(bytes: &[u8], out: &mut String) {
     }
 }
 
-/// Reads hexadecimal bytes; `None` for anything else, a refusal (`E14`) included.
+/// Decodes hexadecimal bytes; `None` for any other text, as a refusal (`E14`).
 pub fn from_hex(text: &[u8]) -> Option<Vec<u8>> {
     let nibble = |digit: &u8| match digit {
         b'0'..=b'9' => Some(digit - b'0'),

@@ -1,26 +1,26 @@
-//! What QEMU does with the whole guest's memory: migration, snapshot, dump. A write from outside is not in QEMU's dirty
-//! log, so the copy that QEMU makes could hold half a patch.
+//! Operations of QEMU on the whole guest memory: migration, snapshot, dump. QEMU's dirty log does not record a write from outside, so that QEMU's copy could
+//! hold half a patch.
 
 use crate::client::{Client, CommandError};
 use serde::Deserialize;
 use serde_json::{Value, json};
 use std::fmt;
 
-/// Migration states in which nothing is under way. All others count as busy, unknown ones too.
+/// States without a migration in progress. All others, and unknown ones, count as busy.
 const MIGRATION_AT_REST: [&str; 4] = ["none", "completed", "failed", "cancelled"];
 
-/// Jobs that copy disks and leave guest memory alone. All others count as busy (`snapshot-save`, …), unknown ones too.
+/// Jobs that copy disks and do not use guest memory. All others (`snapshot-save`, …), and unknown ones, count as busy.
 const DISK_JOBS: [&str; 6] = ["commit", "stream", "mirror", "backup", "create", "amend"];
 
-/// Job states in which nothing is under way.
+/// States of a job that is not in progress.
 const JOB_AT_REST: [&str; 3] = ["concluded", "null", "undefined"];
 
-/// Something under way that forbids patching.
+/// An operation in progress that forbids patching.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Busy {
-    /// A migration in either direction, or a background snapshot, in the state named.
+    /// A migration in either direction, or a background snapshot, with its state.
     Migration(String),
-    /// A job on the guest's memory, by its type, such as `snapshot-save`.
+    /// A job on the guest's memory, with its type, such as `snapshot-save`.
     Job(String),
     /// A dump of guest memory.
     Dump,
@@ -44,7 +44,7 @@ struct Job {
 }
 
 impl Busy {
-    /// Asks QEMU; `None` where nothing is under way.
+    /// Asks QEMU. `None` if no such operation is in progress.
     pub(crate) async fn query(client: &Client) -> Result<Option<Self>, CommandError> {
         let migration: Value = client.execute_as("query-migrate", json!({})).await?;
         let jobs: Vec<Job> = client.execute_as("query-jobs", json!({})).await?;

@@ -1,23 +1,22 @@
-//! A running QEMU as vmpatch needs it, blocking.
+//! A running QEMU, with blocking methods for what vmpatch needs of it.
 
 mod busy;
 mod pause;
-mod recover;
 mod run_state;
 mod stub;
 
 pub use busy::Busy;
 pub use pause::{PauseError, PauseTimes, Paused};
-pub use recover::{RecoverError, recover};
 pub use run_state::RunState;
 pub use stub::StubOpenError;
 
 use crate::client::{Client, CommandError, ConnectError};
-use crate::cpu::{CpuState, info_registers};
+use crate::cpu::info_registers;
 use crate::gdb::Layout;
 use crate::memory::mtree::{self, RamRange};
 use crate::memory::{RamMap, RamMapError};
 use crate::text::TextError;
+use guest_core::Registers;
 use serde::Deserialize;
 use serde_json::json;
 use std::io;
@@ -26,26 +25,26 @@ use std::time::Duration;
 use stub::ListeningStub;
 use tokio::runtime::{Builder, Runtime};
 
-/// How long the answers to what is sent at once within a pause may take, in seconds, unless the caller says otherwise: stopping
-/// drains the guest's disks, which a slow one can hold up for seconds.
+/// Default time for the replies to one exchange within a pause, in seconds. A stop drains the guest's disks, which may take seconds with a slow
+/// disk.
 const REPLY_TIMEOUT_S: u64 = 10;
 
-/// How long closing the stub may take when the machine is dropped, in seconds: nobody waits for the result, and QEMU
-/// carries the command out when it can.
+/// Longest time for closing the stub when the machine is dropped, in seconds. The result is not needed, and QEMU executes the command when it
+/// can.
 const CLOSE_TIMEOUT_S: u64 = 2;
 
-/// Why a QEMU could not be attached to.
+/// Why attaching to a QEMU failed.
 #[derive(Debug, thiserror::Error)]
 pub enum AttachError {
-    /// No QMP connection.
+    /// The QMP connection was not made.
     #[error(transparent)]
     Connect(#[from] ConnectError),
-    /// The host gave no event loop.
+    /// The event loop cannot be created.
     #[error("cannot set up an event loop")]
     EventLoop(#[source] io::Error),
 }
 
-/// A question to QEMU that was not answered, or not understood.
+/// Why a question to QEMU has no answer.
 #[derive(Debug, thiserror::Error)]
 pub enum QueryError {
     /// QEMU did not answer.
@@ -62,29 +61,35 @@ struct Vcpu {
     index: u64,
 }
 
-/// A QEMU, attached to through its QMP socket.
+/// A QEMU that is attached to through its QMP monitor.
 ///
-/// Every method blocks; it owns the event loop that drives its [`Client`], so it must not be used from inside another
-/// one. Dropping it closes the GDB stub, if it was opened.
+/// Every method blocks. The machine owns the event loop that drives its [`Client`], and must not be used from inside another event loop. When it is
+/// dropped, it closes the GDB stub, if it has opened it.
 #[derive(Debug)]
 pub struct Machine {
-    // Declared before the runtime that its task lives on.
+    // Declared before the runtime, so that it is dropped before: its task runs there.
     client: Client,
     runtime: Runtime,
     stub: Option<ListeningStub>,
     layout: Option<Layout>,
     ram: Option<Vec<RamRange>>,
     reply_timeout: Duration,
+    on_silence: Option<fn(Duration)>,
 }
 
 impl Machine {
     /// Connects to the QMP socket at `path` within `within`.
     pub fn attach(path: &Path, within: Duration) -> Result<Self, AttachError> {
+        Self::attach_by(Client::connect(path, within))
+    }
+
+    /// Attaches through the client that `connecting` gives: see [`Transport`](crate::client::Transport).
+    pub fn attach_by(connecting: impl Future<Output = Result<Client, ConnectError>>) -> Result<Self, AttachError> {
         let runtime = Builder::new_current_thread()
             .enable_all()
             .build()
             .map_err(AttachError::EventLoop)?;
-        let client = runtime.block_on(Client::connect(path, within))?;
+        let client = runtime.block_on(connecting)?;
         let reply_timeout = Duration::from_secs(REPLY_TIMEOUT_S);
         Ok(Self {
             client,
@@ -93,10 +98,11 @@ impl Machine {
             layout: None,
             ram: None,
             reply_timeout,
+            on_silence: None,
         })
     }
 
-    /// The QMP connection, for commands that have no method here; run them with [`Machine::block_on`].
+    /// The QMP connection, for commands without a method here. [`Machine::block_on`] runs them.
     pub fn client(&self) -> &Client {
         &self.client
     }
@@ -116,13 +122,13 @@ impl Machine {
         self.client.peer_pid()
     }
 
-    /// The guest's name (`-name`), where it has one.
+    /// The guest's name (`-name`), if it has one.
     pub fn name(&self) -> Result<Option<String>, CommandError> {
         Ok(self.block_on(self.client.execute(qapi::qmp::query_name {}))?.name)
     }
 
-    /// True where QEMU translates the guest's code instead of running it by KVM. Translated code does not notice writes
-    /// to guest memory from outside; only those through QEMU ([`Paused::write`]).
+    /// True if QEMU translates the guest's code (TCG) instead of running it with KVM. Writes to guest memory from outside do not change translated
+    /// code; writes through QEMU do ([`Paused::write`]).
     pub fn is_tcg(&self) -> Result<bool, CommandError> {
         Ok(!self.block_on(self.client.execute(qapi::qmp::query_kvm {}))?.enabled)
     }
@@ -132,7 +138,7 @@ impl Machine {
         self.block_on(RunState::query(&self.client))
     }
 
-    /// What QEMU does with the guest's memory that forbids patching; `None`: nothing.
+    /// What QEMU does with the guest's memory that forbids patching; `None` for nothing.
     pub fn busy_with(&self) -> Result<Option<Busy>, CommandError> {
         self.block_on(Busy::query(&self.client))
     }
@@ -143,19 +149,23 @@ impl Machine {
     }
 
     /// Registers of all vCPUs while they run, to find things by: see [`info_registers`]. Does not pause the guest.
-    pub fn cpu_states(&self) -> Result<Vec<CpuState>, QueryError> {
+    pub fn cpu_states(&self) -> Result<Vec<Registers>, QueryError> {
         let text = self.block_on(self.client.hmp("info registers -a"))?;
         Ok(info_registers::parse(&text)?)
     }
 
-    /// Bounds the time that the answers to what is sent at once within a pause may take. Past it the pause is given up and the guest
-    /// resumed.
+    /// Sets the longest time for the replies to one exchange within a pause. After it, the pause is given up and the guest resumed.
     pub fn set_reply_timeout(&mut self, within: Duration) {
         self.reply_timeout = within;
     }
 
-    /// Opens the GDB stub and reads what a pause needs, so that the pause is short. [`Machine::pause`] does it where it
-    /// was not done. Does not pause the guest.
+    /// Sets a callback for each time that QEMU did not answer in a pause and is tried again, which may take more than a minute. It gets the length of the
+    /// pause so far, and must not block.
+    pub fn on_silence(&mut self, tell: fn(Duration)) {
+        self.on_silence = Some(tell);
+    }
+
+    /// Opens the GDB stub and reads what a pause needs, so that the pause is short. [`Machine::pause`] does it otherwise. Does not pause the guest.
     pub fn prepare_pause(&mut self) -> Result<(), PauseError> {
         if self.ram.is_none() {
             self.ram = Some(mtree::ram_ranges(&self.block_on(self.client.hmp("info mtree -f"))?)?);
@@ -177,20 +187,25 @@ impl Machine {
         Paused::begin(self)
     }
 
+    /// As [`Machine::pause`], but also while QEMU works on the guest's memory. For the rollback of a change whose process was killed: half a patch in the
+    /// guest is worse than half a patch in a snapshot.
+    pub fn pause_to_recover(&mut self) -> Result<Paused<'_>, PauseError> {
+        Paused::begin(self)
+    }
+
     /// Thread numbers of the vCPUs in the stub: index plus one.
     fn threads(&self) -> Result<Vec<u64>, CommandError> {
         let vcpus: Vec<Vcpu> = self.block_on(self.client.execute_as("query-cpus-fast", json!({})))?;
         Ok(vcpus.iter().map(|vcpu| vcpu.index.saturating_add(1)).collect())
     }
 
-    /// Closes a GDB stub that a killed process has left; [`Machine::pause`] does so, too. Does not touch one that this process
-    /// uses, nor an operator's.
+    /// Closes a GDB stub that a killed process has left; [`Machine::pause`] does so, too. Does not touch a stub that this process uses, nor an operator's.
     pub fn close_left_stub(&mut self) -> Result<(), CommandError> {
         if self.stub.is_some() { Ok(()) } else { self.close_stub() }
     }
 
-    /// Closes the QMP connection, so that another process can use its socket; what this one still has sent to QEMU may come into
-    /// effect. Every later command fails. The stub, where it is open, is left to whoever comes next, as by a process that was killed.
+    /// Closes the QMP connection, so that another process can use its socket. Commands that were sent may still take effect. Every later command fails.
+    /// An open stub is left to the next process, as by a process that was killed.
     pub fn disconnect(&mut self) {
         self.stub = None;
         self.runtime.block_on(self.client.disconnect());
@@ -207,7 +222,7 @@ impl Drop for Machine {
     fn drop(&mut self) {
         if self.stub.is_some() {
             self.client.set_command_timeout(Duration::from_secs(CLOSE_TIMEOUT_S));
-            // Best effort: a stub left over listens for nobody, and the next opening closes it.
+            // Best effort: nothing connects to a stub that is left, and the next opening closes it.
             let _ = self.close_stub();
         }
     }

@@ -1,36 +1,39 @@
-//! The guest stopped, as a guard.
+//! A pause of the guest, as a guard.
 //!
-//! Connecting to the stub is the stop, with the packets that ask for the registers already in the socket; detaching on
-//! the same connection is the resume. Of the ways measured on QEMU 10.0.2 and 7.2.22 this is the shortest, shorter than a
-//! bare QMP `stop` and `cont`, which pass through QEMU's monitor threads twice. The stub's socket is opened before the
-//! pause, and its connection closed after it.
+//! The connect to the stub stops the guest, with the packets that request the registers already in the socket. The detach on the same connection
+//! resumes it. Of the methods measured on QEMU 10.0.2 and 7.2.22 this is the fastest. It is faster than a bare QMP `stop` and `cont`, which pass
+//! through QEMU's monitor threads twice. The stub's socket is opened before the pause, and its connection closed after it.
 //!
-//! What makes sure that the guest runs again: the guard's drop; if the stub fails, closing it and QMP `cont`, in this
-//! order, so that a connection that QEMU has not even accepted yet cannot stop the guest afterwards.
+//! The guard's drop makes sure that the guest runs again. If the stub fails, the stub is closed, and then QMP `cont` is sent: in this order, so that a
+//! connection that QEMU has not accepted yet cannot stop the guest afterwards.
 
 use super::Machine;
 use super::busy::Busy;
 use super::run_state::RunState;
 use super::stub::StubOpenError;
-use crate::addr::Gpa;
 use crate::client::{CommandError, Event};
-use crate::cpu::CpuState;
-use crate::gdb::{Connection, StubError};
+use crate::gdb::{Connection, Stopped, StubError};
 use crate::memory::mtree::RamRange;
 use crate::text::TextError;
+use guest_core::Gpa;
+use guest_core::Registers;
 use std::io;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use tokio::sync::broadcast::{Receiver, error::RecvError};
 use tokio::time::timeout;
 
-/// How long to wait for the STOP event of our own pause, in milliseconds. QEMU sends it before the stub's first reply, so
-/// it is there; a QEMU that sends none must not keep the guest stopped.
+/// Longest wait for the STOP event of our own pause, in milliseconds. QEMU sends it before the stub's first reply, so that it is usually there. A QEMU
+/// that sends none must not keep the guest stopped.
 const STOP_EVENT_MS: u64 = 20;
 
-/// Tries through QMP where QEMU does not answer, each with the client's own time-out.
+/// Attempts through QMP if QEMU does not answer, each with the client's own timeout.
 const QMP_TRIES: u32 = 3;
 
-/// Why the guest was not paused, not written, or not resumed.
+/// How often QMP is asked for the vCPUs if the stub lists others: a vCPU may be plugged or unplugged between the two questions. While the guest is
+/// stopped, only another QMP client could do that, so that the second answers agree.
+const VCPU_TRIES: usize = 3;
+
+/// Why the guest was not paused, written or resumed.
 #[derive(Debug, thiserror::Error)]
 pub enum PauseError {
     /// QEMU works on the guest's memory.
@@ -48,7 +51,7 @@ pub enum PauseError {
     /// The GDB stub could not be opened.
     #[error("cannot open QEMU's GDB stub")]
     Open(#[from] StubOpenError),
-    /// The socket of the GDB stub could not be connected to.
+    /// The connect to the socket of the GDB stub failed.
     #[error("cannot connect to QEMU's GDB stub")]
     Connect(#[source] io::Error),
     /// The GDB stub failed.
@@ -62,23 +65,27 @@ pub enum PauseError {
         /// Bytes.
         len: usize,
     },
-    /// The guest could not be made to run again. It stays stopped until somebody says `cont`.
+    /// The guest could not be resumed. It stays stopped until an operator enters `cont`.
     #[error("the guest does not run again: its state is `{state}`")]
     NotResumed {
-        /// The state that QEMU tells, or why it tells none.
+        /// The state from QEMU, or why QEMU gave none.
         state: String,
     },
 }
 
 impl PauseError {
-    /// True where the guest was paused, and is not known to run again.
+    /// True if the guest was paused, and is not known to run again.
     pub fn left_paused(&self) -> bool {
         matches!(self, Self::NotResumed { .. })
     }
+
+    /// True if a vCPU was plugged or unplugged meanwhile: another attempt may succeed.
+    pub fn is_passing(&self) -> bool {
+        matches!(self, Self::Stub(StubError::Vcpus { .. }))
+    }
 }
 
-/// Where the time of a pause went, by the host's monotonic clock, in microseconds. What is not in the parts was the
-/// caller's own work.
+/// The times of a pause by the host's monotonic clock, in microseconds. The rest of the total was the caller's own work.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct PauseTimes {
     /// From the request until the guest had stopped.
@@ -87,11 +94,11 @@ pub struct PauseTimes {
     pub registers_us: u64,
     /// All reads and writes of guest memory through the stub.
     pub writes_us: u64,
-    /// From the request to run until QEMU's word that it runs.
+    /// From the request to resume until QEMU's reply that the guest runs.
     pub resume_us: u64,
-    /// From the request to stop until QEMU's word that it runs, or, where the guest stays paused, to the end.
+    /// From the request to stop until QEMU's reply that the guest runs; if the guest stays paused, until the end.
     pub total_us: u64,
-    /// True where somebody else had paused the guest, so it was left paused.
+    /// True if the guest was paused before, and was left paused.
     pub left_paused: bool,
 }
 
@@ -101,9 +108,9 @@ pub struct Paused<'a> {
     machine: &'a mut Machine,
     connection: Connection,
     events: Receiver<Event>,
-    /// The guest ran before: it is ours to resume.
+    /// True if the guest ran before, and must be resumed.
     was_running: bool,
-    vcpus: Vec<CpuState>,
+    vcpus: Vec<Registers>,
     times: PauseTimes,
     began: Instant,
     /// `began` by the clock that QEMU stamps events with, in microseconds since 1970.
@@ -138,10 +145,10 @@ impl<'a> Paused<'a> {
             began_at_us,
             finished,
         };
-        // From here on the guest is stopped, or about to.
-        let stopped = match paused.connection.stop(&threads, &mut paused.machine.layout) {
+        // From here on the guest is stopped, or about to stop.
+        let stopped = match stop(&mut paused.connection, paused.machine, threads) {
             Ok(stopped) => stopped,
-            Err(error) => return Err(paused.give_up(error.into())),
+            Err(error) => return Err(paused.give_up(error)),
         };
         paused.vcpus = stopped.vcpus;
         paused.times.stop_us = as_us(stopped.stopped_at - began);
@@ -149,7 +156,7 @@ impl<'a> Paused<'a> {
         Ok(paused)
     }
 
-    /// Resumes the guest after `error`. That it could not be resumed is the graver error.
+    /// Resumes the guest after `error`. If that fails, too, gives this graver error.
     fn give_up(mut self, error: PauseError) -> PauseError {
         match self.finish() {
             Err(graver @ PauseError::NotResumed { .. }) => graver,
@@ -158,7 +165,7 @@ impl<'a> Paused<'a> {
     }
 
     /// The registers of each vCPU, in the order of their numbers.
-    pub fn registers(&self) -> &[CpuState] {
+    pub fn registers(&self) -> &[Registers] {
         &self.vcpus
     }
 
@@ -172,9 +179,11 @@ impl<'a> Paused<'a> {
         self.began.elapsed()
     }
 
-    /// Writes guest-physical memory, code that QEMU has translated included. Each piece must lie in RAM;
-    /// that is checked for all of them before the first is written. On another error some may be written, or be on their way:
-    /// see [`Paused::settle`].
+    /// Writes guest-physical memory, also of code that QEMU has translated. All writes must be in RAM, which is checked before the first one.
+    ///
+    /// # Errors
+    ///
+    /// The writes are not all in RAM. After another error, some may be made, and some may be made later: see [`Paused::drain`].
     pub fn write(&mut self, writes: &[(Gpa, &[u8])]) -> Result<(), PauseError> {
         for (at, bytes) in writes {
             self.check_ram(*at, bytes.len())?;
@@ -188,22 +197,26 @@ impl<'a> Paused<'a> {
         self.timed(|connection| connection.read(at, buf))
     }
 
-    /// Lets the guest run, if it ran before, and tells where the time went.
+    /// Resumes the guest, if it ran before, and gives the times of the pause.
     pub fn resume(mut self) -> Result<PauseTimes, PauseError> {
         self.finish()?;
         Ok(self.times)
     }
 
-    /// After a write that failed: makes sure that none of it is on its way any more, and that the next one has a connection that works.
-    /// The guest stays stopped; that it was let go on by somebody else is an error.
-    pub fn settle(&mut self) -> Result<(), PauseError> {
+    /// Waits, after a failed write, until none of its writes can be made later, and connects again. The guest stays stopped.
+    ///
+    /// # Errors
+    ///
+    /// QEMU does not answer, or the guest was resumed by another client.
+    pub fn drain(&mut self) -> Result<(), PauseError> {
         if self.connection.is_in_step() {
             return Ok(());
         }
         let mut result = Ok(());
         for _ in 0..QMP_TRIES {
+            self.tell_silence();
             result = self.connect_anew();
-            // One loop of QEMU serves the stub and the monitor: where they don't answer, nothing lets the guest run either.
+            // The stub and the monitor share one loop of QEMU: while they do not answer, nothing resumes the guest either.
             if !matches!(
                 result,
                 Err(PauseError::Command(_) | PauseError::Open(_) | PauseError::Stub(_))
@@ -214,7 +227,7 @@ impl<'a> Paused<'a> {
         result
     }
 
-    /// Closing the stub ends what is on its way through the old connection; QEMU leaves a stopped guest stopped then.
+    /// Closing the stub discards what is in the old connection. QEMU then leaves a stopped guest stopped.
     fn connect_anew(&mut self) -> Result<(), PauseError> {
         self.machine.close_stub()?;
         self.machine.prepare_pause()?;
@@ -224,9 +237,15 @@ impl<'a> Paused<'a> {
             other => return Err(PauseError::State(other)),
         }
         let mut connection = connect(self.machine)?;
-        connection.stop(&threads, &mut self.machine.layout)?;
+        stop(&mut connection, self.machine, threads)?;
         self.connection = connection;
         Ok(())
+    }
+
+    fn tell_silence(&self) {
+        if let Some(tell) = self.machine.on_silence {
+            tell(self.began.elapsed());
+        }
     }
 
     fn timed(&mut self, work: impl FnOnce(&mut Connection) -> Result<(), StubError>) -> Result<(), PauseError> {
@@ -253,7 +272,7 @@ impl<'a> Paused<'a> {
         let start = Instant::now();
         self.times.left_paused = !self.was_running || self.somebody_else_stopped_it();
         let result = if self.times.left_paused {
-            // Either way it stays stopped.
+            // The guest stays stopped in both cases.
             self.connection
                 .leave_stopped()
                 .or_else(|_| Ok(self.machine.close_stub()?))
@@ -265,8 +284,7 @@ impl<'a> Paused<'a> {
         result
     }
 
-    /// True where a `stop` that is not ours came between the question whether the guest runs and our own stop: then it
-    /// was the earlier one that raised the STOP event.
+    /// True if another client's `stop` came between the question whether the guest runs and our own stop. The STOP event is then older than our stop.
     fn somebody_else_stopped_it(&mut self) -> bool {
         let Self {
             machine,
@@ -287,13 +305,14 @@ impl<'a> Paused<'a> {
         at_us.ok().flatten().is_some_and(|at_us| at_us < *began_at_us)
     }
 
-    /// The way out when the stub does not answer. QEMU carries the commands out in this order even if it answers too
-    /// late; so a connection that it has not accepted yet is never accepted.
+    /// Resumes the guest when the stub does not answer. QEMU executes the commands in this order even if it answers too late, so that it never accepts a
+    /// connection that it has not accepted yet.
     fn resume_by_qmp(&mut self) -> Result<(), PauseError> {
         self.machine.stub = None;
         let client = &self.machine.client;
         let mut state = String::new();
         for _ in 0..QMP_TRIES {
+            self.tell_silence();
             let attempt = async {
                 let closed = client.hmp("gdbserver none").await;
                 let continued = client.execute(qapi::qmp::cont {}).await;
@@ -316,12 +335,12 @@ impl<'a> Paused<'a> {
 
 impl Drop for Paused<'_> {
     fn drop(&mut self) {
-        // Nobody is left to tell; the supervisor, or the next command, finds the guest's state in QEMU.
+        // A drop cannot report an error. The supervisor, or the next command, finds the guest's state in QEMU.
         let _ = self.finish();
     }
 }
 
-/// Connects to the stub, which is open.
+/// Connects to the open stub.
 fn connect(machine: &Machine) -> Result<Connection, PauseError> {
     let stub = machine.stub.as_ref();
     let opened = stub.ok_or_else(|| io::ErrorKind::NotFound.into());
@@ -329,7 +348,21 @@ fn connect(machine: &Machine) -> Result<Connection, PauseError> {
     connected.map_err(PauseError::Connect)
 }
 
-/// True where all of the bytes are RAM, in one range or in several that follow one another.
+/// Waits until the guest has stopped, and reads the registers of all vCPUs: of `threads`, or, if the stub lists others, of those that QMP lists now.
+fn stop(connection: &mut Connection, machine: &mut Machine, mut threads: Vec<u64>) -> Result<Stopped, PauseError> {
+    let mut tries = 1;
+    loop {
+        match connection.stop(&threads, &mut machine.layout) {
+            Err(StubError::Vcpus { .. }) if tries < VCPU_TRIES => {
+                tries += 1;
+                threads = machine.threads()?;
+            }
+            stopped => return Ok(stopped?),
+        }
+    }
+}
+
+/// True if all bytes are RAM, in one range or in several adjacent ones.
 fn is_ram(ranges: &[RamRange], at: Gpa, len: usize) -> bool {
     let Some(end) = u64::try_from(len).ok().and_then(|len| at.0.checked_add(len)) else {
         return false;

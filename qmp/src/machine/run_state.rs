@@ -1,19 +1,18 @@
-//! Whether the guest runs, by QMP `query-status`.
+//! The state of the guest: QMP `query-status`.
 
 use crate::client::{Client, CommandError};
 use serde::Deserialize;
 use serde_json::json;
 use std::fmt;
 
-/// What QEMU does with the guest. Only the first two can be patched: in the others QEMU is busy with the guest's state,
-/// or the guest is broken.
+/// The state of a guest in QEMU. Only the first two can be patched: in the others, QEMU is busy with the guest's state, or the guest is broken.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum RunState {
     /// The vCPUs run.
     Running,
-    /// Stopped by an operator, or never started by one (`-S`).
+    /// Paused by an operator, or not started yet (`-S`).
     Paused,
-    /// Any other state, by QEMU's name for it: `inmigrate`, `postmigrate`, `guest-panicked`, `io-error`, …
+    /// Any other state, with QEMU's name for it: `inmigrate`, `postmigrate`, `guest-panicked`, `io-error`, …
     Other(String),
 }
 

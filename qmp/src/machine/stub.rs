@@ -1,11 +1,10 @@
-//! Opening QEMU's GDB stub at run time, and closing it.
+//! Opens and closes QEMU's GDB stub at run time.
 //!
-//! QEMU listens on a socket in a directory that only this user can enter, and whose name is removed at once; this process
-//! keeps a way to it through `/proc/self/fd`, so nobody else connects. Where QEMU cannot reach the directory (another
-//! user, a confined process), a socket that listens already is passed as a descriptor. That is not done first: QEMU 10.0
-//! takes a descriptor on one thread and closes it with its connection on another, without a lock, so a client killed in
-//! this moment can make it close a wrong one (seen: a descriptor of the next client). Listening does not pause the guest;
-//! connecting does.
+//! QEMU listens on a socket in a directory that only this user can enter. The name of the socket is removed at once, and this process reaches it
+//! through `/proc/self/fd`, so that no other process connects. If QEMU cannot reach the directory (another user, a confined process), a listening
+//! socket is passed as a descriptor. That is the second choice: QEMU 10.0 takes a descriptor on one thread and closes it with its connection on
+//! another, without a lock, so that a client that is killed at this moment can make QEMU close a wrong one (seen: a descriptor of the next client).
+//! Listening does not pause the guest; a connect does.
 
 use crate::client::{Client, CommandError};
 use serde::Deserialize;
@@ -19,48 +18,48 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, SystemTime};
 
-/// The name of our character device in QEMU; by it a left-over of a killed process is recognised.
+/// The name of our character device in QEMU. It identifies a stub that a killed process has left.
 const DEVICE: &str = "vmpatch-gdb";
 
 /// The name that QEMU gives to the device of a stub opened by `-gdb`, `-s` or a monitor's `gdbserver`.
 const OPERATORS_DEVICE: &str = "gdb";
 
-/// How the names of our directories begin.
+/// Prefix of the names of our directories.
 const DIRECTORY_PREFIX: &str = "vmpatch-gdb-";
 
 /// The socket's name in its directory.
 const SOCKET: &str = "s";
 
-/// Age from which a directory counts as left behind, in seconds: its use takes milliseconds, of a hung QEMU ten seconds.
+/// Age from which a directory counts as left behind, in seconds. It is used for milliseconds, and for ten seconds if QEMU hangs.
 const STALE_S: u64 = 60;
 
-/// Tries to find a directory name that is free.
+/// Attempts to find a free directory name.
 const DIRECTORY_TRIES: u32 = 64;
 
-/// Why the stub could not be opened.
+/// Why the stub cannot be opened.
 #[derive(Debug, thiserror::Error)]
 pub enum StubOpenError {
-    /// The guest has a stub already, of its operator.
+    /// The operator has opened a stub of the guest.
     #[error("the guest has a GDB stub of its own at {at}; close it in QEMU's monitor (`gdbserver none`)")]
     Foreign {
-        /// Where it listens, in QEMU's words.
+        /// Its address, as QEMU shows it.
         at: String,
     },
-    /// QEMU did not take the socket.
+    /// QEMU did not accept the socket.
     #[error(transparent)]
     Command(#[from] CommandError),
-    /// The monitor's `gdbserver` said something unexpected.
+    /// The monitor's `gdbserver` gave an unexpected reply.
     #[error("QEMU did not open its GDB stub: {said:?}")]
     Refused {
-        /// QEMU's words.
+        /// QEMU's reply.
         said: String,
     },
-    /// No private directory or socket could be made.
+    /// A private directory or socket cannot be created.
     #[error("cannot make a socket in {directory}")]
     Socket {
-        /// The directory tried.
+        /// The directory.
         directory: PathBuf,
-        /// What the host said.
+        /// The host's error.
         #[source]
         cause: io::Error,
     },
@@ -72,15 +71,15 @@ struct Chardev {
     filename: String,
 }
 
-/// A stub of ours that listens. [`close`] ends it.
+/// A listening stub of ours. [`close`] ends it.
 #[derive(Debug)]
 pub struct ListeningStub {
-    /// The socket as a file, opened without being connected to.
+    /// The socket as an open file, without a connection.
     socket: OwnedFd,
 }
 
 impl ListeningStub {
-    /// Has QEMU listen, after closing what a killed process may have left.
+    /// Lets QEMU listen, after it has closed a stub that a killed process may have left.
     pub async fn open(client: &Client) -> Result<Self, StubOpenError> {
         close(client).await?;
         let devices = chardevs(client).await?;
@@ -104,13 +103,13 @@ impl ListeningStub {
         Ok(Self { socket })
     }
 
-    /// Where to connect.
+    /// The address to connect to.
     pub fn socket(&self) -> PathBuf {
         PathBuf::from(format!("/proc/self/fd/{}", self.socket.as_raw_fd()))
     }
 }
 
-/// Adds the device: a socket that listens at `address`.
+/// Adds the character device: a socket that listens at `address`.
 async fn add_device(client: &Client, address: Value) -> Result<(), CommandError> {
     let socket = json!({"type": "socket", "data": {"addr": address, "server": true, "wait": false}});
     let _: Value = client
@@ -119,10 +118,10 @@ async fn add_device(client: &Client, address: Value) -> Result<(), CommandError>
     Ok(())
 }
 
-/// Adds the device with a socket made here.
+/// Adds the character device with a socket that this process has created.
 async fn add_device_by_descriptor(client: &Client, name: &SocketName) -> Result<(), StubOpenError> {
     let listener = UnixListener::bind(&name.path).map_err(|cause| name.error(cause))?;
-    // A name used once: giving a name anew makes QEMU close what it had.
+    // The name is unique: if a name is used again, QEMU closes its former descriptor.
     let fdname = format!("{DEVICE}-{}", name.unique());
     client
         .execute_with_fd(qapi::qmp::getfd { fdname: fdname.clone() }, listener.into())
@@ -130,13 +129,13 @@ async fn add_device_by_descriptor(client: &Client, name: &SocketName) -> Result<
     Ok(add_device(client, json!({"type": "fd", "data": {"str": fdname}})).await?)
 }
 
-/// Closes a stub of ours, if there is one, of this process or of one that was killed. Does not touch an operator's.
+/// Closes a stub of ours, of this process or of a killed one, if there is one. Does not touch an operator's.
 pub async fn close(client: &Client) -> Result<(), CommandError> {
     let ours = |devices: Vec<Chardev>| devices.iter().any(|device| device.label == DEVICE);
     if !ours(chardevs(client).await?) {
         return Ok(());
     }
-    // Ends the stub and removes its device, unless the process was killed before the stub took the device.
+    // Ends the stub and removes its device, unless the process was killed before the stub used the device.
     client.hmp("gdbserver none").await?;
     if ours(chardevs(client).await?) {
         client
@@ -150,8 +149,7 @@ async fn chardevs(client: &Client) -> Result<Vec<Chardev>, CommandError> {
     client.execute_as("query-chardev", json!({})).await
 }
 
-/// A name for a socket, in a directory of its own that only this user can enter. Dropping it removes both; the socket
-/// lives on.
+/// A name for a socket, in a directory of its own that only this user can enter. When it is dropped, it removes both; the socket continues to exist.
 #[derive(Debug)]
 struct SocketName {
     directory: PathBuf,
@@ -183,7 +181,7 @@ impl SocketName {
         })
     }
 
-    /// What tells the directory from any other of this host, over its whole life.
+    /// A name that identifies the directory among all others of this host, over its whole life.
     fn unique(&self) -> String {
         let made = std::fs::metadata(&self.directory).and_then(|data| data.modified()).ok();
         let since = made
@@ -192,7 +190,7 @@ impl SocketName {
         format!("{}-{}", self.directory.display(), since.as_nanos())
     }
 
-    /// The socket as a file, without connecting.
+    /// The socket as an open file, without a connection.
     fn open(&self) -> Result<OwnedFd, StubOpenError> {
         let flags = nix::libc::O_PATH | nix::libc::O_NOFOLLOW;
         let file = File::options().read(true).custom_flags(flags).open(&self.path);
@@ -213,13 +211,13 @@ impl Drop for SocketName {
     }
 }
 
-/// Removes a socket's name. What cannot be removed stays until the next time.
+/// Removes a socket's name. A name that cannot be removed stays until the next time.
 fn remove(directory: &Path) {
     let _ = std::fs::remove_file(directory.join(SOCKET));
     let _ = std::fs::remove_dir(directory);
 }
 
-/// Removes names that a killed process left: a name is needed for milliseconds.
+/// Removes names that a killed process has left. A name is needed for milliseconds.
 fn remove_stale(parent: &Path, age: Duration) {
     for entry in std::fs::read_dir(parent).into_iter().flatten().flatten() {
         let named_as_ours = entry
@@ -232,8 +230,8 @@ fn remove_stale(parent: &Path, age: Duration) {
     }
 }
 
-/// Removes a directory and its socket if this user made it, at least `age` ago. Anybody can make such a name in a directory that all
-/// users share, also as a link to elsewhere: links are not followed, and the socket is looked for in the very directory that was judged.
+/// Removes a directory and its socket if this user has created it, at least `age` ago. Any user can create such a name in a shared directory, also as a
+/// link: links are not followed, and the socket is removed from the same directory that was checked.
 fn remove_if_stale(path: &Path, age: Duration) {
     let flags = nix::libc::O_DIRECTORY | nix::libc::O_NOFOLLOW;
     let Ok(directory) = File::options().read(true).custom_flags(flags).open(path) else {

@@ -1,55 +1,55 @@
-//! What holds a piece of guest RAM in the QEMU process: `/proc/PID/maps` (`proc_pid_maps(5)`).
+//! The memory that holds a range of guest RAM in the QEMU process: `/proc/PID/maps` (`proc_pid_maps(5)`).
 //!
 //! ```text
 //! 7f56e00fd000-7f56e40fd000 rw-s 00000000 00:01 1032    /memfd:memory-backend-memfd (deleted)
 //! ```
 
-use crate::addr::Hva;
 use crate::text::{TextError, hex};
+use guest_core::Hva;
 use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-/// What holds a range of guest RAM.
+/// The memory that holds a range of guest RAM.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Backing {
-    /// Memory of the process alone: anonymous, or a private mapping of a file, whose changes the file does not see.
-    /// Reach it through the process (`process_vm_readv`).
+    /// Private memory of the process: anonymous, or a private mapping of a file, whose changes do not reach the file. It is accessed through the
+    /// process (`process_vm_readv`).
     Private,
-    /// A shared mapping of a file or memfd: whoever opens it sees what the guest sees.
+    /// A shared mapping of a file or memfd: a process that opens the file has the same memory as the guest.
     Shared(SharedFile),
 }
 
 /// An open file of the QEMU process.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct SharedFile {
-    /// Where in the file the range begins, in bytes.
+    /// Offset of the range in the file, in bytes.
     pub offset: u64,
     /// The file's inode number.
     pub inode: u64,
-    /// The path as /proc shows it, such as `/memfd:memory-backend-memfd (deleted)`; for people, not for opening.
+    /// The path as /proc shows it, such as `/memfd:memory-backend-memfd (deleted)`. It is for people, and cannot be opened.
     pub path: String,
-    /// The mapping's first and one-past-last byte, as `/proc/PID/map_files` names it.
+    /// The mapping's address range, as `/proc/PID/map_files` names it.
     mapping: (u64, u64),
 }
 
-/// Why the backing of guest RAM was not found, or not opened.
+/// Why the memory behind guest RAM was not found or cannot be opened.
 #[derive(Debug, thiserror::Error)]
 pub enum BackingError {
-    /// /proc is not readable: the process is gone, or another user's.
+    /// /proc cannot be read: the process is gone, or belongs to another user.
     #[error("cannot read {path}")]
     Proc {
         /// The file or directory.
         path: PathBuf,
-        /// What the host said.
+        /// The host's error.
         #[source]
         cause: io::Error,
     },
     /// A line of /proc/PID/maps is not understood.
     #[error(transparent)]
     Text(#[from] TextError),
-    /// The process does not map that range, or not as one piece: it is not the QEMU that was asked.
+    /// The process does not map that range as one: it is not the QEMU that was asked.
     #[error("{len} bytes at {at} are not one mapping of the process")]
     NotMapped {
         /// The first byte.
@@ -57,7 +57,7 @@ pub enum BackingError {
         /// Bytes.
         len: u64,
     },
-    /// Neither way to the file worked.
+    /// The file cannot be opened, neither in map_files nor in fd.
     #[error("cannot open {file} (inode {inode}) of process {pid}: neither in map_files nor in fd")]
     NotOpened {
         /// The path as /proc shows it.
@@ -70,8 +70,8 @@ pub enum BackingError {
 }
 
 impl SharedFile {
-    /// Opens the file for reading and writing, through the files of process `pid`: the mapping itself where the
-    /// caller may (it takes CAP_CHECKPOINT_RESTORE), else the open descriptor of the same inode.
+    /// Opens the file of process `pid` for reading and writing: through the mapping if the caller has CAP_CHECKPOINT_RESTORE, otherwise through an open
+    /// descriptor of the same inode.
     pub fn open(&self, pid: i32) -> Result<File, BackingError> {
         let (start, end) = self.mapping;
         let mapping = PathBuf::from(format!("/proc/{pid}/map_files/{start:x}-{end:x}"));
@@ -88,7 +88,7 @@ impl SharedFile {
         })
     }
 
-    /// Opens `path` if it leads to this very file. Looks before opening: opening a device or a pipe can have effects.
+    /// Opens `path` if it leads to the same file. Checks that before it opens: the open of a device or pipe can have effects.
     fn open_same(&self, path: &Path) -> Option<File> {
         let same = |inode: u64, is_file: bool| is_file && inode == self.inode;
         let target = fs::metadata(path).ok()?;
@@ -156,8 +156,8 @@ impl Mapping {
     }
 }
 
-/// What holds the `len` bytes at `at`: one mapping, or several that follow one another in memory and in the file (the
-/// kernel splits a mapping when its parts get different advice).
+/// The memory that holds the `len` bytes at `at`: one mapping, or several that are adjacent in memory and in the file (the kernel splits a mapping when
+/// its parts get different advice).
 pub fn find(mappings: &[Mapping], at: Hva, len: u64) -> Result<Backing, BackingError> {
     let not_mapped = || BackingError::NotMapped { at, len };
     let end = at.checked_add(len).ok_or_else(not_mapped)?.0;

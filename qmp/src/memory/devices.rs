@@ -1,26 +1,25 @@
-//! Where memory devices lie: QMP `query-memory-devices`.
+//! The addresses of memory devices: QMP `query-memory-devices`.
 //!
-//! Seen with QEMU 7.2.22 and 10.0.2; QEMU's `qapi/machine.json`, `MemoryDeviceInfo`. Memory of such a device is memory that the
-//! guest's kernel may use for anything, though its RAM block may have no name (virtio-pmem), or the device's path in front of it
-//! (virtio-mem), as video memory has.
+//! Seen with QEMU 7.2.22 and 10.0.2; QEMU's `qapi/machine.json`, `MemoryDeviceInfo`. The guest's kernel may use the memory
+//! of such a device for anything. But its RAM block may have no name (virtio-pmem), or a name with the device's path (virtio-mem), like video memory.
 
-use crate::addr::Gpa;
+use guest_core::Gpa;
 use serde::Deserialize;
 
-/// The devices whose memory a guest's kernel can use as RAM. Not among them: `sgx-epc`, which nobody reads from outside.
+/// The devices whose memory a guest's kernel can use as RAM. `sgx-epc` is not among them, because it cannot be read from outside.
 const KINDS: [&str; 5] = ["dimm", "nvdimm", "virtio-pmem", "virtio-mem", "hv-balloon"];
 
-/// Guest-physical space of a memory device.
+/// The guest-physical range of a memory device.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct MemoryDevice {
-    /// Its first byte.
+    /// Address of the first byte.
     pub gpa: Gpa,
-    /// Bytes, with what is not plugged of a virtio-mem device.
+    /// Length in bytes, with the unplugged part of a virtio-mem device.
     pub len: u64,
 }
 
 impl MemoryDevice {
-    /// True where all of the `len` bytes at `gpa` are the device's.
+    /// True if all of the `len` bytes at `gpa` belong to the device.
     pub fn holds(&self, gpa: Gpa, len: u64) -> bool {
         gpa.0
             .checked_sub(self.gpa.0)
@@ -46,7 +45,7 @@ struct Data {
     max_size: Option<u64>,
 }
 
-/// The devices of an answer. Those of other kinds, and those that are not in the guest's memory, are left out.
+/// The devices of an answer, without those of other kinds and those that are not in the guest's memory.
 pub fn placed(answer: &[Answered]) -> Vec<MemoryDevice> {
     let known = answer.iter().filter(|device| KINDS.contains(&device.kind.as_str()));
     known

@@ -1,11 +1,15 @@
-//! One guest-physical address in the QEMU process: HMP `gpa2hva`.
+//! The address in the QEMU process of a guest-physical address: HMP `gpa2hva`.
 //!
 //! Seen with QEMU 7.2.22 and 10.0.2: `Host virtual address for 0x100000 (pc.ram) is 0x7feea7f00000`.
 
-use crate::addr::Hva;
 use crate::text::{TextError, hex};
+use guest_core::Hva;
 
-/// Reads the answer. Errors: any other text, such as `Memory at address 0xb0000000 is not RAM`.
+/// Parses the answer.
+///
+/// # Errors
+///
+/// It is any other text, such as `Memory at address 0xb0000000 is not RAM`.
 pub fn parse(text: &str) -> Result<Hva, TextError> {
     let text = text.trim_end();
     text.strip_prefix("Host virtual address for ")

@@ -5,35 +5,35 @@ use super::devices::{self, Answered, MemoryDevice};
 use super::mtree::RamRange;
 use super::ramblock::RamBlock;
 use super::{gpa2hva, mtree, ramblock};
-use crate::addr::{Gpa, Hva};
 use crate::client::{Client, CommandError};
 use crate::text::TextError;
+use guest_core::{Gpa, Hva};
 use serde_json::json;
 
-/// How often the map is read where its parts do not fit together: a device may be plugged or unplugged between two questions.
+/// How often the map is read if its parts do not fit together: a device may be plugged or unplugged between two questions.
 const READ_TRIES: usize = 3;
 
-/// A guest-physical range of RAM and what holds it.
+/// A guest-physical range of RAM, and the memory that holds it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct RamRegion {
-    /// Its first byte, guest-physical.
+    /// Guest-physical address of the first byte.
     pub gpa: Gpa,
-    /// Bytes.
+    /// Length in bytes.
     pub len: u64,
-    /// The memory region that it is part of. That is the name of the RAM block, too, but for some memory devices.
+    /// Name of its memory region. It is also the name of the RAM block, except for some memory devices.
     pub block: String,
-    /// Where in that block it begins, in bytes.
+    /// Offset in that block, in bytes.
     pub block_offset: u64,
-    /// Bytes of the host's pages that hold it; `None` where the RAM block is not known by its name (virtio-mem, virtio-pmem).
-    /// Such a block may have holes, as virtio-mem has where nothing is plugged.
+    /// Size of the host's pages that hold it, in bytes; `None` if the RAM block is not found by its name (virtio-mem, virtio-pmem). Such a block may have
+    /// holes, as the unplugged part of virtio-mem.
     pub page_size: Option<u64>,
-    /// Its first byte in the QEMU process.
+    /// Address of the first byte in the QEMU process.
     pub hva: Hva,
-    /// What holds it there.
+    /// The memory that holds it there.
     pub backing: Backing,
 }
 
-/// All RAM of a guest: ascending, not overlapping. True until the guest's chipset is set up anew, or memory is plugged.
+/// All RAM of a guest, ascending and not overlapping. It is valid until the guest's chipset is reconfigured or memory is plugged.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct RamMap {
     /// The QEMU process.
@@ -42,16 +42,16 @@ pub struct RamMap {
     pub regions: Vec<RamRegion>,
 }
 
-/// Why the RAM map could not be made.
+/// Why there is no map of the RAM.
 #[derive(Debug, thiserror::Error)]
 pub enum RamMapError {
-    /// QEMU did not answer a question.
+    /// A question to QEMU has no answer.
     #[error(transparent)]
     Command(#[from] CommandError),
     /// QEMU's answer is not understood.
     #[error(transparent)]
     Text(#[from] TextError),
-    /// The memory of the process is not as QEMU says.
+    /// The memory of the process does not agree with QEMU's answer.
     #[error("the RAM block {block} was not found in process {pid}")]
     Backing {
         /// The RAM block.
@@ -62,7 +62,7 @@ pub enum RamMapError {
         #[source]
         cause: BackingError,
     },
-    /// /proc of the process could not be read.
+    /// /proc of the process cannot be read.
     #[error("the memory of process {pid} cannot be looked at")]
     Process {
         /// The process.
@@ -71,7 +71,7 @@ pub enum RamMapError {
         #[source]
         cause: BackingError,
     },
-    /// A range lies outside its RAM block.
+    /// A range is outside of its RAM block.
     #[error("{len} bytes at {gpa} are said to lie at offset {offset:#x} of RAM block {block}, which has {used} bytes")]
     OutsideBlock {
         /// The range's first byte.
@@ -80,18 +80,18 @@ pub enum RamMapError {
         len: u64,
         /// The block.
         block: String,
-        /// Where the range would begin in it.
+        /// Offset of the range in the block.
         offset: u64,
         /// Bytes in the block.
         used: u64,
     },
-    /// No range at all.
+    /// QEMU lists no range of RAM.
     #[error("QEMU names no range of guest RAM")]
     NoRam,
 }
 
 impl RamMap {
-    /// Asks QEMU, and looks at its process `pid`. Does not pause the guest.
+    /// Reads the map from QEMU and its process `pid`. Does not pause the guest.
     pub async fn read(client: &Client, pid: i32) -> Result<Self, RamMapError> {
         let mut tries = 1;
         loop {
@@ -104,7 +104,7 @@ impl RamMap {
         }
     }
 
-    /// The blocks are asked for after the ranges: a range is never seen without its block where memory is just plugged.
+    /// The blocks are read after the ranges, so that a range always has its block, even if memory is being plugged.
     async fn read_once(client: &Client, pid: i32) -> Result<Self, RamMapError> {
         let ranges = mtree::ram_ranges(&client.hmp("info mtree -f").await?)?;
         let table: qapi::qmp::HumanReadableText = client.execute_as("x-query-ramblock", json!({})).await?;
@@ -125,26 +125,18 @@ impl RamMap {
             .collect::<Result<_, _>>()?;
         Ok(Self { pid, regions })
     }
-
-    /// The region that holds all of the `len` bytes at `gpa`.
-    pub fn region_of(&self, gpa: Gpa, len: u64) -> Option<&RamRegion> {
-        let end = gpa.0.checked_add(len)?;
-        let after = self.regions.partition_point(|region| region.gpa <= gpa);
-        let region = self.regions.get(after.checked_sub(1)?)?;
-        (end <= region.gpa.0.checked_add(region.len)?).then_some(region)
-    }
 }
 
 /// A range that is RAM of the guest.
 struct Found {
     range: RamRange,
-    /// Its first byte in the QEMU process, where that is known already.
+    /// Address of the first byte in the QEMU process, if it is known already.
     hva: Option<Hva>,
     page_size: Option<u64>,
 }
 
-/// The ranges that lie in a RAM block of the same name, or in a memory device. Memory of other devices is told apart so: its block
-/// is named after the device too, its region is not.
+/// The ranges in a RAM block of the same name, or in a memory device. This leaves out the memory of other devices: the name of their block has the
+/// device's path, the name of their region does not.
 fn in_blocks(ranges: Vec<RamRange>, blocks: &[RamBlock], devices: &[MemoryDevice]) -> Result<Vec<Found>, RamMapError> {
     let mut found = Vec::new();
     for range in ranges {
@@ -163,7 +155,7 @@ fn in_blocks(ranges: Vec<RamRange>, blocks: &[RamBlock], devices: &[MemoryDevice
     }
 }
 
-/// Where in the QEMU process a range of that block begins, where QEMU says so.
+/// The address in the QEMU process of a range of that block, if QEMU tells it.
 fn place_in(range: &RamRange, block: &RamBlock) -> Result<Option<Hva>, RamMapError> {
     if range.offset.checked_add(range.len).is_none_or(|end| end > block.used) {
         return Err(outside(range, block));
@@ -267,27 +259,5 @@ mod tests {
             in_blocks(vec![range(0, 1, "a", 0)], &[], &[]),
             Err(RamMapError::NoRam)
         ));
-    }
-
-    #[test]
-    fn a_region_is_found_only_for_bytes_wholly_inside() {
-        let region = |gpa, len| RamRegion {
-            gpa: Gpa(gpa),
-            len,
-            block: "a".into(),
-            block_offset: gpa,
-            page_size: Some(4096),
-            hva: Hva(gpa),
-            backing: Backing::Private,
-        };
-        let map = RamMap {
-            pid: 1,
-            regions: vec![region(0x1000, 0x1000), region(0x3000, 0x1000)],
-        };
-        assert_eq!(map.region_of(Gpa(0x1000), 0x1000).unwrap().gpa, Gpa(0x1000));
-        assert_eq!(map.region_of(Gpa(0x3fff), 1).unwrap().gpa, Gpa(0x3000));
-        for (gpa, len) in [(0xfff, 1), (0x1000, 0x1001), (0x2000, 1), (0x4000, 1), (u64::MAX, 2)] {
-            assert!(map.region_of(Gpa(gpa), len).is_none(), "{gpa:#x}");
-        }
     }
 }

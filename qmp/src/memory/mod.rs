@@ -1,4 +1,4 @@
-//! Where the guest's RAM is: guest-physical ranges, and what in the QEMU process holds them.
+//! The map of the guest's RAM: guest-physical ranges, and the memory of the QEMU process that holds them.
 
 pub mod backing;
 pub mod devices;

@@ -11,40 +11,42 @@
 //!   00000000000c3000-00000000000e3fff (prio 0, rom): pc.ram @00000000000c3000 KVM
 //! ```
 //!
-//! The last word is the accelerator's name, where it holds the range. Names may hold blanks. Several views exist
-//! (system management mode has its own); the one that the devices and the vCPUs see is that of the space "memory".
+//! The last word is the accelerator's name, if it uses the range. Names may contain blanks. There are several views (system management mode has its
+//! own); devices and vCPUs use that of the space "memory".
 
-use crate::addr::Gpa;
 use crate::text::{TextError, hex};
+use guest_core::Gpa;
 
 const SOURCE: &str = "info mtree -f";
 
-/// The line that tells the view wanted.
+/// The line that identifies the view.
 const SYSTEM_SPACE: &str = " AS \"memory\", root: system";
 
-/// Names of accelerators that QEMU puts behind the ranges they hold.
+/// Names of accelerators that QEMU prints behind the ranges that they use.
 const ACCELERATORS: [&str; 4] = [" KVM", " HVF", " NVMM", " WHPX"];
 
-/// What RAM is called; the second is that of NVDIMMs, which a guest's kernel can use as RAM, too (`dax_kmem`).
+/// QEMU's words for RAM. The second is for NVDIMMs, which a guest's kernel can also use as RAM (`dax_kmem`).
 const RAM: [&str; 2] = ["ram", "nv-ram"];
 
-/// A guest-physical range of plain RAM: readable, writable, not a device's registers.
+/// A guest-physical range of plain RAM: readable and writable, without a device's registers.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct RamRange {
-    /// Its first byte.
+    /// Guest-physical address of the first byte.
     pub gpa: Gpa,
     /// Bytes.
     pub len: u64,
-    /// The memory region behind it; the guest's own RAM has the name of its RAM block.
+    /// Name of its memory region. For the guest's own RAM it is the name of the RAM block.
     pub name: String,
-    /// Where in that region it begins, in bytes.
+    /// Offset in that region, in bytes.
     pub offset: u64,
 }
 
-/// The ranges of plain RAM in the guest's physical address space, ascending. ROM, and RAM that the chipset write-protects
-/// at the moment (the firmware's shadow below 1 MiB), do not count; RAM of devices does, under the device's names.
+/// Parses the ranges of plain RAM in the guest's physical address space, ascending. RAM of devices is included, under the devices' names. ROM, and RAM
+/// that the chipset write-protects at the moment (the firmware's shadow below 1 MiB), are not.
 ///
-/// Errors: no such view, or a line of unknown form in it.
+/// # Errors
+///
+/// There is no such view, or it has a line of unknown form.
 pub fn ram_ranges(text: &str) -> Result<Vec<RamRange>, TextError> {
     let view = text
         .split("FlatView #")

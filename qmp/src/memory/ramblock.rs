@@ -3,28 +3,30 @@
 //! Seen with QEMU 7.2.22 (no HVA column) and 10.0.2 (HVA and RO); QEMU's `system/physmem.c`, `ram_block_format`.
 //! The name may be missing; all other columns are always there.
 
-use crate::addr::Hva;
 use crate::text::{TextError, hex};
+use guest_core::Hva;
 
 const SOURCE: &str = "x-query-ramblock";
 
 /// A block of memory that QEMU allocated for the guest: its RAM, a ROM, or a device's memory.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct RamBlock {
-    /// Its name; a block of a device has the device's path in front.
+    /// Name of the block. For a block of a device, it begins with the device's path.
     pub name: String,
-    /// Bytes of the host's pages that hold it: 4 KiB, or a size of huge pages.
+    /// Size of the host's pages that hold it, in bytes: 4 KiB, or a size of huge pages.
     pub page_size: u64,
-    /// Bytes in use.
+    /// Length in use, in bytes.
     pub used: u64,
-    /// Where it lies in the QEMU process, where QEMU says so (7.2 does not).
+    /// Address in the QEMU process, if QEMU tells it (7.2 does not).
     pub hva: Option<Hva>,
 }
 
-/// Reads the table. Blocks without a name are left out: the memory backends that no device uses yet, and that of virtio-pmem,
-/// which does not name its block (`hw/virtio/virtio-pmem.c` never calls `vmstate_register_ram`).
+/// Parses the table, without blocks that have no name: memory backends that no device uses yet, and the block of virtio-pmem, which does not name it
+/// (`hw/virtio/virtio-pmem.c` never calls `vmstate_register_ram`).
 ///
-/// Errors: a heading or a line of unknown form.
+/// # Errors
+///
+/// A heading or a line has an unknown form.
 pub fn parse(text: &str) -> Result<Vec<RamBlock>, TextError> {
     let mut lines = text.lines().filter(|line| !line.trim().is_empty());
     let heading = lines.next().unwrap_or_default();
@@ -44,7 +46,7 @@ pub fn parse(text: &str) -> Result<Vec<RamBlock>, TextError> {
         .collect()
 }
 
-/// A line, read from its right end: names may hold blanks.
+/// Parses a line from its right end, because names may contain blanks.
 fn parse_line(line: &str, has_hva: bool, has_mode: bool) -> Option<RamBlock> {
     let words: Vec<&str> = line.split_whitespace().collect();
     let columns = 5 + usize::from(has_hva) + usize::from(has_mode);
@@ -67,7 +69,7 @@ fn parse_line(line: &str, has_hva: bool, has_mode: bool) -> Option<RamBlock> {
     })
 }
 
-/// A page size as QEMU spells it (`size_to_str`): a power of two.
+/// A page size as QEMU prints it (`size_to_str`): a power of two.
 fn bytes_of(count: &str, unit: &str) -> Option<u64> {
     let shift = match unit {
         "KiB" => 10,

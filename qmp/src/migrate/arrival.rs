@@ -1,4 +1,4 @@
-//! Waiting for a guest on its way.
+//! Waits for the arrival of a guest in the new QEMU.
 
 use super::pair::{query, set_downtime};
 use super::{Limits, MigrateError, Progress, Status};
@@ -9,36 +9,35 @@ use tokio::sync::broadcast::Receiver;
 use tokio::sync::broadcast::error::RecvError;
 use tokio::time::{MissedTickBehavior, interval, timeout};
 
-/// Between two looks at how far it is, in milliseconds. The end is told by events, without delay.
+/// Interval between two queries of the progress, in milliseconds. Events tell the end without delay.
 const TICK_MS: u64 = 50;
-/// The downtime that is tried first, in milliseconds: below what anybody notices. A guest that writes faster than it can be
-/// copied does not come under it.
+/// First downtime limit, in milliseconds: too short to be noticed. A guest that writes faster than it is copied needs a longer one.
 pub(super) const FIRST_DOWNTIME_MS: u64 = 20;
-/// Rounds after which a longer downtime is allowed: the guest writes as fast as it is copied.
+/// Rounds after which the downtime limit is raised: precopy does not converge.
 const ROUNDS: u64 = 3;
 
-/// A guest that has arrived: all of it is in the new QEMU, and it stands in both.
+/// A guest that has arrived: the new QEMU has all of it, and it is paused in both.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Arrival {
-    /// It was running when it was stopped for the last of it.
+    /// True if the guest was running when it was paused for the rest of the copy.
     pub was_running: bool,
-    /// When it was stopped, in microseconds since 1970; `None` where it stood already.
+    /// When it was paused, in microseconds since 1970; `None` if it was paused before.
     pub stopped_at_us: Option<u64>,
 }
 
-/// What is known on the way.
+/// What is known of the migration so far.
 pub(super) struct Watch<'a> {
     pub(super) source: &'a Client,
     pub(super) destination: &'a Client,
     pub(super) limits: &'a Limits,
-    /// It was running when the move began.
+    /// True if the guest was running when the migration began.
     pub(super) was_running: bool,
     pub(super) downtime_ms: u64,
     pub(super) raised_at_round: u64,
     pub(super) sent: bool,
     pub(super) arrived: bool,
     pub(super) stopped_at_us: Option<u64>,
-    /// The old QEMU's word for how far it is.
+    /// The old QEMU's word for the state of the migration.
     pub(super) state: String,
 }
 
@@ -58,7 +57,7 @@ impl<'a> Watch<'a> {
         }
     }
 
-    /// See [`super::Pair::wait`]. The events are those since before the move began.
+    /// See [`super::Pair::wait`]. The events start before the migration.
     pub(super) async fn wait(
         mut self,
         events: [&mut Receiver<Event>; 2],
@@ -66,7 +65,7 @@ impl<'a> Watch<'a> {
         alive: impl FnMut() -> bool,
     ) -> Result<Arrival, MigrateError> {
         let time_max = self.limits.time_max;
-        // A QEMU that hangs does not even answer.
+        // A QEMU that hangs does not answer.
         match timeout(time_max, self.follow(events, observe, alive)).await {
             Ok(result) => result?,
             Err(_) => {
@@ -99,7 +98,7 @@ impl<'a> Watch<'a> {
                 _ = tick.tick() => {
                     let progress = self.look().await?;
                     if self.sent {
-                        // Nobody goes back for the last few milliseconds.
+                        // In the last few milliseconds the migration is not cancelled any more.
                     } else if !observe(&progress) {
                         return Err(MigrateError::Cancelled);
                     } else if !alive() {
@@ -119,7 +118,7 @@ impl<'a> Watch<'a> {
                 if self.limits.standing {
                     return Ok(());
                 }
-                // The migration's own stop has another state; this one is somebody's wish, and stays.
+                // The stop of the migration has another state. This one is a command of another client, and is kept.
                 if RunState::query(self.source).await.map_err(MigrateError::old)? == RunState::Paused {
                     self.was_running = false;
                 }
@@ -151,7 +150,7 @@ impl<'a> Watch<'a> {
         Ok(())
     }
 
-    /// Asks for what no event told, and lets a guest that writes too fast stand a little longer.
+    /// Queries what no event told, and raises the downtime limit if precopy does not converge.
     async fn look(&mut self) -> Result<Progress, MigrateError> {
         let progress = query(self.source).await.map_err(MigrateError::old)?;
         match progress.status {
@@ -188,12 +187,16 @@ fn state_of(event: &Event) -> Status {
     Progress::of(&event.data).status
 }
 
-/// The next event. Errors: the connection has ended.
+/// The next event.
+///
+/// # Errors
+///
+/// The connection has ended.
 async fn next(events: &mut Receiver<Event>, which: &'static str) -> Result<Event, MigrateError> {
     loop {
         match events.recv().await {
             Ok(event) => return Ok(event),
-            // The ticks find out what the lost ones told.
+            // The regular queries find out what the lost events told.
             Err(RecvError::Lagged(_)) => {}
             Err(RecvError::Closed) => return Err(MigrateError::Gone { which }),
         }

@@ -1,4 +1,4 @@
-//! What binds a guest to its QEMU process: work and services that began through QMP and would end with it.
+//! Finds what binds a guest to its QEMU process: jobs and services that were started through QMP and would end with the process.
 //!
 //! Commands: QEMU's `qapi/job.json`, `qapi/block-core.json`, `qapi/block-export.json`, `qapi/migration.json`, `qapi/ui.json` (7.2 and 10.0).
 
@@ -6,15 +6,15 @@ use super::facts::text;
 use crate::client::{Client, CommandError};
 use serde_json::{Value, json};
 
-/// Capabilities of migration that vmpatch sets itself, or that change nothing for it.
+/// Migration capabilities that vmpatch sets itself, or that make no difference to it.
 const OWN_CAPABILITIES: [&str; 3] = ["events", "x-ignore-shared", "late-block-activate"];
 
-/// One such thing.
+/// One job, service or setting that binds the guest.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Bond {
-    /// It, by its name.
+    /// What it is, with its name.
     pub what: String,
-    /// Why it can't be moved, and what to do.
+    /// Why it cannot be migrated, and what the operator can do.
     pub reason: &'static str,
 }
 
@@ -27,7 +27,7 @@ impl Bond {
     }
 }
 
-/// Asks a QEMU for all of them.
+/// Queries a QEMU for all of them.
 pub(super) async fn read(client: &Client) -> Result<Vec<Bond>, CommandError> {
     let mut found = Vec::new();
     for job in list(client, "query-jobs").await? {
@@ -94,12 +94,12 @@ pub(super) async fn read(client: &Client) -> Result<Vec<Bond>, CommandError> {
     Ok(found)
 }
 
-/// Whether somebody must know a password to look at the guest's screen, by the name of what asks for it.
+/// The displays of the guest that ask for a password.
 pub(super) async fn passwords(client: &Client) -> Result<Vec<&'static str>, CommandError> {
     let mut found = Vec::new();
     for (command, auth, name) in [("query-vnc", "vnc", "vnc"), ("query-spice", "spice", "spice")] {
         let answer = match client.execute_as::<Value>(command, json!({})).await {
-            // Not built in.
+            // QEMU was built without it.
             Err(CommandError::Refused { .. }) => continue,
             other => other?,
         };

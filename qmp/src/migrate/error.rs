@@ -1,61 +1,61 @@
-//! Why a guest was not moved.
+//! Errors of migrations.
 
 use crate::client::{CommandError, ConnectError};
 use std::io;
 
-/// Why a guest was not moved.
+/// Why a guest was not migrated.
 #[derive(Debug, thiserror::Error)]
 pub enum MigrateError {
-    /// The host gave no event loop.
+    /// The event loop cannot be created.
     #[error("cannot set up an event loop")]
     EventLoop(#[source] io::Error),
-    /// No connection to the QEMU that has the guest.
+    /// The connect to the QEMU that has the guest failed.
     #[error("connecting to the old QEMU")]
     Source(#[source] ConnectError),
-    /// No connection to the QEMU that is to get it.
+    /// The connect to the QEMU that is to get the guest failed.
     #[error("connecting to the new QEMU")]
     Destination(#[source] ConnectError),
-    /// The new QEMU was to be asked before it was connected to.
+    /// The new QEMU was used before the connect to it.
     #[error("the new QEMU is not connected yet")]
     NoDestination,
-    /// A QEMU did not do as told.
+    /// A command to a QEMU failed.
     #[error("{which} QEMU")]
     Command {
         /// `old` or `new`.
         which: &'static str,
-        /// What it said.
+        /// The error.
         #[source]
         cause: CommandError,
     },
-    /// No channel for the stream could be made.
+    /// The channel for the stream cannot be created.
     #[error("making a channel between the two QEMUs")]
     Channel(#[source] io::Error),
-    /// QEMU gave up.
+    /// A QEMU gave up the migration.
     #[error("the {which} QEMU gave up: {reason}")]
     Failed {
         /// `old` or `new`.
         which: &'static str,
-        /// Its words, or its state.
+        /// QEMU's reason, or its state.
         reason: String,
     },
-    /// The new process is gone.
+    /// The new process has ended.
     #[error("the new QEMU ended in the middle of it")]
     DestinationGone,
-    /// A connection ended.
+    /// A QMP connection ended.
     #[error("the {which} QEMU closed its connection in the middle of it")]
     Gone {
         /// `old` or `new`.
         which: &'static str,
     },
-    /// It did not come to its end in time.
+    /// The migration did not end in time.
     #[error("the guest had not moved within {within_s} s ({state})")]
     TooLong {
         /// The time allowed, in seconds.
         within_s: u64,
-        /// How far it was.
+        /// Its progress.
         state: String,
     },
-    /// The operator does not want it any more.
+    /// The operator has cancelled the migration.
     #[error("cancelled")]
     Cancelled,
 }

@@ -1,4 +1,4 @@
-//! What can be compared between two QEMUs that are to be one machine.
+//! The properties of a QEMU's machine, to compare the old one with the new one.
 
 use super::bound::{self, Bond};
 use super::settings::{self, Settings};
@@ -11,13 +11,13 @@ use std::collections::{BTreeMap, BTreeSet};
 /// A disk, CD or floppy drive, as QMP `query-block` shows it.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub struct BlockDevice {
-    /// Its name, or the device that it belongs to.
+    /// Name of the drive, or of the device that it belongs to.
     pub name: String,
-    /// The image in it; empty where there is no medium.
+    /// The image in it; empty without a medium.
     pub file: String,
 }
 
-/// How labels of character devices begin that QEMU gives, or vmpatch. `#` is that of a gdbstub's, which stays (`gdbstub/system.c`,
+/// Prefixes of the labels that QEMU or vmpatch gives to character devices. `#` is the prefix of a gdbstub's, which stays (`gdbstub/system.c`,
 /// `gdbserver_start`).
 const OWN_LABELS: [&str; 9] = [
     "#",
@@ -31,42 +31,42 @@ const OWN_LABELS: [&str; 9] = [
     "virtcon",
 ];
 
-/// What a QEMU says of the machine that it makes.
+/// The properties of a QEMU's machine.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Facts {
     /// Major, minor and micro version.
     pub version: (u64, u64, u64),
     /// The machine type, with its version: `pc-q35-7.2`.
     pub machine: String,
-    /// vCPUs.
+    /// Number of vCPUs.
     pub vcpus: usize,
-    /// RAM in bytes, with what was plugged. Of virtio-mem devices as much as they may have: how much that is moves with the guest.
+    /// RAM in bytes, with plugged memory. Virtio-mem devices count with their largest size: their present size migrates with the guest.
     pub ram: u64,
-    /// Some of it belongs to a virtio-mem device.
+    /// True if some of the RAM belongs to a virtio-mem device.
     pub elastic: bool,
-    /// Blocks of memory that a migration sends, with their sizes in bytes; not those that the new QEMU lets grow and shrink.
+    /// Blocks of memory that a migration sends, with their sizes in bytes, without those that the new QEMU can resize.
     pub blocks: BTreeMap<String, u64>,
     /// Devices with an id.
     pub devices: BTreeSet<String>,
-    /// The types of those without one, sorted.
+    /// Types of the devices without an id, sorted.
     pub nameless: Vec<String>,
-    /// Objects, with their types; not the monitors, which QEMU 11.1 makes objects, too.
+    /// Objects, with their types, without monitors, which are objects in QEMU 11.1.
     pub objects: BTreeSet<String>,
-    /// Character devices, but for those that QEMU, or vmpatch, names itself.
+    /// Character devices, without those that QEMU or vmpatch names itself.
     pub characters: BTreeSet<String>,
     /// Block nodes with a name that QEMU did not choose, with their drivers.
     pub nodes: BTreeSet<String>,
-    /// What can be set while the guest runs.
+    /// Settings that can be changed while the guest runs.
     pub settings: Settings,
     /// What binds the guest to the process.
     pub bonds: Vec<Bond>,
     /// Displays that ask for a password: `vnc`, `spice`.
     pub passwords: Vec<&'static str>,
-    /// The identity that a vmgenid device gives to the guest.
+    /// The identity that a vmgenid device presents to the guest.
     pub generation: Option<String>,
-    /// Drives.
+    /// The drives.
     pub drives: BTreeSet<BlockDevice>,
-    /// Network backends and the network cards at them, in QEMU's words (HMP `info network`).
+    /// Network backends and their network cards, as QEMU prints them (HMP `info network`).
     pub networks: Vec<String>,
     /// Features of the first vCPU, by CPUID leaf and register.
     pub cpu: BTreeMap<String, u64>,
@@ -80,7 +80,7 @@ struct MemorySize {
 }
 
 impl Facts {
-    /// Asks QEMU.
+    /// Queries QEMU.
     pub(super) async fn read(client: &Client) -> Result<Self, CommandError> {
         let vcpus: Vec<Value> = client.execute_as("query-cpus-fast", json!({})).await?;
         let memory: MemorySize = client.execute_as("query-memory-size-summary", json!({})).await?;
@@ -122,7 +122,7 @@ impl Facts {
     }
 }
 
-/// `pc-q35-7.2-machine`, the class that an alias such as `q35` stood for when QEMU began, without its suffix.
+/// The machine type without its suffix `-machine`. An alias such as `q35` is resolved to its class, such as `pc-q35-7.2-machine`.
 async fn machine_type(client: &Client) -> Result<String, CommandError> {
     let class: String = client
         .execute_as("qom-get", json!({"path": "/machine", "property": "type"}))
@@ -130,7 +130,7 @@ async fn machine_type(client: &Client) -> Result<String, CommandError> {
     Ok(class.strip_suffix("-machine").unwrap_or(&class).to_owned())
 }
 
-/// The CPUID bits of a vCPU (`X86CPUFeatureWordInfo`); nothing where it is no x86 one.
+/// The CPUID bits of a vCPU (`X86CPUFeatureWordInfo`); empty for another architecture.
 async fn features(client: &Client, vcpu: &str) -> Result<BTreeMap<String, u64>, CommandError> {
     let arguments = json!({"path": vcpu, "property": "feature-words"});
     let words: Vec<Value> = match client.execute_as("qom-get", arguments).await {
@@ -187,14 +187,14 @@ fn ram(memory: &MemorySize, devices: &[Value]) -> u64 {
     })
 }
 
-/// Those of ACPI's tables are made by QEMU, and take the size that comes with the guest. What is not understood is left to QEMU.
+/// QEMU itself creates the blocks of ACPI tables, and adopts the size that comes with the guest. Unknown blocks are left to QEMU.
 fn fixed_blocks(table: &str) -> BTreeMap<String, u64> {
     let blocks = ramblock::parse(table).unwrap_or_default();
     let fixed = blocks.into_iter().filter(|block| !block.name.starts_with("/rom@"));
     fixed.map(|block| (block.name, block.used)).collect()
 }
 
-/// A block node, where it has a name of its own: `d0 (qcow2)`.
+/// A block node with a name of its own, as `d0 (qcow2)`.
 fn node(node: &Value) -> Option<String> {
     let name = text(node, "node-name");
     (!name.starts_with('#')).then(|| format!("{name} ({})", text(node, "drv")))
@@ -202,7 +202,7 @@ fn node(node: &Value) -> Option<String> {
 
 async fn generation(client: &Client) -> Result<Option<String>, CommandError> {
     match client.execute_as::<Value>("query-vm-generation-id", json!({})).await {
-        // There is no such device.
+        // The machine has no such device.
         Err(CommandError::Refused { .. }) => Ok(None),
         answer => Ok(Some(text(&answer?, "guid"))),
     }

@@ -1,8 +1,7 @@
 //! Live migration between two QEMUs of one host.
 //!
-//! The new QEMU was started with `-incoming defer` and `-S`: it waits for a stream, and afterwards for `cont`. So whoever
-//! moves a guest can look at it between its arrival and its first instruction there, and go back until then: the old QEMU
-//! still has all of it, stopped.
+//! The new QEMU was started with `-incoming defer` and `-S`: it waits for a stream, and afterwards for `cont`. So the guest can be checked between its
+//! arrival and its first instruction in the new QEMU. Until then the migration can be undone: the old QEMU still has the whole guest, paused.
 //!
 //! Commands and states: QEMU's `qapi/migration.json` (7.2 and 10.0), `docs/devel/migration/CPR.rst` (10.0).
 
@@ -25,19 +24,19 @@ pub use settings::{Setting, Settings, lost};
 
 use std::time::Duration;
 
-/// How guest RAM gets into the new process.
+/// The method that brings guest RAM into the new process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Way {
-    /// As descriptors, over a channel of its own: nothing is copied (QEMU 10.0 and later).
+pub enum Method {
+    /// Passes descriptors over a separate channel: nothing is copied (QEMU 10.0 and later).
     CprTransfer,
-    /// Both map the same file; only the rest is sent (`x-ignore-shared`).
+    /// Both processes map the same file, and only the rest is sent (`x-ignore-shared`).
     IgnoreShared,
-    /// Copied while the guest runs, and what it has written meanwhile again.
+    /// Copies RAM while the guest runs, and copies again what the guest has written meanwhile.
     Precopy,
 }
 
-impl Way {
-    /// As QEMU's documentation calls it.
+impl Method {
+    /// The name in QEMU's documentation.
     pub fn name(self) -> &'static str {
         match self {
             Self::CprTransfer => "cpr-transfer",
@@ -47,16 +46,16 @@ impl Way {
     }
 }
 
-/// What bounds a migration.
+/// The limits of a migration.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Limits {
-    /// The longest that the guest may stand, in milliseconds, as QEMU reckons it beforehand.
+    /// Longest downtime of the guest in milliseconds, as QEMU estimates it beforehand.
     pub downtime_ms: u64,
-    /// The most bytes a second; `None`: no limit.
+    /// Largest bandwidth in bytes a second; `None` for no limit.
     pub bandwidth: Option<u64>,
-    /// The guest stands for all of the copy. QEMU 7.2 as an emulator (TCG) loses what a guest writes while it is copied (seen: a
-    /// guest that works crashes in the new process, 7.2.22 to itself, too; 10.0.2 loses nothing).
+    /// True if the guest is paused during the whole copy. With TCG, QEMU 7.2 loses what a guest writes while it is copied (seen: a busy guest crashes in
+    /// the new process, also from 7.2.22 to itself; 10.0.2 loses nothing).
     pub standing: bool,
-    /// The longest time from the first byte to the last.
+    /// Longest time from the first byte to the last.
     pub time_max: Duration,
 }

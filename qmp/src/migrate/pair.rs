@@ -1,7 +1,7 @@
-//! The two QEMUs of a move, driven together.
+//! Drives the two QEMUs of a migration together.
 
 use super::arrival::{Arrival, FIRST_DOWNTIME_MS, Watch};
-use super::{Facts, Limits, MigrateError, Progress, Status, Way, settings, stream};
+use super::{Facts, Limits, Method, MigrateError, Progress, Status, settings, stream};
 use crate::client::{Client, CommandError, ConnectError, Event};
 use crate::machine::RunState;
 use crate::memory::{RamMap, RamMapError};
@@ -13,19 +13,19 @@ use tokio::sync::broadcast::Receiver;
 use tokio::sync::broadcast::error::RecvError;
 use tokio::time::{sleep, timeout};
 
-/// Between two tries at a socket that a process which just began has not opened yet, in milliseconds.
+/// Interval between two attempts to connect to a socket that a new process has not opened yet, in milliseconds.
 const OPEN_RETRY_MS: u64 = 3;
-/// Between two looks at a migration that is being cancelled, in milliseconds.
+/// Interval between two queries of a migration that is being cancelled, in milliseconds.
 const CANCEL_POLL_MS: u64 = 10;
-/// Between two tries to let a guest run in its old QEMU, in milliseconds.
+/// Interval between two attempts to resume a guest in its old QEMU, in milliseconds.
 const TAKE_BACK_RETRY_MS: u64 = 100;
-/// The most bytes a second, where there is no limit: QEMU's own default is one gigabit.
+/// Bandwidth for "no limit", in bytes a second. QEMU's own default is one gigabit.
 const NO_LIMIT: u64 = 1 << 40;
 
-/// An old QEMU, which has the guest, and a new one, which is to get it. Every method blocks.
+/// The old QEMU, which has the guest, and the new one, which is to get it. Every method blocks.
 #[derive(Debug)]
 pub struct Pair {
-    // Declared before the runtime that their tasks live on.
+    // Declared before the runtime, so that they are dropped before: their tasks run there.
     destination: Option<New>,
     source: Client,
     source_events: Receiver<Event>,
@@ -59,7 +59,7 @@ impl Pair {
         })
     }
 
-    /// Connects to the new QEMU, which may not have opened its socket yet: tries for as long as `within`, and while it is `alive`.
+    /// Connects to the new QEMU, which may not have opened its socket yet: repeats attempts for `within`, as long as the process is `alive`.
     pub fn connect(
         &mut self,
         destination: &Path,
@@ -95,57 +95,57 @@ impl Pair {
         self.destination.as_ref()?.client.peer_pid()
     }
 
-    /// What the old QEMU says of its machine.
+    /// The properties of the old QEMU's machine.
     pub fn source_facts(&self) -> Result<Facts, MigrateError> {
         self.runtime
             .block_on(Facts::read(&self.source))
             .map_err(MigrateError::old)
     }
 
-    /// What the new QEMU says of its machine.
+    /// The properties of the new QEMU's machine.
     pub fn destination_facts(&self) -> Result<Facts, MigrateError> {
         self.runtime
             .block_on(Facts::read(self.target()?))
             .map_err(MigrateError::new)
     }
 
-    /// Sets in the new QEMU what was set in the old one since it began, as far as it can be set. [`Pair::destination_facts`] tells what
-    /// came of it.
+    /// Copies settings to the new QEMU that were changed in the old one since its start, as far as they can be set. [`Pair::destination_facts`] gives the
+    /// result.
     pub fn carry_settings_over(&self, old: &Facts, new: &Facts) -> Result<(), MigrateError> {
         let set = settings::carry_over(self.target()?, &old.settings, &new.settings);
         self.runtime.block_on(set).map_err(MigrateError::new)
     }
 
-    /// What the old QEMU does with the guest.
+    /// The state of the guest in the old QEMU.
     pub fn source_state(&self) -> Result<RunState, MigrateError> {
         self.runtime
             .block_on(RunState::query(&self.source))
             .map_err(MigrateError::old)
     }
 
-    /// What the new QEMU does with the guest.
+    /// The state of the guest in the new QEMU.
     pub fn destination_state(&self) -> Result<RunState, MigrateError> {
         self.runtime
             .block_on(RunState::query(self.target()?))
             .map_err(MigrateError::new)
     }
 
-    /// How far the old QEMU's migration is.
+    /// The progress of the old QEMU's migration.
     pub fn sent(&self) -> Result<Progress, MigrateError> {
         self.runtime.block_on(query(&self.source)).map_err(MigrateError::old)
     }
 
-    /// How far the new QEMU's is.
+    /// The progress of the new QEMU's migration.
     pub fn arrived(&self) -> Result<Progress, MigrateError> {
         self.runtime.block_on(query(self.target()?)).map_err(MigrateError::new)
     }
 
-    /// Where the guest's RAM is in the old process `pid`.
+    /// The map of the guest's RAM in the old process `pid`.
     pub fn source_ram(&self, pid: i32) -> Result<RamMap, RamMapError> {
         self.runtime.block_on(RamMap::read(&self.source, pid))
     }
 
-    /// Where the guest's RAM is in the new process `pid`.
+    /// The map of the guest's RAM in the new process `pid`.
     pub fn destination_ram(&self, pid: i32) -> Result<RamMap, RamMapError> {
         match &self.destination {
             Some(new) => self.runtime.block_on(RamMap::read(&new.client, pid)),
@@ -153,13 +153,13 @@ impl Pair {
         }
     }
 
-    /// What forbids the old QEMU to send its guest that way, in its own words. Nothing is changed for good.
-    pub fn blockers(&self, way: Way) -> Result<Vec<String>, MigrateError> {
+    /// The old QEMU's reasons that forbid a migration by this method. Settings are restored afterwards.
+    pub fn blockers(&self, method: Method) -> Result<Vec<String>, MigrateError> {
         let ask = async {
-            if way != Way::CprTransfer {
+            if method != Method::CprTransfer {
                 return Ok(query(&self.source).await?.blockers);
             }
-            // The reasons are those for the mode that is set; one that QEMU does not know, it refuses.
+            // QEMU gives the reasons for the mode that is set. It refuses an unknown mode.
             if let Err(refusal) = set_mode(&self.source, "cpr-transfer").await {
                 return Ok(vec![refusal.to_string()]);
             }
@@ -170,8 +170,8 @@ impl Pair {
         self.runtime.block_on(ask).map_err(MigrateError::old)
     }
 
-    /// Has the old QEMU hand its memory over to one that was started with the channel `path` for that, and nothing but
-    /// that yet: the guest runs on. Only with this the new one opens its sockets.
+    /// Lets the old QEMU hand over its memory, and nothing else yet, to one that was started with the channel `path` for that. The guest runs on. The new
+    /// QEMU opens its sockets only after this.
     pub fn hand_over_ram(&mut self, path: &Path, main: &Path) -> Result<(), MigrateError> {
         let socket = |path: &Path| json!({"transport": "socket", "type": "unix", "path": path.to_string_lossy()});
         let channels = json!({"channels": [
@@ -187,13 +187,13 @@ impl Pair {
         self.runtime.block_on(start).map_err(MigrateError::old)
     }
 
-    /// Begins to move the guest. With [`Way::CprTransfer`], `main` is what [`Pair::hand_over_ram`] was told.
-    pub fn start(&mut self, way: Way, limits: &Limits, main: &Path) -> Result<(), MigrateError> {
+    /// Starts the migration. With [`Method::CprTransfer`], `main` is the path that [`Pair::hand_over_ram`] was given.
+    pub fn start(&mut self, method: Method, limits: &Limits, main: &Path) -> Result<(), MigrateError> {
         self.was_running = self.source_state()? == RunState::Running;
         let new = self.target()?;
-        let shared = way == Way::IgnoreShared;
+        let shared = method == Method::IgnoreShared;
         let runtime = &self.runtime;
-        // A guest that stands is not let run, and its disks must be there nevertheless.
+        // A paused guest is not resumed, but its disks must be activated.
         let mut wanted = vec![("events", true), ("late-block-activate", self.was_running)];
         if shared {
             wanted.push(("x-ignore-shared", true));
@@ -201,7 +201,7 @@ impl Pair {
         runtime
             .block_on(capabilities(new, &wanted))
             .map_err(MigrateError::new)?;
-        if way == Way::CprTransfer {
+        if method == Method::CprTransfer {
             let uri = format!("unix:{}", main.display());
             return runtime.block_on(receive(new, &uri)).map_err(MigrateError::new);
         }
@@ -226,10 +226,12 @@ impl Pair {
         runtime.block_on(send).map_err(MigrateError::old)
     }
 
-    /// Waits until the guest has arrived, and stands in both. `observe` is told how far it is, some twenty times a second, and
-    /// says whether to go on; `alive` whether the new process is.
+    /// Waits until the guest has arrived, and is paused in both. `observe` gets the progress some twenty times a second, and tells whether to continue;
+    /// `alive` tells whether the new process runs.
     ///
-    /// Errors: whatever they are, the guest may still be on its way; [`Pair::cancel`] comes next.
+    /// # Errors
+    ///
+    /// The guest may still be migrating: the caller must call [`Pair::cancel`].
     pub fn wait(
         &mut self,
         limits: &Limits,
@@ -242,22 +244,23 @@ impl Pair {
         self.runtime.block_on(watch.wait(events, observe, alive))
     }
 
-    /// Lets the guest run in the new QEMU, and gives the moment, in microseconds since 1970. From then on the old one's guest
-    /// is history.
+    /// Resumes the guest in the new QEMU, and gives the time, in microseconds since 1970. From then on the old QEMU's copy must not run again.
     ///
-    /// Errors: where QEMU refused ([`CommandError::Refused`]), it has not run; else see [`Pair::has_run`].
+    /// # Errors
+    ///
+    /// If QEMU refused ([`CommandError::Refused`]), the guest has not run. After other errors, [`Pair::has_run`] tells.
     pub fn resume(&mut self) -> Result<Option<u64>, MigrateError> {
         let new = self.destination.as_mut().ok_or(MigrateError::NoDestination)?;
         let run = async {
             new.client.execute(qapi::qmp::cont {}).await?;
-            // The event comes before the answer.
+            // The event comes before the reply.
             Ok(resumed(&mut new.events))
         };
         self.runtime.block_on(run).map_err(MigrateError::new)
     }
 
-    /// Whether the guest has run in the new QEMU, after a [`Pair::resume`] that failed otherwise than by a refusal. Its process
-    /// must have ended: what it told before is still to be read, and it tells before it lets a vCPU run.
+    /// True if the guest has run in the new QEMU, after a [`Pair::resume`] that failed without a refusal. The new process must have ended. Its last events
+    /// can still be read, and it sends the event before a vCPU runs.
     pub fn has_run(&mut self, within: Duration) -> bool {
         let Some(new) = self.destination.as_mut() else {
             return false;
@@ -271,14 +274,14 @@ impl Pair {
                 }
             }
         };
-        // Where even that can't be told, it may have.
+        // If the events cannot be read, the guest may have run.
         let told = self.runtime.block_on(async { timeout(within, end).await });
         told.unwrap_or(true)
     }
 
-    /// Gives the move up. Afterwards the old QEMU is at rest, with the guest running there, or standing where `completed` is
-    /// told: then all had been sent already. A QEMU that was moved into tells its own arrival as `completed` until it sends for the
-    /// first time; where the guest runs, or its operator paused it, nothing has been sent, and `None` is told.
+    /// Cancels the migration. Afterwards the old QEMU is idle. The guest runs there, or is paused if the result is `completed`: then all had been sent
+    /// already. A QEMU that has received a guest reports that migration as `completed` until it sends for the first time; if its guest runs, or its operator
+    /// has paused it, nothing has been sent, and the result is `None`.
     pub fn cancel(&mut self, within: Duration) -> Result<Status, MigrateError> {
         let end = Instant::now() + within;
         let give_up = async {
@@ -287,9 +290,9 @@ impl Pair {
             loop {
                 let progress = query(source).await?;
                 if progress.status != Status::UnderWay || Instant::now() >= end {
-                    // One that QEMU leaves as it is does no harm, but the next migration would be of that kind.
+                    // A failure does no harm now, but the next migration would use this mode.
                     let _ = set_mode(source, "normal").await;
-                    // Where all has been sent it is `postmigrate`.
+                    // After all has been sent, the state is `postmigrate`.
                     let state = RunState::query(source).await?;
                     return Ok((progress, matches!(state, RunState::Running | RunState::Paused)));
                 }
@@ -311,9 +314,8 @@ impl Pair {
         }
     }
 
-    /// Lets the guest run in the old QEMU again, where it stands: after all had been sent, or because it stood for the copy. Only where
-    /// the new one has never let it run, and its process is gone, with its hold on the disks. Tries for as long as `within` while
-    /// QEMU refuses: it can't have a disk that somebody else has taken meanwhile.
+    /// Resumes the guest in the old QEMU, where it is paused: because all had been sent, or for the copy. The new QEMU must never have resumed it, and its
+    /// process, with its locks of the disks, must have ended. Repeats attempts for `within` while QEMU refuses: another process may still hold a disk.
     pub fn take_back(&mut self, within: Duration) -> Result<(), MigrateError> {
         let end = Instant::now() + within;
         let source = &self.source;
@@ -336,7 +338,7 @@ impl Pair {
     }
 }
 
-/// When the guest was let run, by an event that has come already.
+/// The time of the guest's resume, from an event that has come already.
 fn resumed(events: &mut Receiver<Event>) -> Option<u64> {
     while let Ok(event) = events.try_recv() {
         if event.name == "RESUME" {
@@ -346,13 +348,13 @@ fn resumed(events: &mut Receiver<Event>) -> Option<u64> {
     None
 }
 
-/// How far a QEMU's migration is, in either direction.
+/// The progress of a QEMU's migration, in either direction.
 pub(super) async fn query(client: &Client) -> Result<Progress, CommandError> {
     let reply: Value = client.execute_as("query-migrate", json!({})).await?;
     Ok(Progress::of(&reply))
 }
 
-/// Sets the longest time that the guest may stand.
+/// Sets the downtime limit.
 pub(super) async fn set_downtime(client: &Client, downtime_ms: u64) -> Result<(), CommandError> {
     let _: Value = client
         .execute_as("migrate-set-parameters", json!({"downtime-limit": downtime_ms}))

@@ -1,17 +1,17 @@
-//! How far a migration is: QMP `query-migrate`.
+//! The progress of a migration: QMP `query-migrate`.
 
 use serde_json::Value;
 
-/// Where a migration stands.
+/// The state of a migration.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Status {
-    /// There was none since the process began.
+    /// No migration since the start of the process.
     None,
-    /// It goes on: any state that is not one of the others, unknown ones too.
+    /// In progress: any state that is not one of the others, unknown ones included.
     UnderWay,
-    /// All has been sent, or has arrived; the guest stands.
+    /// All has been sent, or has arrived. The guest is paused.
     Completed,
-    /// It was given up, by QEMU or by somebody's wish; the guest runs on where it was.
+    /// Given up by QEMU, or cancelled. The guest runs on in the old process.
     GivenUp,
 }
 
@@ -26,14 +26,14 @@ impl Status {
     }
 }
 
-/// One look at a migration.
+/// The progress of a migration at one moment.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Progress {
-    /// Where it stands.
+    /// The state.
     pub status: Status,
-    /// QEMU's own word for it.
+    /// QEMU's own word for the state.
     pub state: String,
-    /// Why it failed, where QEMU says so.
+    /// Why it failed, if QEMU tells.
     pub reason: Option<String>,
     /// RAM of the guest, in bytes.
     pub total: u64,
@@ -43,18 +43,18 @@ pub struct Progress {
     pub transferred: u64,
     /// Bytes a second.
     pub rate: u64,
-    /// How often QEMU has looked which pages were written since they were sent.
+    /// How often QEMU has searched for pages that were written after they were sent.
     pub rounds: u64,
-    /// How long the guest would stand if it were stopped now, in milliseconds.
+    /// Downtime if the guest were paused now, in milliseconds, as QEMU estimates it.
     pub downtime_expected_ms: Option<u64>,
-    /// How long the guest stood, in milliseconds, as the old QEMU reckons it.
+    /// Downtime of the guest in milliseconds, as the old QEMU measured it.
     pub downtime_ms: Option<u64>,
-    /// What forbids a migration.
+    /// Reasons that forbid a migration.
     pub blockers: Vec<String>,
 }
 
 impl Progress {
-    /// From QEMU's answer; what it does not tell is 0.
+    /// Decodes QEMU's reply. Missing numbers are 0.
     pub(super) fn of(reply: &Value) -> Self {
         let state = reply.get("status").and_then(Value::as_str);
         let number = |value: &Value, name: &str| value.get(name).and_then(Value::as_u64);
@@ -82,11 +82,11 @@ impl Progress {
     }
 }
 
-/// From QEMU's 10^6 bits a second. What is no sensible number is 0.
+/// Converts QEMU's 10^6 bits a second to bytes a second. A number that makes no sense becomes 0.
 fn bytes_a_second(megabits: f64) -> u64 {
     let bytes = (megabits * 125_000.0).round();
     if bytes.is_finite() && bytes >= 0.0 {
-        // A conversion that saturates, of a number that is only shown.
+        // The conversion saturates. The number is only shown.
         bytes as u64
     } else {
         0

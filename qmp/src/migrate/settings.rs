@@ -1,4 +1,4 @@
-//! What may have been set through QMP since a QEMU began, which its command line does not tell.
+//! Settings that may have been changed through QMP since the start of a QEMU, so that its command line does not tell them.
 //!
 //! Commands: QEMU's `qapi/block-core.json`, `qapi/qom.json`, `qapi/machine.json` (7.2 and 10.0).
 
@@ -7,9 +7,9 @@ use crate::client::{Client, CommandError};
 use serde_json::{Map, Value, json};
 use std::collections::BTreeMap;
 
-/// Limits of a drive that every QEMU tells.
+/// Limits of a drive that every QEMU reports.
 const LIMITS: [&str; 6] = ["bps", "bps_rd", "bps_wr", "iops", "iops_rd", "iops_wr"];
-/// Further ones, which it tells where they are set.
+/// Further limits, which QEMU reports if they are set.
 const MORE_LIMITS: [&str; 14] = [
     "bps_max",
     "bps_rd_max",
@@ -26,7 +26,7 @@ const MORE_LIMITS: [&str; 14] = [
     "iops_size",
     "group",
 ];
-/// What else is told of a drive, and is for the host to choose.
+/// Other properties of a drive that the host may choose.
 const OF_DRIVES: [&str; 6] = [
     "/ro",
     "/detect_zeroes",
@@ -35,7 +35,7 @@ const OF_DRIVES: [&str; 6] = [
     "/cache/direct",
     "/cache/no-flush",
 ];
-/// Properties of objects and devices that may be set while the guest runs, by a part of the type's name.
+/// Properties of objects and devices that may be set while the guest runs, with a part of the type's name.
 const PROPERTIES: [(&str, &str); 7] = [
     ("balloon", "guest-stats-polling-interval"),
     ("iothread", "poll-max-ns"),
@@ -45,16 +45,16 @@ const PROPERTIES: [(&str, &str); 7] = [
     ("iothread", "thread-pool-max"),
     ("throttle-group", "limits"),
 ];
-/// Those of them whose zero leaves the choice to QEMU. 10.0 tells the zero, 11.1 what it chose, also after the zero was set (seen with
-/// 10.0.2 and 11.1.3).
+/// Those properties for which zero lets QEMU choose. 10.0 reports the zero; 11.1 reports its choice, also after the zero was set (seen with 10.0.2 and
+/// 11.1.3).
 const ZERO_IS_QEMUS_CHOICE: [&str; 2] = ["poll-grow", "poll-shrink"];
-/// Folders of the object tree with what a command line, or QMP, has made.
+/// Folders of the object tree with objects that the command line or QMP has created.
 const FOLDERS: [&str; 3] = ["/objects", "/machine/peripheral", "/machine/peripheral-anon"];
 
 /// One setting.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Setting {
-    /// What it is set to.
+    /// The value.
     pub value: Value,
     how: How,
 }
@@ -69,18 +69,18 @@ impl Setting {
 /// How it is set.
 #[derive(Debug, Clone, PartialEq)]
 enum How {
-    /// Not at all.
+    /// It cannot be set.
     Never,
-    /// By a drive's limits; the argument that names the drive, and its name.
+    /// By the limits of a drive: the argument that names the drive, and its name.
     Throttle(&'static str, String),
-    /// By a property: path and name.
+    /// By a property: its path and name.
     Property(String, String),
 }
 
-/// Settings by what they are of, for people.
+/// Settings, by names for people.
 pub type Settings = BTreeMap<String, Setting>;
 
-/// Asks a QEMU for all settings that can be asked for. `blocks` is its answer to `query-block`.
+/// Queries all settings of a QEMU that can be queried. `blocks` is its reply to `query-block`.
 pub(super) async fn read(client: &Client, blocks: &[Value]) -> Result<Settings, CommandError> {
     let mut found = Settings::new();
     for block in blocks {
@@ -128,7 +128,7 @@ fn of_drive(block: &Value, found: &mut Settings) {
     }
 }
 
-/// Settings that one has and the other has not, or that differ: what it is, and both values. One that only the new QEMU knows is its own.
+/// The settings of the old QEMU that differ or are missing in the new one, with both values.
 fn differences<'a>(
     old: &'a Settings,
     new: &'a Settings,
@@ -140,7 +140,7 @@ fn differences<'a>(
     })
 }
 
-/// What the new QEMU has otherwise after [`carry_over`], as [`differences`] gives it; not what the old one left to QEMU.
+/// The [`differences`] that are left after [`carry_over`], without settings that the old QEMU was free to choose.
 pub fn lost<'a>(
     old: &'a Settings,
     new: &'a Settings,
@@ -148,7 +148,7 @@ pub fn lost<'a>(
     differences(old, new).filter(|(_, setting, found)| found.is_none() || !setting.is_qemus_choice())
 }
 
-/// Gives a QEMU what differs from the old one's, where it can be set. Whether it was has to be looked at.
+/// Sets in a QEMU what differs from the old one, as far as it can be set. The caller must check the result.
 pub(super) async fn carry_over(client: &Client, old: &Settings, new: &Settings) -> Result<(), CommandError> {
     for (_, Setting { value, how }, _) in differences(old, new) {
         let (command, arguments) = match how {
@@ -157,7 +157,7 @@ pub(super) async fn carry_over(client: &Client, old: &Settings, new: &Settings) 
             How::Property(path, property) => ("qom-set", json!({"path": path, "property": property, "value": value})),
         };
         match client.execute_as::<Value>(command, arguments).await {
-            // Then it differs still, and is named with both values.
+            // A setting that was refused still differs, and is reported with both values.
             Err(CommandError::Refused { .. }) | Ok(_) => {}
             Err(error) => return Err(error),
         }
@@ -202,7 +202,7 @@ mod tests {
         };
         assert_eq!(lost(&set("poll-grow", 0), &set("poll-grow", 2)).count(), 0);
         assert_eq!(lost(&set("poll-grow", 3), &set("poll-grow", 2)).count(), 1);
-        // Zero nanoseconds are no polling at all.
+        // Zero nanoseconds mean no polling.
         assert_eq!(lost(&set("poll-max-ns", 0), &set("poll-max-ns", 32768)).count(), 1);
     }
 

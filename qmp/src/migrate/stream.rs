@@ -1,5 +1,5 @@
-//! The channel between the two QEMUs: a pair of connected sockets that have no name, one end passed to each. Nobody else can
-//! reach them, whatever users the two run as.
+//! The channel between the two QEMUs: a pair of connected sockets without a name, one end passed to each. No other process can reach them, whatever users
+//! the two run as.
 
 use super::MigrateError;
 use crate::client::{Client, CommandError};
@@ -7,16 +7,16 @@ use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicU32, Ordering};
 
-/// Both ends of a channel.
+/// The two ends of a channel.
 pub(super) fn channel() -> Result<(OwnedFd, OwnedFd), MigrateError> {
     let flags = SockFlag::SOCK_CLOEXEC;
     socketpair(AddressFamily::Unix, SockType::Stream, None, flags).map_err(|errno| MigrateError::Channel(errno.into()))
 }
 
-/// Passes one end, and gives the address by which QEMU knows it.
+/// Passes one end to a QEMU, and gives the address of the end in QEMU.
 pub(super) async fn pass(client: &Client, end: OwnedFd) -> Result<String, CommandError> {
     static COUNT: AtomicU32 = AtomicU32::new(0);
-    // A name used once: giving a name anew makes QEMU close what it had.
+    // The name is unique: if a name is used again, QEMU closes its former descriptor.
     let count = COUNT.fetch_add(1, Ordering::Relaxed);
     let fdname = format!("vmpatch-move-{}-{count}", std::process::id());
     client

@@ -64,8 +64,9 @@ impl Qemu {
         let binary = std::env::var_os("QEMU").unwrap_or_else(|| "qemu-system-x86_64".into());
         let child = Command::new(binary)
             .args(["-nodefaults", "-display", "none", "-m", "64", "-accel", "tcg"])
-            .args(["-qmp", &format!("unix:{},server=on,wait=off", socket.display())])
             .args(extra)
+            // Last: once it is there, so are the sockets of `extra`.
+            .args(["-qmp", &format!("unix:{},server=on,wait=off", socket.display())])
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .spawn()

@@ -11,14 +11,11 @@ use std::path::Path;
 use std::process::{Command, ExitCode, Stdio};
 use std::time::{Duration, Instant};
 
-use clap::Parser;
 use e2e::kit::{self, Modules};
 use e2e::monitor::Monitor;
+use e2e::session;
 use e2e::vmpatch;
 use guest_core::commit::Committed;
-use host_agent::cli::Cli;
-use host_agent::progress::Progress;
-use host_agent::session::{Session, Target};
 use images::build::Cve;
 use images::build::hand_written::Applied;
 use images::guest::Guest;
@@ -37,6 +34,8 @@ const KIND_CYCLES_MAX: usize = 100;
 const PROCESSES: usize = 11;
 /// Functions of the big module.
 const MANY: usize = 300;
+/// For each apply and revert.
+const TIMEOUT: Duration = Duration::from_secs(10);
 /// Memory for 5,000 tasks' stacks and all else, MiB.
 const MEMORY_MIB: u32 = 1024;
 /// How long the guest may take to start its tasks.
@@ -75,13 +74,13 @@ fn run() -> Result<()> {
         ("one with all duties", modules.applied(Applied::Sections)),
         ("300 functions", many),
     ];
-    beside_one_function(&guest, &mut monitor, program, &kinds, cycles.min(KIND_CYCLES_MAX))?;
+    beside_one_function(&guest, &mut monitor, &kinds, cycles.min(KIND_CYCLES_MAX))?;
     for tasks in TASKS {
         let wanted = tasks.to_string();
         let sleepers = guest.spawn(&["/opt/tasks", &wanted])?;
         sleepers.wait_for_stdout("sleeping", START_LIMIT)?;
         println!("\n{tasks} tasks");
-        pauses(&guest, &mut monitor, program, Path::new(&module), cycles)?;
+        pauses(&guest, &mut monitor, Path::new(&module), cycles)?;
         processes(program, &module)?;
         sleepers.kill()?;
         sleepers.wait(START_LIMIT)?;
@@ -90,11 +89,9 @@ fn run() -> Result<()> {
 }
 
 /// Cycles in one process that has found the kernel once, each beside a bare stop and cont.
-fn pauses(guest: &Guest, monitor: &mut Monitor, program: &Path, module: &Path, cycles: usize) -> Result<()> {
-    let options = Cli::parse_from(["vmpatch", "--domain", guest.name()]).options;
-    let progress = Progress::new(0);
-    let mut session = Session::open(&Target::from_options(&options)?, &progress)?;
-    session.supervisor = program.to_owned();
+fn pauses(guest: &Guest, monitor: &mut Monitor, module: &Path, cycles: usize) -> Result<()> {
+    let options = session::options(TIMEOUT);
+    let mut session = session::open(guest)?;
     let bytes = fs::read(module)?;
     let (mut bare, mut warm, mut all) = (Vec::new(), Vec::new(), Vec::new());
     for _ in 0..cycles {
@@ -149,17 +146,9 @@ fn never_called(guest: &Guest) -> Result<Vec<String>> {
 }
 
 /// Modules of several kinds, turn by turn in one process; each kind beside the first.
-fn beside_one_function(
-    guest: &Guest,
-    monitor: &mut Monitor,
-    program: &Path,
-    kinds: &[(&str, String)],
-    cycles: usize,
-) -> Result<()> {
-    let options = Cli::parse_from(["vmpatch", "--domain", guest.name()]).options;
-    let progress = Progress::new(0);
-    let mut session = Session::open(&Target::from_options(&options)?, &progress)?;
-    session.supervisor = program.to_owned();
+fn beside_one_function(guest: &Guest, monitor: &mut Monitor, kinds: &[(&str, String)], cycles: usize) -> Result<()> {
+    let options = session::options(TIMEOUT);
+    let mut session = session::open(guest)?;
     let mut bare = Vec::new();
     let mut all: Vec<[Vec<Committed>; 2]> = vec![Default::default(); kinds.len()];
     for _ in 0..cycles {

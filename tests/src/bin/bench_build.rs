@@ -1,23 +1,34 @@
 //! The other benchmark: how long an operator waits for a module. Each published fix is built twice by the optimised program, in a
-//! cache of its own that has the packages but nothing made of them.
+//! cache of its own that has the packages but nothing made of them. Or this program beside another one, in turns.
 //!
-//! usage: cargo run --release -p e2e --bin bench_build
+//! usage: cargo run --release -p e2e --bin bench_build [-- --against PROGRAM]
 
 use std::error::Error;
 use std::fs;
-use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
-use std::process::{Command, ExitCode};
-use std::time::{Duration, Instant};
+use std::process::ExitCode;
 
-use e2e::fixes::{FIXES, FROM, Fix, KERNEL, TO};
+use clap::Parser;
+use e2e::builds::{Builder, Took, median};
+use e2e::fixes::{FIXES, FROM, KERNEL, TO};
 use e2e::vmpatch;
 use patch_build::cache::Cache;
 
 type Result<T> = std::result::Result<T, Box<dyn Error>>;
 
+/// Measures how long building a module takes.
+#[derive(Debug, Parser)]
+struct Options {
+    /// Another vmpatch to measure beside this one: the same builds, in turns, and how many times as long this one takes.
+    #[arg(long, value_name = "PROGRAM")]
+    against: Option<PathBuf>,
+    /// How often each is measured then, each time from an empty cache.
+    #[arg(long, default_value_t = 5)]
+    rounds: usize,
+}
+
 fn main() -> ExitCode {
-    match run() {
+    match run(&Options::parse()) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("bench_build: {error}");
@@ -26,60 +37,115 @@ fn main() -> ExitCode {
     }
 }
 
-fn run() -> Result<()> {
+fn run(options: &Options) -> Result<()> {
     let program = vmpatch::program()?;
     let cache = Cache::from_env()?;
     let own = std::env::temp_dir().join(format!("vmpatch-bench-build-{}", std::process::id()));
     fs::create_dir(&own)?;
-    let result = measure(program, cache.root(), &own);
+    let packages = cache.root().join("packages");
+    let result = match &options.against {
+        None => each_fix(program, &packages, &own),
+        Some(other) => side_by_side(&[other, program], options.rounds, &packages, &own),
+    };
     fs::remove_dir_all(&own)?;
     result
 }
 
-fn measure(program: &Path, cache: &Path, own: &Path) -> Result<()> {
-    let output = own.join("livepatch-bench.ko");
+fn each_fix(program: &Path, packages: &Path, own: &Path) -> Result<()> {
+    let output = own.join("livepatch-bench.ko").display().to_string();
     // Downloads what is missing, and is not counted.
-    build(program, cache, &FIXES[0], &output)?;
-    let scratch = own.join("cache");
-    fs::create_dir(&scratch)?;
-    symlink(cache.join("packages"), scratch.join("packages"))?;
+    Builder::new(program, own.join("first"), packages)?.build(&FIXES[0].arguments(&output))?;
+    fs::remove_dir_all(own.join("first"))?;
+    let builder = Builder::new(program, own.join("cache"), packages)?;
     println!("{KERNEL}, fixes of {FROM} to {TO}; seconds\n");
-    let everything = build(program, &scratch, &FIXES[0], &output)?;
+    let everything = builder.build(&FIXES[0].arguments(&output))?.wall;
     println!(
-        "unpacking both sources, preparing, and {}: {everything:.1?}\n",
+        "unpacking the source, preparing, and {}: {everything:.1?}\n",
         FIXES[0].function
     );
     println!("{:<16} {:<52} {:>7} {:>7}", "", "function", "first", "again");
-    for fix in &FIXES {
-        forget_objects(&scratch, fix)?;
-        let first = build(program, &scratch, fix, &output)?.as_secs_f32();
-        let again = build(program, &scratch, fix, &output)?.as_secs_f32();
+    for fix in FIXES.iter().skip(1) {
+        let mut builds = (0..2).map(|_| builder.build(&fix.arguments(&output)));
+        let mut next = || builds.next().transpose();
+        let [first, again] = [next()?, next()?].map(|took| took.map_or(0.0, |took| took.wall.as_secs_f32()));
         println!("{:<16} {:<52} {first:>7.1} {again:>7.1}", fix.cve, fix.function);
     }
     Ok(())
 }
 
-fn build(program: &Path, cache: &Path, fix: &Fix, output: &Path) -> Result<Duration> {
-    let start = Instant::now();
-    let ended = Command::new(program)
-        .args(fix.arguments(&output.display().to_string()))
-        .env("VMPATCH_CACHE", cache)
-        .output()?;
-    if !ended.status.success() {
-        return Err(format!("{}: {}", fix.cve, String::from_utf8_lossy(&ended.stderr)).into());
-    }
-    Ok(start.elapsed())
+/// What is measured, in the order of one round.
+const STEPS: [&str; 3] = ["first build of a kernel", "first build of a fix", "the same fix again"];
+
+/// One round of a program.
+struct Round {
+    took: Vec<Took>,
+    /// The most that the cache took after a step [bytes].
+    peak: u64,
 }
 
-/// Takes the object of the fix's file, which an earlier build may have left, out of the prepared tree.
-fn forget_objects(cache: &Path, fix: &Fix) -> Result<()> {
-    let file = fix.function.split(':').next().unwrap_or_default();
-    let object = Path::new(file).with_extension("o");
-    for tree in fs::read_dir(cache.join("builds"))? {
-        let path: PathBuf = tree?.path().join(&object);
-        if path.exists() {
-            fs::remove_file(path)?;
+fn side_by_side(programs: &[&Path; 2], rounds: usize, packages: &Path, own: &Path) -> Result<()> {
+    println!(
+        "{KERNEL}: {} beside {}, in turns, median of {rounds}\n",
+        programs[1].display(),
+        programs[0].display()
+    );
+    let mut all: [Vec<Round>; 2] = [Vec::new(), Vec::new()];
+    for number in 0..rounds {
+        for (program, rounds) in programs.iter().zip(&mut all) {
+            let done = round(program, packages, own)?;
+            let seconds: Vec<String> = done
+                .took
+                .iter()
+                .map(|took| format!("{:.2}", took.wall.as_secs_f64()))
+                .collect();
+            eprintln!("round {}, {}: {}", number + 1, program.display(), seconds.join(" "));
+            rounds.push(done);
         }
     }
+    println!(
+        "{:<26} {:>8} {:>8} {:>6}   {:>8} {:>8} {:>6}",
+        "", "clock", "", "ratio", "CPU", "", "ratio"
+    );
+    for (step, name) in STEPS.iter().enumerate() {
+        let of = |rounds: &[Round], pick: fn(&Took) -> f64| {
+            let values: Vec<f64> = rounds
+                .iter()
+                .filter_map(|round| round.took.get(step).map(pick))
+                .collect();
+            median(&values)
+        };
+        let wall = all.each_ref().map(|rounds| of(rounds, |took| took.wall.as_secs_f64()));
+        let processor = all
+            .each_ref()
+            .map(|rounds| of(rounds, |took| took.processor.as_secs_f64()));
+        println!("{name:<26} {}   {}", row(wall), row(processor));
+    }
+    let peaks = all.each_ref().map(|rounds| {
+        let peaks: Vec<f64> = rounds.iter().map(|round| round.peak as f64 / 1e9).collect();
+        median(&peaks)
+    });
+    println!("{:<26} {}", "the cache at most [GB]", row(peaks));
     Ok(())
+}
+
+fn row([old, new]: [f64; 2]) -> String {
+    format!("{old:>8.2} {new:>8.2} {:>5.2}x", new / old)
+}
+
+fn round(program: &Path, packages: &Path, own: &Path) -> Result<Round> {
+    let output = own.join("livepatch-bench.ko").display().to_string();
+    let [kernel, fix] = [FIXES[0].arguments(&output), FIXES[1].arguments(&output)];
+    let cache = own.join("cache");
+    let builder = Builder::new(program, cache.clone(), packages)?;
+    let mut round = Round {
+        took: Vec::new(),
+        peak: 0,
+    };
+    let steps: [&[&str]; STEPS.len()] = [&kernel, &fix, &fix];
+    for arguments in steps {
+        round.took.push(builder.build(arguments)?);
+        round.peak = round.peak.max(builder.size()?);
+    }
+    fs::remove_dir_all(cache)?;
+    Ok(round)
 }

@@ -53,7 +53,7 @@ fn run() -> Result<()> {
          limit, 300 ms, where vmpatch begins with 20; that matters for precopy alone.\n"
     );
     println!(
-        "| way | RAM, MiB | guest | stood: bare | vmpatch | ratio | echo: bare | vmpatch | move: bare | vmpatch | ratio | command |"
+        "| method | RAM, MiB | guest | stood: bare | vmpatch | ratio | echo: bare | vmpatch | move: bare | vmpatch | ratio | command |"
     );
     println!("|---|---|---|---|---|---|---|---|---|---|---|---|");
     for mib in MEMORY_MIB {
@@ -166,7 +166,7 @@ impl Bench {
         let start = Instant::now();
         let output = Command::new(vmpatch::program()?)
             .args([
-                "--domain", NAME, "upgrade", "--json", "--qemu", INSTALLED, "--way", self.way,
+                "--domain", NAME, "upgrade", "--json", "--qemu", INSTALLED, "--method", self.way,
             ])
             .stdin(Stdio::null())
             .output()?;

@@ -4,12 +4,9 @@
 
 use std::process::ExitCode;
 
-use clap::Parser;
 use e2e::kit;
 use e2e::selfcheck::{Error, Source};
-use host_agent::cli::Cli;
-use host_agent::progress::Progress;
-use host_agent::session::{Session, Target};
+use e2e::session;
 use images::guest::Guest;
 use images::kernel::Kernel;
 
@@ -34,8 +31,7 @@ fn run() -> Result<bool, Error> {
         .map_or(Kernel::CLOUD_6_1, |name| Kernel::named(&name));
     let source = Source::of(&kernel)?;
     let guest = Guest::boot(kit::guest(kernel).name(&format!("vmselfcheck-{}", std::process::id())))?;
-    let options = Cli::parse_from(["vmpatch", "--domain", guest.name()]).options;
-    let session = Session::open(&Target::from_options(&options)?, &Progress::new(0))?;
+    let session = session::open(&guest)?;
     let tally = source.check(&session.live(), &source.files(count), &|line| println!("{line}"))?;
     println!("{tally}");
     Ok(tally.is_clean())

@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use clap::Parser;
-use e2e::storm::cycles::{Length, Outcomes};
+use e2e::storm::cycles::{Cycle, Length, Outcomes};
 use e2e::storm::run::{self, Plan, Report};
 use e2e::storm::{self, Storm, table};
 use images::kernel::Kernel;
@@ -29,7 +29,10 @@ struct Cli {
     /// vCPUs of the guest [may be given several times]
     #[arg(long, default_value = "2")]
     vcpus: Vec<u32>,
-    /// Cycles of apply and revert in each storm
+    /// What a cycle is made of; without vmpatch, to see what a guest does by itself
+    #[arg(long, value_enum, default_value_t)]
+    cycle: Cycle,
+    /// Cycles in each storm
     #[arg(long, default_value_t = 100)]
     cycles: u64,
     /// The most seconds that each storm lasts
@@ -75,6 +78,7 @@ fn main() -> ExitCode {
                     cycles: cli.cycles,
                     time: Duration::from_secs(cli.seconds),
                 },
+                cycle: cli.cycle,
                 timeout: Duration::from_secs_f64(cli.timeout),
                 logs: cli.logs.clone(),
             };
@@ -119,7 +123,7 @@ fn counted(outcomes: &Outcomes) -> String {
         outcomes.cycles,
         outcomes.applied,
         outcomes.reverted,
-        outcomes.not_safe,
+        outcomes.not_safe_in_all(),
         outcomes.refused_in_all(),
         outcomes.failures.len()
     )
@@ -127,6 +131,9 @@ fn counted(outcomes: &Outcomes) -> String {
 
 fn say(report: &Report) {
     println!("  after {:.0?}: {}", report.took, counted(&report.outcomes));
+    for (said, times) in &report.outcomes.not_safe {
+        println!("  exit 4 {times} times: {said}");
+    }
     for (said, times) in &report.outcomes.refused {
         println!("  refused {times} times: {said}");
     }

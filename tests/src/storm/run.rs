@@ -12,7 +12,7 @@ use images::channel::Running;
 use images::guest::{Guest, GuestConfig};
 use images::kernel::Kernel;
 
-use super::cycles::{Cycles, Length, Outcomes};
+use super::cycles::{Cycle, Cycles, Length, Outcomes};
 use super::work::{Rounds, Work};
 use super::{Result, Scene, Storm};
 use crate::ftrace::Ftrace;
@@ -44,6 +44,8 @@ pub struct Plan {
     pub vcpus: u32,
     /// How long it lasts.
     pub length: Length,
+    /// What a cycle is made of.
+    pub cycle: Cycle,
     /// How long one apply or revert is tried.
     pub timeout: Duration,
     /// Where the console of a guest is kept that was not healthy.
@@ -134,7 +136,7 @@ fn weather(
     let load = start_program(&["/opt/load", LOAD_MIB, "/dev/vda", "0"])?;
     let work = storm.start(scene)?;
     let patches = patches(&plan.kernel, scene.modules);
-    let cycles = Cycles::new(storm, *scene, &patches, plan.timeout)?;
+    let cycles = Cycles::new(storm, *scene, &patches, plan.cycle, plan.timeout)?;
     let start = Instant::now();
     report.outcomes = cycles.run(plan.length, progress);
     report.took = start.elapsed();

@@ -22,7 +22,7 @@ fn line(report: &Report) -> String {
         outcomes.cycles.to_string(),
         outcomes.applied.to_string(),
         outcomes.reverted.to_string(),
-        outcomes.not_safe.to_string(),
+        outcomes.not_safe_in_all().to_string(),
         outcomes.refused_in_all().to_string(),
         report.wrong.len().to_string(),
         format!("{} / {} / {} / {}", calls.old, calls.new, calls.mixed, calls.lost),

@@ -33,14 +33,14 @@ const SYMBOLS_MAX: usize = 1_000_000;
 const NAME_BYTES_MAX: usize = 513;
 /// More than all names of any kernel, in bytes; bounds memory.
 const TEXT_BYTES_MAX: usize = 64 << 20;
-/// Token tables looked at; a kernel has one. Each costs a search through all that stands before it.
+/// Most token tables that are tried. A kernel has one. Each costs a search through all bytes before it.
 const TOKEN_TABLES_MAX: usize = 4;
 /// What tables may start at a multiple of: 4 bytes since 7.0, 8 before.
 const ALIGN_MIN: usize = 4;
 const ALIGN_MAX: usize = 8;
 
 /// Why the symbol table could not be read.
-#[derive(Debug, thiserror::Error)]
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum KallsymsError {
     /// No token index in the kernel's data.
     #[error("no kallsyms token index in {bytes} bytes at {at}")]

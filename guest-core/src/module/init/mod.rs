@@ -1,14 +1,14 @@
-//! What a module's init and exit functions do beside enabling the patch. vmpatch does not run them, so a module whose init or
-//! exit does more is refused: its new functions would find pointers that nobody has set and locks that nobody has initialised.
+//! Finds what a module's init and exit functions do beside enabling the patch. vmpatch does not run them, so that a module whose init or exit does more is
+//! refused: its new functions would find pointers that are not set and locks that are not initialised.
 //!
-//! What is accepted:
-//! - of a static `klp_patch`: messages, and `klp_enable_patch` of that patch, before which nothing is decided;
+//! Accepted are:
+//! - of a static `klp_patch`: messages, and `klp_enable_patch` of that patch, without a branch before;
 //! - what the init and exit of kpatch-build (kmod/patch/livepatch-patch-hook.c of kpatch 0.9.10 and 0.9.11) and of klp-build
 //!   (scripts/livepatch/init.c of Linux 6.19 to 7.2) do: allocate a `klp_patch` and fill it from the tables that
 //!   [`PatchModule::patch`] has read.
 //!
-//! Everything else has a name, which the error says: the function called, the variable written, the instruction. `walk.rs`
-//! follows the code, instruction by instruction (`step.rs`); `state.rs` knows what its registers hold.
+//! The error names everything else: the called function, the written variable, the instruction. `walk.rs` follows the code, instruction by instruction
+//! (`step.rs`); `state.rs` holds what is known of the registers.
 
 mod calls;
 mod state;
@@ -26,8 +26,7 @@ use walk::Walk;
 
 /// By this name the loader's headers know a module's exit function.
 const EXIT: &str = "cleanup_module";
-/// Tables of code that the loader rewrites, or that goes on elsewhere after a fault: what stands in the file does not say what
-/// such code does.
+/// Tables of code that the loader rewrites, or that continues elsewhere after a fault: the bytes in the file do not show what such code does.
 const REWRITTEN: [&str; 4] = [".altinstructions", "__jump_table", ".parainstructions", "__ex_table"];
 
 /// A function of the module that the kernel's own loader runs.
@@ -48,7 +47,7 @@ impl fmt::Display for OwnFunction {
     }
 }
 
-/// What init or exit do beside enabling the patch.
+/// What init or exit does beside enabling the patch.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Work {
     /// Calls a function.
@@ -60,7 +59,7 @@ pub enum Work {
     /// Writes a variable.
     #[error("writes {0}")]
     Writes(String),
-    /// Writes somewhere else than to its own stack.
+    /// Writes through a pointer that does not lead to its own stack.
     #[error("writes through a pointer")]
     WritesPointer,
     /// Uses a variable that has nothing to do with enabling the patch.
@@ -69,19 +68,19 @@ pub enum Work {
     /// Whether, or how, the patch is enabled depends on something.
     #[error("decides by {0} how to enable the patch")]
     Decides(String),
-    /// Enables something else than the module's `klp_patch`.
+    /// Enables another patch than the module's `klp_patch`.
     #[error("enables another patch than the module's klp_patch")]
     OtherPatch,
-    /// An instruction that no accepted init has.
+    /// Has an instruction that no accepted init has.
     #[error("executes {0}")]
     Executes(String),
-    /// Code that the loader changes.
+    /// Has code that the loader changes.
     #[error("has code that {0} lists, which the loader may change")]
     Rewritten(&'static str),
-    /// No code, or the end of it is missing.
+    /// Has no code, or code without an end.
     #[error("goes on where no instruction is")]
     NoCode,
-    /// More code than is followed.
+    /// Has more code than is followed.
     #[error("is too long to be followed")]
     TooLong,
 }

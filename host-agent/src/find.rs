@@ -1,0 +1,77 @@
+//! Finds the guest that is meant, in the one process where it is.
+
+use crate::domains::{self, DomainError};
+use crate::hypervisor::Route;
+use crate::outcome::{GuestState, Reason};
+use crate::target::{Selector, Target};
+use crate::upgrade::{self, UpgradeError};
+
+/// Why a guest was not found.
+#[derive(Debug, thiserror::Error)]
+pub enum FindError {
+    /// No such domain, or not one.
+    #[error(transparent)]
+    Domain(#[from] DomainError),
+    /// It is between two processes, and could not be brought into one.
+    #[error(transparent)]
+    Upgrade(#[from] UpgradeError),
+}
+
+impl FindError {
+    /// Why it was not found.
+    pub fn reason(&self) -> Reason {
+        match self {
+            Self::Domain(_) => Reason::Unreachable,
+            Self::Upgrade(error) => error.reason(),
+        }
+    }
+
+    /// What the guest is like.
+    pub fn guest_state(&self) -> GuestState {
+        match self {
+            Self::Domain(_) => GuestState::AsBefore,
+            Self::Upgrade(error) => error.guest_state(),
+        }
+    }
+}
+
+/// Finds a guest. Where a migration into another QEMU was cut off on that domain, it is brought to an end first, so that the guest is in
+/// one process.
+///
+/// # Errors
+///
+/// See [`FindError`].
+pub fn find(selector: &Selector) -> Result<Target, FindError> {
+    let target = look_up(selector)?;
+    let survey = domains::all()?;
+    let old = survey.iter().find(|domain| Some(domain.pid) == target.pid);
+    match old.and_then(|old| Some((old, survey.successor_of(old.pid)?))) {
+        None => Ok(target),
+        Some((old, successor)) => {
+            upgrade::resume_cut_off(old, successor)?;
+            look_up(selector)
+        }
+    }
+}
+
+fn look_up(selector: &Selector) -> Result<Target, FindError> {
+    match selector {
+        Selector::QmpSocket(socket) => {
+            let survey = domains::all()?;
+            if let Some(successor) = survey.successor_at(socket) {
+                return Err(UpgradeError::UnderWay {
+                    old: successor.old,
+                    new: successor.domain.pid,
+                }
+                .into());
+            }
+            let pid = survey.by_qmp(socket).map(|domain| domain.pid);
+            Ok(Target {
+                name: None,
+                pid,
+                route: Route::qmp(socket.clone()),
+            })
+        }
+        Selector::Name(name) => Ok(Target::of_domain(&domains::find(name)?)?),
+    }
+}

@@ -1,0 +1,332 @@
+//! A guest of QEMU under KVM, whose vCPUs are paused without QEMU: adapts the `kvm` crate to [`Hypervisor`].
+//!
+//! QEMU's `stop` writes the guest's disks out within the pause. Here only the vCPUs' threads stop, and QEMU is asked nothing until they run
+//! again. Where the guest's RAM is, and what QEMU does with it, is still told by its monitor.
+
+use super::qemu::Qemu;
+use super::{Activity, Hypervisor, Identity, Meaning, PauseMethod, ReachError, Route, TakenOver, Vcpus};
+use crate::chain::chain;
+use guest_core::machine::{MachineError, PauseTimes, Paused, WriteCode};
+use guest_core::{Gpa, PhysMemory, Registers};
+use kvm::{ArmError, Armed, FindError, PauseError, Vm};
+use process::StopError;
+use std::time::{Duration, Instant};
+
+/// How long the vCPUs' threads are looked for: those of a busy guest are seen at once, and so are those of an idle one, but not those
+/// that go from one to the other and have run for less than a tick of the host's clock.
+const FIND_TIME_MAX: Duration = Duration::from_secs(1);
+/// How long all vCPUs may take to stop: far longer than a host needs that has a processor for each, and not so long that the guest's users
+/// notice that some of them were stopped for it.
+const STOP_TIME_MAX: Duration = Duration::from_millis(100);
+/// Tries of one pause: a vCPU's thread may just be at what the guest asked of QEMU.
+const TRIES: u32 = 8;
+/// Time between two of them.
+const TRY_WAIT: Duration = Duration::from_micros(500);
+/// How long a pause is tried that recovers a guest.
+const RECOVER_TIME_MAX: Duration = Duration::from_secs(10);
+
+/// A guest of QEMU under KVM.
+pub(super) struct KvmGuest {
+    qemu: Qemu,
+    method: PauseMethod,
+}
+
+/// Why the guest's vCPUs can't be paused by their threads.
+#[derive(Debug, thiserror::Error)]
+pub enum KvmError {
+    /// They are not understood.
+    #[error("finding the vCPUs' threads (--pause qmp pauses through QEMU)")]
+    Find(#[from] FindError),
+    /// KVM can't be told to store registers.
+    #[error("having KVM store the vCPUs' registers (--pause qmp pauses through QEMU)")]
+    Arm(#[from] ArmError),
+    /// They were not paused.
+    #[error("stopping the vCPUs' threads")]
+    Pause(#[from] PauseError),
+    /// A thread was killed while it was stopped.
+    #[error("letting the vCPUs' threads go on")]
+    Resume(#[source] StopError),
+    /// QEMU works on the guest's memory.
+    #[error("{0}")]
+    Busy(String),
+}
+
+impl KvmGuest {
+    pub(super) fn new(qemu: Qemu, method: PauseMethod) -> Self {
+        Self { qemu, method }
+    }
+
+    fn find(&self) -> Result<Vm, FindError> {
+        Vm::find(self.identity().pid, FIND_TIME_MAX)
+    }
+
+    fn by_threads(&self) -> Result<ThreadVcpus<'_>, KvmError> {
+        let armed = Armed::arm(self.find()?)?;
+        Ok(ThreadVcpus { guest: self, armed })
+    }
+}
+
+impl Hypervisor for KvmGuest {
+    fn identity(&self) -> &Identity {
+        self.qemu.identity()
+    }
+
+    fn route(&self) -> Route {
+        self.qemu.route()
+    }
+
+    fn memory(&self) -> &dyn PhysMemory {
+        self.qemu.memory()
+    }
+
+    fn registers_running(&self) -> Result<Vec<Registers>, ReachError> {
+        self.qemu.registers_running()
+    }
+
+    fn activity(&self) -> Result<Activity, ReachError> {
+        self.qemu.activity()
+    }
+
+    fn vcpus(&self) -> Box<dyn Vcpus + '_> {
+        Box::new(KvmVcpus {
+            guest: self,
+            ready: Ready::No,
+        })
+    }
+
+    /// What a killed vmpatch has left in QEMU and in KVM.
+    fn remove_leftovers(&self) -> Result<(), ReachError> {
+        self.qemu.remove_leftovers()?;
+        match self.find() {
+            Ok(vm) => Armed::disarm_left(&vm).map_err(|error| reach(error.into())),
+            // Where vCPUs are not understood, none was armed; where they come and go, it costs the guest a little time and no more.
+            Err(_) => Ok(()),
+        }
+    }
+
+    fn disconnect(&self) {
+        self.qemu.disconnect();
+    }
+
+    /// The threads of a killed vmpatch's pause run: the kernel has seen to that. Where it paused through QEMU, they may not.
+    fn take_over(&self) -> Result<Box<dyn TakenOver + '_>, ReachError> {
+        if self.qemu.is_running()?
+            && let Ok(vcpus) = self.by_threads()
+        {
+            return Ok(Box::new(vcpus));
+        }
+        self.qemu.take_over()
+    }
+}
+
+/// The vCPUs, paused by the method that [`Vcpus::prepare`] chooses.
+struct KvmVcpus<'a> {
+    guest: &'a KvmGuest,
+    ready: Ready<'a>,
+}
+
+enum Ready<'a> {
+    No,
+    Threads(ThreadVcpus<'a>),
+    /// Through QEMU.
+    Qemu(Box<dyn Vcpus + 'a>),
+}
+
+impl Vcpus for KvmVcpus<'_> {
+    /// A guest that its operator has paused stays so: that is QEMU's to see to.
+    fn prepare(&mut self) -> Result<bool, MachineError> {
+        let running = self
+            .guest
+            .qemu
+            .is_running()
+            .map_err(at("asking whether the guest runs"))?;
+        match &mut self.ready {
+            Ready::Threads(_) if running => return Ok(true),
+            Ready::Qemu(vcpus) => return vcpus.prepare(),
+            Ready::Threads(_) | Ready::No => {}
+        }
+        // Whatever is armed is disarmed first.
+        self.ready = Ready::No;
+        if running {
+            match (self.guest.by_threads(), self.guest.method) {
+                (Ok(vcpus), _) => {
+                    self.ready = Ready::Threads(vcpus);
+                    return Ok(true);
+                }
+                (Err(error), PauseMethod::Ptrace) => return Err(failed("preparing the pause", error)),
+                (Err(error), _) => tracing::warn!(
+                    "the guest is paused through QEMU, which takes longer: {}",
+                    chain(&error).join(": ")
+                ),
+            }
+        }
+        let mut vcpus = self.guest.qemu.vcpus();
+        let running = vcpus.prepare()?;
+        self.ready = Ready::Qemu(vcpus);
+        Ok(running)
+    }
+
+    fn pause(&mut self) -> Result<Box<dyn Paused + '_>, MachineError> {
+        if matches!(self.ready, Ready::No) {
+            self.prepare()?;
+        }
+        if let Ready::Threads(vcpus) = &self.ready
+            && !vcpus.armed.vm().is_current()
+        {
+            // vCPUs have come or gone.
+            self.ready = Ready::No;
+            self.prepare()?;
+        }
+        match &mut self.ready {
+            Ready::Threads(vcpus) => Ok(Box::new(vcpus.pause(Instant::now())?)),
+            Ready::Qemu(vcpus) => vcpus.pause(),
+            Ready::No => Err(MachineError::new("pausing the guest", "it was not prepared")),
+        }
+    }
+}
+
+/// The vCPUs, paused by their threads.
+struct ThreadVcpus<'a> {
+    guest: &'a KvmGuest,
+    armed: Armed,
+}
+
+impl ThreadVcpus<'_> {
+    /// Pauses the guest. Tries some times, and until `deadline`, where a thread is at something that passes.
+    fn pause(&self, deadline: Instant) -> Result<PausedThreads<'_>, MachineError> {
+        if let Activity::Busy(what) = self.guest.activity().map_err(at("pausing the guest"))? {
+            return Err(failed("pausing the guest", KvmError::Busy(what)));
+        }
+        self.pause_even_if_busy(deadline)
+    }
+
+    fn pause_even_if_busy(&self, deadline: Instant) -> Result<PausedThreads<'_>, MachineError> {
+        let mut tries = 0;
+        loop {
+            tries += 1;
+            match self.armed.pause(STOP_TIME_MAX) {
+                Ok(paused) => {
+                    let memory = self.guest.memory();
+                    return Ok(PausedThreads { paused, memory });
+                }
+                Err(error) if error.transient().is_none() || (tries >= TRIES && Instant::now() >= deadline) => {
+                    let transient = error.transient();
+                    return Err(failed("pausing the guest", error.into()).transient(transient));
+                }
+                Err(_) => std::thread::sleep(TRY_WAIT),
+            }
+        }
+    }
+}
+
+impl WriteCode for ThreadVcpus<'_> {
+    fn write(&mut self, writes: &[(Gpa, Vec<u8>)]) -> Result<(), MachineError> {
+        if writes.is_empty() {
+            return Ok(());
+        }
+        // Half a patch in the guest is worse than one in a snapshot.
+        let mut paused = self.pause_even_if_busy(Instant::now() + RECOVER_TIME_MAX)?;
+        paused.write(writes)?;
+        Box::new(paused).resume().map(drop)
+    }
+
+    /// A write is done when its system call returns.
+    fn drain(&mut self) -> Result<(), MachineError> {
+        Ok(())
+    }
+}
+
+impl TakenOver for ThreadVcpus<'_> {
+    /// It runs.
+    fn resume(self: Box<Self>) -> Result<(), MachineError> {
+        Ok(())
+    }
+}
+
+/// A guest whose vCPU threads are stopped.
+struct PausedThreads<'a> {
+    paused: kvm::Paused,
+    memory: &'a dyn PhysMemory,
+}
+
+impl WriteCode for PausedThreads<'_> {
+    /// KVM runs the guest's code where it is, so that a write to its RAM is all.
+    fn write(&mut self, writes: &[(Gpa, Vec<u8>)]) -> Result<(), MachineError> {
+        for (gpa, bytes) in writes {
+            let written = self.memory.write(*gpa, bytes);
+            written.map_err(|error| MachineError::new("writing the guest's RAM", error))?;
+        }
+        Ok(())
+    }
+
+    fn drain(&mut self) -> Result<(), MachineError> {
+        Ok(())
+    }
+}
+
+impl Paused for PausedThreads<'_> {
+    fn registers(&mut self) -> Result<Vec<Registers>, MachineError> {
+        Ok(self.paused.registers().to_vec())
+    }
+
+    fn elapsed(&self) -> Duration {
+        self.paused.elapsed()
+    }
+
+    fn resume(self: Box<Self>) -> Result<PauseTimes, MachineError> {
+        let began = Instant::now() - self.paused.elapsed();
+        let (stop, registers) = self.paused.times();
+        let resuming = Instant::now();
+        let resumed = self.paused.resume();
+        let (resume, total) = (resuming.elapsed(), began.elapsed());
+        // Only a process that is being killed does not let its threads go on.
+        resumed.map_err(|error| failed("resuming the guest", KvmError::Resume(error)))?;
+        Ok(PauseTimes {
+            stop_us: us(stop),
+            registers_us: us(registers.saturating_sub(stop)),
+            resume_us: us(resume),
+            total_us: us(total),
+            ..PauseTimes::default()
+        })
+    }
+}
+
+fn us(time: Duration) -> u64 {
+    u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
+}
+
+fn at(doing: &'static str) -> impl FnOnce(ReachError) -> MachineError {
+    move |error| MachineError::new(doing, error)
+}
+
+fn failed(doing: &'static str, error: KvmError) -> MachineError {
+    MachineError::new(doing, reach(error))
+}
+
+/// An error of KVM's, with its meaning.
+fn reach(error: KvmError) -> ReachError {
+    let meaning = match &error {
+        KvmError::Busy(_) => Meaning::Busy,
+        KvmError::Pause(PauseError::Stop(StopError::Forbidden(_))) => Meaning::Forbidden { memory_of: None },
+        KvmError::Find(FindError::SeveralVms { .. }) | KvmError::Arm(ArmError::InUse { .. }) => Meaning::Permanent,
+        _ => Meaning::MayPass,
+    };
+    ReachError::new(meaning, error)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_error_says_what_it_means_and_why() {
+        let several = FindError::SeveralVms { pid: 7, count: 2 };
+        let error = reach(several.into());
+        assert_eq!(error.meaning(), Meaning::Permanent);
+        assert_eq!(
+            chain(&error).join(": "),
+            "finding the vCPUs' threads (--pause qmp pauses through QEMU): process 7 has 2 descriptors of VMs; one is understood"
+        );
+        assert_eq!(reach(KvmError::Busy("a dump".to_owned())).meaning(), Meaning::Busy);
+    }
+}

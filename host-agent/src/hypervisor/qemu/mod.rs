@@ -1,0 +1,162 @@
+//! QEMU, by its QMP monitor: adapts the `qmp` crate to [`Hypervisor`].
+
+mod error;
+mod vcpus;
+
+pub use error::AttachError;
+
+use self::error::reach;
+use self::vcpus::{QemuTakenOver, QemuVcpus};
+use super::ram::{self, RamError, RamFile, RamRegion};
+use super::{Accelerator, Activity, Hypervisor, Identity, PauseMethod, ReachError, Route, TakenOver, Vcpus};
+use guest_core::{PhysMemory, Registers};
+use qmp::machine::RunState;
+use qmp::{Backing, Machine, RamMap};
+use std::cell::RefCell;
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+/// Time-out of QEMU's QMP greeting. QEMU sends it at once, unless another client holds the socket.
+const CONNECT_TIME_MAX: Duration = Duration::from_secs(3);
+
+/// A guest of QEMU.
+pub struct Qemu {
+    socket: PathBuf,
+    pause: PauseMethod,
+    identity: Identity,
+    machine: RefCell<Machine>,
+    memory: Box<dyn PhysMemory + Send>,
+}
+
+impl Qemu {
+    /// Connects to the QMP socket and finds the guest's RAM. The guest is not paused. `pause` is for its [`Route`]: this pauses it
+    /// through QEMU.
+    ///
+    /// # Errors
+    ///
+    /// QEMU or its memory can't be reached.
+    pub fn open(socket: &Path, pause: PauseMethod) -> Result<Self, ReachError> {
+        Self::attach(socket, pause).map_err(reach)
+    }
+
+    /// True where neither an operator nor QEMU itself has stopped the guest.
+    pub(super) fn is_running(&self) -> Result<bool, ReachError> {
+        let state = self.machine.borrow().run_state();
+        Ok(state.map_err(|error| reach(AttachError::from(error)))? == RunState::Running)
+    }
+
+    fn attach(socket: &Path, pause: PauseMethod) -> Result<Self, AttachError> {
+        let socket = socket.to_owned();
+        let machine = Machine::attach(&socket, CONNECT_TIME_MAX).map_err(|source| AttachError::Connect {
+            socket: socket.clone(),
+            source,
+        })?;
+        let pid = machine
+            .pid()
+            .ok_or_else(|| AttachError::NoPeer { socket: socket.clone() })?;
+        let memory = open_ram(&machine.ram_map(pid)?)?;
+        let identity = Identity {
+            pid,
+            name: machine.name()?,
+            accelerator: match machine.is_tcg()? {
+                true => Accelerator::Tcg,
+                false => Accelerator::Kvm,
+            },
+            version: Some(machine.version()),
+        };
+        Ok(Self {
+            socket,
+            pause,
+            identity,
+            machine: RefCell::new(machine),
+            memory,
+        })
+    }
+}
+
+impl Hypervisor for Qemu {
+    fn identity(&self) -> &Identity {
+        &self.identity
+    }
+
+    fn route(&self) -> Route {
+        Route::Qmp {
+            socket: self.socket.clone(),
+            pause: self.pause,
+        }
+    }
+
+    fn memory(&self) -> &dyn PhysMemory {
+        self.memory.as_ref()
+    }
+
+    fn registers_running(&self) -> Result<Vec<Registers>, ReachError> {
+        let registers = self.machine.borrow().cpu_states();
+        registers.map_err(|error| reach(AttachError::from(error)))
+    }
+
+    fn activity(&self) -> Result<Activity, ReachError> {
+        let busy = self.machine.borrow().busy_with();
+        Ok(match busy.map_err(|error| reach(AttachError::from(error)))? {
+            Some(busy) => Activity::Busy(busy.to_string()),
+            None => Activity::Idle,
+        })
+    }
+
+    fn vcpus(&self) -> Box<dyn Vcpus + '_> {
+        Box::new(QemuVcpus::new(self.machine.borrow_mut()))
+    }
+
+    /// Closes the GDB stub that a killed vmpatch left open.
+    fn remove_leftovers(&self) -> Result<(), ReachError> {
+        let closed = self.machine.borrow_mut().close_left_stub();
+        closed.map_err(|error| reach(AttachError::from(error)))
+    }
+
+    /// Closes the QMP connection: QEMU serves one client per socket.
+    fn disconnect(&self) {
+        self.machine.borrow_mut().disconnect();
+    }
+
+    fn take_over(&self) -> Result<Box<dyn TakenOver + '_>, ReachError> {
+        let guest = QemuTakenOver::new(&self.machine).map_err(|error| reach(AttachError::from(error)))?;
+        Ok(Box::new(guest))
+    }
+}
+
+/// Opens guest RAM by the map that QEMU gave.
+///
+/// # Errors
+///
+/// The host forbids it.
+pub fn open_ram(map: &RamMap) -> Result<Box<dyn PhysMemory + Send>, RamError> {
+    let mut files: BTreeMap<&str, Option<Arc<std::fs::File>>> = BTreeMap::new();
+    let mut regions = Vec::new();
+    for region in &map.regions {
+        // A block of unknown pages may have holes.
+        let file = match (&region.backing, region.page_size) {
+            (Backing::Shared(shared), Some(page_size)) => {
+                // None: it is a device, or belongs to another user.
+                let opened = files
+                    .entry(&region.block)
+                    .or_insert_with(|| shared.open(map.pid).ok().map(Arc::new));
+                opened.clone().map(|file| RamFile {
+                    file,
+                    offset: shared.offset,
+                    page_size,
+                })
+            }
+            _ => None,
+        };
+        regions.push(RamRegion {
+            gpa: region.gpa,
+            len: region.len,
+            hva: region.hva,
+            block: region.block.clone(),
+            file,
+        });
+    }
+    ram::open(map.pid, &regions)
+}

@@ -1,0 +1,178 @@
+//! How a VM is reached, in a form that another process can be given.
+
+use super::kvm::KvmGuest;
+use super::qemu::Qemu;
+use super::{Accelerator, Hypervisor, Meaning, ReachError};
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
+use std::ffi::OsString;
+use std::fmt;
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::path::{Path, PathBuf};
+
+/// How a VM is reached. Each kind leads to one implementation of [`Hypervisor`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Route {
+    /// QEMU, by a QMP socket.
+    Qmp {
+        /// The socket.
+        #[serde(serialize_with = "write_path", deserialize_with = "read_path")]
+        socket: PathBuf,
+        /// How its vCPUs are paused.
+        #[serde(default, skip_serializing_if = "PauseMethod::is_auto")]
+        pause: PauseMethod,
+    },
+}
+
+/// How the vCPUs of a QEMU are paused.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum PauseMethod {
+    /// By their threads where KVM runs the guest and they are understood; else through QEMU.
+    #[default]
+    Auto,
+    /// By their threads alone. Under KVM.
+    Ptrace,
+    /// Through QEMU: its GDB stub, which a QMP command opens.
+    Qmp,
+}
+
+impl PauseMethod {
+    fn is_auto(&self) -> bool {
+        *self == Self::Auto
+    }
+}
+
+/// A guest whose vCPUs have no threads to pause it by.
+#[derive(Debug, thiserror::Error)]
+#[error(
+    "--pause ptrace is for guests under KVM; QEMU translates this one's code (TCG), and would not notice what is written beside it"
+)]
+struct Translated;
+
+/// A text that is no [`Route`].
+#[derive(Debug, thiserror::Error)]
+#[error("{text:?} does not say how to reach a guest")]
+pub struct RouteError {
+    text: String,
+    source: serde_json::Error,
+}
+
+impl Route {
+    /// To a QEMU by its QMP socket. The guest is paused by what fits.
+    pub fn qmp(socket: PathBuf) -> Self {
+        let pause = PauseMethod::Auto;
+        Self::Qmp { socket, pause }
+    }
+
+    /// To the same guest, which is paused by that method.
+    #[must_use]
+    pub fn paused_by(self, pause: PauseMethod) -> Self {
+        match self {
+            Self::Qmp { socket, .. } => Self::Qmp { socket, pause },
+        }
+    }
+
+    /// Reaches the VM. The guest is not paused.
+    ///
+    /// # Errors
+    ///
+    /// It can't be reached.
+    pub fn open(&self) -> Result<Box<dyn Hypervisor>, ReachError> {
+        match self {
+            Self::Qmp { socket, pause } => {
+                let qemu = Qemu::open(socket, *pause)?;
+                match (qemu.identity().accelerator, pause) {
+                    (Accelerator::Tcg, PauseMethod::Ptrace) => Err(ReachError::new(Meaning::Permanent, Translated)),
+                    (Accelerator::Kvm, PauseMethod::Auto | PauseMethod::Ptrace) => {
+                        Ok(Box::new(KvmGuest::new(qemu, *pause)))
+                    }
+                    (Accelerator::Tcg, PauseMethod::Auto | PauseMethod::Qmp) | (Accelerator::Kvm, PauseMethod::Qmp) => {
+                        Ok(Box::new(qemu))
+                    }
+                }
+            }
+        }
+    }
+
+    /// The QMP socket that only one client can have at a time, where it leads through one.
+    pub fn qmp_socket(&self) -> Option<&Path> {
+        match self {
+            Self::Qmp { socket, .. } => Some(socket),
+        }
+    }
+
+    /// As one argument of a program.
+    pub fn to_argument(&self) -> String {
+        // Text and bytes alone, which always fit.
+        serde_json::to_string(self).unwrap_or_default()
+    }
+
+    /// From what [`Route::to_argument`] gave.
+    ///
+    /// # Errors
+    ///
+    /// It is something else.
+    pub fn from_argument(text: &str) -> Result<Self, RouteError> {
+        serde_json::from_str(text).map_err(|source| RouteError {
+            text: text.to_owned(),
+            source,
+        })
+    }
+}
+
+/// For a person.
+impl fmt::Display for Route {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Qmp { socket, .. } => socket.display().fmt(f),
+        }
+    }
+}
+
+/// A path in JSON. File names on Linux are bytes, and JSON has text only.
+#[derive(Serialize, Deserialize)]
+#[serde(untagged)]
+enum PathText {
+    Text(String),
+    Bytes(Vec<u8>),
+}
+
+fn write_path<S: Serializer>(path: &Path, serializer: S) -> Result<S::Ok, S::Error> {
+    let text = match path.to_str() {
+        Some(text) => PathText::Text(text.to_owned()),
+        None => PathText::Bytes(path.as_os_str().as_bytes().to_vec()),
+    };
+    text.serialize(serializer)
+}
+
+fn read_path<'de, D: Deserializer<'de>>(deserializer: D) -> Result<PathBuf, D::Error> {
+    Ok(match PathText::deserialize(deserializer)? {
+        PathText::Text(text) => PathBuf::from(text),
+        PathText::Bytes(bytes) => PathBuf::from(OsString::from_vec(bytes)),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_route_survives_as_an_argument_whatever_bytes_its_path_has() {
+        for (bytes, argument) in [
+            (&b"/run/a b\".sock"[..], r#"{"qmp":{"socket":"/run/a b\".sock"}}"#),
+            (b"/\xff", r#"{"qmp":{"socket":[47,255]}}"#),
+        ] {
+            let socket = PathBuf::from(OsString::from_vec(bytes.to_vec()));
+            let route = Route::qmp(socket);
+            assert_eq!(route.to_argument(), argument);
+            assert_eq!(Route::from_argument(argument).unwrap(), route);
+        }
+        let route = Route::qmp("/q".into()).paused_by(PauseMethod::Ptrace);
+        assert_eq!(route.to_argument(), r#"{"qmp":{"socket":"/q","pause":"ptrace"}}"#);
+        assert_eq!(Route::from_argument(&route.to_argument()).unwrap(), route);
+        for text in ["", "/run/a.sock", r#"{"ssh":{}}"#, r#"{"qmp":{"socket":1}}"#] {
+            assert!(Route::from_argument(text).is_err(), "{text}");
+        }
+    }
+}

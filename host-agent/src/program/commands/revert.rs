@@ -1,0 +1,63 @@
+//! `revert`.
+
+use super::apply::say_what_began;
+use super::describe::describe_reverted;
+use super::steps::{REVERT, Steps};
+use super::target::target;
+use crate::program::cli::{ModelName, Options};
+use crate::program::failure::Failure;
+use crate::program::report::{Guest, Patch, Patches, Pause};
+use guest_core::registry::State;
+use host_agent::session::Session;
+
+/// Takes out the patches `ids`, in the order given; without any, all of them, the last applied first. The first that fails ends it;
+/// the report says what was done before.
+pub fn revert(options: &Options, ids: &[String]) -> Result<(Patches, Option<Failure>), Failure> {
+    let mut session = Session::open(&target(options)?)?;
+    session.tidy()?;
+    let ids = if ids.is_empty() { all(&session) } else { ids.to_vec() };
+    // An unknown name is found before anything is taken out.
+    for id in &ids {
+        session.check_revert(id, &options.patching())?;
+    }
+    let mut steps = Steps::new(REVERT);
+    for id in &ids {
+        let undone = Patch {
+            id: id.clone(),
+            ..Patch::default()
+        };
+        steps.step(undone, || revert_one(&mut session, options, id));
+    }
+    let report = Patches {
+        guest: Guest::of(&session),
+        patches: steps.patches,
+        upgrade_due: None,
+    };
+    Ok((report, steps.failure))
+}
+
+fn revert_one(session: &mut Session, options: &Options, id: &str) -> Result<Patch, Failure> {
+    tracing::debug!(guest = session.shown(), "reverting {id}");
+    let (record, committed) = session.revert(id, &options.patching())?;
+    let mut patch = describe_reverted(&record);
+    patch.pause = Some(Pause::from(&committed));
+    say_what_began(&mut patch, session);
+    if options.model == ModelName::None {
+        patch
+            .warnings
+            .push("--model none is not for revert: it waits until no task is in the new functions".to_owned());
+    }
+    Ok(patch)
+}
+
+fn all(session: &Session) -> Vec<String> {
+    let mut records: Vec<_> = session
+        .registry
+        .entries
+        .iter()
+        .filter(|entry| entry.state == State::Applied)
+        .filter_map(|entry| entry.record.as_ref())
+        .collect();
+    records.sort_by_key(|record| std::cmp::Reverse(record.order));
+    records.into_iter().map(|record| record.id.clone()).collect()
+}

@@ -1,0 +1,16 @@
+//! The guest that a command is for.
+
+use crate::program::cli::Options;
+use crate::program::failure::Failure;
+use host_agent::find::find;
+use host_agent::target::{Selector, Target};
+
+/// The guest that the options name, in the process where it is.
+pub(super) fn target(options: &Options) -> Result<Target, Failure> {
+    Ok(find(&selector(options)?)?.paused_by(options.pause.method()))
+}
+
+/// What the options say of it.
+pub(super) fn selector(options: &Options) -> Result<Selector, Failure> {
+    options.selector().ok_or(Failure::NoTarget)
+}

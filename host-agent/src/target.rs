@@ -1,0 +1,47 @@
+//! Which guest is meant, and how it is reached.
+
+use crate::domains::{Domain, DomainError};
+use crate::hypervisor::{PauseMethod, Route};
+use std::path::PathBuf;
+
+/// Which guest is meant.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Selector {
+    /// By the name that its QEMU was started with.
+    Name(String),
+    /// By its QMP socket.
+    QmpSocket(PathBuf),
+}
+
+/// A guest, and how it is reached.
+#[derive(Debug, Clone)]
+pub struct Target {
+    /// Its name, where it was found by name.
+    pub name: Option<String>,
+    /// Its process, where that is known before connecting.
+    pub pid: Option<i32>,
+    /// How it is reached.
+    pub route: Route,
+}
+
+impl Target {
+    /// A domain that was found.
+    ///
+    /// # Errors
+    ///
+    /// It has no socket that can be used.
+    pub fn of_domain(domain: &Domain) -> Result<Self, DomainError> {
+        Ok(Self {
+            name: domain.name.clone(),
+            pid: Some(domain.pid),
+            route: Route::qmp(domain.qmp_socket()?),
+        })
+    }
+
+    /// The same guest, to be paused by that method.
+    #[must_use]
+    pub fn paused_by(self, method: PauseMethod) -> Self {
+        let route = self.route.paused_by(method);
+        Self { route, ..self }
+    }
+}

@@ -1,0 +1,244 @@
+//! A vmpatch that is killed, or its supervisor, at a chosen moment; and what the guest must be like then.
+//!
+//! The module that is applied has two functions that see whether the other one is of their own age, so that a half patch shows.
+
+use std::path::Path;
+use std::process::Child;
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+use host_agent::hypervisor::Route;
+use images::build::hand_written::Applied;
+use images::kernel::Kernel;
+use nix::sys::signal::Signal;
+
+use crate::bed::{self, Lent};
+use crate::cut::{self, Call, Side};
+use crate::kit::{self, Modules};
+use crate::monitor::Monitor;
+use crate::probe::{Seen, see};
+use crate::processes;
+use crate::report::states;
+use crate::vmpatch::{Answer, Vmpatch};
+
+/// The program in the guest that tells old, new, and mixed.
+pub const PROGRAM: &str = "pair";
+/// How long a pause is waited for: longer than a command takes on a busy host.
+const PAUSE_LIMIT: Duration = Duration::from_secs(20);
+
+/// What is cut off.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Command {
+    /// `apply` of the module.
+    Apply,
+    /// `revert --all`.
+    Revert,
+}
+
+impl Command {
+    /// What the guest shows once it is done.
+    pub fn aim(self) -> Seen {
+        match self {
+            Self::Apply => Seen::Fixed,
+            Self::Revert => Seen::Flawed,
+        }
+    }
+
+    /// What the guest shows before.
+    pub fn start(self) -> Seen {
+        match self {
+            Self::Apply => Seen::Flawed,
+            Self::Revert => Seen::Fixed,
+        }
+    }
+}
+
+/// When it is cut off.
+#[derive(Clone, Copy, Debug)]
+pub enum When {
+    /// So long after its start.
+    After(Duration),
+    /// So long after it has stopped the guest.
+    InPause(Duration),
+    /// On that side of its first such system call.
+    At(Call, Side),
+}
+
+/// Who is killed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Victim {
+    /// vmpatch, not its supervisor.
+    Worker,
+    /// As Ctrl-C on a terminal does it.
+    ForegroundGroup,
+    /// Its supervisor alone.
+    Supervisor,
+    /// All, by SIGTERM, as a service manager does it.
+    Service,
+    /// Both at once.
+    Both,
+}
+
+/// A guest and what is used beside it.
+pub struct Stage {
+    /// The guest.
+    pub guest: Lent,
+    /// vmpatch on its first socket.
+    pub vmpatch: Vmpatch,
+    /// Its second socket.
+    pub monitor: Monitor,
+    module: String,
+}
+
+impl Stage {
+    /// A guest of that kernel.
+    ///
+    /// # Panics
+    ///
+    /// If it does not boot; each method here, if something is not as it must be.
+    pub fn new(kernel: Kernel) -> Self {
+        let module = Modules::of(&kernel).applied(Applied::Pair);
+        let guest = bed::lend(kit::guest(kernel));
+        Self {
+            vmpatch: Vmpatch::on(&guest),
+            monitor: Monitor::second(&guest),
+            guest,
+            module,
+        }
+    }
+
+    /// The words of the command line.
+    pub fn args(&self, command: Command) -> [&str; 2] {
+        match command {
+            Command::Apply => ["apply", &self.module],
+            Command::Revert => ["revert", "--all"],
+        }
+    }
+
+    /// Runs the command, which must succeed.
+    #[track_caller]
+    pub fn run(&self, command: Command) -> Answer {
+        self.vmpatch.run(&self.args(command)).expect(0)
+    }
+
+    /// How long the command takes if nobody kills it; the guest is as before.
+    pub fn measure(&self, command: Command) -> Duration {
+        if command == Command::Revert {
+            self.run(Command::Apply);
+        }
+        let took = self.run(command).took;
+        if command == Command::Apply {
+            self.run(Command::Revert);
+        }
+        took
+    }
+
+    /// Runs the command and kills it; returns when nothing of it is left.
+    pub fn cut(&mut self, command: Command, when: When, victim: Victim) -> Answer {
+        self.monitor.forget_events();
+        let start = Instant::now();
+        let child = self.vmpatch.start(&self.args(command));
+        match when {
+            When::After(delay) => sleep(delay.saturating_sub(start.elapsed())),
+            When::InPause(delay) => {
+                let is_paused = self.monitor.wait_for_event("STOP", PAUSE_LIMIT);
+                assert!(is_paused, "{command:?} pauses the guest");
+                spin(delay);
+            }
+            When::At(call, side) => cut::run_to(&child, call, 1, side),
+        }
+        kill(&child, &self.guest.qmp_path(), victim);
+        if let (When::At(..), Victim::Supervisor) = (when, victim) {
+            cut::let_go(&child);
+        }
+        // The supervisor has the same standard error, so this waits for its end, too.
+        let answer = self.vmpatch.finish(&self.args(command), child);
+        Answer {
+            took: start.elapsed(),
+            ..answer
+        }
+    }
+
+    /// What the guest is like now: it runs, is wholly old or wholly new, and vmpatch sees the same.
+    pub fn look(&mut self, context: &str) -> Seen {
+        assert_eq!(self.monitor.run_state(), "running", "{context}");
+        let seen = see(&self.guest, PROGRAM);
+        let status = self.vmpatch.status();
+        match &states(&status)[..] {
+            [] => assert_eq!(seen, Seen::Flawed, "{context}: {status}"),
+            [(_, "applied", functions)] => {
+                assert_eq!(functions[..], ["patched"; 2], "{context}: {status}");
+                assert_eq!(seen, Seen::Fixed, "{context}: {status}");
+            }
+            [(_, "staging" | "reverted", functions)] => {
+                assert!(
+                    functions.iter().all(|function| *function == "original"),
+                    "{context}: {status}"
+                );
+                assert_eq!(seen, Seen::Flawed, "{context}: {status}");
+            }
+            _ => panic!("{context}: {status}"),
+        }
+        seen
+    }
+
+    /// Kills the command, looks, and has the next one of the same kind work. Gives what the guest was like in between.
+    pub fn cut_and_repeat(&mut self, command: Command, when: When, victim: Victim) -> (Answer, Seen) {
+        let answer = self.cut(command, when, victim);
+        let context = format!("{command:?} {when:?} {victim:?}: {answer}");
+        let seen = self.look(&context);
+        if let Some(code) = answer.code {
+            let expected = if code == 0 { command.aim() } else { command.start() };
+            assert_eq!(seen, expected, "{context}");
+        }
+        if seen != command.aim() {
+            self.run(command);
+            assert_eq!(self.look(&context), command.aim(), "{context}: once more");
+        }
+        (answer, seen)
+    }
+
+    /// The same for an apply, then for a revert: the guest is as before.
+    pub fn cut_both_ways(&mut self, when: [When; 2], victim: Victim) -> [Answer; 2] {
+        let [apply, revert] = when;
+        [(Command::Apply, apply), (Command::Revert, revert)]
+            .map(|(command, when)| self.cut_and_repeat(command, when, victim).0)
+    }
+}
+
+/// Waits more exactly than the scheduler's sleep does.
+fn spin(time: Duration) {
+    let start = Instant::now();
+    while start.elapsed() < time {
+        std::hint::spin_loop();
+    }
+}
+
+/// The supervisors of a guest's changes, by its QMP socket.
+pub fn supervisors(socket: &Path) -> Vec<u32> {
+    let route = Route::qmp(socket.to_owned());
+    processes::with_arguments(&["supervise", &route.to_argument()])
+}
+
+fn kill(worker: &Child, socket: &Path, victim: Victim) {
+    let supervisor = || supervisors(socket);
+    match victim {
+        Victim::Worker => processes::kill(worker.id(), Signal::SIGKILL),
+        Victim::ForegroundGroup => processes::kill_group(worker.id(), Signal::SIGINT),
+        Victim::Supervisor => supervisor()
+            .into_iter()
+            .for_each(|pid| processes::kill(pid, Signal::SIGKILL)),
+        Victim::Service => {
+            let all = [vec![worker.id()], supervisor()].concat();
+            all.into_iter().for_each(|pid| processes::kill(pid, Signal::SIGTERM));
+        }
+        Victim::Both => {
+            // The worker first: it must not see the supervisor's end.
+            let supervisor = supervisor();
+            processes::kill(worker.id(), Signal::SIGKILL);
+            supervisor
+                .into_iter()
+                .for_each(|pid| processes::kill(pid, Signal::SIGKILL));
+        }
+    }
+}
