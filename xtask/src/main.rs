@@ -1,0 +1,130 @@
+//! Everyday commands for work on vmpatch: `cargo xtask COMMAND`. Its tests check the repository's own text.
+
+#[cfg(test)]
+mod dependencies;
+#[cfg(test)]
+mod modules;
+#[cfg(test)]
+mod paths;
+#[cfg(test)]
+mod repository;
+#[cfg(test)]
+mod words;
+
+use std::env;
+use std::process::{Command, ExitCode};
+
+const USAGE: &str = "usage: cargo xtask COMMAND [ARGUMENT…]
+
+  test       unit tests alone: no guest, no QEMU, no network
+  check      format and clippy, as CI does it
+  e2e NAME…  end-to-end tests of these files in tests/tests/ (needs images/setup.sh); without a name, all of them
+  storm …    storms of applies and reverts: arguments of tests/src/bin/storm.rs, see --help
+  bench …    the benchmark of the pause: arguments of tests/src/bin/bench.rs, see --help
+  deny       bans, licences and sources of all dependencies (needs cargo-deny)";
+
+/// Crates all of whose tests run without QEMU.
+const WITHOUT_QEMU: [&str; 5] = ["guest-core", "process", "kvm", "patch-build", "xtask"];
+/// Crates that have unit tests, and in `tests/` those that need QEMU.
+const WITH_QEMU: [&str; 4] = ["qmp", "host-agent", "images", "e2e"];
+
+/// The commands that one of ours stands for: all of them must succeed.
+fn commands(name: &str, arguments: &[String]) -> Option<Vec<Vec<String>>> {
+    let words = |line: &str| line.split_whitespace().map(str::to_owned).collect::<Vec<_>>();
+    let packages = |names: &[&str]| {
+        names
+            .iter()
+            .flat_map(|name| words(&format!("--package {name}")))
+            .collect()
+    };
+    let all = |parts: [Vec<String>; 2]| parts.concat();
+    let bin = |name: &str| {
+        all([
+            words(&format!("run --release --package e2e --bin {name} --")),
+            arguments.to_vec(),
+        ])
+    };
+    let one_test = |name: &String| words(&format!("--test {name}"));
+    let commands = match name {
+        "test" => vec![
+            all([words("test"), packages(&WITHOUT_QEMU)]),
+            all([words("test --lib --bins"), packages(&WITH_QEMU)]),
+        ],
+        "check" => vec![
+            words("fmt --check"),
+            words("clippy --workspace --all-targets -- -D warnings"),
+            words("clippy --package host-agent --no-default-features --all-targets -- -D warnings"),
+        ],
+        "e2e" => vec![
+            words("build --release --package host-agent --bin vmpatch"),
+            all([
+                words("test --package e2e"),
+                arguments.iter().flat_map(one_test).collect(),
+            ]),
+        ],
+        "storm" | "bench" => vec![bin(name)],
+        "deny" => vec![words("deny check bans licenses sources")],
+        _ => return None,
+    };
+    Some(commands)
+}
+
+fn main() -> ExitCode {
+    let mut arguments = env::args().skip(1);
+    let name = arguments.next().unwrap_or_default();
+    let Some(commands) = commands(&name, &arguments.collect::<Vec<_>>()) else {
+        eprintln!("{USAGE}");
+        return ExitCode::from(if matches!(name.as_str(), "" | "help" | "--help" | "-h") {
+            0
+        } else {
+            2
+        });
+    };
+    let cargo = env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+    for command in commands {
+        eprintln!("cargo {}", command.join(" "));
+        match Command::new(&cargo).args(&command).status() {
+            Ok(status) if status.success() => {}
+            Ok(_) => return ExitCode::FAILURE,
+            Err(error) => {
+                eprintln!("can't start cargo: {error}");
+                return ExitCode::FAILURE;
+            }
+        }
+    }
+    ExitCode::SUCCESS
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{USAGE, WITH_QEMU, WITHOUT_QEMU, commands};
+    use crate::repository;
+
+    #[test]
+    fn every_command_of_the_usage_is_one_and_no_other_is() {
+        let listed = USAGE
+            .lines()
+            .filter_map(|line| line.strip_prefix("  ")?.split_whitespace().next());
+        for name in listed {
+            assert!(commands(name, &[]).is_some(), "{name}");
+        }
+        assert!(commands("tset", &[]).is_none());
+    }
+
+    #[test]
+    fn a_named_test_is_the_only_one_that_runs() {
+        let lines = commands("e2e", &["cve".to_owned()]).unwrap();
+        assert_eq!(lines[1].join(" "), "test --package e2e --test cve");
+    }
+
+    #[test]
+    fn each_crate_is_tested_with_or_without_qemu() {
+        let manifest = repository::text("Cargo.toml");
+        let members = manifest
+            .lines()
+            .find_map(|line| line.strip_prefix("members = "))
+            .unwrap();
+        let count = members.split(',').count();
+        assert_eq!(WITHOUT_QEMU.len() + WITH_QEMU.len(), count, "{members}");
+    }
+}
