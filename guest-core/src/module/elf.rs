@@ -24,6 +24,13 @@ const NAME_BYTES_MAX: usize = 1024;
 const SHN_LIVEPATCH: u16 = 0xff20;
 /// What the names of livepatch symbols begin with.
 const KLP_SYMBOL: &str = ".klp.sym.";
+/// What the names of sections with livepatch relocations begin with.
+const KLP_RELOCATIONS: &str = ".klp.rela.";
+/// Flag of such a section (include/uapi/linux/elf.h).
+const SHF_RELA_LIVEPATCH: u64 = 0x10_0000;
+/// Types of relocation sections that the kernel's loader passes over, as it does every type but REL and RELA: `SHT_RELR` of the System V
+/// ABI, and `SHT_CREL` as LLVM writes it.
+const OTHER_RELOCATIONS: [u32; 2] = [19, 0x4000_0014];
 
 const LE: LittleEndian = LittleEndian;
 type Header = FileHeader64<LittleEndian>;
@@ -57,7 +64,7 @@ impl<'d> Elf<'d> {
         for (index, raw) in raw_symbols.iter().enumerate() {
             symbols.push(symbol(&raw_symbols, SymbolIndex(index), raw, sections.len())?);
         }
-        relocations(bytes, &table, raw_symbols.section(), &mut sections, symbols.len())?;
+        relocations(bytes, &table, raw_symbols.section(), &mut sections, &symbols)?;
         let functions = functions(&symbols);
         Ok(Self {
             sections,
@@ -184,6 +191,12 @@ fn symbol<'d>(
     let defined_in = table
         .symbol_section(LE, raw, index)
         .map_err(|e| ModuleError::elf(&format!("symbol {name}"), e))?;
+    if name.starts_with(KLP_SYMBOL) && shndx.0 != SHN_LIVEPATCH {
+        return Err(ModuleError::KlpSymbolIndex {
+            symbol: name.into(),
+            found: shndx.0,
+        });
+    }
     let place = match defined_in {
         // Symbol 0 means "no symbol": its value is zero.
         _ if index.0 == 0 => SymbolPlace::Absolute(0),
@@ -247,14 +260,21 @@ fn relocations<'d>(
     table: &SectionTable<'d, Header>,
     symbol_table: SectionIndex,
     sections: &mut [Section<'d>],
-    symbols: usize,
+    symbols: &[Symbol<'d>],
 ) -> Result<(), ModuleError> {
     let mut total: usize = 0;
     for (index, raw) in table.iter().enumerate() {
         let kind = raw.sh_type(LE);
         let target = raw.sh_info(LE) as usize;
         let name = sections.get(index).map_or("", |s| s.name);
+        let is_livepatch = name.starts_with(KLP_RELOCATIONS) || raw.sh_flags(LE).0 & SHF_RELA_LIVEPATCH != 0;
         if kind != elf::SHT_RELA && kind != elf::SHT_REL {
+            if is_livepatch || OTHER_RELOCATIONS.contains(&kind.0) {
+                return Err(ModuleError::RelocationType {
+                    section: name.into(),
+                    found: kind.0,
+                });
+            }
             continue;
         }
         let Some(section) = sections.get_mut(target).filter(|s| s.is_loaded()) else {
@@ -275,12 +295,20 @@ fn relocations<'d>(
         at_most("relocations", total, RELOCATIONS_MAX)?;
         for rela in relas {
             let relocation = relocation(rela);
-            if relocation.symbol.0 >= symbols {
+            let Some(symbol) = symbols.get(relocation.symbol.0) else {
                 return Err(ModuleError::RelocationSymbol {
                     section: section.name.into(),
                     offset: relocation.offset,
                     found: relocation.symbol.0,
-                    symbols,
+                    symbols: symbols.len(),
+                });
+            };
+            // As the kernel does (kernel/livepatch/core.c, `klp_resolve_symbols`).
+            if is_livepatch && !matches!(symbol.place, SymbolPlace::Livepatch { .. }) {
+                return Err(ModuleError::KlpRelocation {
+                    section: name.into(),
+                    offset: relocation.offset,
+                    symbol: symbol.name.into(),
                 });
             }
             section.relocations.push(relocation);

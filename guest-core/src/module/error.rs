@@ -83,6 +83,38 @@ pub enum ModuleError {
         /// The symbol's name.
         symbol: String,
     },
+    /// A symbol with a livepatch symbol's name has another section index than SHN_LIVEPATCH (0xff20). `ld -r` does this to a module
+    /// whose livepatch symbols are there already.
+    #[error(
+        "livepatch symbol {symbol} has section index {found:#x}, expected SHN_LIVEPATCH (0xff20): \
+         was the module linked once more after it was made?"
+    )]
+    KlpSymbolIndex {
+        /// The symbol's name.
+        symbol: String,
+        /// Its section index.
+        found: u16,
+    },
+    /// A livepatch relocation refers to a symbol that is no livepatch symbol.
+    #[error(
+        "the livepatch relocation of offset {offset:#x} in {section} refers to {symbol:?}, which is no livepatch symbol"
+    )]
+    KlpRelocation {
+        /// The section of the relocation.
+        section: String,
+        /// The offset that it relocates, in bytes from the start of the relocated section.
+        offset: u64,
+        /// The symbol's name.
+        symbol: String,
+    },
+    /// A section of relocations has a type that a module loader does not read: what it relocates would be left as it is.
+    #[error("section {section} holds relocations and has type {found:#x}, expected SHT_RELA (4)")]
+    RelocationType {
+        /// The section's name.
+        section: String,
+        /// Its type (`sh_type`).
+        found: u32,
+    },
     /// The file has relocations without addends, which x86-64 does not use.
     #[error("section {section} holds relocations of type SHT_REL, expected SHT_RELA")]
     RelSection {

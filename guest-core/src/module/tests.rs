@@ -277,6 +277,65 @@ fn livepatch_symbols_reach_what_is_not_exported() {
     assert_eq!(undefined[0].object, Some(("vmlinux".into(), 2)));
 }
 
+/// `file` with `edit` made to the header of its first section of type SHT_RELA.
+fn with_relocation_header(mut file: Vec<u8>, edit: impl Fn(&mut [u8])) -> Vec<u8> {
+    let headers = usize::try_from(u64::from_le_bytes(file[40..48].try_into().unwrap())).unwrap();
+    let header = file[headers..].chunks_exact_mut(64).find(|header| header[4] == 4);
+    edit(header.unwrap());
+    file
+}
+
+#[test]
+fn a_livepatch_symbol_that_a_linker_made_absolute_is_refused() {
+    let mut elf = TestElf::livepatch(&[0; 16]);
+    let lost = elf.symbol(".klp.sym.vmlinux.tcp_v4,0", 0x10, object::elf::SHN_ABS.0, 0, 0);
+    elf.relocation(1, 0, R_X86_64_64, lost, 0);
+    assert_eq!(
+        PatchModule::parse(&elf.build()).unwrap_err().to_string(),
+        "livepatch symbol .klp.sym.vmlinux.tcp_v4,0 has section index 0xfff1, expected SHN_LIVEPATCH (0xff20): \
+         was the module linked once more after it was made?"
+    );
+}
+
+#[test]
+fn relocations_that_would_be_passed_over_are_refused() {
+    let mut elf = TestElf::livepatch(&[0; 16]);
+    elf.section(".klp.rela.vmlinux..text", object::elf::SHF_ALLOC.0, &[0; 24]);
+    let error = PatchModule::parse(&elf.build()).unwrap_err().to_string();
+    assert_eq!(
+        error,
+        "section .klp.rela.vmlinux..text holds relocations and has type 0x1, expected SHT_RELA (4)"
+    );
+    // SHT_RELR, and SHT_CREL as LLVM writes it.
+    for kind in [19_u32, 0x4000_0014] {
+        let mut elf = TestElf::livepatch(&[0; 16]);
+        let other = elf.undefined("other");
+        elf.relocation(1, 0, R_X86_64_64, other, 0);
+        let file = with_relocation_header(elf.build(), |h| h[4..8].copy_from_slice(&kind.to_le_bytes()));
+        let error = PatchModule::parse(&file).unwrap_err();
+        assert!(matches!(error, ModuleError::RelocationType { found, .. } if found == kind));
+    }
+}
+
+#[test]
+fn a_livepatch_relocation_of_another_symbol_is_refused() {
+    let livepatch = |symbol: &str, index| {
+        let mut elf = TestElf::livepatch(&[0; 16]);
+        let symbol = elf.symbol(symbol, 0x10, index, 0, 0);
+        elf.relocation(1, 8, R_X86_64_64, symbol, 0);
+        let file = with_relocation_header(elf.build(), |h| h[10] |= 0x10); // SHF_RELA_LIVEPATCH
+        PatchModule::parse(&file).map(|_| ()).map_err(|error| error.to_string())
+    };
+    assert_eq!(livepatch(".klp.sym.vmlinux.tcp_v4,0", 0xff20), Ok(()));
+    assert_eq!(
+        livepatch("tcp_v4", 0),
+        Err(
+            r#"the livepatch relocation of offset 0x8 in .rela.text refers to "tcp_v4", which is no livepatch symbol"#
+                .into()
+        )
+    );
+}
+
 #[test]
 fn a_weak_symbol_that_nobody_has_is_null_and_another_is_an_error() {
     let mut elf = TestElf::livepatch(&[0; 16]);
