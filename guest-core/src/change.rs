@@ -112,6 +112,11 @@ impl Change {
         word.is_some_and(|word| memory.start <= word && word <= memory.end)
     }
 
+    /// True if it sets a little-endian word of 8 bytes to `word`.
+    pub(crate) fn sets_word(&self, word: u64) -> bool {
+        self.new == word.to_le_bytes()
+    }
+
     /// The name of the bytes, for a person.
     pub fn what(&self) -> &str {
         &self.what
@@ -205,7 +210,19 @@ impl Change {
         Ok(self.over(&self.read(memory)?))
     }
 
-    /// The same for memory that holds `now`.
+    /// The bytes that complete this change, whether all of it was made, a part of it, or nothing.
+    ///
+    /// # Errors
+    ///
+    /// [`ChangeError::Unexpected`] where a byte is neither old nor new, or [`ChangeError::Memory`].
+    pub(crate) fn completed(&self, memory: &dyn PhysMemory) -> Result<Vec<u8>, ChangeError> {
+        let now = self.read(memory)?;
+        let restored = self.over(&now);
+        self.require(&restored, &self.old)?;
+        Ok(self.merged(&restored))
+    }
+
+    /// The same as [`Change::restored`] for memory that holds `now`.
     fn over(&self, now: &[u8]) -> Vec<u8> {
         let is = |at: usize, now: u8, one: u8| (now ^ one) & self.mask_at(at) == 0;
         let mut bytes = now.iter().zip(&self.old).zip(&self.new).enumerate();

@@ -2,6 +2,7 @@
 
 use crate::addr::Gpa;
 use crate::change::Change;
+use crate::registry::State;
 use crate::vcpu::Registers;
 use serde::{Deserialize, Serialize};
 use std::error::Error;
@@ -69,6 +70,15 @@ pub struct Journal {
     pub staged: Vec<Change>,
     /// Changes made in one pause. The last one is the patch's state in the registry.
     pub atomic: Vec<Change>,
+}
+
+impl Journal {
+    /// True where the commit leads the guest into new code: it ends with a patch in force.
+    pub(crate) fn redirects(&self) -> bool {
+        self.atomic
+            .last()
+            .is_some_and(|state| state.sets_word(State::Applied as u64))
+    }
 }
 
 /// A virtual machine whose vCPUs can be paused.

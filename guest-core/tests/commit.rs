@@ -66,12 +66,70 @@ fn a_death_at_any_write_is_made_harmless_by_the_supervisor() {
                 commit_plan(&guest, &kernel, &plan).unwrap_err();
                 guest.ram.set_fault(None);
                 let mut stopped = Stopped::new(&guest);
-                let complete = roll_back(&guest.ram, &mut stopped, &journal).unwrap();
+                let complete = roll_back(&guest.ram, &mut stopped, &journal, false).unwrap();
                 // Half of the last word is all of the state: everything else was written before.
                 assert!(!complete || fault == Fault::TornDeath(last), "{fault:?}");
                 assert!(complete || guest.ram.differences().is_empty(), "{fault:?}");
             }
         }
+    }
+}
+
+/// Under KVM the guest runs as soon as vmpatch is dead, and a task may be in the new code before the supervisor comes.
+#[test]
+fn new_code_that_a_jump_led_to_stays_where_the_guest_has_run_since_the_death() {
+    let (sound, kernel) = (Guest::new(), Guest::new().kernel());
+    let plan = plan(&sound, &kernel, &two_with_sections()).unwrap();
+    let journal = guest_core::machine::Journal {
+        staged: plan.staged.clone(),
+        atomic: plan.atomic.clone(),
+    };
+    let committed = sound.clone();
+    commit_plan(&committed, &kernel, &plan).unwrap();
+    let jumps: Vec<&Change> = plan.atomic.iter().filter(|change| !change.is_data()).collect();
+    assert_eq!(jumps.len(), 2);
+    let (mut completed, mut left) = (0, 0);
+    for write in 0..writes(&plan) {
+        for fault in [Fault::Death(write), Fault::TornDeath(write)] {
+            let guest = sound.clone();
+            guest.ram.set_fault(Some(fault));
+            commit_plan(&guest, &kernel, &plan).unwrap_err();
+            guest.ram.set_fault(None);
+            let is_made = |change: &Change| change.restored(&guest.ram) != change.current(&guest.ram);
+            let has_jump = jumps.iter().any(|jump| is_made(jump));
+            let is_begun = plan.atomic.iter().any(is_made);
+            let complete = roll_back(&guest.ram, &mut Stopped::new(&guest), &journal, true).unwrap();
+            assert_eq!(complete, has_jump, "{fault:?}");
+            if complete {
+                completed += 1;
+                assert!(guest.ram.differences() == committed.ram.differences(), "{fault:?}");
+                continue;
+            }
+            left += u64::from(is_begun);
+            assert_eq!(!guest.ram.differences().is_empty(), is_begun, "{fault:?}");
+            recover(&guest, &kernel);
+            assert!(guest.ram.differences().is_empty(), "{fault:?}");
+        }
+    }
+    assert!(completed > 3 && left > 3, "{completed} {left}");
+}
+
+/// A revert leads nobody into new code, and what it wipes was checked to be used by nobody.
+#[test]
+fn a_revert_whose_vmpatch_died_is_taken_back_also_where_the_guest_has_run_since() {
+    let (applied, kernel) = patched();
+    let plan = revert(&kernel.live(&applied.ram), &registry(&applied, &kernel), "fix").unwrap();
+    let journal = guest_core::machine::Journal {
+        staged: plan.staged.clone(),
+        atomic: plan.atomic.clone(),
+    };
+    for write in 0..writes(&plan) {
+        let guest = applied.clone();
+        guest.ram.set_fault(Some(Fault::Death(write)));
+        commit_plan(&guest, &kernel, &plan).unwrap_err();
+        guest.ram.set_fault(None);
+        assert!(!roll_back(&guest.ram, &mut Stopped::new(&guest), &journal, true).unwrap());
+        assert!(guest.ram.differences().is_empty(), "{write}");
     }
 }
 
@@ -141,7 +199,7 @@ fn whatever_writes_fail_the_guest_is_as_before_once_it_is_taken_back() {
             Err(CommitError::HalfDone { .. }) => {
                 later += 1;
                 let mut stopped = Stopped::new(&guest);
-                let complete = roll_back(&guest.ram, &mut stopped, &journal).unwrap();
+                let complete = roll_back(&guest.ram, &mut stopped, &journal, false).unwrap();
                 assert!(complete || guest.ram.differences().is_empty(), "{seed}");
             }
             Err(_) => {
@@ -213,7 +271,7 @@ fn a_guest_that_does_not_run_again_is_left_to_the_supervisor() {
         };
         assert!(error.left_paused() && error.effect() == effect, "{fault:?}: {error}");
         let journal = vm.journal.expect("somebody still watches");
-        let complete = roll_back(&guest.ram, &mut Stopped::new(&guest), &journal).unwrap();
+        let complete = roll_back(&guest.ram, &mut Stopped::new(&guest), &journal, false).unwrap();
         assert_eq!(complete, effect == Effect::InForce, "{fault:?}");
         assert_eq!(guest.ram.differences().is_empty(), !complete, "{fault:?}");
     }
@@ -373,7 +431,7 @@ fn undoing_leaves_alone_what_the_guest_wrote_meanwhile() {
         atomic: plan.atomic,
     };
     let mut stopped = Stopped::new(&guest);
-    roll_back(&guest.ram, &mut stopped, &journal).unwrap();
+    roll_back(&guest.ram, &mut stopped, &journal, false).unwrap();
     assert!(guest.ram.differences() == before, "undone by the supervisor");
 }
 

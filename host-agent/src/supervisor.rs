@@ -3,8 +3,8 @@
 //! The worker starts `vmpatch supervise ROUTE` in a process group of its own, so that Ctrl-C does not reach it, and tells it, line by
 //! line as JSON, the [`Journal`] of what it is about to change and whether the guest was running; each line is answered by one
 //! byte. When the worker's end of the socket closes with a journal outstanding, the supervisor reaches the guest by
-//! itself, takes back what is half done, lets the guest run, and tells a worker that is still there what the guest is like. It
-//! inherits the domain's lock, so that no other vmpatch comes in between.
+//! itself, takes back what is half done (or completes a patch that the guest may be using), lets the guest run, and tells a worker that
+//! is still there what the guest is like. It inherits the domain's lock, so that no other vmpatch comes in between.
 
 use crate::hypervisor::{ChangeGuard, Meaning, ReachError, Route};
 use crate::lock::DomainLock;
@@ -63,7 +63,7 @@ pub enum SuperviseError {
 /// What a supervisor did where nobody else is there any more to say it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Supervised {
-    /// The change was complete, and stays.
+    /// The change is complete, and stays.
     Stayed,
     /// The change was rolled back.
     RolledBack,
@@ -210,7 +210,7 @@ fn stdin_descriptor() -> io::Result<OwnedFd> {
     io::stdin().as_fd().try_clone_to_owned()
 }
 
-/// Gives true where the change was complete and stays.
+/// Gives true where the change is complete and stays.
 fn recover(route: &Route, watch: &Watch) -> Result<bool, SuperviseError> {
     let start = Instant::now();
     loop {
@@ -224,7 +224,8 @@ fn recover(route: &Route, watch: &Watch) -> Result<bool, SuperviseError> {
 fn roll_back(route: &Route, watch: &Watch) -> Result<bool, SuperviseError> {
     let vm = route.open()?;
     let mut guest = vm.take_over()?;
-    let result = commit::roll_back(vm.memory(), guest.as_mut(), &watch.journal);
+    let has_run = guest.has_run();
+    let result = commit::roll_back(vm.memory(), guest.as_mut(), &watch.journal, has_run);
     if watch.running {
         guest
             .resume()

@@ -14,7 +14,7 @@ pub use effect::Effect;
 use self::describe::describe;
 use self::pacing::{Pacing, Seen};
 use self::preview::preview;
-use self::write::{restore, write};
+use self::write::{complete, restore, write};
 use crate::change::{Change, ChangeError};
 use crate::kernel::locks::{Held, Locks};
 use crate::kernel::{KernelError, Live};
@@ -190,20 +190,41 @@ pub fn commit(
     result
 }
 
-/// Rolls back the commit of a vmpatch that died, while `writer` has the vCPUs stopped. Keeps a complete commit, and gives true for it.
+/// Ends the commit of a vmpatch that died: rolls it back, or keeps it where it is complete, and gives true for that.
+///
+/// `has_run` says that the guest may have run since it was paused for the commit. A task may then be in new code that a jump leads to, at
+/// any depth, and nobody has checked the stacks since. A patch with such a jump is completed. Where no jump was written, but the guest may
+/// have met the patch's module in its lists, the patch's memory stays as it is: the next vmpatch plans its [`recovery`](crate::plan::recovery).
 ///
 /// # Errors
 ///
-/// Guest memory cannot be read or written.
-pub fn roll_back(memory: &dyn PhysMemory, writer: &mut dyn WriteCode, journal: &Journal) -> Result<bool, CommitError> {
-    let complete = is_complete(memory, &journal.atomic);
-    if !complete {
-        restore(memory, writer, &journal.atomic)?;
+/// Guest memory cannot be read or written, or the guest has changed what is left to write.
+pub fn roll_back(
+    memory: &dyn PhysMemory,
+    writer: &mut dyn WriteCode,
+    journal: &Journal,
+    has_run: bool,
+) -> Result<bool, CommitError> {
+    if is_complete(memory, &journal.atomic) {
+        return Ok(true);
+    }
+    writer.drain()?;
+    let mut is_begun = false;
+    for (index, change) in journal.atomic.iter().enumerate() {
+        let is_made = change.restored(memory)? != change.current(memory)?;
+        if has_run && is_made && !change.is_data() && journal.redirects() {
+            complete(memory, writer, journal.atomic.get(index..).unwrap_or_default())?;
+            return Ok(true);
+        }
+        is_begun |= is_made;
+    }
+    restore(memory, writer, &journal.atomic)?;
+    if !(has_run && is_begun) {
         for change in journal.staged.iter().rev() {
             change.restore(memory)?;
         }
     }
-    Ok(complete)
+    Ok(false)
 }
 
 /// True where all atomic changes were made. The last one is the patch's state in the registry.

@@ -66,3 +66,22 @@ pub(super) fn restore(
     }
     Ok(writer.write(&writes)?)
 }
+
+/// Makes those of the last `changes` of a commit that were not made, or only in part. Code comes first, the last change last.
+pub(super) fn complete(
+    memory: &dyn PhysMemory,
+    writer: &mut dyn WriteCode,
+    changes: &[Change],
+) -> Result<(), CommitError> {
+    let (mut code, mut data) = (Vec::with_capacity(changes.len()), Vec::new());
+    for change in changes {
+        let bytes = change.completed(memory)?;
+        if bytes != change.current(memory)? {
+            let writes = if change.is_data() { &mut data } else { &mut code };
+            writes.push((change.gpa(), bytes));
+        }
+    }
+    code.append(&mut data);
+    writer.write(&code)?;
+    Ok(changes.iter().try_for_each(|change| change.verify(memory))?)
+}

@@ -237,6 +237,11 @@ impl WriteCode for ThreadVcpus<'_> {
 }
 
 impl TakenOver for ThreadVcpus<'_> {
+    /// The kernel lets its threads go on when their tracer dies.
+    fn has_run(&self) -> bool {
+        true
+    }
+
     /// It runs.
     fn resume(self: Box<Self>) -> Result<(), MachineError> {
         Ok(())

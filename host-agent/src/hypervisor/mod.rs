@@ -89,6 +89,9 @@ pub trait Vcpus {
 
 /// A guest that a killed vmpatch may have left paused. It may run: each write pauses it where it does.
 pub trait TakenOver: WriteCode {
+    /// True where the guest may have run since the killed vmpatch paused it.
+    fn has_run(&self) -> bool;
+
     /// Lets the guest run, where it is paused.
     ///
     /// # Errors

@@ -97,7 +97,7 @@ fn carry_out(cli: &Cli, progress: &Progress) -> Result<(), Ended> {
         Some(Command::Supervise { route }) => {
             if let Some(supervised) = supervisor::supervise(route).map_err(Failure::from)? {
                 say_killed(match supervised {
-                    Supervised::Stayed => "the change was complete and stays, and the guest runs on",
+                    Supervised::Stayed => "the change is complete and stays, and the guest runs on",
                     Supervised::RolledBack => "the change was taken back, and the guest runs on",
                 });
             }

@@ -96,6 +96,7 @@ impl Paused for PausedGuest<'_> {
 /// A guest that a killed vmpatch may have left paused. Each write pauses it where it runs.
 pub(super) struct QemuTakenOver<'a> {
     machine: &'a RefCell<qmp::Machine>,
+    has_run: bool,
 }
 
 impl<'a> QemuTakenOver<'a> {
@@ -105,11 +106,17 @@ impl<'a> QemuTakenOver<'a> {
             .borrow_mut()
             .prepare_pause()
             .map_err(at("preparing the pause"))?;
-        Ok(Self { machine })
+        let state = machine.borrow().run_state();
+        let has_run = state.map_err(at("asking whether the guest runs"))? == RunState::Running;
+        Ok(Self { machine, has_run })
     }
 }
 
 impl TakenOver for QemuTakenOver<'_> {
+    fn has_run(&self) -> bool {
+        self.has_run
+    }
+
     fn resume(self: Box<Self>) -> Result<(), MachineError> {
         let machine = self.machine.borrow();
         let resuming = || at("resuming the guest");
