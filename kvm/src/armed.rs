@@ -195,8 +195,10 @@ impl Armed {
 impl Drop for Armed {
     fn drop(&mut self) {
         for vcpu in self.vm.vcpus() {
-            // The process has ended, or unplugged the vCPU: nothing is left to be changed.
-            let _ = disarm(self.memory, vcpu);
+            // Where the process has ended, or has unplugged the vCPU, nothing is left to be changed: its address may hold other memory by now.
+            if matches!(is_marked(self.memory, vcpu), Ok(true)) {
+                let _ = disarm(self.memory, vcpu);
+            }
         }
     }
 }
@@ -417,6 +419,16 @@ mod tests {
         drop(Armed::arm(vm).unwrap());
         assert!(pages.iter().all(|page| word(page, 288) == 0));
         assert!(pages.iter().all(|page| page[304 + 520..].iter().all(|byte| *byte == 0)));
+    }
+
+    #[test]
+    fn what_took_the_address_of_an_unplugged_vcpu_is_left_alone() {
+        let mut pages = [[0; 4096]; 2];
+        let armed = Armed::arm(own(&mut pages)).unwrap();
+        pages[1] = [0x5a; 4096];
+        drop(armed);
+        assert_eq!(word(&pages[0], 288), 0);
+        assert_eq!(pages[1], [0x5a; 4096]);
     }
 
     #[test]
