@@ -140,6 +140,10 @@ impl Drop for Supervisor {
     fn drop(&mut self) {
         // It ends when it sees the socket closed.
         let _ = self.socket.shutdown(Shutdown::Both);
+        // Where it has something to recover, it waits for what this process has of the guest, which goes when the panic goes on.
+        if std::thread::panicking() {
+            return;
+        }
         let end = Instant::now() + END_TIME_MAX;
         while matches!(self.child.try_wait(), Ok(None)) {
             if Instant::now() >= end {
@@ -232,4 +236,29 @@ fn roll_back(route: &Route, watch: &Watch) -> Result<bool, SuperviseError> {
             .map_err(|error| ReachError::new(Meaning::MayPass, error))?;
     }
     result.map_err(|source| SuperviseError::Commit(Box::new(source)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs;
+    use std::os::unix::fs::PermissionsExt;
+    use std::panic::{AssertUnwindSafe, catch_unwind};
+
+    /// QEMU's socket is for one process at a time: a worker that waits here keeps the supervisor from the guest.
+    #[test]
+    fn a_worker_that_panics_does_not_wait_for_its_supervisor() {
+        let program = std::env::temp_dir().join(format!("vmpatch-supervisor-{}", std::process::id()));
+        fs::write(&program, "#!/bin/sh\nexec sleep 15\n").unwrap();
+        fs::set_permissions(&program, fs::Permissions::from_mode(0o700)).unwrap();
+        let lock = DomainLock::acquire(std::process::id().cast_signed()).unwrap();
+        let supervisor = Supervisor::start(&program, &Route::qmp("/none".into()), &lock).unwrap();
+        let began = Instant::now();
+        let panicked = catch_unwind(AssertUnwindSafe(|| {
+            let _supervisor = supervisor;
+            panic!("in the pause");
+        }));
+        assert!(panicked.is_err() && began.elapsed() < Duration::from_secs(10));
+        fs::remove_file(&program).unwrap();
+    }
 }
