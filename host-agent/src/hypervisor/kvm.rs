@@ -24,6 +24,8 @@ const TRIES: u32 = 8;
 const TRY_WAIT: Duration = Duration::from_micros(500);
 /// How long a pause is tried that recovers a guest.
 const RECOVER_TIME_MAX: Duration = Duration::from_secs(10);
+/// Time between two of its tries where some threads had stopped in vain, or something else was wrong.
+const RECOVER_WAIT: Duration = Duration::from_millis(100);
 
 /// A guest of QEMU under KVM.
 pub(super) struct KvmGuest {
@@ -178,7 +180,7 @@ impl Vcpus for KvmVcpus<'_> {
             self.prepare()?;
         }
         match &mut self.ready {
-            Ready::Threads(vcpus) => Ok(Box::new(vcpus.pause(Instant::now())?)),
+            Ready::Threads(vcpus) => Ok(Box::new(vcpus.pause()?)),
             Ready::Qemu(vcpus) => vcpus.pause(),
             Ready::No => Err(MachineError::new("pausing the guest", "it was not prepared")),
         }
@@ -192,15 +194,19 @@ struct ThreadVcpus<'a> {
 }
 
 impl ThreadVcpus<'_> {
-    /// Pauses the guest. Tries some times, and until `deadline`, where a thread is at something that passes.
-    fn pause(&self, deadline: Instant) -> Result<PausedThreads<'_>, MachineError> {
+    /// Pauses the guest. Tries some times where a thread is at something that passes.
+    fn pause(&self) -> Result<PausedThreads<'_>, MachineError> {
         if let Activity::Busy(what) = self.guest.activity().map_err(at("pausing the guest"))? {
             return Err(failed("pausing the guest", KvmError::Busy(what)));
         }
-        self.pause_even_if_busy(deadline)
+        self.pause_even_if_busy(wait_after)
     }
 
-    fn pause_even_if_busy(&self, deadline: Instant) -> Result<PausedThreads<'_>, MachineError> {
+    /// `wait` says how long to wait after an error, given the number of tries, or that it is not tried again.
+    fn pause_even_if_busy(
+        &self,
+        wait: impl Fn(&PauseError, u32) -> Option<Duration>,
+    ) -> Result<PausedThreads<'_>, MachineError> {
         let mut tries = 0;
         loop {
             tries += 1;
@@ -209,14 +215,31 @@ impl ThreadVcpus<'_> {
                     let memory = self.guest.memory();
                     return Ok(PausedThreads { paused, memory });
                 }
-                Err(error) if error.transient().is_none() || (tries >= TRIES && Instant::now() >= deadline) => {
-                    let transient = error.transient();
-                    return Err(failed("pausing the guest", error.into()).transient(transient));
-                }
-                Err(_) => std::thread::sleep(TRY_WAIT),
+                Err(error) => match wait(&error, tries) {
+                    Some(wait) => std::thread::sleep(wait),
+                    None => {
+                        let transient = error.transient();
+                        return Err(failed("pausing the guest", error.into()).transient(transient));
+                    }
+                },
             }
         }
     }
+}
+
+/// Not again after a thread that did not stop in time: some of the others had stopped for all of that time, and each further try would stop
+/// them again. The engine, which paces such tries, makes the next one.
+fn wait_after(error: &PauseError, tries: u32) -> Option<Duration> {
+    let is_late = matches!(error, PauseError::Stop(StopError::Late { .. }));
+    (error.transient().is_some() && !is_late && tries < TRIES).then_some(TRY_WAIT)
+}
+
+/// After any error, for as long as `left`: this guest is half patched. What the killed vmpatch traced may still be traced, as the kernel
+/// closes a process's sockets before it lets go of what it traces (`do_exit()`, kernel/exit.c, Linux 6.12).
+fn wait_to_recover(error: &PauseError, left: Duration) -> Option<Duration> {
+    let passes_soon = matches!(error, PauseError::Outside { .. } | PauseError::Stale { .. });
+    let wait = if passes_soon { TRY_WAIT } else { RECOVER_WAIT };
+    (!left.is_zero()).then_some(wait.min(left))
 }
 
 impl WriteCode for ThreadVcpus<'_> {
@@ -225,7 +248,9 @@ impl WriteCode for ThreadVcpus<'_> {
             return Ok(());
         }
         // Half a patch in the guest is worse than one in a snapshot.
-        let mut paused = self.pause_even_if_busy(Instant::now() + RECOVER_TIME_MAX)?;
+        let began = Instant::now();
+        let wait = |error: &PauseError, _| wait_to_recover(error, RECOVER_TIME_MAX.saturating_sub(began.elapsed()));
+        let mut paused = self.pause_even_if_busy(wait)?;
         paused.write(writes)?;
         Box::new(paused).resume().map(drop)
     }
@@ -322,6 +347,40 @@ fn reach(error: KvmError) -> ReachError {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use process::Thread;
+
+    const THREAD: Thread = Thread {
+        pid: 20,
+        tid: 21,
+        start_time: 1,
+    };
+
+    #[test]
+    fn a_thread_that_does_not_stop_in_time_does_not_stop_the_others_again_at_once() {
+        let late = PauseError::Stop(StopError::Late {
+            thread: THREAD,
+            within_us: 100_000,
+        });
+        let outside = PauseError::Outside {
+            thread: THREAD,
+            call: None,
+        };
+        assert_eq!(wait_after(&late, 1), None);
+        assert_eq!(wait_after(&outside, 1), Some(TRY_WAIT));
+        assert_eq!(wait_after(&outside, TRIES), None);
+        assert_eq!(wait_to_recover(&late, RECOVER_TIME_MAX), Some(RECOVER_WAIT));
+        assert_eq!(wait_to_recover(&late, Duration::ZERO), None);
+    }
+
+    #[test]
+    fn a_half_patched_guest_is_recovered_though_the_killed_vmpatch_still_traces_it() {
+        let traced = PauseError::Stop(StopError::Traced {
+            thread: THREAD,
+            tracer: 19,
+        });
+        assert_eq!(wait_after(&traced, 1), None);
+        assert_eq!(wait_to_recover(&traced, RECOVER_TIME_MAX), Some(RECOVER_WAIT));
+    }
 
     #[test]
     fn an_error_says_what_it_means_and_why() {
