@@ -137,15 +137,17 @@ enum Ready<'a> {
 impl Vcpus for KvmVcpus<'_> {
     /// A guest that its operator has paused stays so: that is QEMU's to see to.
     fn prepare(&mut self) -> Result<bool, MachineError> {
+        // They have the connection to QEMU to themselves.
+        if let Ready::Qemu(vcpus) = &mut self.ready {
+            return vcpus.prepare();
+        }
         let running = self
             .guest
             .qemu
             .is_running()
             .map_err(at("asking whether the guest runs"))?;
-        match &mut self.ready {
-            Ready::Threads(_) if running => return Ok(true),
-            Ready::Qemu(vcpus) => return vcpus.prepare(),
-            Ready::Threads(_) | Ready::No => {}
+        if running && matches!(self.ready, Ready::Threads(_)) {
+            return Ok(true);
         }
         // Whatever is armed is disarmed first.
         self.ready = Ready::No;
