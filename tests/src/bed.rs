@@ -1,4 +1,4 @@
-//! Guests that the tests of one binary share. Each is booted at its first use, lent to one test at a time, and checked and
+//! Guests that tests share. Each is booted at its first use, lent to one test at a time, and checked and
 //! cleaned when the test is through: what a test did to its guest beyond that is a failure of the test.
 
 use std::mem;

@@ -42,7 +42,8 @@ impl Outfit {
     /// If they can't be made.
     pub fn new() -> Self {
         static COUNT: AtomicU32 = AtomicU32::new(0);
-        let number = std::process::id() % 500 * 8 + COUNT.fetch_add(1, Ordering::Relaxed) % 8;
+        // More than one process uses at a time: others make their outfits while a long test keeps its own.
+        let number = std::process::id() % 500 * 32 + COUNT.fetch_add(1, Ordering::Relaxed) % 32;
         let folder = std::env::temp_dir().join(format!("vmpatch-load-{}-{number}", std::process::id()));
         std::fs::create_dir_all(&folder).expect("a folder can be made");
         let outfit = Self { number, folder };

@@ -12,13 +12,14 @@ mod repository;
 mod words;
 
 use std::env;
+use std::path::Path;
 use std::process::{Command, ExitCode};
 
 const USAGE: &str = "usage: cargo xtask COMMAND [ARGUMENT…]
 
   test       unit tests alone: no guest, no QEMU, no network
   check      format and clippy, as CI does it
-  e2e NAME…  end-to-end tests of these files in tests/tests/ (needs images/setup.sh); without a name, all of them
+  e2e NAME…  end-to-end tests of these modules in tests/tests/e2e/ (needs images/setup.sh); without a name, all of them
   storm …    storms of applies and reverts: arguments of tests/src/bin/storm.rs, see --help
   bench …    the benchmark of the pause: arguments of tests/src/bin/bench.rs, see --help
   deny       bans, licences and sources of all dependencies (needs cargo-deny)";
@@ -27,6 +28,12 @@ const USAGE: &str = "usage: cargo xtask COMMAND [ARGUMENT…]
 const WITHOUT_QEMU: [&str; 5] = ["guest-core", "process", "kvm", "patch-build", "xtask"];
 /// Crates that have unit tests, and in `tests/` those that need QEMU.
 const WITH_QEMU: [&str; 4] = ["qmp", "host-agent", "images", "e2e"];
+
+/// True for a name by which end-to-end tests are chosen: of one that does not exist, all zero tests would pass.
+fn is_e2e_module(name: &str) -> bool {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/tests/e2e");
+    name != "main" && folder.join(format!("{name}.rs")).is_file()
+}
 
 /// The commands that one of ours stands for: all of them must succeed.
 fn commands(name: &str, arguments: &[String]) -> Option<Vec<Vec<String>>> {
@@ -44,7 +51,6 @@ fn commands(name: &str, arguments: &[String]) -> Option<Vec<Vec<String>>> {
             arguments.to_vec(),
         ])
     };
-    let one_test = |name: &String| words(&format!("--test {name}"));
     let commands = match name {
         "test" => vec![
             all([words("test"), packages(&WITHOUT_QEMU)]),
@@ -55,11 +61,12 @@ fn commands(name: &str, arguments: &[String]) -> Option<Vec<Vec<String>>> {
             words("clippy --workspace --all-targets -- -D warnings"),
             words("clippy --package host-agent --no-default-features --all-targets -- -D warnings"),
         ],
+        "e2e" if !arguments.iter().all(|name| is_e2e_module(name)) => return None,
         "e2e" => vec![
             words("build --release --package host-agent --bin vmpatch"),
             all([
-                words("test --package e2e"),
-                arguments.iter().flat_map(one_test).collect(),
+                words("test --package e2e --test e2e --"),
+                arguments.iter().map(|name| format!("{name}::")).collect(),
             ]),
         ],
         "storm" | "bench" => vec![bin(name)],
@@ -114,7 +121,24 @@ mod tests {
     #[test]
     fn a_named_test_is_the_only_one_that_runs() {
         let lines = commands("e2e", &["cve".to_owned()]).unwrap();
-        assert_eq!(lines[1].join(" "), "test --package e2e --test cve");
+        assert_eq!(lines[1].join(" "), "test --package e2e --test e2e -- cve::");
+        assert!(commands("e2e", &["cve".to_owned(), "vce".to_owned()]).is_none());
+    }
+
+    /// The test harness chooses by a part of a test's name, which begins with its module's.
+    #[test]
+    fn no_end_to_end_module_is_chosen_along_with_another() {
+        let modules: Vec<String> = repository::entries()
+            .iter()
+            .filter_map(|path| Some(path.strip_prefix("tests/tests/e2e/")?.strip_suffix(".rs")?.to_owned()))
+            .collect();
+        assert!(modules.len() > 40, "{modules:?}");
+        for module in &modules {
+            let along = modules
+                .iter()
+                .find(|other| other.ends_with(module.as_str()) && other != &module);
+            assert_eq!(along, None, "{module}");
+        }
     }
 
     #[test]

@@ -1,5 +1,7 @@
 //! Patching under real KVM, in a host in a box: vmpatch runs there, beside the guest's QEMU, as on any host.
 
+use std::ops::Deref;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{LazyLock, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -14,19 +16,41 @@ use images::guest::Guest;
 use images::host_box::HostBox;
 use images::kernel::Kernel;
 
-/// The box, for all tests of this file.
-static BOX: LazyLock<HostBox> = LazyLock::new(|| {
-    let start = Instant::now();
-    let host = HostBox::start().unwrap_or_else(|error| panic!("{error}"));
-    println!("the box booted in {:?}", start.elapsed());
-    host
-});
 static MODULES: LazyLock<Modules> = LazyLock::new(|| Modules::of(&Kernel::CLOUD_6_1));
 
-/// Lets one test at a time use the box, which has no processors for more.
-fn alone() -> MutexGuard<'static, ()> {
-    static ALONE: Mutex<()> = Mutex::new(());
-    ALONE.lock().unwrap_or_else(PoisonError::into_inner)
+/// The box, lent to one test at a time: it has no processors for more. It ends with the last test that waits for it, as other tests run
+/// beside it.
+struct Alone(MutexGuard<'static, Option<HostBox>>);
+
+/// Tests that use the box or wait for it.
+static WANTED: AtomicUsize = AtomicUsize::new(0);
+
+fn alone() -> Alone {
+    static BOX: Mutex<Option<HostBox>> = Mutex::new(None);
+    WANTED.fetch_add(1, Ordering::SeqCst);
+    let mut alone = Alone(BOX.lock().unwrap_or_else(PoisonError::into_inner));
+    if alone.0.is_none() {
+        let start = Instant::now();
+        *alone.0 = Some(HostBox::start().unwrap_or_else(|error| panic!("{error}")));
+        println!("the box booted in {:?}", start.elapsed());
+    }
+    alone
+}
+
+impl Deref for Alone {
+    type Target = HostBox;
+
+    fn deref(&self) -> &HostBox {
+        self.0.as_ref().expect("the box is here until the guard is dropped")
+    }
+}
+
+impl Drop for Alone {
+    fn drop(&mut self) {
+        if WANTED.fetch_sub(1, Ordering::SeqCst) == 1 {
+            drop(self.0.take());
+        }
+    }
 }
 
 /// Cycles of apply and revert.
@@ -72,8 +96,8 @@ fn assert_under_kvm(host: &HostBox, guest: &Guest) {
 
 #[test]
 fn a_guest_under_kvm_is_patched_and_reverted_with_no_call_that_finds_a_mix() {
-    let _alone = alone();
-    let host = &*BOX;
+    let alone = alone();
+    let host = &*alone;
     let start = Instant::now();
     let guest = host.boot(kit::guest(Kernel::CLOUD_6_1)).unwrap();
     println!("its guest booted in {:?}", start.elapsed());
@@ -161,8 +185,8 @@ fn median(mut pauses: Vec<u64>) -> u64 {
 
 #[test]
 fn vmpatch_leaves_no_thread_stopped_or_traced_even_where_it_is_killed() {
-    let _alone = alone();
-    let host = &*BOX;
+    let alone = alone();
+    let host = &*alone;
     let guest = host.boot(kit::guest(Kernel::CLOUD_6_1)).unwrap();
     let vmpatch = Vmpatch::on(&guest);
     let module = MODULES.applied(Applied::Pair);

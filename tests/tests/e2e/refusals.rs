@@ -253,7 +253,7 @@ fn screen(guest: &Guest, folder: &Folder) -> String {
 
 /// Starts the guest, waits until its screen shows `text`, and has vmpatch say that it holds no kernel, while the screen goes on to show it.
 fn holds_no_kernel_while_it_shows(text: &str, config: GuestConfig) {
-    // The tests of this file run in one process.
+    // All tests run in one process.
     let folder = Folder::new(&text.replace(|char: char| !char.is_alphanumeric(), "-"));
     let guest = Guest::start(config).unwrap();
     let start = Instant::now();

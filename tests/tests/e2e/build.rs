@@ -56,7 +56,8 @@ fn apply(guest: &Guest, fix: &Fix, module: &str) {
 
 #[test]
 fn published_fixes_are_built_and_work_from_outside_and_in_the_guests_own_livepatch() {
-    let folder = folder();
+    let folder = folder().join("published");
+    fs::create_dir_all(&folder).unwrap();
     let guest = bed::lend(kit::guest(Kernel::CLOUD_6_1).module("algif_skcipher").module("ecb"));
     let built: Vec<(&Fix, String)> = FIXES
         .iter()
