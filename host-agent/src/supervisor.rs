@@ -6,6 +6,7 @@
 //! itself, takes back what is half done (or completes a patch that the guest may be using), lets the guest run, and tells a worker that
 //! is still there what the guest is like. It inherits the domain's lock, so that no other vmpatch comes in between.
 
+use crate::chain::chain;
 use crate::hypervisor::{ChangeGuard, Meaning, ReachError, Route};
 use crate::lock::DomainLock;
 use guest_core::commit::{self, CommitError, Effect};
@@ -26,6 +27,11 @@ use std::time::{Duration, Instant};
 const RECOVERY_TIME_MAX: Duration = Duration::from_secs(30);
 /// Pause between two tries.
 const RECOVERY_WAIT: Duration = Duration::from_millis(10);
+/// The same for a hypervisor that lives, and does not answer, or answers somebody else: its guest may be paused, and nobody else would let
+/// it run.
+const SILENT_TIME_MAX: Duration = Duration::from_secs(24 * 60 * 60);
+/// Pause between two tries then.
+const SILENT_WAIT: Duration = Duration::from_secs(1);
 /// How long the worker waits for an answer.
 const ANSWER_TIME_MAX: Duration = Duration::from_secs(10);
 /// How long the worker waits for the supervisor's end: longer than that one recovers. Past it, it hangs, and would
@@ -217,12 +223,31 @@ fn stdin_descriptor() -> io::Result<OwnedFd> {
 /// Gives true where the change is complete and stays.
 fn recover(route: &Route, watch: &Watch) -> Result<bool, SuperviseError> {
     let start = Instant::now();
+    let mut is_told = false;
     loop {
-        match roll_back(route, watch) {
-            Err(SuperviseError::Reach(_)) if start.elapsed() < RECOVERY_TIME_MAX => std::thread::sleep(RECOVERY_WAIT),
+        let error = match roll_back(route, watch) {
+            Err(SuperviseError::Reach(error)) => error,
             result => return result,
+        };
+        let Some(wait) = wait_after(error.meaning(), start.elapsed()) else {
+            return Err(error.into());
+        };
+        if wait == SILENT_WAIT && !std::mem::replace(&mut is_told, true) {
+            tracing::warn!(
+                "vmpatch was killed, and the guest may be paused; it is tried on to reach it: {}",
+                chain(&error).join(": ")
+            );
         }
+        std::thread::sleep(wait);
     }
+}
+
+/// How long to wait before the guest is tried to be reached again, after that time; None where that would be in vain.
+fn wait_after(meaning: Meaning, tried: Duration) -> Option<Duration> {
+    if tried < RECOVERY_TIME_MAX {
+        return Some(RECOVERY_WAIT);
+    }
+    (meaning == Meaning::MayPass && tried < SILENT_TIME_MAX).then_some(SILENT_WAIT)
 }
 
 fn roll_back(route: &Route, watch: &Watch) -> Result<bool, SuperviseError> {
@@ -244,6 +269,17 @@ mod tests {
     use std::fs;
     use std::os::unix::fs::PermissionsExt;
     use std::panic::{AssertUnwindSafe, catch_unwind};
+
+    #[test]
+    fn a_guest_whose_hypervisor_lives_is_not_given_up() {
+        let late = RECOVERY_TIME_MAX;
+        for meaning in [Meaning::MayPass, Meaning::Gone, Meaning::Permanent] {
+            assert_eq!(wait_after(meaning, Duration::ZERO), Some(RECOVERY_WAIT));
+            let goes_on = (meaning == Meaning::MayPass).then_some(SILENT_WAIT);
+            assert_eq!(wait_after(meaning, late), goes_on, "{meaning:?}");
+        }
+        assert_eq!(wait_after(Meaning::MayPass, SILENT_TIME_MAX), None);
+    }
 
     /// QEMU's socket is for one process at a time: a worker that waits here keeps the supervisor from the guest.
     #[test]

@@ -14,8 +14,10 @@ pub struct ReachError {
 /// What an error of a hypervisor means to its caller.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Meaning {
-    /// It may pass: no answer, the process ended, somebody else is there.
+    /// It may pass: no answer, somebody else is there.
     MayPass,
+    /// Nobody is there: the process has ended.
+    Gone,
     /// Trying again would fail again: refused, not understood, or not supported.
     Permanent,
     /// The host forbids it to this user.

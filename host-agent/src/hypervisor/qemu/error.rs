@@ -70,7 +70,20 @@ fn meaning(error: &(dyn Error + 'static)) -> Meaning {
         });
         return Meaning::Forbidden { memory_of };
     }
-    Meaning::MayPass
+    match causes(error).any(is_gone) {
+        true => Meaning::Gone,
+        false => Meaning::MayPass,
+    }
+}
+
+/// True where nobody listens on QEMU's socket.
+fn is_gone(error: &(dyn Error + 'static)) -> bool {
+    matches!(
+        error.downcast_ref(),
+        Some(qmp::machine::AttachError::Connect(
+            ConnectError::NoSocket { .. } | ConnectError::Refused { .. }
+        ))
+    )
 }
 
 /// True where the host refused.
@@ -145,6 +158,24 @@ mod tests {
         };
         let process = RamMapError::Process { pid: 1, cause: gone };
         assert_eq!(meaning(&AttachError::RamMap(process)), Meaning::MayPass);
+    }
+
+    #[test]
+    fn a_qemu_that_has_ended_is_told_from_one_that_does_not_answer() {
+        let path = || PathBuf::from("/q");
+        let held = ConnectError::Held {
+            path: path(),
+            within_ms: 1,
+        };
+        for (source, expected) in [
+            (ConnectError::Refused { path: path() }, Meaning::Gone),
+            (ConnectError::NoSocket { path: path() }, Meaning::Gone),
+            (held, Meaning::MayPass),
+        ] {
+            let source = qmp::machine::AttachError::Connect(source);
+            let socket = path();
+            assert_eq!(reach(AttachError::Connect { socket, source }).meaning(), expected);
+        }
     }
 
     #[test]
