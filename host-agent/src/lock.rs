@@ -1,7 +1,8 @@
 //! One vmpatch at a time for each domain.
 //!
 //! The lock is the kernel's (`flock(2)`) on a file of its own for each QEMU process, so that it ends with its holder,
-//! however that ends.
+//! however that ends. Each user has a folder for these files, and one user may have two (with `XDG_RUNTIME_DIR`, and without), so that a
+//! file of the process itself in `/proc` is locked, too: it is the same for all who may read the guest's memory.
 
 use crate::domains::process;
 use std::env;
@@ -36,6 +37,8 @@ const HOLDER_LEN_MAX: u64 = 32;
 pub struct DomainLock {
     /// Holds the lock: it ends when the last copy of this descriptor is closed.
     file: File,
+    /// The process's own file; None where the host does not show it.
+    process: Option<File>,
     path: PathBuf,
 }
 
@@ -149,10 +152,18 @@ impl DomainLock {
             if !is_at(&file, path).map_err(failed)? {
                 continue;
             }
+            let process = match process_file(pid) {
+                Some(process) => match process.try_lock() {
+                    Err(TryLockError::WouldBlock) => return Err(LockError::Held { pid, holder: None }),
+                    locked => locked.is_ok().then_some(process),
+                },
+                None => None,
+            };
             // For messages only: a disk without room for it is no reason to stop.
             let _ = file.set_len(0).and_then(|()| writeln!(file, "{}", std::process::id()));
             return Ok(Self {
                 file,
+                process,
                 path: path.to_owned(),
             });
         }
@@ -164,10 +175,23 @@ impl DomainLock {
         Ok(self.file.try_clone()?.into())
     }
 
+    /// The same for the lock of the process's own file, which a child inherits that is started while this lives. None where there is none.
+    pub fn inherited(&self) -> io::Result<Option<OwnedFd>> {
+        // Without close-on-exec.
+        let copied = self.process.as_ref().map(nix::unistd::dup);
+        Ok(copied.transpose()?)
+    }
+
     /// The lock's file, in which the holder's pid stands.
     pub fn path(&self) -> &Path {
         &self.path
     }
+}
+
+/// A file of the process in /proc that can be opened by those alone who may read its memory. Others could hold a lock on it to be in the
+/// way.
+fn process_file(pid: i32) -> Option<File> {
+    File::open(format!("/proc/{pid}/maps")).ok()
 }
 
 /// Removes the files of processes that have ended. Whatever can't be removed does no harm.

@@ -95,6 +95,7 @@ impl Supervisor {
     pub fn start(program: &Path, route: &Route, lock: &DomainLock) -> io::Result<Self> {
         let (ours, theirs) = UnixStream::pair()?;
         ours.set_read_timeout(Some(ANSWER_TIME_MAX))?;
+        let _inherited = lock.inherited()?;
         let child = Command::new(program)
             .arg("supervise")
             .arg(route.to_argument())

@@ -62,6 +62,28 @@ fn a_lock_is_held_until_its_last_descriptor_is_closed() {
     free(target.pid());
 }
 
+/// As of a vmpatch of root and one of the user whose QEMU it is, or of one user at a terminal and from cron.
+#[test]
+fn a_lock_excludes_those_who_keep_their_files_in_another_folder() {
+    let target = Target::start();
+    let [one, other] =
+        ["one", "other"].map(|name| std::env::temp_dir().join(format!("vmpatch-lock-{}-{name}", target.pid())));
+    let lock = DomainLock::take(target.pid(), &one).unwrap();
+    let is_held = || matches!(DomainLock::take(target.pid(), &other), Err(LockError::Held { .. }));
+    assert!(is_held());
+    let inherited = lock.inherited().unwrap().unwrap();
+    drop(lock);
+    assert!(is_held(), "a supervisor still has it");
+    drop(inherited);
+    let begun = Instant::now();
+    while is_held() {
+        assert!(begun.elapsed() < Duration::from_secs(60));
+    }
+    for path in [one, other] {
+        fs::remove_file(path).unwrap();
+    }
+}
+
 #[test]
 fn the_lock_of_a_process_that_has_ended_is_removed_by_the_next_one() {
     let (ended, other) = (Target::start(), Target::start());

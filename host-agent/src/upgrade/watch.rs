@@ -42,6 +42,7 @@ impl Watcher {
         lock: &DomainLock,
     ) -> io::Result<Self> {
         let (ours, theirs) = UnixStream::pair()?;
+        let _inherited = lock.inherited()?;
         let child = Command::new(vmpatch)
             .arg("watch-move")
             .args([spec.old.to_string(), was_running.to_string()])
