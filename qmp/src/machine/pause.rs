@@ -129,7 +129,7 @@ impl<'a> Paused<'a> {
             other => return Err(PauseError::State(other)),
         };
         let began = Instant::now();
-        let began_at_us = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, as_us);
+        let began_at_us = now_us();
         let connection = connect(machine)?;
         let times = PauseTimes::default();
         let vcpus = Vec::new();
@@ -289,6 +289,7 @@ impl<'a> Paused<'a> {
         let Self {
             machine,
             events,
+            began,
             began_at_us,
             ..
         } = self;
@@ -302,7 +303,8 @@ impl<'a> Paused<'a> {
             }
         };
         let at_us = machine.block_on(async { timeout(Duration::from_millis(STOP_EVENT_MS), stop).await });
-        at_us.ok().flatten().is_some_and(|at_us| at_us < *began_at_us)
+        let times = (*began_at_us, now_us(), began.elapsed());
+        at_us.ok().flatten().is_some_and(|at_us| is_anothers(at_us, times))
     }
 
     /// Resumes the guest when the stub does not answer. QEMU executes the commands in this order even if it answers too late, so that it never accepts a
@@ -377,6 +379,18 @@ fn is_ram(ranges: &[RamRange], at: Gpa, len: usize) -> bool {
     covered >= end
 }
 
+/// The clock that QEMU stamps events with, in microseconds since 1970.
+fn now_us() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, as_us)
+}
+
+/// True where an event is older than our stop, by QEMU's clock. Given are that clock's time at our stop and now, and how much time has passed. A clock that
+/// was set back meanwhile makes the event of our own stop the older one.
+fn is_anothers(at_us: u64, (began_at_us, now_us, passed): (u64, u64, Duration)) -> bool {
+    let set_back_us = began_at_us.saturating_add(as_us(passed)).saturating_sub(now_us);
+    began_at_us.saturating_sub(at_us) > set_back_us
+}
+
 fn as_us(time: Duration) -> u64 {
     u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
 }
@@ -384,6 +398,26 @@ fn as_us(time: Duration) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_stop_of_ours_is_not_taken_for_anothers_where_the_clock_was_set_back() {
+        let (began_us, passed) = (1_000_000, Duration::from_micros(3_000));
+        for (at_us, now_us, expected) in [
+            (1_000_100, 1_003_000, false),
+            (1_000_000, 1_003_000, false),
+            (999_990, 1_003_000, true),
+            // Set back by 10 ms, before and after the event.
+            (990_100, 993_000, false),
+            (1_000_100, 993_000, false),
+            (999_990, 2_003_000, true),
+        ] {
+            assert_eq!(
+                is_anothers(at_us, (began_us, now_us, passed)),
+                expected,
+                "{at_us} {now_us}"
+            );
+        }
+    }
 
     #[test]
     fn only_bytes_wholly_inside_of_ranges_are_ram() {
