@@ -15,13 +15,14 @@
 //! Nothing of this is chosen by a version: the token index is found by its shape, everything else by its place
 //! beside it, and all of it must agree: each marker with the names, the addresses' order, and the banner where the symbol says it is.
 
+mod by_name;
 mod names;
 mod tokens;
 
 use crate::addr::Gva;
+use by_name::ByName;
 use names::{Names, name_span};
-use std::hash::{DefaultHasher, Hash, Hasher};
-use tokens::{INDEX_BYTES, Tokens};
+use tokens::{INDEX_BYTES, SHORT_TOKEN_BYTES, Tokens};
 
 /// Names between two markers.
 const NAMES_PER_MARKER: usize = 256;
@@ -97,17 +98,25 @@ pub struct Kallsyms {
     /// Where each name starts in `names`, and one past the last.
     starts: Vec<u32>,
     kinds: Vec<u8>,
-    addresses: Vec<u64>,
+    offsets: Offsets,
     /// Indexes in ascending order of address.
     by_address: Vec<u32>,
-    /// Hash of the name, and the index; ascending.
-    by_name: Vec<(u64, u32)>,
+    by_name: ByName,
+}
+
+/// The table of offsets, from which addresses are computed.
+#[derive(Debug)]
+struct Offsets {
+    words: Vec<u32>,
+    /// Guest-virtual address of the table.
+    place: Gva,
+    base: u64,
     form: OffsetForm,
 }
 
 impl Kallsyms {
     /// Finds and reads the tables in `rodata`, the kernel's read-only data, whose first byte lies at `at`.
-    /// `accept` says whether an address form fits the kernel: it is given the symbols under that form.
+    /// `accept` says whether an address form fits the kernel: it is given the symbols under that form, to look names up.
     ///
     /// Errors: [`KallsymsError`] for what was looked for last and not found. Time is linear in `rodata`.
     pub fn find(
@@ -136,17 +145,17 @@ impl Kallsyms {
 
     /// Number of symbols.
     pub fn len(&self) -> usize {
-        self.addresses.len()
+        self.offsets.words.len()
     }
 
     /// True where there is no symbol; [`Kallsyms::find`] never gives such a table.
     pub fn is_empty(&self) -> bool {
-        self.addresses.is_empty()
+        self.offsets.words.is_empty()
     }
 
     /// How the addresses were stored.
     pub fn form(&self) -> OffsetForm {
-        self.form
+        self.offsets.form
     }
 
     /// Every symbol, in the order of the table (its sympos order).
@@ -156,15 +165,9 @@ impl Kallsyms {
 
     /// Every symbol of that very name, in the order of the table: the n-th has sympos n.
     pub fn named<'a>(&'a self, name: &'a str) -> impl Iterator<Item = Symbol<'a>> {
-        let hash = hash(name);
-        let first = self.by_name.partition_point(|(other, _)| *other < hash);
-        let run = self
-            .by_name
-            .get(first..)
-            .unwrap_or(&[])
-            .iter()
-            .take_while(move |(other, _)| *other == hash);
-        run.filter_map(|(_, index)| self.symbol(*index as usize))
+        let same_hash = self.by_name.candidates(name);
+        same_hash
+            .filter_map(|index| self.symbol(index))
             .filter(move |symbol| symbol.name == name)
     }
 
@@ -188,8 +191,15 @@ impl Kallsyms {
         Some((self.symbol(*self.by_address.get(first)? as usize)?, Gva(end)))
     }
 
+    /// The addresses of all symbols at or above `at`, in ascending order.
+    pub fn addresses_from(&self, at: Gva) -> impl Iterator<Item = Gva> {
+        let first = self.by_address.partition_point(|index| self.address(*index) < at.0);
+        let sorted = self.by_address.get(first..).unwrap_or_default();
+        sorted.iter().map(|index| Gva(self.address(*index)))
+    }
+
     fn address(&self, index: u32) -> u64 {
-        self.addresses.get(index as usize).copied().unwrap_or(u64::MAX)
+        self.offsets.address(index as usize).unwrap_or(u64::MAX)
     }
 
     fn symbol(&self, index: usize) -> Option<Symbol<'_>> {
@@ -198,15 +208,29 @@ impl Kallsyms {
         Some(Symbol {
             name: self.names.get(start..end)?,
             kind: char::from(*self.kinds.get(index)?),
-            address: Gva(*self.addresses.get(index)?),
+            address: Gva(self.offsets.address(index)?),
         })
+    }
+
+    /// Sorts the symbols by address. The kernel's table is nearly sorted.
+    fn sort_by_address(&mut self) {
+        let mut sorted: Vec<u32> = (0..u32::try_from(self.len()).unwrap_or(0)).collect();
+        sorted.sort_by_key(|index| self.address(*index));
+        self.by_address = sorted;
     }
 }
 
-fn hash(name: &str) -> u64 {
-    let mut hasher = DefaultHasher::new();
-    name.hash(&mut hasher);
-    hasher.finish()
+impl Offsets {
+    fn address(&self, index: usize) -> Option<u64> {
+        let raw = *self.words.get(index)?;
+        let signed = i64::from(raw.cast_signed());
+        Some(match self.form {
+            OffsetForm::AbsolutePerCpu if signed >= 0 => u64::from(raw),
+            OffsetForm::AbsolutePerCpu => self.base.wrapping_sub(1).wrapping_add_signed(-signed),
+            OffsetForm::BaseRelative => self.base.wrapping_add(u64::from(raw)),
+            OffsetForm::PlaceRelative => self.place.0.wrapping_add(4 * index as u64).wrapping_add_signed(signed),
+        })
+    }
 }
 
 /// How many names may be looked at while searching: the real tables are walked twice and have six bytes and more a
@@ -227,18 +251,24 @@ fn read(
     let names = Names::before(data, tokens, budget).ok_or(incomplete("markers and names"))?;
     let mut kallsyms = decode_names(data, tokens, &names).ok_or(incomplete("printable names"))?;
     let mut failures = Vec::new();
-    for (offsets, base) in offset_tables(data, tokens, &names) {
+    for (start, base) in offset_tables(data, tokens, &names) {
+        let Some(words) = words(data, start, names.count) else {
+            continue;
+        };
+        kallsyms.offsets.words = words;
+        kallsyms.offsets.place = at.wrapping_add(start as u64);
+        kallsyms.offsets.base = base;
         for form in [
             OffsetForm::AbsolutePerCpu,
             OffsetForm::BaseRelative,
             OffsetForm::PlaceRelative,
         ] {
-            let Some(addresses) = addresses(data, at, offsets, base, names.count, form) else {
-                continue;
-            };
-            kallsyms.set_addresses(addresses, form);
+            kallsyms.offsets.form = form;
             match accept(&kallsyms) {
-                Ok(()) => return Ok(kallsyms),
+                Ok(()) => {
+                    kallsyms.sort_by_address();
+                    return Ok(kallsyms);
+                }
                 Err(what) => failures.push(format!("as {form:?} with base {base:#x}: {what}")),
             }
         }
@@ -267,20 +297,17 @@ fn offset_tables(data: &[u8], tokens: &Tokens, names: &Names) -> Vec<(usize, u64
     .collect()
 }
 
-fn addresses(data: &[u8], at: Gva, offsets: usize, base: u64, count: usize, form: OffsetForm) -> Option<Vec<u64>> {
-    let bytes = data.get(offsets..offsets.checked_add(4 * count)?)?;
-    let place = at.0.wrapping_add(offsets as u64);
-    let address = |(index, word): (usize, &[u8])| {
-        let raw = u32::from_le_bytes([word[0], word[1], word[2], word[3]]);
-        let signed = i64::from(raw.cast_signed());
-        match form {
-            OffsetForm::AbsolutePerCpu if signed >= 0 => u64::from(raw),
-            OffsetForm::AbsolutePerCpu => base.wrapping_sub(1).wrapping_add_signed(-signed),
-            OffsetForm::BaseRelative => base.wrapping_add(u64::from(raw)),
-            OffsetForm::PlaceRelative => place.wrapping_add(4 * index as u64).wrapping_add_signed(signed),
-        }
-    };
-    Some(bytes.chunks_exact(4).enumerate().map(address).collect())
+/// `count` words of the table at `start`.
+fn words(data: &[u8], start: usize, count: usize) -> Option<Vec<u32>> {
+    let bytes = data.get(start..start.checked_add(4 * count)?)?;
+    Some(
+        bytes
+            .as_chunks::<4>()
+            .0
+            .iter()
+            .map(|word| u32::from_le_bytes(*word))
+            .collect(),
+    )
 }
 
 fn decode_names(data: &[u8], tokens: &Tokens, names: &Names) -> Option<Kallsyms> {
@@ -288,53 +315,48 @@ fn decode_names(data: &[u8], tokens: &Tokens, names: &Names) -> Option<Kallsyms>
     let mut starts = Vec::with_capacity(names.count + 1);
     let mut kinds = Vec::with_capacity(names.count);
     let mut at = names.start;
+    // A name with its type letter, and room for a short token that is copied whole.
+    let mut name = [0; NAME_BYTES_MAX + SHORT_TOKEN_BYTES];
     for _ in 0..names.count {
         let (start, end) = name_span(data, at)?;
-        let first = text.len();
+        let mut len = 0;
         for token in data.get(start..end)? {
-            let (from, to) = *tokens.spans.get(usize::from(*token))?;
-            text.extend_from_slice(data.get(from..to)?);
-            if text.len() - first > NAME_BYTES_MAX || text.len() > TEXT_BYTES_MAX {
+            let token = tokens.all.get(usize::from(*token))?;
+            match &token.short {
+                Some(short) => name.get_mut(len..len + SHORT_TOKEN_BYTES)?.copy_from_slice(short),
+                None => name
+                    .get_mut(len..len + token.len)?
+                    .copy_from_slice(data.get(token.start..token.start + token.len)?),
+            }
+            len += token.len;
+            if len > NAME_BYTES_MAX {
                 return None;
             }
         }
-        if text.len() - first < 2 {
+        // The first letter is the symbol's type.
+        let (kind, name) = name.get(..len)?.split_first()?;
+        if name.is_empty() || text.len() + name.len() > TEXT_BYTES_MAX {
             return None;
         }
-        // The first letter is the symbol's type.
-        kinds.push(text.remove(first));
-        starts.push(u32::try_from(first).ok()?);
+        kinds.push(*kind);
+        starts.push(u32::try_from(text.len()).ok()?);
+        text.extend_from_slice(name);
         at = end;
     }
     starts.push(u32::try_from(text.len()).ok()?);
-    let mut kallsyms = Kallsyms {
+    Some(Kallsyms {
+        by_name: ByName::new(&text, &starts),
         names: String::from_utf8(text).ok()?,
         starts,
         kinds,
-        addresses: Vec::new(),
+        offsets: Offsets {
+            words: Vec::new(),
+            place: Gva(0),
+            base: 0,
+            form: OffsetForm::BaseRelative,
+        },
         by_address: Vec::new(),
-        by_name: Vec::new(),
-        form: OffsetForm::BaseRelative,
-    };
-    kallsyms.by_name = (0..u32::try_from(names.count).ok()?)
-        .filter_map(|index| {
-            let span =
-                *kallsyms.starts.get(index as usize)? as usize..*kallsyms.starts.get(index as usize + 1)? as usize;
-            Some((hash(kallsyms.names.get(span)?), index))
-        })
-        .collect();
-    kallsyms.by_name.sort_unstable();
-    Some(kallsyms)
-}
-
-impl Kallsyms {
-    fn set_addresses(&mut self, addresses: Vec<u64>, form: OffsetForm) {
-        self.by_address = (0..u32::try_from(addresses.len()).unwrap_or(0)).collect();
-        self.by_address
-            .sort_by_key(|index| addresses.get(*index as usize).copied().unwrap_or(u64::MAX));
-        self.addresses = addresses;
-        self.form = form;
-    }
+    })
 }
 
 fn u16_at(data: &[u8], at: usize) -> Option<u16> {

@@ -7,14 +7,31 @@ const TOKEN_BYTES_MAX: u16 = 512;
 /// Bytes of the index: 256 numbers of two bytes.
 pub(super) const INDEX_BYTES: usize = 512;
 
+/// Bytes between two places that the search for an index looks at first: half an index, so that each index has one of them.
+const PROBE_STEP: usize = INDEX_BYTES / 2;
+/// Bytes that it looks at there.
+const PROBE_BYTES: usize = 16;
+/// Longest token that is kept as a copy. Nearly all of them are shorter.
+pub(super) const SHORT_TOKEN_BYTES: usize = 16;
+
 /// The token table and its index: offsets of 256 NUL-terminated strings.
 pub(super) struct Tokens {
     /// Offset of the table in the data.
     pub table: usize,
     /// Offset of the index.
     pub index: usize,
-    /// Each token: its span in the data.
-    pub spans: Vec<(usize, usize)>,
+    /// The tokens.
+    pub all: Vec<Token>,
+}
+
+/// A string from which names are put together.
+pub(super) struct Token {
+    /// Offset in the data.
+    pub start: usize,
+    /// Length in bytes.
+    pub len: usize,
+    /// Its bytes with zeros behind; `None` for a long one.
+    pub short: Option<[u8; SHORT_TOKEN_BYTES]>,
 }
 
 impl Tokens {
@@ -22,6 +39,11 @@ impl Tokens {
     pub fn find(data: &[u8], from: usize) -> Option<Self> {
         let mut index = from.next_multiple_of(2);
         while index + INDEX_BYTES <= data.len() {
+            let probe = index.next_multiple_of(PROBE_STEP);
+            if !may_be_index(data.get(probe..probe + PROBE_BYTES)?) {
+                index = probe + 2;
+                continue;
+            }
             match increasing(data.get(index..index + INDEX_BYTES)?) {
                 Ok(last) => {
                     if let Some(tokens) = Self::before(data, index, last) {
@@ -48,7 +70,7 @@ impl Tokens {
     }
 
     fn at(data: &[u8], table: usize, index: usize) -> Option<Self> {
-        let mut spans = Vec::with_capacity(256);
+        let mut all = Vec::with_capacity(256);
         let mut expected = 0;
         for token in 0..256 {
             let offset = usize::from(u16_at(data, index + 2 * token)?);
@@ -61,12 +83,30 @@ impl Tokens {
                 return None;
             }
             expected = offset + len + 1;
-            spans.push((start, start + len));
+            all.push(Token::at(data, start, len)?);
         }
         let padding = data.get(table + expected..index)?;
         let fits = padding.len() < ALIGN_MAX && padding.iter().all(|byte| *byte == 0);
-        fits.then_some(Self { table, index, spans })
+        fits.then_some(Self { table, index, all })
     }
+}
+
+impl Token {
+    fn at(data: &[u8], start: usize, len: usize) -> Option<Self> {
+        let bytes = data.get(start..start + len)?;
+        let mut short = [0; SHORT_TOKEN_BYTES];
+        let is_short = short.get_mut(..len).map(|copy| copy.copy_from_slice(bytes)).is_some();
+        let short = is_short.then_some(short);
+        Some(Self { start, len, short })
+    }
+}
+
+/// True for a part of an index: numbers that increase, each by no more than a token's length.
+fn may_be_index(part: &[u8]) -> bool {
+    let words = || part.as_chunks::<2>().0.iter().map(|word| u16::from_le_bytes(*word));
+    words()
+        .zip(words().skip(1))
+        .all(|(one, next)| next > one && next - one <= TOKEN_BYTES_MAX)
 }
 
 /// The last of 256 little-endian u16 that start at 0 and increase; else how many bytes to go on.
