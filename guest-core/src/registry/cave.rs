@@ -26,7 +26,7 @@ pub struct Cave {
 }
 
 /// Finds all caves between `_stext` and `_etext`, in ascending order. It has read every byte of each cave as filler, and no symbol
-/// of the kernel lies inside.
+/// of the kernel lies inside. Therefore only the gaps between symbols are read that are as long as a cave.
 ///
 /// # Errors
 ///
@@ -35,40 +35,61 @@ pub fn find(live: &Live<'_>) -> Result<Vec<Cave>, KernelError> {
     let start = live.kernel.symbol("_stext")?;
     let end = live.kernel.symbol("_etext")?;
     let end = Gva(end.0.min(start.0.saturating_add(TEXT_BYTES_MAX))).align_down(PAGE_SIZE);
-    let mut caves: Vec<Cave> = Vec::new();
-    let mut page = [0; PAGE_SIZE as usize];
-    let mut at = start.align_down(PAGE_SIZE);
-    while at < end {
-        live.read(at, &mut page).map_err(|source| KernelError::Unreadable {
-            what: "kernel text",
-            at,
-            source,
-        })?;
-        if is_filler(&page) {
-            match caves.last_mut().filter(|cave| cave.start.wrapping_add(cave.len) == at) {
-                Some(cave) => cave.len += PAGE_SIZE,
-                None => caves.push(Cave {
+    let mut caves = Vec::new();
+    let mut last = start;
+    for next in live
+        .kernel
+        .symbols
+        .addresses_from(start)
+        .take_while(|at| *at < end)
+        .chain([end])
+    {
+        if next.0.saturating_sub(last.0) >= CAVE_BYTES_MIN {
+            find_between(live, last, next, end, &mut caves)?;
+        }
+        last = next;
+    }
+    Ok(caves)
+}
+
+/// Finds the caves between two symbols, or behind the last one. A run of filler that a symbol lies in is no cave, also where it is only the first
+/// or the last page.
+fn find_between(live: &Live<'_>, first: Gva, next: Gva, end: Gva, caves: &mut Vec<Cave>) -> Result<(), KernelError> {
+    let is_cave =
+        |run: &Cave| run.len >= CAVE_BYTES_MIN && run.start > first && run.start.wrapping_add(run.len) <= next;
+    let mut run: Option<Cave> = None;
+    let mut at = first.align_down(PAGE_SIZE);
+    while at <= next && at < end {
+        match (is_filler_page(live, at)?, &mut run) {
+            (true, Some(run)) => run.len += PAGE_SIZE,
+            (true, None) => {
+                run = Some(Cave {
                     start: at,
                     len: PAGE_SIZE,
-                }),
+                });
             }
+            (false, _) => caves.extend(run.take().filter(is_cave)),
         }
         at = at.wrapping_add(PAGE_SIZE);
     }
-    caves.retain(|cave| cave.len >= CAVE_BYTES_MIN && !holds_a_symbol(live, cave));
-    Ok(caves)
+    caves.extend(run.filter(is_cave));
+    Ok(())
+}
+
+/// True where the page at `at` has nothing but [`FILLER`].
+fn is_filler_page(live: &Live<'_>, at: Gva) -> Result<bool, KernelError> {
+    let unreadable = |source| KernelError::Unreadable {
+        what: "kernel text",
+        at,
+        source,
+    };
+    let mut page = [0; PAGE_SIZE as usize];
+    live.read(at, &mut page).map_err(unreadable)?;
+    Ok(is_filler(&page))
 }
 
 /// True where every byte is [`FILLER`].
 pub fn is_filler(bytes: &[u8]) -> bool {
-    bytes.iter().all(|byte| *byte == FILLER)
-}
-
-fn holds_a_symbol(live: &Live<'_>, cave: &Cave) -> bool {
-    let next = live
-        .kernel
-        .symbols
-        .containing(Gva(cave.start.0.wrapping_sub(1)))
-        .map(|(_, next)| next);
-    next.is_none_or(|next| next < cave.start.wrapping_add(cave.len))
+    let (words, rest) = bytes.as_chunks::<8>();
+    words.iter().all(|word| *word == [FILLER; 8]) && rest.iter().all(|byte| *byte == FILLER)
 }
