@@ -316,7 +316,11 @@ pub(crate) mod hex {
     use serde::{Deserialize, Deserializer, Serializer, de::Error};
 
     pub fn encode(bytes: &[u8]) -> String {
-        bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+        let digit = |nibble: u8| char::from_digit(nibble.into(), 16).unwrap_or_default();
+        let digits = bytes.iter().flat_map(|byte| [digit(byte >> 4), digit(byte & 0xf)]);
+        let mut text = String::with_capacity(2 * bytes.len());
+        text.extend(digits);
+        text
     }
 
     pub fn serialize<S: Serializer>(bytes: &[u8], serializer: S) -> Result<S::Ok, S::Error> {
@@ -325,15 +329,14 @@ pub(crate) mod hex {
 
     pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<u8>, D::Error> {
         let text = String::deserialize(deserializer)?;
+        let digit = |byte: u8| char::from(byte).to_digit(16);
+        let byte = |pair: &[u8]| match pair {
+            &[high, low] => u8::try_from(16 * digit(high)? + digit(low)?).ok(),
+            _ => None,
+        };
         let pairs = text.as_bytes().chunks(2);
         pairs
-            .map(|pair| {
-                // from_str_radix alone would accept a sign.
-                let text = std::str::from_utf8(pair).ok();
-                let text = text.filter(|text| text.len() == 2 && text.bytes().all(|byte| byte.is_ascii_hexdigit()));
-                text.and_then(|text| u8::from_str_radix(text, 16).ok())
-                    .ok_or(D::Error::custom("not hex"))
-            })
+            .map(|pair| byte(pair).ok_or(D::Error::custom("not hex")))
             .collect()
     }
 }
