@@ -1,6 +1,6 @@
 //! Finds the guest that is meant, in the one process where it is.
 
-use crate::domains::{self, DomainError};
+use crate::domains::{self, DomainError, Survey};
 use crate::hypervisor::Route;
 use crate::outcome::{GuestState, Reason};
 use crate::target::{Selector, Target};
@@ -42,22 +42,21 @@ impl FindError {
 ///
 /// See [`FindError`].
 pub fn find(selector: &Selector) -> Result<Target, FindError> {
-    let target = look_up(selector)?;
     let survey = domains::all()?;
+    let target = look_up(selector, &survey)?;
     let old = survey.iter().find(|domain| Some(domain.pid) == target.pid);
     match old.and_then(|old| Some((old, survey.successor_of(old.pid)?))) {
         None => Ok(target),
         Some((old, successor)) => {
             upgrade::resume_cut_off(old, successor)?;
-            look_up(selector)
+            look_up(selector, &domains::all()?)
         }
     }
 }
 
-fn look_up(selector: &Selector) -> Result<Target, FindError> {
+fn look_up(selector: &Selector, survey: &Survey) -> Result<Target, FindError> {
     match selector {
         Selector::QmpSocket(socket) => {
-            let survey = domains::all()?;
             if let Some(successor) = survey.successor_at(socket) {
                 return Err(UpgradeError::UnderWay {
                     old: successor.old,
@@ -72,6 +71,6 @@ fn look_up(selector: &Selector) -> Result<Target, FindError> {
                 route: Route::qmp(socket.clone()),
             })
         }
-        Selector::Name(name) => Ok(Target::of_domain(&domains::find(name)?)?),
+        Selector::Name(name) => Ok(Target::of_domain(&survey.find(name)?)?),
     }
 }

@@ -213,7 +213,7 @@ pub fn all() -> Result<Survey, DomainError> {
     };
     let mut processes = Vec::new();
     for pid in pids {
-        match Process::read(pid) {
+        match Process::read_qemu(pid) {
             Ok(Some(process)) if process.is_qemu() => processes.push(process),
             Ok(_) => {}
             Err(cause) if cause.kind() == ErrorKind::PermissionDenied => survey.unreadable += 1,

@@ -10,6 +10,12 @@ use std::path::{Path, PathBuf};
 /// (`fs/exec.c`, Linux 4.13 and later).
 const COMMAND_LINE_LEN_MAX: u64 = 6 << 20;
 
+/// Longest /proc/PID/stat: some fifty numbers and a short name.
+const STAT_BYTES_MAX: u64 = 4096;
+
+/// Bytes that nearly all files of /proc that are read here fit in.
+const PROC_FILE_BYTES: usize = 4096;
+
 /// What /proc adds to the name of a file that is gone, or was replaced by an update.
 const DELETED: &[u8] = b" (deleted)";
 
@@ -77,17 +83,29 @@ impl Process {
         }
     }
 
+    /// The same for a process that may be a QEMU. None for most others: of a process that is none, as nearly all of a host's, little is
+    /// read.
+    pub(super) fn read_qemu(pid: i32) -> io::Result<Option<Self>> {
+        match Self::may_be_qemu(pid) {
+            Ok(true) => Self::read(pid),
+            Err(cause) if !is_gone(&cause) => Err(cause),
+            _ => Ok(None),
+        }
+    }
+
+    fn may_be_qemu(pid: i32) -> io::Result<bool> {
+        let line = command_line(pid)?;
+        if line.is_empty() {
+            return Ok(false);
+        }
+        let called = line.split(|byte| *byte == 0).next().is_some_and(is_qemu_name);
+        Ok(called || binary(pid)?.is_some_and(|binary| binary.is_qemu()))
+    }
+
     fn read_all(pid: i32) -> io::Result<Option<Self>> {
         let before = stat(pid)?;
-        let mut line = Vec::new();
-        File::open(proc_path(pid, "cmdline"))?
-            .take(COMMAND_LINE_LEN_MAX)
-            .read_to_end(&mut line)?;
-        let binary = match fs::read_link(proc_path(pid, "exe")) {
-            Ok(link) => Some(Binary::of_link(&link)),
-            Err(cause) if cause.kind() == ErrorKind::PermissionDenied => None,
-            Err(cause) => return Err(cause),
-        };
+        let line = command_line(pid)?;
+        let binary = binary(pid)?;
         // The same number may be another process by now.
         let same = stat(pid)?.start_time == before.start_time;
         Ok((same && !line.is_empty()).then(|| Self {
@@ -110,15 +128,15 @@ impl Process {
     /// distribution's wrapper may rename the file).
     pub(super) fn is_qemu(&self) -> bool {
         let called = self.words.first().is_some_and(|word| is_qemu_name(word));
-        called
-            || self
-                .binary
-                .as_ref()
-                .is_some_and(|binary| is_qemu_name(binary.path.as_os_str().as_bytes()))
+        called || self.binary.as_ref().is_some_and(Binary::is_qemu)
     }
 }
 
 impl Binary {
+    fn is_qemu(&self) -> bool {
+        is_qemu_name(self.path.as_os_str().as_bytes())
+    }
+
     fn of_link(link: &Path) -> Self {
         let bytes = link.as_os_str().as_bytes();
         let kept = bytes.strip_suffix(DELETED);
@@ -186,8 +204,30 @@ pub(super) fn is_gone(cause: &io::Error) -> bool {
     cause.kind() == ErrorKind::NotFound || cause.raw_os_error() == Some(nix::errno::Errno::ESRCH as i32)
 }
 
+/// Reads a file of /proc, which does not tell its length, up to a number of bytes.
+fn read_proc(pid: i32, name: &str, bytes_max: u64) -> io::Result<Vec<u8>> {
+    let mut bytes = Vec::with_capacity(PROC_FILE_BYTES);
+    File::open(proc_path(pid, name))?
+        .take(bytes_max)
+        .read_to_end(&mut bytes)?;
+    Ok(bytes)
+}
+
+fn command_line(pid: i32) -> io::Result<Vec<u8>> {
+    read_proc(pid, "cmdline", COMMAND_LINE_LEN_MAX)
+}
+
+/// The program of a process. None for another user's.
+fn binary(pid: i32) -> io::Result<Option<Binary>> {
+    match fs::read_link(proc_path(pid, "exe")) {
+        Ok(link) => Ok(Some(Binary::of_link(&link))),
+        Err(cause) if cause.kind() == ErrorKind::PermissionDenied => Ok(None),
+        Err(cause) => Err(cause),
+    }
+}
+
 fn stat(pid: i32) -> io::Result<Stat> {
-    let text = fs::read(proc_path(pid, "stat"))?;
+    let text = read_proc(pid, "stat", STAT_BYTES_MAX)?;
     Stat::parse(&text).ok_or_else(|| {
         let text = String::from_utf8_lossy(&text).into_owned();
         io::Error::new(
