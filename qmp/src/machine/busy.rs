@@ -44,11 +44,13 @@ struct Job {
 }
 
 impl Busy {
-    /// Asks QEMU. `None` if no such operation is in progress.
+    /// Asks QEMU, all questions at once. `None` if no such operation is in progress.
     pub(crate) async fn query(client: &Client) -> Result<Option<Self>, CommandError> {
-        let migration: Value = client.execute_as("query-migrate", json!({})).await?;
-        let jobs: Vec<Job> = client.execute_as("query-jobs", json!({})).await?;
-        let dump: Value = client.execute_as("query-dump", json!({})).await?;
+        let (migration, jobs, dump) = tokio::try_join!(
+            client.execute_as::<Value>("query-migrate", json!({})),
+            client.execute_as::<Vec<Job>>("query-jobs", json!({})),
+            client.execute_as::<Value>("query-dump", json!({})),
+        )?;
         Ok(Self::of_migration(&migration)
             .or_else(|| Self::of_jobs(&jobs))
             .or_else(|| Self::of_dump(&dump)))

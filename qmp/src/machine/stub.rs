@@ -81,8 +81,7 @@ pub struct ListeningStub {
 impl ListeningStub {
     /// Lets QEMU listen, after it has closed a stub that a killed process may have left.
     pub async fn open(client: &Client) -> Result<Self, StubOpenError> {
-        close(client).await?;
-        let devices = chardevs(client).await?;
+        let devices = close_left(client).await?;
         if let Some(foreign) = devices.into_iter().find(|device| device.label == OPERATORS_DEVICE) {
             return Err(StubOpenError::Foreign { at: foreign.filename });
         }
@@ -131,18 +130,26 @@ async fn add_device_by_descriptor(client: &Client, name: &SocketName) -> Result<
 
 /// Closes a stub of ours, of this process or of a killed one, if there is one. Does not touch an operator's.
 pub async fn close(client: &Client) -> Result<(), CommandError> {
-    let ours = |devices: Vec<Chardev>| devices.iter().any(|device| device.label == DEVICE);
-    if !ours(chardevs(client).await?) {
-        return Ok(());
+    close_left(client).await.map(drop)
+}
+
+/// The same, and gives the devices that are left.
+async fn close_left(client: &Client) -> Result<Vec<Chardev>, CommandError> {
+    let ours = |devices: &[Chardev]| devices.iter().any(|device| device.label == DEVICE);
+    let devices = chardevs(client).await?;
+    if !ours(&devices) {
+        return Ok(devices);
     }
     // Ends the stub and removes its device, unless the process was killed before the stub used the device.
     client.hmp("gdbserver none").await?;
-    if ours(chardevs(client).await?) {
-        client
-            .execute(qapi::qmp::chardev_remove { id: DEVICE.to_owned() })
-            .await?;
+    let devices = chardevs(client).await?;
+    if !ours(&devices) {
+        return Ok(devices);
     }
-    Ok(())
+    client
+        .execute(qapi::qmp::chardev_remove { id: DEVICE.to_owned() })
+        .await?;
+    chardevs(client).await
 }
 
 async fn chardevs(client: &Client) -> Result<Vec<Chardev>, CommandError> {

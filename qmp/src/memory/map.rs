@@ -107,9 +107,11 @@ impl RamMap {
     /// The blocks are read after the ranges, so that a range always has its block, even if memory is being plugged.
     async fn read_once(client: &Client, pid: i32) -> Result<Self, RamMapError> {
         let ranges = mtree::ram_ranges(&client.hmp("info mtree -f").await?)?;
-        let table: qapi::qmp::HumanReadableText = client.execute_as("x-query-ramblock", json!({})).await?;
+        let (table, answer) = tokio::try_join!(
+            client.execute_as::<qapi::qmp::HumanReadableText>("x-query-ramblock", json!({})),
+            client.execute_as::<Vec<Answered>>("query-memory-devices", json!({})),
+        )?;
         let blocks = ramblock::parse(&table.human_readable_text)?;
-        let answer: Vec<Answered> = client.execute_as("query-memory-devices", json!({})).await?;
         let mut placed = Vec::new();
         for found in in_blocks(ranges, &blocks, &devices::placed(&answer))? {
             let hva = match found.hva {
