@@ -21,8 +21,6 @@ const EFER_LMA: u64 = 1 << 10;
 const EFER_NXE: u64 = 1 << 11;
 /// Fewest bytes of a Linux image. The few pages of entry code that user tables map are smaller.
 const IMAGE_BYTES_MIN: u64 = 8 << 20;
-/// Bytes of the image that are read at once.
-const READ_BYTES: usize = 16 << 20;
 /// Gates that are read. The first 32 are the CPU's own exceptions, and always set.
 const GATES: u64 = 32;
 
@@ -222,16 +220,9 @@ impl Image {
             .filter(|segment| at < segment.end)
     }
 
-    /// Reads a segment from guest memory.
-    pub fn read_segment(&self, memory: &dyn PhysMemory, segment: &Segment) -> Result<Vec<u8>, MemoryError> {
-        let len = usize::try_from(segment.end.0 - segment.start.0).unwrap_or(0);
-        let mut bytes = vec![0; len];
-        let mut at = Gpa(segment.start.0.wrapping_sub(self.distance));
-        for chunk in bytes.chunks_mut(READ_BYTES) {
-            memory.read(at, chunk)?;
-            at = at.wrapping_add(chunk.len() as u64);
-        }
-        Ok(bytes)
+    /// Reads guest memory at `at`, an address of the image.
+    pub fn read(&self, memory: &dyn PhysMemory, at: Gva, buf: &mut [u8]) -> Result<(), MemoryError> {
+        memory.read(Gpa(at.0.wrapping_sub(self.distance)), buf)
     }
 
     fn through(memory: &dyn PhysMemory, space: AddressSpace, idt: Gva) -> Result<Self, ImageError> {

@@ -45,6 +45,9 @@ const VMCOREINFO_BYTES_MAX: u64 = 4096;
 /// Most CPUs that a kernel can be built for (`NR_CPUS` of a distribution kernel is 8192).
 const CPUS_MAX: u64 = 8192;
 
+/// Bytes of the image that are read at once in a search. A table of offsets is shorter.
+const SEARCH_STEP: usize = 1 << 20;
+
 /// What the guest is doing when it changes data of an unspecified kind.
 const CHANGING: &str = "changing its kernel's data";
 
@@ -323,14 +326,12 @@ fn search(
             ),
             expected: format!("at most {bytes_max} bytes"),
         })?;
-        let bytes = image
-            .read_segment(memory, segment)
-            .map_err(|source| KernelError::Unreadable {
-                what,
-                at: segment.start,
-                source,
-            })?;
-        match Kallsyms::find(&bytes, segment.start, &|symbols| fits(memory, image, symbols)) {
+        let found = search_segment(memory, image, segment).map_err(|source| KernelError::Unreadable {
+            what,
+            at: segment.start,
+            source,
+        })?;
+        match found {
             Ok(symbols) => return Ok((symbols, *segment)),
             // An error in tables that were found tells more than their absence elsewhere.
             Err(KallsymsError::NoTokenIndex { at, bytes }) => {
@@ -342,6 +343,35 @@ fn search(
         }
     }
     Err(failure.into())
+}
+
+/// Searches a segment for kallsyms. What lies behind the tables is not read.
+fn search_segment(
+    memory: &dyn PhysMemory,
+    image: &Image,
+    segment: &Segment,
+) -> Result<Result<Kallsyms, KallsymsError>, MemoryError> {
+    let find = |bytes: &[u8]| Kallsyms::find(bytes, segment.start, &|symbols| fits(memory, image, symbols));
+    // Pages that are not written to cost nothing.
+    let mut bytes = vec![0; usize::try_from(segment.end.0 - segment.start.0).unwrap_or(0)];
+    let (all, mut read, mut is_near) = (bytes.len(), 0, false);
+    while read < all {
+        let next = all.min(read + SEARCH_STEP);
+        if let Some(part) = bytes.get_mut(read..next) {
+            image.read(memory, segment.start.wrapping_add(read as u64), part)?;
+        }
+        let known = bytes.get(..next).unwrap_or_default();
+        // The table of offsets may be behind the index.
+        if is_near
+            && next < all
+            && let Ok(found) = find(known)
+        {
+            return Ok(Ok(found));
+        }
+        is_near = !is_near && kallsyms::has_token_index(known, read.saturating_sub(SEARCH_STEP));
+        read = next;
+    }
+    Ok(find(&bytes))
 }
 
 /// Refuses a kernel that is not fully started: much of what is read below does not exist before. A kernel that is shutting down has it all.

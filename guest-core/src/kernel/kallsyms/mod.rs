@@ -233,6 +233,11 @@ impl Offsets {
     }
 }
 
+/// True where a token index with its table may be in `data` from the byte `from` on.
+pub(super) fn has_token_index(data: &[u8], from: usize) -> bool {
+    Tokens::find(data, from).is_some()
+}
+
 /// How many names may be looked at while searching: the real tables are walked twice and have six bytes and more a
 /// symbol, while a hostile guest could offer as many starts as its memory has words, each of them nearly right.
 fn data_budget(data: &[u8]) -> usize {
