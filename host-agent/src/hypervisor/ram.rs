@@ -9,6 +9,7 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{self, IoSlice, IoSliceMut};
 use std::ops::Range;
+use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use vm_memory::{Bytes, FileOffset, MmapRegion, VolatileMemory, VolatileSlice};
 
@@ -65,6 +66,10 @@ pub struct RamFile {
 pub fn open(pid: i32, regions: &[RamRegion]) -> Result<Box<dyn PhysMemory + Send>, RamError> {
     Ok(Box::new(GuestRam::open(pid, regions)?))
 }
+
+/// Fewest bytes that are read from the file of mapped memory: a system call then costs less than to map the page, which most such reads
+/// are the first and the last to need.
+const FILE_READ_BYTES_MIN: usize = 256;
 
 /// All RAM of a guest.
 struct GuestRam {
@@ -188,6 +193,13 @@ fn said(result: nix::Result<()>) -> Result<(), String> {
 
 impl PhysMemory for GuestRam {
     fn read(&self, at: Gpa, buf: &mut [u8]) -> Result<(), MemoryError> {
+        // Nearly all reads are of one region.
+        if let Some((region, offset, piece)) = self.piece(at, 0, buf.len())
+            && piece.len() == buf.len()
+        {
+            let (len, result) = (buf.len(), region.read(self.process, offset, buf));
+            return result.map_err(|cause| MemoryError::Host { at, len, cause });
+        }
         self.pieces(at, buf.len(), |region, offset, piece| {
             let len = piece.len();
             let buf = buf.get_mut(piece).unwrap_or_default();
@@ -291,8 +303,18 @@ struct Mapped {
 
 impl Mapped {
     fn read(&self, offset: u64, buf: &mut [u8]) -> Result<(), String> {
-        let result = self.slice(offset, buf.len())?.read_slice(buf, 0);
-        result.map_err(|error| error.to_string())
+        let slice = self.slice(offset, buf.len())?;
+        if buf.len() >= FILE_READ_BYTES_MIN && self.read_file(offset, buf).is_some() {
+            return Ok(());
+        }
+        slice.read_slice(buf, 0).map_err(|error| error.to_string())
+    }
+
+    /// Reads from the block's file, without a page fault and without a page more in this process. None where the file can't be read.
+    fn read_file(&self, offset: u64, buf: &mut [u8]) -> Option<()> {
+        let file = self.block.file_offset()?;
+        let start = file.start().checked_add(self.offset)?.checked_add(offset)?;
+        file.file().read_exact_at(buf, start).ok()
     }
 
     fn write(&self, offset: u64, bytes: &[u8]) -> Result<(), String> {
@@ -432,6 +454,35 @@ mod tests {
         ram.regions[1].hva = 0x1000;
         let error = ram.read(Gpa(0x2000), &mut [0]).unwrap_err();
         assert_eq!(error.to_string(), "cannot reach 1 bytes at GPA 0x2000: Bad address");
+    }
+
+    #[test]
+    fn long_reads_of_the_file_and_short_ones_of_the_mapping_give_the_same() {
+        let path = std::env::temp_dir().join(format!("vmpatch-ram-{}", std::process::id()));
+        let file = File::options()
+            .read(true)
+            .write(true)
+            .create_new(true)
+            .open(&path)
+            .unwrap();
+        std::fs::remove_file(&path).unwrap();
+        file.set_len(0x4000).unwrap();
+        let block = Arc::new(map_file(&file, 0x1000..0x4000).unwrap());
+        let mapped = Mapped { block, offset: 0x1000 };
+        let bytes: Vec<u8> = (0..FILE_READ_BYTES_MIN).map(|at| (at % 251) as u8).collect();
+        mapped.write(8, &bytes).unwrap();
+        let (mut long, mut short) = (bytes.clone(), [0; 16]);
+        long.fill(0);
+        mapped.read(8, &mut long).unwrap();
+        mapped.read(8, &mut short).unwrap();
+        assert!(long == bytes && short[..] == bytes[..16]);
+        file.write_all_at(&[0xee; 0x1000], 0x2008).unwrap();
+        mapped.read(8, &mut long).unwrap();
+        mapped.read(8, &mut short).unwrap();
+        assert!(long.iter().chain(&short).all(|byte| *byte == 0xee));
+        // Behind the block's end there may be more of the file, or nothing.
+        mapped.read(0x1f00, &mut long).unwrap();
+        mapped.read(0x1f01, &mut long).unwrap_err();
     }
 
     #[test]
