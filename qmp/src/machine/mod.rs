@@ -14,7 +14,7 @@ use crate::client::{Client, CommandError, ConnectError};
 use crate::cpu::info_registers;
 use crate::gdb::Layout;
 use crate::memory::mtree::{self, RamRange};
-use crate::memory::{RamMap, RamMapError};
+use crate::memory::{RamMap, RamMapError, RamRegion};
 use crate::text::TextError;
 use guest_core::Registers;
 use serde::Deserialize;
@@ -122,17 +122,6 @@ impl Machine {
         self.client.peer_pid()
     }
 
-    /// The guest's name (`-name`), if it has one.
-    pub fn name(&self) -> Result<Option<String>, CommandError> {
-        Ok(self.block_on(self.client.execute(qapi::qmp::query_name {}))?.name)
-    }
-
-    /// True if QEMU translates the guest's code (TCG) instead of running it with KVM. Writes to guest memory from outside do not change translated
-    /// code; writes through QEMU do ([`Paused::write`]).
-    pub fn is_tcg(&self) -> Result<bool, CommandError> {
-        Ok(!self.block_on(self.client.execute(qapi::qmp::query_kvm {}))?.enabled)
-    }
-
     /// Whether the guest runs.
     pub fn run_state(&self) -> Result<RunState, CommandError> {
         self.block_on(RunState::query(&self.client))
@@ -143,9 +132,23 @@ impl Machine {
         self.block_on(Busy::query(&self.client))
     }
 
-    /// Where the guest's RAM is, in process `pid` (see [`Machine::pid`]). Does not pause the guest.
-    pub fn ram_map(&self, pid: i32) -> Result<RamMap, RamMapError> {
-        self.block_on(RamMap::read(&self.client, pid))
+    /// Where the guest's RAM is, in process `pid` (see [`Machine::pid`]). Does not pause the guest. A pause writes nowhere else.
+    pub fn ram_map(&mut self, pid: i32) -> Result<RamMap, RamMapError> {
+        let map = self.block_on(RamMap::read(&self.client, pid))?;
+        self.ram = Some(map.regions.iter().map(RamRegion::range).collect());
+        Ok(map)
+    }
+
+    /// The guest's name (`-name`), if it has one; and true if QEMU translates the guest's code (TCG) instead of running it with KVM. Writes to guest
+    /// memory from outside do not change translated code; writes through QEMU do ([`Paused::write`]).
+    pub fn name_and_is_tcg(&self) -> Result<(Option<String>, bool), CommandError> {
+        self.block_on(async {
+            let (name, kvm) = tokio::try_join!(
+                self.client.execute(qapi::qmp::query_name {}),
+                self.client.execute(qapi::qmp::query_kvm {}),
+            )?;
+            Ok((name.name, !kvm.enabled))
+        })
     }
 
     /// Registers of all vCPUs while they run, to find things by: see [`info_registers`]. Does not pause the guest.

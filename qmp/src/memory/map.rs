@@ -33,6 +33,18 @@ pub struct RamRegion {
     pub backing: Backing,
 }
 
+impl RamRegion {
+    /// Where it is, for the guest.
+    pub(crate) fn range(&self) -> RamRange {
+        RamRange {
+            gpa: self.gpa,
+            len: self.len,
+            name: self.block.clone(),
+            offset: self.block_offset,
+        }
+    }
+}
+
 /// All RAM of a guest, ascending and not overlapping. It is valid until the guest's chipset is reconfigured or memory is plugged.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct RamMap {

@@ -49,7 +49,7 @@ impl Qemu {
 
     fn attach(socket: &Path, pause: PauseMethod) -> Result<Self, AttachError> {
         let socket = socket.to_owned();
-        let machine = Machine::attach(&socket, CONNECT_TIME_MAX).map_err(|source| AttachError::Connect {
+        let mut machine = Machine::attach(&socket, CONNECT_TIME_MAX).map_err(|source| AttachError::Connect {
             socket: socket.clone(),
             source,
         })?;
@@ -57,10 +57,11 @@ impl Qemu {
             .pid()
             .ok_or_else(|| AttachError::NoPeer { socket: socket.clone() })?;
         let memory = open_ram(&machine.ram_map(pid)?)?;
+        let (name, is_tcg) = machine.name_and_is_tcg()?;
         let identity = Identity {
             pid,
-            name: machine.name()?,
-            accelerator: match machine.is_tcg()? {
+            name,
+            accelerator: match is_tcg {
                 true => Accelerator::Tcg,
                 false => Accelerator::Kvm,
             },
