@@ -2,7 +2,10 @@
 //! what it is compared with, taken in the same run, turn by turn: the pause beside a bare one for several numbers of tasks, and
 //! that of modules with more to do beside that of a module with one function and little else.
 //!
+//! With `--against`, only whole `vmpatch apply` processes: this vmpatch and another one, turn by turn.
+//!
 //! usage: cargo run --release -p e2e --bin bench [CYCLES]
+//!        cargo run --release -p e2e --bin bench -- --against PROGRAM [RUNS]
 
 use std::collections::BTreeMap;
 use std::error::Error;
@@ -32,6 +35,8 @@ const CYCLES_DEFAULT: usize = 200;
 const KIND_CYCLES_MAX: usize = 100;
 /// Whole `vmpatch` processes for each number of tasks.
 const PROCESSES: usize = 11;
+/// The same of each of two programs that are compared, unless the command line says otherwise.
+const COMPARED_RUNS_DEFAULT: usize = 25;
 /// Functions of the big module.
 const MANY: usize = 300;
 /// For each apply and revert.
@@ -56,9 +61,71 @@ fn main() -> ExitCode {
 }
 
 fn run() -> Result<()> {
-    let cycles = std::env::args()
-        .nth(1)
-        .map_or(Ok(CYCLES_DEFAULT), |text| text.parse())?;
+    let args: Vec<String> = std::env::args().skip(1).collect();
+    let words: Vec<&str> = args.iter().map(String::as_str).collect();
+    match words.as_slice() {
+        [] => measure(CYCLES_DEFAULT),
+        ["--against", other] => compare(Path::new(other), COMPARED_RUNS_DEFAULT),
+        ["--against", other, runs] => compare(Path::new(other), runs.parse()?),
+        [cycles] => measure(cycles.parse()?),
+        _ => Err("usage: bench [CYCLES], or bench --against PROGRAM [RUNS]".into()),
+    }
+}
+
+/// Whole processes of this vmpatch and of another one on one guest, turn by turn.
+fn compare(other: &Path, runs: usize) -> Result<()> {
+    let kernel = Kernel::CLOUD_6_1;
+    let module = Modules::of(&kernel).cve(Cve::Y2026N52928);
+    let programs = [other, vmpatch::program()?];
+    let guest = Guest::boot(kit::guest(kernel).name(NAME).memory_mib(MEMORY_MIB))?;
+    println!(
+        "{}, 2 vCPUs, shared RAM; `vmpatch apply`, whole process, {runs} runs each in turn",
+        guest.kernel_release()
+    );
+    println!(
+        "  time: µs, p50 / p99 / max; memory at the most: KiB, its own and guest RAM\n  other: {}",
+        other.display()
+    );
+    let mut firsts = None;
+    for tasks in TASKS {
+        let wanted = tasks.to_string();
+        let sleepers = guest.spawn(&["/opt/tasks", &wanted])?;
+        sleepers.wait_for_stdout("sleeping", START_LIMIT)?;
+        let mut times = [const { Vec::new() }; 2];
+        let mut memory = [(0, 0); 2];
+        for _ in 0..runs {
+            for ((program, times), memory) in programs.iter().zip(&mut times).zip(&mut memory) {
+                let whole = whole_process(program, &module)?;
+                times.push(whole.us);
+                *memory = (memory.0.max(whole.own_kib), memory.1.max(whole.mapped_kib));
+            }
+        }
+        let [other, this] = times.map(Figures::of);
+        let [(other_own, other_mapped), (this_own, this_mapped)] = memory;
+        let &mut (other_first, this_first) = firsts.get_or_insert((other.p50, this.p50));
+        println!("\n{tasks} tasks");
+        let row = |name: &str, figures: Figures, first: u64, own: u64, mapped: u64| {
+            let growth = ratio(figures.p50, first);
+            println!(
+                "  {name:<8}{figures}   {growth:.2} × {} tasks; {own} and {mapped} KiB",
+                TASKS[0]
+            );
+        };
+        row("other", other, other_first, other_own, other_mapped);
+        row("this", this, this_first, this_own, this_mapped);
+        println!(
+            "  this / other: time {:.2} ×, own memory {:.2} ×, with guest RAM {:.2} ×",
+            ratio(this.p50, other.p50),
+            ratio(this_own, other_own),
+            ratio(this_own + this_mapped, other_own + other_mapped)
+        );
+        sleepers.kill()?;
+        sleepers.wait(START_LIMIT)?;
+    }
+    Ok(())
+}
+
+fn measure(cycles: usize) -> Result<()> {
     let kernel = Kernel::CLOUD_6_1;
     let modules = Modules::of(&kernel);
     let module = modules.cve(Cve::Y2026N52928);
@@ -191,19 +258,10 @@ fn stop_and_cont(monitor: &mut Monitor) -> Result<u64> {
 fn processes(program: &Path, module: &str) -> Result<()> {
     let (mut cold, mut own_kib, mut mapped_kib) = (Vec::new(), 0, 0);
     for _ in 0..PROCESSES {
-        let start = Instant::now();
-        let mut child = command(program, &["apply", module]).spawn()?;
-        while child.try_wait()?.is_none() {
-            let (own, mapped) = resident_kib(child.id());
-            own_kib = own_kib.max(own);
-            mapped_kib = mapped_kib.max(mapped);
-            std::thread::sleep(SAMPLE);
-        }
-        cold.push(micros(start.elapsed()));
-        let reverted = command(program, &["revert", "--all"]).status()?;
-        if !child.wait()?.success() || !reverted.success() {
-            return Err("vmpatch failed".into());
-        }
+        let whole = whole_process(program, module)?;
+        cold.push(whole.us);
+        own_kib = own_kib.max(whole.own_kib);
+        mapped_kib = mapped_kib.max(whole.mapped_kib);
     }
     println!("  {:<36}{}", "vmpatch apply, whole process (cold)", Figures::of(cold));
     println!(
@@ -211,6 +269,36 @@ fn processes(program: &Path, module: &str) -> Result<()> {
         "its memory at the most"
     );
     Ok(())
+}
+
+/// A whole `vmpatch apply`, and its memory at the most.
+struct Whole {
+    us: u64,
+    own_kib: u64,
+    mapped_kib: u64,
+}
+
+/// Applies the module, and reverts it again.
+fn whole_process(program: &Path, module: &str) -> Result<Whole> {
+    let (mut own_kib, mut mapped_kib) = (0, 0);
+    let start = Instant::now();
+    let mut child = command(program, &["apply", module]).spawn()?;
+    while child.try_wait()?.is_none() {
+        let (own, mapped) = resident_kib(child.id());
+        own_kib = own_kib.max(own);
+        mapped_kib = mapped_kib.max(mapped);
+        std::thread::sleep(SAMPLE);
+    }
+    let us = micros(start.elapsed());
+    let reverted = command(program, &["revert", "--all"]).status()?;
+    if !child.wait()?.success() || !reverted.success() {
+        return Err(format!("{} failed", program.display()).into());
+    }
+    Ok(Whole {
+        us,
+        own_kib,
+        mapped_kib,
+    })
 }
 
 fn command(program: &Path, args: &[&str]) -> Command {
