@@ -26,13 +26,16 @@ pub trait ChangeGuard {
 pub struct GuardedMachine<'a, G> {
     vcpus: Box<dyn Vcpus + 'a>,
     guard: G,
+    /// What the guard was told: the journal, and whether the guest runs.
+    told: Option<(Journal, bool)>,
 }
 
 impl<'a, G> GuardedMachine<'a, G> {
     /// The guard must know how to reach that VM.
     pub fn new(vm: &'a dyn Hypervisor, guard: G) -> Self {
         let vcpus = vm.vcpus();
-        Self { vcpus, guard }
+        let told = None;
+        Self { vcpus, guard, told }
     }
 
     /// Releases the vCPUs and returns the guard, which may still hold a journal.
@@ -45,17 +48,83 @@ impl<G: ChangeGuard> Machine for GuardedMachine<'_, G> {
     fn guard(&mut self, journal: Option<&Journal>) -> Result<(), MachineError> {
         let telling = |error| MachineError::new("telling the supervisor", error);
         match journal {
-            None => self.guard.release().map_err(telling),
+            None => {
+                self.told = None;
+                self.guard.release().map_err(telling)
+            }
             Some(journal) => {
                 let running = self.vcpus.prepare()?;
-                self.guard.watch(journal, running).map_err(telling)
+                self.guard.watch(journal, running).map_err(telling)?;
+                self.told = Some((journal.clone(), running));
+                Ok(())
             }
         }
     }
 
+    /// Many pauses may be tried, and an operator may pause the guest between two of them, or let it run.
     fn pause(&mut self) -> Result<Box<dyn Paused + '_>, MachineError> {
+        if let Some((journal, told)) = &mut self.told {
+            let running = self.vcpus.prepare()?;
+            if running != *told {
+                let telling = |error| MachineError::new("telling the supervisor", error);
+                self.guard.watch(journal, running).map_err(telling)?;
+                *told = running;
+            }
+        }
         let stops = StopsHeldBack::begin();
         let guest = self.vcpus.pause()?;
         Ok(Box::new(HeldBack::new(guest, stops)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::cell::{Cell, RefCell};
+
+    /// vCPUs of which is known alone whether they run.
+    struct Known<'a>(&'a Cell<bool>);
+
+    impl Vcpus for Known<'_> {
+        fn prepare(&mut self) -> Result<bool, MachineError> {
+            Ok(self.0.get())
+        }
+
+        fn pause(&mut self) -> Result<Box<dyn Paused + '_>, MachineError> {
+            Err(MachineError::new("pausing the guest", "it can't be paused"))
+        }
+    }
+
+    /// Keeps what it is told.
+    struct Told<'a>(&'a RefCell<Vec<Option<bool>>>);
+
+    impl ChangeGuard for Told<'_> {
+        fn watch(&mut self, _: &Journal, running: bool) -> io::Result<()> {
+            self.0.borrow_mut().push(Some(running));
+            Ok(())
+        }
+
+        fn release(&mut self) -> io::Result<()> {
+            self.0.borrow_mut().push(None);
+            Ok(())
+        }
+    }
+
+    /// Killed in the pause, vmpatch would otherwise leave a guest paused that ran, or have one run that its operator has paused.
+    #[test]
+    fn the_guard_knows_before_each_pause_whether_the_guest_runs() {
+        let (running, told) = (Cell::new(false), RefCell::default());
+        let mut machine = GuardedMachine {
+            vcpus: Box::new(Known(&running)),
+            guard: Told(&told),
+            told: None,
+        };
+        machine.guard(Some(&Journal::default())).unwrap();
+        for runs in [false, true, true, false] {
+            running.set(runs);
+            assert!(machine.pause().is_err());
+        }
+        machine.guard(None).unwrap();
+        assert_eq!(*told.borrow(), [Some(false), Some(true), Some(false), None]);
     }
 }
