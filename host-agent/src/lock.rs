@@ -40,6 +40,8 @@ pub struct DomainLock {
     /// The process's own file; None where the host does not show it.
     process: Option<File>,
     path: PathBuf,
+    /// The process, and when it started.
+    of: (i32, u64),
 }
 
 /// Why a domain could not be locked.
@@ -124,14 +126,15 @@ impl DomainLock {
         sweep(&folder);
         let end = Instant::now() + within;
         loop {
-            match Self::take(pid, &path) {
+            match Self::take((pid, start_time), &path) {
                 Err(LockError::Held { .. }) if Instant::now() < end => sleep(Duration::from_millis(RETRY_MS)),
                 other => return other,
             }
         }
     }
 
-    fn take(pid: i32, path: &Path) -> Result<Self, LockError> {
+    fn take(of: (i32, u64), path: &Path) -> Result<Self, LockError> {
+        let (pid, _) = of;
         let failed = |cause| LockError::File {
             path: path.to_owned(),
             cause,
@@ -165,6 +168,7 @@ impl DomainLock {
                 file,
                 process,
                 path: path.to_owned(),
+                of,
             });
         }
         Err(LockError::Held { pid, holder: None })
@@ -180,6 +184,11 @@ impl DomainLock {
         // Without close-on-exec.
         let copied = self.process.as_ref().map(nix::unistd::dup);
         Ok(copied.transpose()?)
+    }
+
+    /// The QEMU process, and when it started, in clock ticks since the host's boot: both say which process it is for good.
+    pub(crate) fn process(&self) -> (i32, u64) {
+        self.of
     }
 
     /// The lock's file, in which the holder's pid stands.

@@ -7,6 +7,7 @@
 //! is still there what the guest is like. It inherits the domain's lock, so that no other vmpatch comes in between.
 
 use crate::chain::chain;
+use crate::domains::process;
 use crate::hypervisor::{ChangeGuard, Meaning, ReachError, Route};
 use crate::lock::DomainLock;
 use guest_core::commit::{self, CommitError, Effect};
@@ -61,6 +62,12 @@ pub enum SuperviseError {
     /// The guest was not reached.
     #[error("reaching the guest")]
     Reach(#[from] ReachError),
+    /// The guest is gone; nothing is left to be taken back.
+    #[error("process {pid}, which ran the guest, has ended")]
+    Ended {
+        /// The process.
+        pid: i32,
+    },
     /// What was cut off could not be rolled back. The guest runs even so, if it ran.
     #[error("taking back a change that was cut off")]
     Commit(#[source] Box<CommitError>),
@@ -79,6 +86,8 @@ pub enum Supervised {
 #[derive(Debug, Serialize, Deserialize)]
 struct Watch {
     journal: Journal,
+    /// The process that runs the guest, and when it started. By the time that the guest is reached, another one may have its place.
+    process: (i32, u64),
     /// The guest was running, and is to run again.
     running: bool,
 }
@@ -86,6 +95,8 @@ struct Watch {
 /// The worker's side.
 #[derive(Debug)]
 pub struct Supervisor {
+    /// The process that runs the guest, and when it started.
+    process: (i32, u64),
     child: Child,
     socket: UnixStream,
 }
@@ -105,7 +116,11 @@ impl Supervisor {
             .stderr(Stdio::inherit())
             .process_group(0)
             .spawn()?;
-        Ok(Self { child, socket: ours })
+        Ok(Self {
+            process: lock.process(),
+            child,
+            socket: ours,
+        })
     }
 
     /// Has the supervisor do now what it would do had this process died, and gives how much of the change is in the guest, which
@@ -134,6 +149,7 @@ impl ChangeGuard for Supervisor {
     fn watch(&mut self, journal: &Journal, running: bool) -> io::Result<()> {
         self.tell(&Some(Watch {
             journal: journal.clone(),
+            process: self.process,
             running,
         }))
     }
@@ -252,7 +268,15 @@ fn wait_after(meaning: Meaning, tried: Duration) -> Option<Duration> {
 }
 
 fn roll_back(route: &Route, watch: &Watch) -> Result<bool, SuperviseError> {
+    let (pid, start_time) = watch.process;
+    let is_running = || process::is_running(pid, start_time);
+    if !is_running() {
+        return Err(SuperviseError::Ended { pid });
+    }
     let vm = route.open()?;
+    if vm.identity().pid != pid || !is_running() {
+        return Err(SuperviseError::Ended { pid });
+    }
     let mut guest = vm.take_over()?;
     let has_run = guest.has_run();
     let result = commit::roll_back(vm.memory(), guest.as_mut(), &watch.journal, has_run);
@@ -270,6 +294,23 @@ mod tests {
     use std::fs;
     use std::os::unix::fs::PermissionsExt;
     use std::panic::{AssertUnwindSafe, catch_unwind};
+
+    /// A QEMU that was started in its place may be paused for a reason, and holds other memory.
+    #[test]
+    fn a_guest_whose_process_has_ended_is_not_looked_for_in_the_next_one() {
+        let pid = std::process::id().cast_signed();
+        let own = process::start_time(pid).unwrap();
+        let recovered = |start_time| {
+            let watch = Watch {
+                journal: Journal::default(),
+                process: (pid, start_time),
+                running: true,
+            };
+            roll_back(&Route::qmp("/none/here".into()), &watch).unwrap_err()
+        };
+        assert!(matches!(recovered(own), SuperviseError::Reach(_)));
+        assert!(matches!(recovered(own - 1), SuperviseError::Ended { .. }));
+    }
 
     #[test]
     fn a_guest_whose_hypervisor_lives_is_not_given_up() {

@@ -68,8 +68,8 @@ fn a_lock_excludes_those_who_keep_their_files_in_another_folder() {
     let target = Target::start();
     let [one, other] =
         ["one", "other"].map(|name| std::env::temp_dir().join(format!("vmpatch-lock-{}-{name}", target.pid())));
-    let lock = DomainLock::take(target.pid(), &one).unwrap();
-    let is_held = || matches!(DomainLock::take(target.pid(), &other), Err(LockError::Held { .. }));
+    let lock = DomainLock::take((target.pid(), 0), &one).unwrap();
+    let is_held = || matches!(DomainLock::take((target.pid(), 0), &other), Err(LockError::Held { .. }));
     assert!(is_held());
     let inherited = lock.inherited().unwrap().unwrap();
     drop(lock);
@@ -188,7 +188,7 @@ fn only_a_host_without_a_place_for_locks_is_read_without_one() {
 /// Its inodes are for locks, and its blocks used up: `/dev/full` is such a file.
 #[test]
 fn a_lock_is_held_also_where_its_holder_cannot_be_written() {
-    let lock = DomainLock::take(1, Path::new("/dev/full"));
+    let lock = DomainLock::take((1, 0), Path::new("/dev/full"));
     assert!(lock.is_ok(), "{lock:?}");
 }
 
