@@ -1,12 +1,13 @@
 //! A process's descriptors of KVM, and its mappings of them.
 
+use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::fs;
 use std::io;
 use std::path::PathBuf;
 
 /// A vCPU of a process.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Vcpu {
     /// Its number in KVM, which on x86 is its APIC's.
     pub id: u32,

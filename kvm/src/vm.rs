@@ -3,6 +3,7 @@
 use crate::descriptors::{self, Descriptors, Vcpu};
 use crate::run::KVM_RUN;
 use process::{Doing, Stat, Thread, ThreadError, threads};
+use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::path::PathBuf;
@@ -11,8 +12,9 @@ use std::time::{Duration, Instant};
 /// Pause between two looks at the threads.
 const LOOK_WAIT: Duration = Duration::from_millis(2);
 
-/// A VM: its vCPUs, and the threads that run them. Which thread runs which vCPU is told when it is stopped.
-#[derive(Debug, Clone, PartialEq, Eq)]
+/// A VM: its vCPUs, and the threads that run them. Which thread runs which vCPU is told when it is stopped. Another process that is given it
+/// need not find them again.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Vm {
     vcpus: Vec<Vcpu>,
     threads: Vec<Thread>,
@@ -107,7 +109,11 @@ impl Vm {
         };
         let found = Descriptors::of(pid).ok().zip(descriptors::mapped(pid).ok());
         let vcpus = found.and_then(|(descriptors, mapped)| pair(pid, &descriptors.vcpus, &mapped).ok());
-        vcpus.is_some_and(|vcpus| vcpus == self.vcpus) && self.threads.iter().all(|thread| thread.stat().is_ok())
+        let is_there = |thread: &Thread| {
+            let stat = thread.stat();
+            stat.is_ok_and(|stat| stat.start_time == thread.start_time && !stat.has_ended())
+        };
+        vcpus.is_some_and(|vcpus| vcpus == self.vcpus) && self.threads.iter().all(is_there)
     }
 
     /// The vCPUs, in ascending order of their numbers.

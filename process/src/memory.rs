@@ -54,9 +54,25 @@ impl Memory {
     ///
     /// As for [`Memory::read`]; the first of them may have been written.
     pub fn write(self, at: u64, bytes: &[u8]) -> nix::Result<()> {
-        let remote = remote(Span { at, len: bytes.len() })?;
-        let done = process_vm_writev(self.0, &[IoSlice::new(bytes)], &[remote])?;
-        all(done, bytes.len())
+        self.write_all(&[(at, bytes)])
+    }
+
+    /// Writes at most [`Memory::SPANS_MAX`] ranges, by their first address, in this order and with one system call. Should this process be
+    /// killed meanwhile, the first of them are written, and none in part (`process_vm_rw_core()`, mm/process_vm_access.c, Linux 6.12: the
+    /// kernel looks for a signal where it begins with a range, or with a page of one).
+    ///
+    /// # Errors
+    ///
+    /// As for [`Memory::read`]; the first of them may have been written.
+    pub fn write_all(self, writes: &[(u64, &[u8])]) -> nix::Result<()> {
+        let spans = writes.iter().map(|(at, bytes)| Span {
+            at: *at,
+            len: bytes.len(),
+        });
+        let remote = spans.map(remote).collect::<nix::Result<Vec<_>>>()?;
+        let local: Vec<_> = writes.iter().map(|(_, bytes)| IoSlice::new(bytes)).collect();
+        let len = writes.iter().map(|(_, bytes)| bytes.len()).sum();
+        all(process_vm_writev(self.0, &local, &remote)?, len)
     }
 }
 
@@ -88,6 +104,17 @@ mod tests {
         own().read_all(spans, &mut read).unwrap();
         assert_eq!(read, [6, 9, 1]);
         assert_eq!(bytes, [1, 2, 3, 4, 5, 6, 9, 10]);
+    }
+
+    #[test]
+    fn several_ranges_are_written_up_to_one_that_is_missing() {
+        let mut bytes = [1u8, 2, 3, 4];
+        let at = bytes.as_mut_ptr() as u64;
+        own().write_all(&[(at + 3, &[7]), (at, &[8, 9])]).unwrap();
+        assert_eq!(bytes, [8, 9, 3, 7]);
+        let partly: [(u64, &[u8]); 3] = [(at, &[1]), (0x1000, &[2]), (at + 1, &[3])];
+        assert_eq!(own().write_all(&partly), Err(Errno::EFAULT));
+        assert_eq!(bytes, [1, 9, 3, 7]);
     }
 
     #[test]

@@ -2,19 +2,15 @@
 //! written through the process that runs the guest.
 
 use guest_core::{Gpa, Hva, MemoryError, PhysMemory};
-use nix::errno::Errno;
-use nix::sys::uio::{RemoteIoVec, process_vm_readv, process_vm_writev};
-use nix::unistd::Pid;
+use process::{Memory, Span};
+use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::io::{self, IoSlice, IoSliceMut};
+use std::io;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use vm_memory::{Bytes, FileOffset, MmapRegion, VolatileMemory, VolatileSlice};
-
-/// Buffers that one system call takes: `UIO_MAXIOV` (include/uapi/linux/uio.h).
-const PIECES_MAX: usize = 1024;
 
 /// Why guest RAM can't be reached.
 #[derive(Debug, thiserror::Error)]
@@ -47,6 +43,29 @@ pub struct RamRegion {
     pub file: Option<RamFile>,
 }
 
+/// A range of guest RAM in the process that runs the guest, as another process can be told of it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RegionInProcess {
+    /// Its first byte, guest-physical.
+    pub gpa: u64,
+    /// Bytes.
+    pub len: u64,
+    /// Its first byte in the process.
+    pub hva: u64,
+}
+
+impl From<RegionInProcess> for RamRegion {
+    fn from(region: RegionInProcess) -> Self {
+        Self {
+            gpa: Gpa(region.gpa),
+            len: region.len,
+            hva: Hva(region.hva),
+            block: String::new(),
+            file: None,
+        }
+    }
+}
+
 /// A place in a file that the process maps shared.
 #[derive(Debug, Clone)]
 pub struct RamFile {
@@ -63,8 +82,8 @@ pub struct RamFile {
 /// # Errors
 ///
 /// The host forbids it.
-pub fn open(pid: i32, regions: &[RamRegion]) -> Result<Box<dyn PhysMemory + Send>, RamError> {
-    Ok(Box::new(GuestRam::open(pid, regions)?))
+pub fn open(pid: i32, regions: &[RamRegion]) -> Result<GuestRam, RamError> {
+    GuestRam::open(pid, regions)
 }
 
 /// Fewest bytes that are read from the file of mapped memory: a system call then costs less than to map the page, which most such reads
@@ -72,8 +91,9 @@ pub fn open(pid: i32, regions: &[RamRegion]) -> Result<Box<dyn PhysMemory + Send
 const FILE_READ_BYTES_MIN: usize = 256;
 
 /// All RAM of a guest.
-struct GuestRam {
-    process: Process,
+pub struct GuestRam {
+    /// The process that runs the guest, whose memory is read and written by system calls.
+    process: Memory,
     /// Ascending, not overlapping.
     regions: Vec<Region>,
     ranges: Vec<Range<Gpa>>,
@@ -106,7 +126,7 @@ impl GuestRam {
             mapped: mapped(region),
         });
         let ram = Self {
-            process: Process(Pid::from_raw(pid)),
+            process: Memory::of(pid),
             regions: regions.collect(),
             ranges: found
                 .iter()
@@ -133,6 +153,37 @@ impl GuestRam {
             }
         }
         Ok(())
+    }
+
+    /// Writes in this order through the process, with as few system calls as there can be: should this one be killed meanwhile, the first
+    /// writes are made, and none in part.
+    pub(super) fn write_through_process(&self, writes: &[(Gpa, Vec<u8>)]) -> Result<(), MemoryError> {
+        let mut pieces = Vec::with_capacity(writes.len());
+        for (at, bytes) in writes {
+            self.pieces(*at, bytes.len(), |region, offset, piece| {
+                pieces.push((region.hva.wrapping_add(offset), bytes.get(piece).unwrap_or_default()));
+                Ok(())
+            })?;
+        }
+        for some in pieces.chunks(Memory::SPANS_MAX) {
+            let (at, len) = (
+                writes.first().map_or(Gpa(0), |(at, _)| *at),
+                some.iter().map(|(_, bytes)| bytes.len()).sum(),
+            );
+            let result = said(self.process.write_all(some));
+            result.map_err(|cause| MemoryError::Host { at, len, cause })?;
+        }
+        Ok(())
+    }
+
+    /// The regions as another process can open them: through the process that runs the guest.
+    pub(super) fn regions(&self) -> Vec<RegionInProcess> {
+        let regions = self.regions.iter().map(|region| RegionInProcess {
+            gpa: region.gpa,
+            len: region.len,
+            hva: region.hva,
+        });
+        regions.collect()
     }
 
     /// Splits `len` bytes at `at` by region and calls `act` for each part, with the region, the offset in it, and the part's range
@@ -172,14 +223,14 @@ impl GuestRam {
 }
 
 impl Region {
-    fn read(&self, process: Process, offset: u64, buf: &mut [u8]) -> Result<(), String> {
+    fn read(&self, process: Memory, offset: u64, buf: &mut [u8]) -> Result<(), String> {
         match &self.mapped {
             Some(mapped) => mapped.read(offset, buf),
             None => said(process.read(self.hva.wrapping_add(offset), buf)),
         }
     }
 
-    fn write(&self, process: Process, offset: u64, bytes: &[u8]) -> Result<(), String> {
+    fn write(&self, process: Memory, offset: u64, bytes: &[u8]) -> Result<(), String> {
         match &self.mapped {
             Some(mapped) => mapped.write(offset, bytes),
             None => said(process.write(self.hva.wrapping_add(offset), bytes)),
@@ -226,13 +277,14 @@ impl PhysMemory for GuestRam {
             })?;
             start += len;
         }
-        for some in far.chunks(PIECES_MAX) {
+        for some in far.chunks(Memory::SPANS_MAX) {
             let mut bytes = vec![0; some.iter().map(|(_, here)| here.len()).sum()];
             let (at, len) = (ranges.first().map_or(Gpa(0), |(at, _)| *at), bytes.len());
-            let result = said(
-                self.process
-                    .read_all(some.iter().map(|(hva, here)| (*hva, here.len())), &mut bytes),
-            );
+            let spans = some.iter().map(|(hva, here)| Span {
+                at: *hva,
+                len: here.len(),
+            });
+            let result = said(self.process.read_all(spans, &mut bytes));
             result.map_err(|cause| MemoryError::Host { at, len, cause })?;
             let mut rest = bytes.as_slice();
             for (_, here) in some {
@@ -255,43 +307,6 @@ impl PhysMemory for GuestRam {
 
     fn ram(&self) -> &[Range<Gpa>] {
         &self.ranges
-    }
-}
-
-/// The process that runs the guest, whose memory is read and written by system calls. A missing page is an error, not a signal.
-#[derive(Clone, Copy)]
-struct Process(Pid);
-
-impl Process {
-    fn read(self, hva: u64, buf: &mut [u8]) -> nix::Result<()> {
-        let remote = Self::remote(hva, buf.len())?;
-        let len = buf.len();
-        Self::all(process_vm_readv(self.0, &mut [IoSliceMut::new(buf)], &[remote])?, len)
-    }
-
-    /// Reads at most [`PIECES_MAX`] ranges, by address and length, into consecutive parts of the buffer.
-    fn read_all(self, pieces: impl Iterator<Item = (u64, usize)>, buf: &mut [u8]) -> nix::Result<()> {
-        let remote = pieces.map(|(hva, len)| Self::remote(hva, len));
-        let (remote, len) = (remote.collect::<nix::Result<Vec<_>>>()?, buf.len());
-        Self::all(process_vm_readv(self.0, &mut [IoSliceMut::new(buf)], &remote)?, len)
-    }
-
-    fn write(self, hva: u64, bytes: &[u8]) -> nix::Result<()> {
-        let remote = Self::remote(hva, bytes.len())?;
-        Self::all(
-            process_vm_writev(self.0, &[IoSlice::new(bytes)], &[remote])?,
-            bytes.len(),
-        )
-    }
-
-    fn remote(hva: u64, len: usize) -> nix::Result<RemoteIoVec> {
-        let base = usize::try_from(hva).map_err(|_| Errno::EFAULT)?;
-        Ok(RemoteIoVec { base, len })
-    }
-
-    /// A transfer ends early at the first missing page (`process_vm_readv(2)`).
-    fn all(done: usize, len: usize) -> nix::Result<()> {
-        if done == len { Ok(()) } else { Err(Errno::EFAULT) }
     }
 }
 
@@ -382,7 +397,7 @@ mod tests {
             Some(Mapped { block, offset })
         };
         GuestRam {
-            process: Process(Pid::this()),
+            process: Memory::of(std::process::id().cast_signed()),
             regions: vec![
                 region(0x1000, mapped(0x1000), 0),
                 region(0x2000, None, hva),
@@ -419,7 +434,7 @@ mod tests {
         )
         .unwrap();
         assert_eq!(read, [41, 42, 43, 44, 1, 2, 31, 32, 33, 34, 35, 33]);
-        let many = vec![(Gpa(0x2000), 1); 2 * PIECES_MAX + 1];
+        let many = vec![(Gpa(0x2000), 1); 2 * Memory::SPANS_MAX + 1];
         let mut read = vec![0; many.len()];
         ram.read_ranges(&many, &mut read).unwrap();
         assert!(read.iter().all(|byte| *byte == 33));

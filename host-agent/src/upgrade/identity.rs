@@ -164,7 +164,7 @@ impl Identity {
 
 /// The guest's memory in the new process.
 pub(super) fn memory_of(map: &RamMap) -> Result<Box<dyn PhysMemory>, IdentityError> {
-    Ok(qemu::open_ram(map)?)
+    Ok(Box::new(qemu::open_ram(map)?))
 }
 
 #[cfg(test)]

@@ -7,7 +7,7 @@ pub use error::AttachError;
 
 use self::error::reach;
 use self::vcpus::{QemuTakenOver, QemuVcpus};
-use super::ram::{self, RamError, RamFile, RamRegion};
+use super::ram::{self, GuestRam, RamError, RamFile, RamRegion};
 use super::{Accelerator, Activity, Hypervisor, Identity, PauseMethod, ReachError, Route, TakenOver, Vcpus};
 use guest_core::{PhysMemory, Registers};
 use qmp::machine::RunState;
@@ -27,7 +27,7 @@ pub struct Qemu {
     pause: PauseMethod,
     identity: Identity,
     machine: RefCell<Machine>,
-    memory: Box<dyn PhysMemory + Send>,
+    memory: GuestRam,
 }
 
 impl Qemu {
@@ -45,6 +45,11 @@ impl Qemu {
     pub(super) fn is_running(&self) -> Result<bool, ReachError> {
         let state = self.machine.borrow().run_state();
         Ok(state.map_err(|error| reach(AttachError::from(error)))? == RunState::Running)
+    }
+
+    /// The guest's RAM.
+    pub(super) fn ram(&self) -> &GuestRam {
+        &self.memory
     }
 
     fn attach(socket: &Path, pause: PauseMethod) -> Result<Self, AttachError> {
@@ -90,7 +95,7 @@ impl Hypervisor for Qemu {
     }
 
     fn memory(&self) -> &dyn PhysMemory {
-        self.memory.as_ref()
+        &self.memory
     }
 
     fn registers_running(&self) -> Result<Vec<Registers>, ReachError> {
@@ -132,7 +137,7 @@ impl Hypervisor for Qemu {
 /// # Errors
 ///
 /// The host forbids it.
-pub fn open_ram(map: &RamMap) -> Result<Box<dyn PhysMemory + Send>, RamError> {
+pub fn open_ram(map: &RamMap) -> Result<GuestRam, RamError> {
     let mut files: BTreeMap<&str, Option<Arc<std::fs::File>>> = BTreeMap::new();
     let mut regions = Vec::new();
     for region in &map.regions {
