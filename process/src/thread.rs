@@ -105,6 +105,16 @@ impl Thread {
         Doing::parse(&bytes).ok_or(ThreadError::Text { path })
     }
 
+    /// Its number as it knows it itself: in its own PID namespace, which may be a container's.
+    ///
+    /// # Errors
+    ///
+    /// It ended.
+    pub fn own_number(&self) -> Result<i32, ThreadError> {
+        let (path, bytes) = read(self.pid, self.tid, "status")?;
+        own_number(&bytes).ok_or(ThreadError::Text { path })
+    }
+
     /// The thread that traces it.
     pub(crate) fn tracer(&self) -> Option<i32> {
         let (_, bytes) = read(self.pid, self.tid, "status").ok()?;
@@ -135,6 +145,13 @@ impl Doing {
     }
 }
 
+/// The last of the numbers in `NSpid:`, which go from the outermost namespace to the innermost (`proc_pid_status(5)`, Linux 4.1).
+fn own_number(status: &[u8]) -> Option<i32> {
+    let text = String::from_utf8_lossy(status);
+    let numbers = text.lines().find_map(|line| line.strip_prefix("NSpid:"))?;
+    numbers.split_ascii_whitespace().next_back()?.parse().ok()
+}
+
 fn read(pid: i32, tid: i32, name: &str) -> Result<(PathBuf, Vec<u8>), ThreadError> {
     let path = PathBuf::from(format!("/proc/{pid}/task/{tid}/{name}"));
     match fs::read(&path) {
@@ -151,6 +168,16 @@ pub(crate) fn is_gone(error: &io::Error) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_threads_own_number_is_that_of_its_innermost_namespace() {
+        let status = |numbers: &str| format!("Name:\tqemu\nTgid:\t4711\nNSpid:{numbers}\nNSsid:\t9\n");
+        assert_eq!(own_number(status("\t4711").as_bytes()), Some(4711));
+        assert_eq!(own_number(status("\t4711\t17").as_bytes()), Some(17));
+        assert_eq!(own_number(b"Name:\tqemu\n"), None);
+        let own = threads(std::process::id().cast_signed()).unwrap();
+        assert!(own.iter().all(|(thread, _)| thread.own_number().unwrap() == thread.tid));
+    }
 
     #[test]
     fn what_a_thread_does_is_read() {

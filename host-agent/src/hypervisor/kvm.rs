@@ -39,6 +39,19 @@ pub enum KvmError {
     /// They are not understood.
     #[error("finding the vCPUs' threads (--pause qmp pauses through QEMU)")]
     Find(#[from] FindError),
+    /// QEMU says that other threads run its vCPUs.
+    #[error(
+        "QEMU says that threads {told:?} run its vCPUs, and threads {found:?} were seen to (--pause qmp pauses through QEMU)"
+    )]
+    OtherThreads {
+        /// By QEMU.
+        told: Vec<i64>,
+        /// By what the host says of them.
+        found: Vec<i64>,
+    },
+    /// QEMU does not tell which threads run its vCPUs.
+    #[error("asking QEMU which threads run its vCPUs")]
+    Ask(#[source] ReachError),
     /// KVM can't be told to store registers.
     #[error("having KVM store the vCPUs' registers (--pause qmp pauses through QEMU)")]
     Arm(#[from] ArmError),
@@ -63,7 +76,16 @@ impl KvmGuest {
     }
 
     fn by_threads(&self) -> Result<ThreadVcpus<'_>, KvmError> {
-        let armed = Armed::arm(self.find()?)?;
+        let vm = self.find()?;
+        let mut told = self.qemu.vcpu_threads().map_err(KvmError::Ask)?;
+        let found = vm.threads().iter().map(|thread| thread.own_number().map(i64::from));
+        let mut found = found.collect::<Result<Vec<_>, _>>().map_err(FindError::from)?;
+        told.sort_unstable();
+        found.sort_unstable();
+        if told != found {
+            return Err(KvmError::OtherThreads { told, found });
+        }
+        let armed = Armed::arm(vm)?;
         Ok(ThreadVcpus { guest: self, armed })
     }
 }

@@ -59,6 +59,8 @@ pub enum QueryError {
 struct Vcpu {
     #[serde(rename = "cpu-index")]
     index: u64,
+    #[serde(rename = "thread-id")]
+    thread: i64,
 }
 
 /// A QEMU that is attached to through its QMP monitor.
@@ -198,8 +200,17 @@ impl Machine {
 
     /// Thread numbers of the vCPUs in the stub: index plus one.
     fn threads(&self) -> Result<Vec<u64>, CommandError> {
-        let vcpus: Vec<Vcpu> = self.block_on(self.client.execute_as("query-cpus-fast", json!({})))?;
+        let vcpus = self.vcpus()?;
         Ok(vcpus.iter().map(|vcpu| vcpu.index.saturating_add(1)).collect())
+    }
+
+    /// The numbers of the threads that run the vCPUs, as QEMU knows them: in its own PID namespace.
+    pub fn vcpu_threads(&self) -> Result<Vec<i64>, CommandError> {
+        Ok(self.vcpus()?.iter().map(|vcpu| vcpu.thread).collect())
+    }
+
+    fn vcpus(&self) -> Result<Vec<Vcpu>, CommandError> {
+        self.block_on(self.client.execute_as("query-cpus-fast", json!({})))
     }
 
     /// Closes a GDB stub that a killed process has left; [`Machine::pause`] does so, too. Does not touch a stub that this process uses, nor an operator's.

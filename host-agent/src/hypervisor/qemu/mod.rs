@@ -47,6 +47,12 @@ impl Qemu {
         Ok(state.map_err(|error| reach(AttachError::from(error)))? == RunState::Running)
     }
 
+    /// The threads that run its vCPUs, as QEMU says.
+    pub(super) fn vcpu_threads(&self) -> Result<Vec<i64>, ReachError> {
+        let threads = self.machine.borrow().vcpu_threads();
+        threads.map_err(|error| reach(AttachError::from(error)))
+    }
+
     /// The guest's RAM.
     pub(super) fn ram(&self) -> &GuestRam {
         &self.memory
