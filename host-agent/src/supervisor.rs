@@ -8,7 +8,7 @@
 
 use crate::chain::chain;
 use crate::domains::process;
-use crate::hypervisor::{ChangeGuard, Meaning, ReachError, Route};
+use crate::hypervisor::{ChangeGuard, Meaning, Prepared, ReachError, Route, VcpuThreads};
 use crate::lock::DomainLock;
 use guest_core::commit::{self, CommitError, Effect};
 use guest_core::machine::Journal;
@@ -90,6 +90,9 @@ struct Watch {
     process: (i32, u64),
     /// The guest was running, and is to run again.
     running: bool,
+    /// The threads that are stopped for a pause. Without them, the guest is paused through its hypervisor.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    threads: Option<VcpuThreads>,
 }
 
 /// The worker's side.
@@ -146,11 +149,12 @@ impl Supervisor {
 }
 
 impl ChangeGuard for Supervisor {
-    fn watch(&mut self, journal: &Journal, running: bool) -> io::Result<()> {
+    fn watch(&mut self, journal: &Journal, prepared: &Prepared) -> io::Result<()> {
         self.tell(&Some(Watch {
             journal: journal.clone(),
             process: self.process,
-            running,
+            running: prepared.running,
+            threads: prepared.threads.clone(),
         }))
     }
 
@@ -239,6 +243,13 @@ fn stdin_descriptor() -> io::Result<OwnedFd> {
 
 /// Gives true where the change is complete and stays.
 fn recover(route: &Route, watch: &Watch) -> Result<bool, SuperviseError> {
+    // These threads run again already.
+    if let Some(threads) = &watch.threads {
+        match threads.end(&watch.journal) {
+            Ok(is_complete) => return Ok(is_complete),
+            Err(error) => tracing::debug!("{}", chain(&error).join(": ")),
+        }
+    }
     let start = Instant::now();
     let mut is_told = false;
     loop {
@@ -278,7 +289,7 @@ fn roll_back(route: &Route, watch: &Watch) -> Result<bool, SuperviseError> {
         return Err(SuperviseError::Ended { pid });
     }
     let mut guest = vm.take_over()?;
-    let has_run = guest.has_run();
+    let has_run = watch.threads.is_some() || guest.has_run();
     let result = commit::roll_back(vm.memory(), guest.as_mut(), &watch.journal, has_run);
     if watch.running {
         guest
@@ -305,6 +316,7 @@ mod tests {
                 journal: Journal::default(),
                 process: (pid, start_time),
                 running: true,
+                threads: None,
             };
             roll_back(&Route::qmp("/none/here".into()), &watch).unwrap_err()
         };

@@ -1,18 +1,18 @@
 //! Who rolls a change back should this process die.
 
 use super::stops::{HeldBack, StopsHeldBack};
-use super::{Hypervisor, Vcpus};
+use super::{Hypervisor, Prepared, Vcpus};
 use guest_core::machine::{Journal, Machine, MachineError, Paused};
 use std::io;
 
 /// Who rolls a change back should this process die.
 pub trait ChangeGuard {
-    /// From here on, should this process die, `journal` is rolled back, and the guest runs if it was `running`.
+    /// From here on, should this process die, what `journal` tells of is ended, and the guest runs if it ran when it was `prepared`.
     ///
     /// # Errors
     ///
     /// It will not be.
-    fn watch(&mut self, journal: &Journal, running: bool) -> io::Result<()>;
+    fn watch(&mut self, journal: &Journal, prepared: &Prepared) -> io::Result<()>;
 
     /// Nothing is to be rolled back any more.
     ///
@@ -26,8 +26,8 @@ pub trait ChangeGuard {
 pub struct GuardedMachine<'a, G> {
     vcpus: Box<dyn Vcpus + 'a>,
     guard: G,
-    /// What the guard was told: the journal, and whether the guest runs.
-    told: Option<(Journal, bool)>,
+    /// What the guard was told: the journal, and how the guest is paused.
+    told: Option<(Journal, Prepared)>,
 }
 
 impl<'a, G> GuardedMachine<'a, G> {
@@ -53,9 +53,9 @@ impl<G: ChangeGuard> Machine for GuardedMachine<'_, G> {
                 self.guard.release().map_err(telling)
             }
             Some(journal) => {
-                let running = self.vcpus.prepare()?;
-                self.guard.watch(journal, running).map_err(telling)?;
-                self.told = Some((journal.clone(), running));
+                let prepared = self.vcpus.prepare()?;
+                self.guard.watch(journal, &prepared).map_err(telling)?;
+                self.told = Some((journal.clone(), prepared));
                 Ok(())
             }
         }
@@ -64,11 +64,11 @@ impl<G: ChangeGuard> Machine for GuardedMachine<'_, G> {
     /// Many pauses may be tried, and an operator may pause the guest between two of them, or let it run.
     fn pause(&mut self) -> Result<Box<dyn Paused + '_>, MachineError> {
         if let Some((journal, told)) = &mut self.told {
-            let running = self.vcpus.prepare()?;
-            if running != *told {
+            let prepared = self.vcpus.prepare()?;
+            if prepared != *told {
                 let telling = |error| MachineError::new("telling the supervisor", error);
-                self.guard.watch(journal, running).map_err(telling)?;
-                *told = running;
+                self.guard.watch(journal, &prepared).map_err(telling)?;
+                *told = prepared;
             }
         }
         let stops = StopsHeldBack::begin();
@@ -86,8 +86,11 @@ mod tests {
     struct Known<'a>(&'a Cell<bool>);
 
     impl Vcpus for Known<'_> {
-        fn prepare(&mut self) -> Result<bool, MachineError> {
-            Ok(self.0.get())
+        fn prepare(&mut self) -> Result<Prepared, MachineError> {
+            Ok(Prepared {
+                running: self.0.get(),
+                threads: None,
+            })
         }
 
         fn pause(&mut self) -> Result<Box<dyn Paused + '_>, MachineError> {
@@ -99,8 +102,8 @@ mod tests {
     struct Told<'a>(&'a RefCell<Vec<Option<bool>>>);
 
     impl ChangeGuard for Told<'_> {
-        fn watch(&mut self, _: &Journal, running: bool) -> io::Result<()> {
-            self.0.borrow_mut().push(Some(running));
+        fn watch(&mut self, _: &Journal, prepared: &Prepared) -> io::Result<()> {
+            self.0.borrow_mut().push(Some(prepared.running));
             Ok(())
         }
 

@@ -4,7 +4,10 @@
 //! again. Where the guest's RAM is, and what QEMU does with it, is still told by its monitor.
 
 use super::qemu::Qemu;
-use super::{Activity, Hypervisor, Identity, Meaning, PauseMethod, ReachError, Route, TakenOver, Vcpus};
+use super::ram::GuestRam;
+use super::{
+    Activity, Hypervisor, Identity, Meaning, PauseMethod, Prepared, ReachError, Route, TakenOver, VcpuThreads, Vcpus,
+};
 use crate::chain::chain;
 use guest_core::machine::{MachineError, PauseTimes, Paused, WriteCode};
 use guest_core::{Gpa, PhysMemory, Registers};
@@ -158,7 +161,7 @@ enum Ready<'a> {
 
 impl Vcpus for KvmVcpus<'_> {
     /// A guest that its operator has paused stays so: that is QEMU's to see to.
-    fn prepare(&mut self) -> Result<bool, MachineError> {
+    fn prepare(&mut self) -> Result<Prepared, MachineError> {
         // They have the connection to QEMU to themselves.
         if let Ready::Qemu(vcpus) = &mut self.ready {
             return vcpus.prepare();
@@ -168,16 +171,20 @@ impl Vcpus for KvmVcpus<'_> {
             .qemu
             .is_running()
             .map_err(at("asking whether the guest runs"))?;
-        if running && matches!(self.ready, Ready::Threads(_)) {
-            return Ok(true);
+        if let Ready::Threads(vcpus) = &self.ready
+            && running
+            && vcpus.armed.vm().is_current()
+        {
+            return Ok(vcpus.prepared());
         }
         // Whatever is armed is disarmed first.
         self.ready = Ready::No;
         if running {
             match (self.guest.by_threads(), self.guest.method) {
                 (Ok(vcpus), _) => {
+                    let prepared = vcpus.prepared();
                     self.ready = Ready::Threads(vcpus);
-                    return Ok(true);
+                    return Ok(prepared);
                 }
                 (Err(error), PauseMethod::Ptrace) => return Err(failed("preparing the pause", error)),
                 (Err(error), _) => tracing::warn!(
@@ -187,9 +194,9 @@ impl Vcpus for KvmVcpus<'_> {
             }
         }
         let mut vcpus = self.guest.qemu.vcpus();
-        let running = vcpus.prepare()?;
+        let prepared = vcpus.prepare()?;
         self.ready = Ready::Qemu(vcpus);
-        Ok(running)
+        Ok(prepared)
     }
 
     fn pause(&mut self) -> Result<Box<dyn Paused + '_>, MachineError> {
@@ -199,9 +206,9 @@ impl Vcpus for KvmVcpus<'_> {
         if let Ready::Threads(vcpus) = &self.ready
             && !vcpus.armed.vm().is_current()
         {
-            // vCPUs have come or gone.
+            // vCPUs have come or gone, and the supervisor has been told of others.
             self.ready = Ready::No;
-            self.prepare()?;
+            return Err(MachineError::new("pausing the guest", VcpusChanged).transient(Some(PLUGGING)));
         }
         match &mut self.ready {
             Ready::Threads(vcpus) => Ok(Box::new(vcpus.pause()?)),
@@ -211,6 +218,14 @@ impl Vcpus for KvmVcpus<'_> {
     }
 }
 
+/// What QEMU is doing where the vCPUs are not those that were found.
+const PLUGGING: &str = "plugging vCPUs in or out";
+
+/// The vCPUs are not those that were found.
+#[derive(Debug, thiserror::Error)]
+#[error("vCPUs have come or gone")]
+struct VcpusChanged;
+
 /// The vCPUs, paused by their threads.
 struct ThreadVcpus<'a> {
     guest: &'a KvmGuest,
@@ -218,6 +233,13 @@ struct ThreadVcpus<'a> {
 }
 
 impl ThreadVcpus<'_> {
+    fn prepared(&self) -> Prepared {
+        Prepared {
+            running: true,
+            threads: Some(VcpuThreads::new(self.armed.vm().clone(), self.guest.qemu.ram())),
+        }
+    }
+
     /// Pauses the guest. Tries some times where a thread is at something that passes.
     fn pause(&self) -> Result<PausedThreads<'_>, MachineError> {
         if let Activity::Busy(what) = self.guest.activity().map_err(at("pausing the guest"))? {
@@ -236,8 +258,8 @@ impl ThreadVcpus<'_> {
             tries += 1;
             match self.armed.pause(STOP_TIME_MAX) {
                 Ok(paused) => {
-                    let memory = self.guest.memory();
-                    return Ok(PausedThreads { paused, memory });
+                    let ram = self.guest.qemu.ram();
+                    return Ok(PausedThreads { paused, ram });
                 }
                 Err(error) => match wait(&error, tries) {
                     Some(wait) => std::thread::sleep(wait),
@@ -300,17 +322,15 @@ impl TakenOver for ThreadVcpus<'_> {
 /// A guest whose vCPU threads are stopped.
 struct PausedThreads<'a> {
     paused: kvm::Paused,
-    memory: &'a dyn PhysMemory,
+    ram: &'a GuestRam,
 }
 
 impl WriteCode for PausedThreads<'_> {
-    /// KVM runs the guest's code where it is, so that a write to its RAM is all.
+    /// KVM runs the guest's code where it is, so that a write to its RAM is all. One system call makes all of it, also where the RAM is
+    /// mapped here: the guest runs at once should this process be killed, and then no jump may be there in part.
     fn write(&mut self, writes: &[(Gpa, Vec<u8>)]) -> Result<(), MachineError> {
-        for (gpa, bytes) in writes {
-            let written = self.memory.write(*gpa, bytes);
-            written.map_err(|error| MachineError::new("writing the guest's RAM", error))?;
-        }
-        Ok(())
+        let written = self.ram.write_through_process(writes);
+        written.map_err(|error| MachineError::new("writing the guest's RAM", error))
     }
 
     fn drain(&mut self) -> Result<(), MachineError> {

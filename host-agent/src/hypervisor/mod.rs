@@ -13,11 +13,13 @@ pub mod qemu;
 pub mod ram;
 mod route;
 pub(crate) mod stops;
+mod threads;
 
 pub use error::{Meaning, ReachError};
 pub use guard::{ChangeGuard, GuardedMachine};
 pub use kvm::KvmError;
 pub use route::{PauseMethod, Route, RouteError};
+pub use threads::{ThreadsError, VcpuThreads};
 
 use guest_core::machine::{MachineError, Paused, WriteCode};
 use guest_core::{PhysMemory, Registers};
@@ -72,12 +74,12 @@ pub trait Hypervisor: Send {
 
 /// The vCPUs of a guest.
 pub trait Vcpus {
-    /// Makes all ready that a pause needs, so that the pause is short, and tells whether the guest runs. Does not pause it.
+    /// Makes all ready that a pause needs, so that the pause is short. Does not pause the guest.
     ///
     /// # Errors
     ///
     /// The guest can't be paused.
-    fn prepare(&mut self) -> Result<bool, MachineError>;
+    fn prepare(&mut self) -> Result<Prepared, MachineError>;
 
     /// Pauses them all: see [`guest_core::machine::Machine::pause`].
     ///
@@ -85,6 +87,15 @@ pub trait Vcpus {
     ///
     /// They run as before, unless [`MachineError::left_paused`].
     fn pause(&mut self) -> Result<Box<dyn Paused + '_>, MachineError>;
+}
+
+/// A guest that is ready to be paused.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Prepared {
+    /// It runs, and is to run again.
+    pub running: bool,
+    /// Where its vCPUs are paused by their threads, and so run by themselves should this process die: those threads.
+    pub threads: Option<VcpuThreads>,
 }
 
 /// A guest that a killed vmpatch may have left paused. It may run: each write pauses it where it does.

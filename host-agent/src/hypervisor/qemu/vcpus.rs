@@ -1,7 +1,7 @@
 //! QEMU's vCPUs: paused through the GDB stub, and taken over from a killed vmpatch.
 
 use super::error::reach;
-use crate::hypervisor::{TakenOver, Vcpus};
+use crate::hypervisor::{Prepared, TakenOver, Vcpus};
 use guest_core::machine::{MachineError, PauseTimes, Paused, WriteCode};
 use guest_core::{Gpa, Registers};
 use qmp::machine::{PauseError, RunState};
@@ -30,10 +30,13 @@ fn tell_silence(paused: Duration) {
 }
 
 impl Vcpus for QemuVcpus<'_> {
-    fn prepare(&mut self) -> Result<bool, MachineError> {
+    fn prepare(&mut self) -> Result<Prepared, MachineError> {
         self.0.prepare_pause().map_err(at("preparing the pause"))?;
         let state = self.0.run_state().map_err(at("asking whether the guest runs"))?;
-        Ok(state == RunState::Running)
+        Ok(Prepared {
+            running: state == RunState::Running,
+            threads: None,
+        })
     }
 
     fn pause(&mut self) -> Result<Box<dyn Paused + '_>, MachineError> {
