@@ -18,6 +18,11 @@ const KILL: u64 = 62;
 const RENAME: u64 = 82;
 const SENDMSG: u64 = 46;
 const SHUTDOWN: u64 = 48;
+const PTRACE: u64 = 101;
+const PROCESS_VM_READV: u64 = 310;
+const PROCESS_VM_WRITEV: u64 = 311;
+/// `include/uapi/linux/ptrace.h`.
+const PTRACE_GETREGSET: u64 = 0x4204;
 /// How the way to the stub's socket, which has no name any more, begins.
 const STUB: &[u8] = b"/proc/self/fd/";
 /// What the kernel takes as no system call at all.
@@ -40,6 +45,18 @@ pub enum Call {
     Pause,
     /// It has QEMU's GDB stub write memory.
     WriteMemory,
+    /// It becomes the tracer of a thread.
+    Seize,
+    /// It asks a thread that it traces to stop.
+    Interrupt,
+    /// It reads the registers of a thread that it has stopped.
+    ThreadRegisters,
+    /// It lets a thread go on.
+    Detach,
+    /// It reads the memory of another process.
+    ReadProcess,
+    /// It writes the memory of another process that has stopped threads: one that it traces.
+    WriteProcess,
     /// It has QEMU's GDB stub let the guest run: it leaves physical memory mode and detaches.
     Resume,
     /// It renames a file.
@@ -70,12 +87,22 @@ impl Call {
             Self::Release => sends(process, registers, b"null"),
             // Behind the two bytes of the address family.
             Self::Pause => number == CONNECT && starts_with(process, registers.rsi.wrapping_add(2), STUB),
+            Self::Seize => is_ptrace(registers, ptrace::Request::PTRACE_SEIZE),
+            Self::Interrupt => is_ptrace(registers, ptrace::Request::PTRACE_INTERRUPT),
+            Self::ThreadRegisters => number == PTRACE && registers.rdi == PTRACE_GETREGSET,
+            Self::Detach => is_ptrace(registers, ptrace::Request::PTRACE_DETACH),
+            Self::ReadProcess => number == PROCESS_VM_READV,
+            Self::WriteProcess => number == PROCESS_VM_WRITEV,
             Self::WriteMemory => sends(process, registers, b"$M"),
             Self::Resume => sends(process, registers, b"$Qqemu.PhyMemMode:0#"),
             Self::Rename => number == RENAME,
             Self::Kill => number == KILL,
         }
     }
+}
+
+fn is_ptrace(registers: &user_regs_struct, request: ptrace::Request) -> bool {
+    registers.orig_rax == PTRACE && registers.rdi == u64::from(request as u32)
 }
 
 fn sends(process: Pid, registers: &user_regs_struct, what: &[u8]) -> bool {
@@ -103,26 +130,47 @@ fn word(process: Pid, address: u64) -> i64 {
 ///
 /// If it ends before.
 pub fn run_to(child: &Child, call: Call, nth: usize, side: Side) {
+    let ended = try_run_to(child, call, nth, side).err();
+    assert_eq!(ended, None, "it never did {call:?} {nth} times");
+}
+
+/// The same. What it reads or writes of another process counts only while it has a thread of that stopped.
+///
+/// # Errors
+///
+/// How it ended before.
+///
+/// # Panics
+///
+/// If it can't be traced.
+pub fn try_run_to(child: &Child, call: Call, nth: usize, side: Side) -> Result<(), WaitStatus> {
     let pid = as_pid(child.id());
     ptrace::seize(pid, Options::PTRACE_O_TRACESYSGOOD).expect("a child can be traced");
     ptrace::interrupt(pid).expect("it is traced");
     let mut left = nth;
+    let mut is_in_pause = false;
     loop {
         let signal = match waitpid(pid, None).expect("it is this program's child") {
             WaitStatus::PtraceSyscall(_) => {
                 let registers = ptrace::getregs(pid).expect("it is stopped");
                 let begins = registers.rax == NO_RESULT;
-                if call.is(pid, &registers) && begins == (side == Side::Before) {
+                if Call::Interrupt.is(pid, &registers) {
+                    is_in_pause = true;
+                } else if Call::Detach.is(pid, &registers) && !begins {
+                    is_in_pause = false;
+                }
+                let counts = is_in_pause || ![Call::ReadProcess, Call::WriteProcess].contains(&call);
+                if counts && call.is(pid, &registers) && begins == (side == Side::Before) {
                     left -= 1;
                     if left == 0 {
-                        return;
+                        return Ok(());
                     }
                 }
                 None
             }
             WaitStatus::Stopped(_, signal) if signal != Signal::SIGTRAP => Some(signal),
             WaitStatus::Stopped(..) | WaitStatus::PtraceEvent(..) => None,
-            ended => panic!("it never did {call:?} {nth} times: {ended:?}"),
+            ended => return Err(ended),
         };
         ptrace::syscall(pid, signal).expect("it is stopped");
     }

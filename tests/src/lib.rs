@@ -17,6 +17,8 @@
 //! - [`sleeper`] is a task that sleeps inside a function;
 //! - [`health`] finds the guest kernel's own complaints;
 //! - [`huge_pages`] has the host set some aside for a guest;
+//! - [`boxed`] is a guest under KVM in a host in a box, [`in_box`] what a program of the tests does there beside it, and [`figures`] what is
+//!   said of many times;
 //! - [`killing`] kills vmpatch or its supervisor at a chosen moment, and looks at the guest;
 //! - [`load`] keeps a guest busy, and talks to it over the network;
 //! - [`monitor`] talks to QEMU behind vmpatch's back;
@@ -29,12 +31,15 @@
 
 pub mod bare;
 pub mod bed;
+pub mod boxed;
 pub mod builds;
 pub mod cut;
+pub mod figures;
 pub mod fixes;
 pub mod ftrace;
 pub mod health;
 pub mod huge_pages;
+pub mod in_box;
 pub mod killing;
 pub mod kit;
 pub mod load;

@@ -14,6 +14,7 @@ use std::path::Path;
 use std::process::{Command, ExitCode, Stdio};
 use std::time::{Duration, Instant};
 
+use e2e::figures::{Figures, micros, ratio};
 use e2e::kit::{self, Modules};
 use e2e::monitor::Monitor;
 use e2e::session;
@@ -320,39 +321,4 @@ fn resident_kib(pid: u32) -> (u64, u64) {
             .unwrap_or(0)
     };
     (field("RssAnon:") + field("RssFile:"), field("RssShmem:"))
-}
-
-/// What is said of many times, in microseconds.
-#[derive(Debug, Clone, Copy)]
-struct Figures {
-    p50: u64,
-    p99: u64,
-    max: u64,
-}
-
-impl Figures {
-    fn of(mut times: Vec<u64>) -> Self {
-        times.sort_unstable();
-        let last = times.len().saturating_sub(1);
-        let at = |share: usize| times.get((times.len() * share / 100).min(last)).copied().unwrap_or(0);
-        Self {
-            p50: at(50),
-            p99: at(99),
-            max: at(100),
-        }
-    }
-}
-
-impl std::fmt::Display for Figures {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{:>7} / {:>7} / {:>7}", self.p50, self.p99, self.max)
-    }
-}
-
-fn ratio(a: u64, b: u64) -> f64 {
-    a as f64 / b.max(1) as f64
-}
-
-fn micros(time: Duration) -> u64 {
-    u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
 }

@@ -1,18 +1,20 @@
 //! Patching under real KVM, in a host in a box: vmpatch runs there, beside the guest's QEMU, as on any host.
 
 use std::ops::Deref;
+use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{LazyLock, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use e2e::health;
+use e2e::boxed::{Boxed, assert_clean};
+use e2e::killing::Command;
 use e2e::kit::{self, Modules};
 use e2e::probe::{Calls, Seen, see};
 use e2e::report::{pause_us, states};
 use e2e::vmpatch::Vmpatch;
 use images::build::Cve;
 use images::build::hand_written::Applied;
-use images::guest::Guest;
+use images::guest::{Guest, Ram};
 use images::host_box::HostBox;
 use images::kernel::Kernel;
 
@@ -61,21 +63,6 @@ const TASKS: &str = "1";
 const PROGRAM_LIMIT: Duration = Duration::from_secs(120);
 /// Exits from the guest to KVM that a boot takes at the least.
 const EXITS_MIN: u64 = 1000;
-/// What kernels complain of at their start on the box's CPU: the microcode is not there.
-const MICROCODE: [&str; 2] = [
-    "Speculative Return Stack Overflow",
-    "https://kernel.org/doc/html/latest/admin-guide/hw-vuln/srso",
-];
-
-/// Demands that a kernel has found nothing wrong beside the CPU that it runs on.
-#[track_caller]
-fn assert_clean(guest: &Guest) {
-    let console = guest.console().unwrap();
-    let mut complaints = health::complaints(&console);
-    complaints.retain(|line| !MICROCODE.iter().any(|known| line.contains(known)));
-    assert_eq!(complaints, [""; 0], "{console}");
-    assert_eq!(guest.text(&["echo", "alive"]).unwrap(), "alive");
-}
 
 /// Demands that the CPU's own virtualisation runs the guest, by what the guest, the box's kernel and QEMU's descriptors say.
 #[track_caller]
@@ -224,4 +211,52 @@ fn vmpatch_leaves_no_thread_stopped_or_traced_even_where_it_is_killed() {
         assert_eq!(see(&guest, "pair"), Seen::Flawed);
     }
     assert_clean(&guest);
+}
+
+/// The program that runs beside vmpatch in the box.
+const IN_BOX: &str = env!("CARGO_BIN_EXE_in-box");
+/// Cycles under load.
+const LOADED_CYCLES: usize = 10;
+/// How long these, or all rounds of a comparison, may take.
+const LOADED_LIMIT: Duration = Duration::from_secs(900);
+
+/// All of a change is written by system calls where the RAM is QEMU's own, so that a kill hits each step between them. `--bin kvm kills` has
+/// all steps.
+#[test]
+fn vmpatch_or_its_supervisor_killed_in_the_pause_leaves_a_guest_that_runs_wholly_old_or_wholly_new() {
+    let host = alone();
+    let config = kit::guest(Kernel::CLOUD_6_1).ram(Ram::Private);
+    let boxed = Boxed::boot(&host, Path::new(IN_BOX), config);
+    let steps = [
+        ("watch", 1, true),
+        ("seize", 1, true),
+        ("interrupt", 1, true),
+        ("thread-registers", 1, false),
+        ("write-process", 2, false),
+        ("write-process", 3, false),
+        ("detach", 1, true),
+    ];
+    for step in steps {
+        for command in [Command::Apply, Command::Revert] {
+            assert!(boxed.cut_and_repeat(command, step, false), "{command:?} {step:?}");
+        }
+    }
+    for step in [("interrupt", 1, true), ("write-process", 2, false)] {
+        for command in [Command::Apply, Command::Revert] {
+            assert!(boxed.cut_and_repeat(command, step, true), "{command:?} {step:?}");
+        }
+    }
+    assert_clean(&boxed.guest);
+}
+
+#[test]
+fn a_guest_of_private_ram_is_patched_again_and_again_while_its_disk_and_memory_are_at_work() {
+    let host = alone();
+    let boxed = Boxed::boot(&host, Path::new(IN_BOX), Boxed::with_disk(&host, 4, Ram::Private));
+    let work = boxed.start_work();
+    println!("{}", boxed.cycles(LOADED_CYCLES, LOADED_LIMIT));
+    let (calls, load) = boxed.end_work(&work);
+    println!("{calls:?}, {load}");
+    assert_eq!(boxed.look("at the end"), Seen::Flawed);
+    assert_clean(&boxed.guest);
 }
