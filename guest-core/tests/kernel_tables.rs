@@ -377,6 +377,25 @@ fn locks_that_cannot_be_read_are_an_error_and_text_mutex_must_be_there() {
     ));
 }
 
+#[test]
+fn a_lock_of_which_there_are_two_is_not_taken_for_one_that_the_kernel_lacks() {
+    for name in ["klp_mutex", "cpu_hotplug_lock"] {
+        let guest = Guest::with_symbols(Default::default(), |symbols| {
+            let mut other = symbols.iter().find(|symbol| symbol.1 == name).unwrap().clone();
+            other.2 += 0x100;
+            symbols.push(other);
+        });
+        let kernel = guest.kernel();
+        match Locks::find(&kernel.live(&guest.ram)) {
+            Err(error) => assert_eq!(
+                error.to_string(),
+                format!("the kernel has 2 symbols {name}, and nothing tells which one is meant")
+            ),
+            Ok(_) => panic!("{name} is taken for absent"),
+        }
+    }
+}
+
 /// What is rewritten in the first bytes of a function's body.
 fn in_body(guest: &Guest, kernel: &Kernel, number: u64) -> Option<String> {
     let from = site(number).wrapping_add(5);

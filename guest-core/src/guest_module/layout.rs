@@ -70,7 +70,7 @@ impl Layout {
     ///
     /// The kernel keeps its modules in another way.
     pub fn find(live: &Live<'_>) -> Result<Option<Self>, KernelError> {
-        let Some(modules) = live.kernel.symbols.unique("modules") else {
+        let Some(modules) = live.kernel.symbol_of_feature("modules")? else {
             return Ok(None);
         };
         let btf = &live.kernel.btf;

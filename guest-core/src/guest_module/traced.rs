@@ -47,7 +47,7 @@ pub(super) struct Groups {
 impl Groups {
     /// Looks everything up; `None` for a kernel that was built without ftrace.
     pub fn find(live: &Live<'_>) -> Result<Option<Self>, KernelError> {
-        let Some(last) = live.kernel.symbols.unique("ftrace_pages") else {
+        let Some(last) = live.kernel.symbol_of_feature("ftrace_pages")? else {
             return Ok(None);
         };
         let btf = &live.kernel.btf;

@@ -77,7 +77,7 @@ impl Held {
 /// The guest's list of livepatches cannot be read.
 pub fn held(live: &Live<'_>) -> Result<Vec<Held>, KernelError> {
     let live = &live.that_changes_when("applying a livepatch of its own");
-    let Some(patches) = live.kernel.symbols.unique("klp_patches") else {
+    let Some(patches) = live.kernel.symbol_of_feature("klp_patches")? else {
         return Ok(Vec::new());
     };
     let btf = &live.kernel.btf;

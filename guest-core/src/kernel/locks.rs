@@ -65,7 +65,7 @@ impl Locks {
     ///
     /// # Errors
     ///
-    /// The kernel lacks one of the two, or a type that is needed.
+    /// The kernel lacks one of the two, or a type that is needed; or it has several symbols of one name.
     pub fn find(live: &Live<'_>) -> Result<Self, KernelError> {
         let btf = &live.kernel.btf;
         live.kernel.symbol("text_mutex")?;
@@ -73,7 +73,7 @@ impl Locks {
         for (name, doing) in MUTEXES {
             words.extend(mutex_word(live, name, doing)?);
         }
-        let hotplug = live.kernel.symbols.unique("cpu_hotplug_lock");
+        let hotplug = live.kernel.symbol_of_feature("cpu_hotplug_lock")?;
         if let (Some(at), Some(block)) = (hotplug, btf.structure("percpu_rw_semaphore")?.try_member("block")) {
             words.push(Word {
                 at: at.wrapping_add(block.offset()),
@@ -153,7 +153,7 @@ fn mutex_word(live: &Live<'_>, name: &'static str, doing: &'static str) -> Resul
         found: "neither owner nor rtmutex.owner".to_owned(),
         expected: "an owner".to_owned(),
     })?;
-    Ok(live.kernel.symbols.unique(name).map(|at| Word {
+    Ok(live.kernel.symbol_of_feature(name)?.map(|at| Word {
         at: at.wrapping_add(owner.offset()),
         mask: !OWNER_FLAGS,
         free: 0,

@@ -63,6 +63,14 @@ pub enum KernelError {
     /// The kernel lacks a symbol that every supported kernel has.
     #[error("the kernel has no symbol {0}")]
     NoSymbol(&'static str),
+    /// Several symbols have a name that only one should have.
+    #[error("the kernel has {count} symbols {name}, and nothing tells which one is meant")]
+    ManySymbols {
+        /// The name.
+        name: &'static str,
+        /// How many there are.
+        count: usize,
+    },
     /// Guest memory cannot be read.
     #[error("reading {what} at {at}")]
     Unreadable {
@@ -176,6 +184,19 @@ impl Kernel {
     /// The guest-virtual address of a symbol that must exist exactly once.
     pub fn symbol(&self, name: &'static str) -> Result<Gva, KernelError> {
         require(&self.symbols, name)
+    }
+
+    /// The guest-virtual address of a symbol of a feature that the kernel may have been built without; `None` if it has no such symbol.
+    ///
+    /// # Errors
+    ///
+    /// It has several: it does have the feature, and it is unknown where.
+    pub fn symbol_of_feature(&self, name: &'static str) -> Result<Option<Gva>, KernelError> {
+        match self.symbols.named(name).count() {
+            0 => Ok(None),
+            1 => self.symbol(name).map(Some),
+            count => Err(KernelError::ManySymbols { name, count }),
+        }
     }
 
     /// The offset of each possible CPU, which is added to a per-CPU symbol.

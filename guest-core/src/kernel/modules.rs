@@ -57,7 +57,7 @@ pub const CHANGING: &str = "loading or unloading modules";
 /// The list cannot be read.
 pub fn all(live: &Live<'_>) -> Result<Vec<GuestModule>, KernelError> {
     let live = &live.that_changes_when(CHANGING);
-    let Some(head) = live.kernel.symbols.unique("modules") else {
+    let Some(head) = live.kernel.symbol_of_feature("modules")? else {
         return Ok(Vec::new());
     };
     let node = live.kernel.btf.structure("module")?.offset("list")?;

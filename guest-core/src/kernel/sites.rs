@@ -135,7 +135,7 @@ fn place_relative(
 /// The lock prefixes that the kernel may still write or remove: `smp_alt_modules` lists their tables, of the kernel and its modules, while it
 /// runs on one CPU only (arch/x86/kernel/alternative.c, 5.10 to 7.2).
 fn lock_prefixes(live: &Live<'_>) -> Result<Vec<Gva>, KernelError> {
-    let Some(head) = live.kernel.symbols.unique(LOCK_LISTS) else {
+    let Some(head) = live.kernel.symbol_of_feature(LOCK_LISTS)? else {
         return Ok(Vec::new());
     };
     let live = &live.that_changes_when(modules::CHANGING);
@@ -167,7 +167,7 @@ fn lock_prefixes(live: &Live<'_>) -> Result<Vec<Gva>, KernelError> {
 /// The addresses of all kprobes. A kernel without kprobes has none.
 fn kprobes(live: &Live<'_>) -> Result<Vec<Gva>, KernelError> {
     let live = &live.that_changes_when("setting kprobes");
-    let Some(table) = live.kernel.symbols.unique("kprobe_table") else {
+    let Some(table) = live.kernel.symbol_of_feature("kprobe_table")? else {
         return Ok(Vec::new());
     };
     let probe = live.kernel.btf.structure("kprobe")?;

@@ -36,7 +36,7 @@ enum Entry {
 impl Directory {
     /// `/proc/sys` itself, without the entries of network and user namespaces. `None` for a kernel without sysctls.
     pub fn root(live: &Live<'_>) -> Result<Option<Self>, KernelError> {
-        let Some(root) = live.kernel.symbols.unique("sysctl_table_root") else {
+        let Some(root) = live.kernel.symbol_of_feature("sysctl_table_root")? else {
             return Ok(None);
         };
         let offset = live.kernel.btf.structure("ctl_table_root")?.offset("default_set.dir")?;

@@ -25,7 +25,7 @@ const BUCKET_BYTES: u64 = 8;
 ///
 /// The list of `ftrace_ops` cannot be read.
 pub fn is_wanted(live: &Live<'_>, site: Gva) -> Result<bool, KernelError> {
-    let Some(mut link) = live.kernel.symbols.unique("ftrace_ops_list") else {
+    let Some(mut link) = live.kernel.symbol_of_feature("ftrace_ops_list")? else {
         return Ok(false);
     };
     let live = &live.that_changes_when(ftrace::CHANGING);
