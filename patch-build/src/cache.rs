@@ -1,7 +1,7 @@
 //! The folder that keeps what was fetched and made. Tests run in parallel, so each entry is made once, under a lock, and
 //! appears under its name only when it is whole.
 
-use std::fs::{self, File};
+use std::fs::{self, File, TryLockError};
 use std::io;
 use std::path::{Path, PathBuf};
 
@@ -63,12 +63,24 @@ impl Cache {
     /// Takes the lock of the entry `key` (a relative path), and makes the folder that holds the entry. Waits while
     /// another process or thread has the lock; dropped, it is free again.
     pub fn lock(&self, key: &str) -> Result<Lock, Error> {
+        self.lock_or_wait(key, || {})
+    }
+
+    /// As [`Cache::lock`]. Calls `waiting` first where another process or thread has the lock.
+    pub fn lock_or_wait(&self, key: &str, waiting: impl FnOnce()) -> Result<Lock, Error> {
         let entry = self.root.join(key);
         let path = suffixed(&entry, ".lock");
         let folder = path.parent().unwrap_or(&self.root);
         fs::create_dir_all(folder).map_err(Error::io("make the cache folder", folder))?;
         let file = File::create(&path).map_err(Error::io("open the lock", &path))?;
-        file.lock().map_err(Error::io("take the lock", &path))?;
+        match file.try_lock() {
+            Ok(()) => {}
+            Err(TryLockError::WouldBlock) => {
+                waiting();
+                file.lock().map_err(Error::io("take the lock", &path))?;
+            }
+            Err(TryLockError::Error(source)) => return Err(Error::io("take the lock", &path)(source)),
+        }
         Ok(Lock { entry, _file: file })
     }
 
@@ -154,6 +166,20 @@ mod tests {
             }
         });
         assert_eq!(fills.into_inner(), 1);
+        fs::remove_dir_all(cache.root()).unwrap();
+    }
+
+    #[test]
+    fn who_waits_for_a_lock_says_so() {
+        let cache = scratch("waits");
+        let first = cache.lock_or_wait("entry", || panic!("nobody has it")).unwrap();
+        let (told, hears) = std::sync::mpsc::channel();
+        std::thread::scope(|scope| {
+            let waits = scope.spawn(|| cache.lock_or_wait("entry", || told.send("waiting").unwrap()).map(drop));
+            assert_eq!(hears.recv(), Ok("waiting"));
+            drop(first);
+            waits.join().unwrap().unwrap();
+        });
         fs::remove_dir_all(cache.root()).unwrap();
     }
 

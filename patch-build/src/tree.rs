@@ -106,7 +106,9 @@ impl Tree {
         let mut made_of = vec![&*target.source.id, &config, toolchain.version(), assembler::SCRIPT];
         made_of.extend(objtool);
         let id = digest(&made_of);
-        let lock = cache.lock(&format!("builds/{}_{id}", target.release))?;
+        let lock = cache.lock_or_wait(&format!("builds/{}_{id}", target.release), || {
+            progress(&format!("waiting for another build for {}", target.release));
+        })?;
         let folder = lock.entry().to_owned();
         let mut make = vec![
             format!("KERNELRELEASE={}", target.release),
