@@ -3,10 +3,10 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use crate::cache;
 use crate::compile::command::{SavedCommand, dependencies};
 use crate::plan::plain;
 use crate::tree::{Error, Tree};
+use crate::{cache, seal};
 
 /// Where it is compiled.
 const FOLDER: &str = "vmpatch-extra";
@@ -61,17 +61,14 @@ impl Tree {
         if !self.is_fixed() {
             return Ok(None);
         }
-        let path = self.folder().join(COMMAND);
-        if let Ok(note) = fs::read_to_string(&path) {
+        if let Some(note) = seal::note(self.folder(), COMMAND) {
             return Ok(Some(note));
         }
         let (_, made) = self.make_extra(work, NAME, "")?;
         let note = Command::of_make(&made, work).map(|command| command.noted());
         // An empty note has no command in it, and is not asked for again.
         let note = note.unwrap_or_default();
-        let partial = path.with_extension("partial");
-        fs::write(&partial, &note).map_err(cache::Error::io("write", &partial))?;
-        fs::rename(&partial, &path).map_err(cache::Error::io("rename", &partial))?;
+        seal::write_note(self.folder(), COMMAND, &note)?;
         Ok(Some(note))
     }
 

@@ -45,6 +45,7 @@ pub mod plan;
 pub mod request;
 pub mod running;
 pub mod runtime;
+mod seal;
 pub mod select;
 pub mod sheet;
 pub mod source;

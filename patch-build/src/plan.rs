@@ -4,16 +4,14 @@
 //! and one file may be compiled more than once.
 
 use std::collections::{BTreeSet, HashSet};
-use std::fs;
 use std::path::Path;
-
-use crate::cache;
 
 use crate::compile::command::SavedCommand;
 use crate::tree::{self, Tree};
+use crate::{cache, seal};
 
-/// Where a tree keeps what make said. In files called `vmpatch-plan` of older versions commands of 7.2 are not whole.
-const FILE: &str = "vmpatch-plan-2";
+/// The note of a tree with what make said. In files of lower numbers commands of 7.2 are not whole, or no digest is.
+const FILE: &str = "vmpatch-plan-3";
 
 /// Why it could not be told.
 #[derive(Debug, thiserror::Error)]
@@ -84,9 +82,7 @@ impl Plan {
     ///
     /// `progress` is told what takes time.
     pub fn of(tree: &Tree, release: &str, modules: &[String], progress: &dyn Fn(&str)) -> Result<Self, Error> {
-        let path = tree.folder().join(FILE);
-        if tree.is_fixed() && path.exists() {
-            let text = fs::read_to_string(&path).map_err(cache::Error::io("read", &path))?;
+        if let Some(text) = seal::note(tree.folder(), FILE).filter(|_| tree.is_fixed()) {
             return Ok(Self::parse(&text, tree.source()));
         }
         progress("asking the kernel's build which files it compiles");
@@ -100,9 +96,7 @@ impl Plan {
                 said: complaints,
             });
         }
-        let partial = path.with_extension("partial");
-        fs::write(&partial, text).map_err(cache::Error::io("write", &partial))?;
-        fs::rename(&partial, &path).map_err(cache::Error::io("rename", &partial))?;
+        seal::write_note(tree.folder(), FILE, &text)?;
         Ok(plan)
     }
 

@@ -11,7 +11,7 @@ use crate::facts::Config;
 use crate::kept::{Kept, Parts};
 use crate::target::Target;
 use crate::toolchain::{self, Toolchain};
-use crate::{command, digest};
+use crate::{command, digest, seal};
 
 /// What the kernel's own flags are extended with: a section for every function and object, so that they can be compared
 /// and taken one by one.
@@ -27,15 +27,26 @@ const OF_THE_TOOLS: [&str; 7] = [
     "RUST",
     "HAVE_RUST",
 ];
-/// Where a tree notes settings of the tools that differ, each with a space behind it.
-const OTHER_SETTINGS: &str = "vmpatch-other-settings";
 /// Has objtool run on each object as it is made, and not on those that the build excepts (`OBJECT_FILES_NON_STANDARD`): of the 32-bit
 /// vDSO's objects it reads none (scripts/Makefile.build of 6.12).
 const OBJTOOL_AT_ONCE: &str = "objtool-enabled=$(is-standard-object)";
 /// The folder with the assembler that keeps names.
 const ASSEMBLER: &str = "vmpatch-assembler";
-/// The last file of a tree: one without it is not ready.
-const READY: &str = "vmpatch-vermagic";
+/// Where a tree notes what `vermagic=` of its modules is.
+const VERMAGIC: &str = "vmpatch-vermagic";
+/// What decides how files compile and is made once: sealed when the tree is ready, and looked at before each build.
+const SEALED: [&str; 10] = [
+    ".config",
+    "Makefile",
+    "Module.symvers",
+    "arch/x86/include",
+    "include",
+    "scripts",
+    "source",
+    "tools",
+    ASSEMBLER,
+    VERMAGIC,
+];
 /// The folder with what was made with the tree.
 const KEPT: &str = "vmpatch-kept";
 /// A copy of a tree without its objects, for a run of make that makes nothing.
@@ -143,14 +154,17 @@ impl Tree {
             _lock: lock,
         };
         tree.kept = target.source.fixed.then(|| Kept::at(tree.folder.join(KEPT)));
-        let ready = tree.folder.join(READY);
-        let others = tree.folder.join(OTHER_SETTINGS);
-        if !ready.exists() || !others.exists() {
+        if let Some(changed) = tree.not_as_it_was(&config) {
+            if seal::has(&tree.folder) {
+                progress(&format!(
+                    "{changed} of the prepared source is not what it was: preparing it anew"
+                ));
+            }
             tree.make_ready(target, &config, progress)?;
         }
-        tree.vermagic = fs::read_to_string(&ready).map_err(cache::Error::io("read", &ready))?;
-        let others = fs::read_to_string(&others).map_err(cache::Error::io("read", &others))?;
-        tree.other_settings = others.split_whitespace().map(str::to_owned).collect();
+        tree.other_settings = tree.compare_settings(&config)?;
+        let vermagic = tree.folder.join(VERMAGIC);
+        tree.vermagic = fs::read_to_string(&vermagic).map_err(cache::Error::io("read", &vermagic))?;
         tree.tools = tree.name_tools();
         Ok(tree)
     }
@@ -316,6 +330,36 @@ impl Tree {
         fs::copy(&target.symvers, &symvers).map_err(cache::Error::io("copy to", &symvers))?;
         assembler::write(&self.folder.join(ASSEMBLER))?;
         self.make(&self.search_path, &["olddefconfig"])?;
+        self.compare_settings(config)?;
+        if self.make.iter().any(|word| word == OBJTOOL_AT_ONCE) {
+            // Objects that are made on the way to `modules_prepare` do not wait for it.
+            self.make(&self.search_path, &["tools/objtool"])?;
+        }
+        self.make(&self.search_path, &["modules_prepare"])?;
+        let vermagic = self.read_vermagic()?;
+        let file = self.folder.join(VERMAGIC);
+        fs::write(&file, vermagic).map_err(cache::Error::io("write", &file))?;
+        seal::seal(&self.folder, &SEALED)?;
+        Ok(())
+    }
+
+    /// What of a tree in the cache is not what it was when it was made, so that files would compile otherwise; all of it where it is not
+    /// ready.
+    fn not_as_it_was(&self, config: &str) -> Option<String> {
+        if let Err(error) = self.compare_settings(config) {
+            return Some(match error {
+                Error::Config { changes, .. } => format!(".config ({changes})"),
+                _ => ".config".to_owned(),
+            });
+        }
+        seal::broken(&self.folder)
+    }
+
+    /// Compares the tree's configuration with the kernel's own: the settings of the tools that differ, by name.
+    ///
+    /// Errors: others differ, too.
+    fn compare_settings(&self, config: &str) -> Result<Vec<String>, Error> {
+        let own = self.folder.join(".config");
         let taken = fs::read_to_string(&own).map_err(cache::Error::io("read", &own))?;
         let (of_tools, others): (Vec<Change>, Vec<Change>) = changes(config, &taken)
             .into_iter()
@@ -326,18 +370,7 @@ impl Tree {
                 changes: named(&others),
             });
         }
-        let names: String = of_tools.iter().map(|change| format!("{} ", change.name)).collect();
-        let file = self.folder.join(OTHER_SETTINGS);
-        fs::write(&file, names).map_err(cache::Error::io("write", &file))?;
-        if self.make.iter().any(|word| word == OBJTOOL_AT_ONCE) {
-            // Objects that are made on the way to `modules_prepare` do not wait for it.
-            self.make(&self.search_path, &["tools/objtool"])?;
-        }
-        self.make(&self.search_path, &["modules_prepare"])?;
-        let vermagic = self.read_vermagic()?;
-        let ready = self.folder.join(READY);
-        fs::write(&ready, vermagic).map_err(cache::Error::io("write", &ready))?;
-        Ok(())
+        Ok(of_tools.into_iter().map(|change| change.name).collect())
     }
 
     /// Lets the kernel's own headers say what `vermagic=` is (include/linux/vermagic.h).
