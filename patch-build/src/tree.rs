@@ -169,6 +169,28 @@ impl Tree {
         Ok(tree)
     }
 
+    /// One in which nothing is, with an empty source, both in that folder.
+    #[cfg(test)]
+    pub(crate) fn bare(root: &Path) -> Self {
+        let lock = Cache::at(root).lock("tree").unwrap();
+        let (folder, source) = (root.join("tree"), root.join("source"));
+        for folder in [&folder, &source] {
+            fs::create_dir(folder).unwrap();
+        }
+        Self {
+            folder,
+            source,
+            make: Vec::new(),
+            compiler: "gcc".to_owned(),
+            search_path: std::env::var("PATH").unwrap(),
+            vermagic: String::new(),
+            other_settings: Vec::new(),
+            kept: None,
+            tools: String::new(),
+            _lock: lock,
+        }
+    }
+
     /// The kernel's source.
     pub fn source(&self) -> &Path {
         &self.source

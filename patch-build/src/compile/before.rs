@@ -52,6 +52,13 @@ pub fn planned(tree: &Tree, planned: &[&Planned], progress: &dyn Fn(&str)) -> Re
     let kept = kept.collect::<Result<Vec<Option<Unit>>, Error>>()?;
     let wanted = planned.iter().zip(&kept).filter(|(_, kept)| kept.is_none());
     let wanted: Vec<&Planned> = wanted.map(|(planned, _)| *planned).collect();
+    for planned in &wanted {
+        // One of an earlier run would be taken for the one that could not be made.
+        let object = tree.folder().join(&planned.object);
+        if object.exists() {
+            fs::remove_file(&object).map_err(cache::Error::io("remove", &object))?;
+        }
+    }
     let pace = Pace::of(wanted.len());
     let done = in_parallel(
         &wanted,
@@ -222,6 +229,27 @@ fn object_name(file: &str) -> Result<String, Error> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_object_that_an_earlier_run_left_is_not_that_of_a_file_that_can_not_be_compiled() {
+        let root = std::env::temp_dir().join(format!("vmpatch-before-{}", std::process::id()));
+        drop(fs::remove_dir_all(&root));
+        let tree = Tree::bare(&root);
+        let command = "false -mcmodel=kernel -c -o a/x.o /src/a/x.c";
+        fs::create_dir_all(tree.folder().join("a")).unwrap();
+        fs::write(tree.folder().join("a/x.o"), "old").unwrap();
+        let note = format!("cmd_a/x.o := {command}\n\nsource_a/x.o := /src/a/x.c\n");
+        fs::write(tree.folder().join("a/.x.o.cmd"), note).unwrap();
+        let planned = Planned {
+            object: "a/x.o".to_owned(),
+            source: "a/x.c".to_owned(),
+            made: false,
+            command: SavedCommand::new("a/x.o", command),
+        };
+        let units = super::planned(&tree, &[&planned], &|_| {}).unwrap();
+        assert_eq!(units.len(), 0);
+        fs::remove_dir_all(&root).unwrap();
+    }
 
     #[test]
     fn the_files_that_an_object_was_made_of_are_in_its_note() {
