@@ -17,8 +17,8 @@ pub struct Pairs {
 
 impl Pairs {
     /// Pairs items of one name, as the source has it, and where a macro or the compiler counts, of one name with the same contents.
-    /// Where there are several (static locals of one name in one function), they pair in their order if both files have as many, else
-    /// none of them does. Nor does one whose memory in the kernel can't be that of the second file's.
+    /// Where there are several (static locals of one name in one function), they pair in the source's order if both files have as many,
+    /// each in as many blocks, else none of them does. Nor does one whose memory in the kernel can't be that of the second file's.
     pub(super) fn by_key(before: &Unit, after: &Unit) -> Self {
         let mut pairs = Self {
             to_after: vec![None; before.items.len()],
@@ -26,7 +26,14 @@ impl Pairs {
         };
         let (old, new) = (by_key(before), by_key(after));
         for (key, old) in old {
-            if let Some(new) = new.get(&key).filter(|new| new.len() == old.len()) {
+            let blocks = |unit: &Unit, ids: &[ItemId]| -> Vec<isize> {
+                ids.iter().map(|id| unit.item(*id).order.blocks).collect()
+            };
+            let is_as_many = |new: &&Vec<ItemId>| match old.as_slice() {
+                [_] => new.len() == 1,
+                old => blocks(before, old) == blocks(after, new),
+            };
+            if let Some(new) = new.get(&key).filter(is_as_many) {
                 let both = old.into_iter().zip(new);
                 both.filter(|(b, a)| storage::can_serve(before, before.item(*b), after, after.item(**a)))
                     .for_each(|(b, a)| pairs.pair(b, *a));
@@ -107,6 +114,9 @@ fn by_key(unit: &Unit) -> BTreeMap<(&str, Option<String>), Vec<ItemId>> {
     for (id, item) in unit.items.iter().enumerate() {
         let key = (item.key.as_str(), contents::of_counted(unit, id));
         keys.entry(key).or_default().push(id);
+    }
+    for ids in keys.values_mut() {
+        ids.sort_by_key(|id| (unit.item(*id).order.number, *id));
     }
     keys
 }

@@ -108,6 +108,28 @@ fn static_locals_are_known_by_their_function_not_by_their_number() {
 }
 
 #[test]
+fn static_locals_of_one_name_are_known_by_their_order_in_the_source() {
+    let before = "#define OWN __attribute__((section(\".data..own\")))\n\
+        int f(int a) { { static int OWN n = 1; a += n++; } { static int n = 1; a -= n++; } return a; }\n";
+    // The section comes first in the file where something else begins it.
+    let begun = "asm(\".pushsection .data..own,\\\"aw\\\"\\n.popsection\");";
+    let after = format!("{begun}\n{before}");
+    assert_eq!(changes("statics-order", before, &after), [""; 0]);
+}
+
+#[test]
+fn static_locals_of_one_name_in_other_blocks_are_others() {
+    let before = "int f(int a) { if (a > 1) { static int n; a += n++; } { static int n; a -= n++; } return a; }\n";
+    let after = "int f(int a) { static int n; if (a > 1) { static int n; a += n++; } a -= n++; return a; }\n";
+    let found = changes("statics-blocks", before, after);
+    assert_eq!(
+        found.iter().filter(|change| change.ends_with(" new")).count(),
+        2,
+        "{found:?}"
+    );
+}
+
+#[test]
 fn a_function_that_only_got_another_name_is_no_change_for_those_who_call_it() {
     let before =
         "static noinline int low(int a) { return printk(\"low %d\", a); }\nint high(int a) { return low(a) + 1; }\n";

@@ -8,7 +8,7 @@ use super::tables::{self, Entry, TableError};
 use super::{CompareError, names};
 use crate::elf::code::Code;
 use crate::elf::{At, Object, Place, Relocation, Section, Symbol};
-use crate::types::Statics;
+use crate::types::{Order, Statics};
 
 /// Index of an [`Item`] in its [`Unit`].
 pub type ItemId = usize;
@@ -30,6 +30,8 @@ pub struct Item {
     pub size: u64,
     /// Index of its symbol.
     pub symbol: usize,
+    /// For a static local: where in the source it stands.
+    pub order: Order,
 }
 
 impl Item {
@@ -363,6 +365,7 @@ fn items(object: &Object, statics: &Statics) -> Vec<Item> {
             at,
             size: symbol.size,
             symbol: index,
+            order: statics.order(at),
         });
     }
     items

@@ -10,7 +10,7 @@ mod statics;
 pub use layouts::{Layouts, Shape};
 pub use load::DebugInfo;
 pub use rows::Rows;
-pub use statics::Statics;
+pub use statics::{Order, Statics};
 
 /// Debug information that could not be read.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]

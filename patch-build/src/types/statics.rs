@@ -8,10 +8,21 @@ use super::DebugError;
 use super::load::{self, DebugInfo, MainFile, Slice};
 use crate::elf::At;
 
+/// Where in the source a static local stands: the compiler writes them in any order.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Order {
+    /// How many stand before it in the file.
+    pub number: usize,
+    /// How many blocks of its function it is in.
+    pub blocks: isize,
+}
+
 /// The functions that static local variables belong to, by the variables' places, and where functions start.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Statics {
     owners: BTreeMap<At, String>,
+    /// How many stand before it in the source, and how many blocks it is in.
+    order: BTreeMap<At, Order>,
     /// By name, for functions of the file itself.
     lines: BTreeMap<String, u64>,
 }
@@ -53,6 +64,9 @@ impl Statics {
                 gimli::DW_TAG_variable => {
                     let owner = functions.last().map(|(_, name)| name.clone());
                     if let (Some(owner), Some(at)) = (owner.filter(|name| !name.is_empty()), location(unit, entry)) {
+                        let blocks = functions.last().map_or(0, |(of, _)| depth.saturating_sub(*of));
+                        let number = self.order.len();
+                        self.order.entry(at).or_insert(Order { number, blocks });
                         self.owners.entry(at).or_insert(owner);
                     }
                 }
@@ -65,6 +79,11 @@ impl Statics {
     /// The function that the variable at a place is local to; none for a variable of the whole file.
     pub fn owner(&self, at: At) -> Option<&str> {
         self.owners.get(&at).map(String::as_str)
+    }
+
+    /// Where among the static locals of the file the one at a place stands in the source.
+    pub fn order(&self, at: At) -> Order {
+        self.order.get(&at).copied().unwrap_or_default()
     }
 }
 
