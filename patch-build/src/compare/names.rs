@@ -67,6 +67,12 @@ pub(crate) fn warm_part(name: &str) -> Option<&str> {
     name.strip_suffix(".cold")
 }
 
+/// True for a copy that the compiler made to be called by the code of this very file, in a manner of its own: `f.isra.0`.
+pub(crate) fn is_private_copy(name: &str) -> bool {
+    const COPIES: [&str; 3] = ["isra", "constprop", "part"];
+    name.split('.').skip(1).any(|part| COPIES.contains(&part))
+}
+
 /// The name as written in the source: `f` for `f.isra.0.cold`.
 pub(crate) fn written(name: &str) -> &str {
     match name.split_once('.') {
@@ -101,6 +107,7 @@ mod tests {
     #[test]
     fn numbers_go_and_words_stay() {
         assert_eq!(function("f.isra.0.cold"), "f.isra.cold");
+        assert!(is_private_copy("f.isra.0.cold") && !is_private_copy("f.cold") && !is_private_copy("isra.0"));
         assert_eq!(function("f.constprop.12"), "f.constprop");
         assert_eq!(function("f"), "f");
         assert_eq!(variable("warned.3"), "warned");

@@ -6,7 +6,7 @@ use std::str::FromStr;
 use super::reference::is_never_switched;
 use super::{SelectError, Selection, Side, left_out};
 use crate::compare::tables::{ORC, TABLES};
-use crate::compare::{Target, Verdict, is_of_boot};
+use crate::compare::{Target, Verdict, is_of_boot, names};
 use crate::elf::Section;
 
 /// Kinds of risk, each of which `--allow` can name.
@@ -133,6 +133,7 @@ pub(super) fn look(sides: &[Side<'_>], selection: &mut Selection) -> Result<(), 
             new_data(index, side, selection, &mut findings);
             per_cpu(index, side, selection)?;
             unknown_sections(index, side, selection)?;
+            private_copies(index, side, selection, &mut findings);
         }
     }
     for replaced in &selection.replaced {
@@ -163,6 +164,36 @@ pub(super) fn look(sides: &[Side<'_>], selection: &mut Selection) -> Result<(), 
     }
     selection.findings.extend(findings);
     Ok(())
+}
+
+/// What the compiler made of a function for those of this file who call it takes its arguments as it saw fit. Where the kernel's is other
+/// code, it may take others.
+fn private_copies(index: usize, side: &Side<'_>, selection: &Selection, findings: &mut Vec<Finding>) {
+    let unit = &side.comparison.after;
+    for (_, id) in selection.carried.keys().filter(|(of, _)| *of == index) {
+        let caller = unit.item(*id);
+        for relocation in unit.relocations(caller) {
+            let Target::Item(called, _) = unit.target(caller.at.section, relocation) else {
+                continue;
+            };
+            let item = unit.item(called);
+            let stays = item.is_function && !selection.carried.contains_key(&(index, called));
+            if !stays || !names::is_private_copy(&item.name) {
+                continue;
+            }
+            let found = side.before(called).and_then(|before| side.places.get(before));
+            if found.is_some_and(|found| !found.is_same) {
+                findings.push(Finding::new(
+                    Risk::OtherCode,
+                    side.place(&item.name),
+                    format!(
+                        "{} calls it, and the kernel's own is not what the source compiles to: it may take other arguments",
+                        caller.name
+                    ),
+                ));
+            }
+        }
+    }
 }
 
 fn changed_data(side: &Side<'_>, findings: &mut Vec<Finding>) {

@@ -3,7 +3,7 @@
 use super::{Risk, SelectError, Why};
 use crate::elf::Object;
 use crate::running::{Places, Shipped};
-use crate::testing::{laid, selected};
+use crate::testing::{compared, compiled, laid, selected, selected_of};
 
 #[test]
 fn a_static_local_stays_the_running_one_and_a_new_one_is_carried() {
@@ -16,6 +16,29 @@ fn a_static_local_stays_the_running_one_and_a_new_one_is_carried() {
     assert!(brought[0].0.starts_with("other"), "{brought:?}");
     assert_eq!(brought[0].1, Why::New("f".to_owned()));
     assert_eq!(chosen.findings(), []);
+}
+
+/// The compiler's copy takes what the structure's member holds, and no pointer.
+#[test]
+fn a_copy_of_the_compilers_is_not_called_beside_other_code() {
+    let before = "struct s { int x, y; };\n\
+                  static noinline int low(struct s *p, int unused) { return printk(\"%d\", p->x * 3); }\n\
+                  int f(struct s *p) { return low(p, 3) + 1; }\n";
+    let after = before.replace("+ 1", "+ 2");
+    let of = |shipped: &str| {
+        let object = Object::parse(&compiled("copy-shipped", shipped, false)).unwrap();
+        let chosen = selected_of(compared("copy", before, &after), object);
+        let findings = chosen
+            .findings()
+            .iter()
+            .map(|finding| (finding.risk, finding.place.clone()));
+        findings.collect::<Vec<_>>()
+    };
+    assert_eq!(of(before), []);
+    assert_eq!(
+        of(&before.replace("* 3", "* 5")),
+        [(Risk::OtherCode, "x.c: low.constprop.0.isra.0".to_owned())]
+    );
 }
 
 #[test]
