@@ -276,14 +276,18 @@ impl<'a> Live<'a> {
         if let Some(range) = self.memory.ram().iter().find(|range| range.contains(&direct)) {
             return Ok((direct, range.end.0 - direct.0));
         }
-        let mut entries = Vec::new();
-        let seen = &mut |gpa, entry| entries.push((gpa, entry));
-        let there = self.kernel.space.translate_seeing(self.memory, at, seen)?;
-        for (gpa, entry) in self.reads.map_or(Vec::new(), |_| entries) {
-            self.reads
-                .into_iter()
-                .for_each(|reads| reads.keep_bits(gpa, entry, entry::TARGET, self.doing));
-        }
+        let there = match self.reads {
+            None => self.kernel.space.translate(self.memory, at)?,
+            Some(reads) => {
+                let mut entries = Vec::new();
+                let seen = &mut |gpa, entry| entries.push((gpa, entry));
+                let there = self.kernel.space.translate_seeing(self.memory, at, seen)?;
+                for (gpa, entry) in entries {
+                    reads.keep_bits(gpa, entry, entry::TARGET, self.doing);
+                }
+                there
+            }
+        };
         Ok((there.gpa, there.page_size - (at.0 & (there.page_size - 1))))
     }
 }
