@@ -239,7 +239,10 @@ impl Session {
         change::recover(self, commit_options(Model::CleanCut, RECOVERY_TIME_MAX))?;
         let live = self.kernel.live(self.vm.memory());
         let changes = plan::cleanup(&live, &self.registry)?;
-        if let Some(guard) = guard::find(&live)?.filter(|_| !changes.is_empty()) {
+        if changes.is_empty() {
+            return Ok(());
+        }
+        if let Some(guard) = guard::find(&live)? {
             guard.permits()?;
         }
         let wiped = commit::stage(&live, &changes);
