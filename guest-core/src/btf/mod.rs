@@ -287,8 +287,8 @@ impl Btf {
             .ok()
             .and_then(|offset| strings.get(offset..))
             .unwrap_or_default();
-        rest.strip_prefix(name.as_bytes())
-            .is_some_and(|end| end.first() == Some(&0))
+        // One byte tells most names from another.
+        rest.get(name.len()) == Some(&0) && rest.starts_with(name.as_bytes())
     }
 }
 

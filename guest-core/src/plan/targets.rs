@@ -142,6 +142,10 @@ fn whole(name: &str, at: Gva, len: u64) -> OldFunction {
 }
 
 fn is_part(name: &str, symbol: &str) -> bool {
+    // One byte tells nearly all of a kernel's symbols from a part.
+    if symbol.as_bytes().get(name.len()) != Some(&b'.') {
+        return false;
+    }
     let rest = symbol.strip_prefix(name);
     rest.is_some_and(|rest| SPLIT_OFF.iter().any(|suffix| rest.starts_with(suffix)))
 }
