@@ -40,19 +40,29 @@ step 'vmpatch builds' cargo build --release --package host-agent --bin vmpatch
 step 'tests build' cargo test --workspace --no-run
 [ "$failed" -eq 0 ] || end
 
-start=$SECONDS
-echo '=== tests'
-cargo test --workspace --no-fail-fast 2>&1 | tee "$log"
-status=${PIPESTATUS[0]}
-echo "=== tests: $((SECONDS - start)) s"
+# tests NAME COMMAND…: tests by cargo, each of which counts.
+tests() {
+    local name=$1 start=$SECONDS status binaries ended tests_passed tests_failed
+    shift
+    echo "=== $name"
+    "$@" 2>&1 | tee "$log"
+    status=${PIPESTATUS[0]}
+    # Each test binary is announced, and ends with a line: "test result: ok. 3 passed; 0 failed; 0 ignored; …".
+    read -r binaries ended tests_passed tests_failed < <(
+        awk '/^ +(Running|Doc-tests) / { binaries++ }
+             /^test result: / { ended++; for (i = 2; i <= NF; i++) { if ($i == "passed;") passed += $(i - 1); if ($i == "failed;") failed += $(i - 1) } }
+             END { print binaries + 0, ended + 0, passed + 0, failed + 0 }' "$log"
+    )
+    # One that crashed or was killed has no such line.
+    [ "$binaries" -le "$ended" ] || tests_failed=$((tests_failed + binaries - ended))
+    [ "$status" -eq 0 ] || [ "$tests_failed" -gt 0 ] || tests_failed=1
+    passed=$((passed + tests_passed))
+    failed=$((failed + tests_failed))
+    echo "=== $name: $tests_passed passed, $tests_failed failed ($((SECONDS - start)) s)"
+}
 
-# The lines that each test binary ends with: "test result: ok. 3 passed; 0 failed; 0 ignored; …".
-read -r tests_passed tests_failed < <(
-    awk '/^test result: / { for (i = 2; i <= NF; i++) { if ($i == "passed;") passed += $(i - 1); if ($i == "failed;") failed += $(i - 1) } }
-         END { print passed + 0, failed + 0 }' "$log"
-)
-passed=$((passed + tests_passed))
-failed=$((failed + tests_failed))
-# A binary that was killed has no such line.
-[ "$status" -eq 0 ] || [ "$tests_failed" -gt 0 ] || failed=$((failed + 1))
+# First what is quick; the guests last, with a table of how long each module of their tests took.
+tests 'unit tests' cargo test --workspace --exclude e2e --no-fail-fast
+tests 'unit tests of the end-to-end tests' cargo test --package e2e --lib --bins --no-fail-fast
+tests 'end-to-end tests' cargo xtask e2e
 end

@@ -8,12 +8,18 @@ mod modules;
 mod paths;
 #[cfg(test)]
 mod repository;
+mod times;
 #[cfg(test)]
 mod words;
 
 use std::env;
+use std::ffi::OsStr;
+use std::io::{self, BufRead, BufReader};
 use std::path::Path;
-use std::process::{Command, ExitCode};
+use std::process::{Command, ExitCode, Stdio};
+use std::thread;
+use std::time::Instant;
+use times::Times;
 
 const USAGE: &str = "usage: cargo xtask COMMAND [ARGUMENT…]
 
@@ -64,6 +70,7 @@ fn commands(name: &str, arguments: &[String]) -> Option<Vec<Vec<String>>> {
         "e2e" if !arguments.iter().all(|name| is_e2e_module(name)) => return None,
         "e2e" => vec![
             words("build --release --package host-agent --bin vmpatch"),
+            words("test --package e2e --test e2e --no-run"),
             all([
                 words("test --package e2e --test e2e --"),
                 arguments.iter().map(|name| format!("{name}::")).collect(),
@@ -88,18 +95,56 @@ fn main() -> ExitCode {
         });
     };
     let cargo = env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+    let is_timed = |command: &[String]| name == "e2e" && command.iter().any(|word| word == "--");
     for command in commands {
         eprintln!("cargo {}", command.join(" "));
-        match Command::new(&cargo).args(&command).status() {
-            Ok(status) if status.success() => {}
-            Ok(_) => return ExitCode::FAILURE,
+        let succeeded = match is_timed(&command) {
+            true => timed(&cargo, &command),
+            false => Command::new(&cargo)
+                .args(&command)
+                .status()
+                .map(|status| status.success()),
+        };
+        match succeeded {
+            Ok(true) => {}
+            Ok(false) => return ExitCode::FAILURE,
             Err(error) => {
-                eprintln!("can't start cargo: {error}");
+                eprintln!("can't run cargo: {error}");
                 return ExitCode::FAILURE;
             }
         }
     }
     ExitCode::SUCCESS
+}
+
+/// Runs `cargo test … -- …`, passes on what it prints, and prints how long each module took. True where all passed.
+fn timed(cargo: &OsStr, command: &[String]) -> io::Result<bool> {
+    let run = |more: &[&str]| {
+        let mut run = Command::new(cargo);
+        run.args(command).args(more).stdout(Stdio::piped());
+        run
+    };
+    // That this run began is not printed: `tests/run.sh` counts those.
+    let list = run(&["--list"]).output()?;
+    if !list.status.success() {
+        eprintln!("{}", String::from_utf8_lossy(&list.stderr));
+        return Ok(false);
+    }
+    // As the harness chooses by itself.
+    let chosen = env::var("RUST_TEST_THREADS").ok().and_then(|text| text.parse().ok());
+    let threads = chosen.unwrap_or_else(|| thread::available_parallelism().map_or(1, usize::from));
+    let mut times = Times::new(&String::from_utf8_lossy(&list.stdout), threads);
+    let mut child = run(&["--test-threads", &threads.to_string()]).spawn()?;
+    let start = Instant::now();
+    for line in BufReader::new(child.stdout.take().ok_or(io::ErrorKind::BrokenPipe)?).split(b'\n') {
+        let line = line?;
+        let line = String::from_utf8_lossy(&line);
+        println!("{line}");
+        times.line(&line, start.elapsed());
+    }
+    let status = child.wait()?;
+    println!("{}", times.table());
+    Ok(status.success())
 }
 
 #[cfg(test)]
@@ -121,7 +166,7 @@ mod tests {
     #[test]
     fn a_named_test_is_the_only_one_that_runs() {
         let lines = commands("e2e", &["cve".to_owned()]).unwrap();
-        assert_eq!(lines[1].join(" "), "test --package e2e --test e2e -- cve::");
+        assert_eq!(lines[2].join(" "), "test --package e2e --test e2e -- cve::");
         assert!(commands("e2e", &["cve".to_owned(), "vce".to_owned()]).is_none());
     }
 
