@@ -6,6 +6,7 @@
 //! - [`kit`] has the programs that go into a guest, and the livepatch modules for each kernel;
 //! - [`fixes`] are published fixes for `vmpatch build` to make modules of;
 //! - [`bed`] lends guests to tests: booted once for many, checked and cleaned after each;
+//! - [`consistency`] applies and reverts while all vCPUs call what is patched;
 //! - [`cut`] stops a program at a chosen system call;
 //! - [`probe`] runs a program in a guest that sees which kernel function is in force;
 //! - [`ftrace`] turns the guest's own tracing on and off;
@@ -33,6 +34,7 @@ pub mod bare;
 pub mod bed;
 pub mod boxed;
 pub mod builds;
+pub mod consistency;
 pub mod cut;
 pub mod figures;
 pub mod fixes;

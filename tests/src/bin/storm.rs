@@ -5,6 +5,7 @@ use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use clap::Parser;
+use e2e::consistency;
 use e2e::storm::cycles::{Cycle, Length, Outcomes};
 use e2e::storm::run::{self, Plan, Report};
 use e2e::storm::{self, Storm, table};
@@ -41,6 +42,9 @@ struct Cli {
     /// How long each apply and revert looks for a safe moment, in seconds
     #[arg(long, default_value_t = 10.0)]
     timeout: f64,
+    /// In place of storms, CYCLES applies and reverts by one process, in a guest whose vCPUs do nothing but call what is patched
+    #[arg(long, value_name = "CYCLES", exclusive = true)]
+    consistency: Option<u64>,
     /// Folder for the consoles of guests that were not healthy
     #[arg(long, default_value = "target/storms")]
     logs: PathBuf,
@@ -57,6 +61,10 @@ fn storms() -> String {
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
+    if let Some(cycles) = cli.consistency {
+        consistency::run(cycles);
+        return ExitCode::SUCCESS;
+    }
     let mut chosen: Vec<&dyn Storm> = Vec::new();
     for name in &cli.storm {
         match (name.as_str(), storm::named(name)) {

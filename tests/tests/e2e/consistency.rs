@@ -1,68 +1,11 @@
-//! Functions patched together change at one instant, whatever the vCPUs are doing.
-//!
-//! The two functions of the module see whether the other one is of their own age, and the program in the guest counts what each
-//! call finds: old, new, or mixed. The cycles run in this process, through vmpatch's own library: a thousand of them through the
-//! program would start it two thousand times.
+//! Functions patched together change at one instant. A thousand cycles and more: `cargo xtask storm --consistency 1000`.
 
-use std::path::Path;
-use std::time::{Duration, Instant};
-
-use e2e::bed::{self, assert_healthy};
-use e2e::kit::{self, Modules};
-use e2e::probe::{Calls, Seen, see};
-use e2e::session;
-use host_agent::chain::chain;
-use images::build::hand_written::Applied;
-use images::kernel::Kernel;
+use e2e::consistency;
 
 /// Cycles of apply and revert.
-const CYCLES: usize = 1000;
-/// Cycles between two lines that say how far it is.
-const CYCLES_SAID: usize = 100;
-/// Tasks that do nothing but call the functions: one for each vCPU.
-const TASKS: &str = "2";
-/// How long the program may take to start and to end on a guest that is all busy.
-const PROGRAM_LIMIT: Duration = Duration::from_secs(30);
-/// Time for one safe moment; the default of the command line is made for guests that do not call the function all the time.
-const TIMEOUT: Duration = Duration::from_secs(60);
+const CYCLES: u64 = 150;
 
 #[test]
-fn over_a_thousand_cycles_no_old_function_reaches_a_new_one_nor_the_reverse() {
-    // With QEMU's HPET as clock, which sysinfo() asks, both vCPUs would nearly always stand in that one access.
-    let guest = bed::lend(kit::guest(Kernel::CLOUD_6_1).append("tsc=reliable clocksource=tsc"));
-    let module = Modules::of(&Kernel::CLOUD_6_1).applied(Applied::Pair);
-    let bytes = std::fs::read(&module).unwrap();
-    assert_eq!(see(&guest, "pair"), Seen::Flawed);
-    let load = guest.spawn(&["/opt/pair", "load", "0", TASKS]).unwrap();
-    load.wait_for_stdout("started", PROGRAM_LIMIT).unwrap();
-
-    let options = session::options(TIMEOUT);
-    let mut session = session::open(&guest).unwrap();
-    session.tidy().unwrap();
-    let start = Instant::now();
-    let mut tries = [0; 2];
-    for cycle in 0..CYCLES {
-        let applied = session.apply(Path::new(&module), &bytes, &options);
-        let (record, committed) = applied.unwrap_or_else(|error| panic!("cycle {cycle}: {:?}", chain(&error)));
-        tries[0] += committed.tries;
-        let reverted = session.revert(&record.id, &options);
-        let (_, committed) = reverted.unwrap_or_else(|error| panic!("cycle {cycle}: {:?}", chain(&error)));
-        tries[1] += committed.tries;
-        if (cycle + 1) % CYCLES_SAID == 0 {
-            println!("{} cycles after {:?}, {tries:?} pauses", cycle + 1, start.elapsed());
-        }
-    }
-    let took = start.elapsed();
-    drop(session);
-
-    guest.text(&["kill", &load.pid().to_string()]).unwrap();
-    let output = load.wait(PROGRAM_LIMIT).unwrap();
-    let calls = Calls::of(&String::from_utf8_lossy(&output.stdout)).unwrap_or_else(|| panic!("{output:?}"));
-    println!("{CYCLES} cycles in {took:?}, {tries:?} pauses; {calls:?}");
-    assert_eq!((calls.mixed, calls.lost), (0, 0), "{calls:?}");
-    assert!(output.status.success(), "{output:?}");
-    let calls_min = CYCLES as u64 / 10;
-    assert!(calls.old > calls_min && calls.new > calls_min, "{calls:?}");
-    assert_eq!(see(&guest, "pair"), Seen::Flawed);
-    assert_healthy(&guest);
+fn over_many_cycles_no_old_function_reaches_a_new_one_nor_the_reverse() {
+    consistency::run(CYCLES);
 }
