@@ -1,13 +1,13 @@
 //! Which guest is meant, and how it is reached.
 
-use crate::domains::{Domain, DomainError};
+use crate::domains::{Domain, DomainError, MonitorPlace};
 use crate::hypervisor::{PauseMethod, Route};
 use std::path::PathBuf;
 
 /// Which guest is meant.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Selector {
-    /// By the name that its QEMU was started with.
+    /// By the name that its QEMU was started with, or by its UUID.
     Name(String),
     /// By its QMP socket.
     QmpSocket(PathBuf),
@@ -29,12 +29,15 @@ impl Target {
     ///
     /// # Errors
     ///
-    /// It has no socket that can be used.
+    /// It has no monitor that can be reached.
     pub fn of_domain(domain: &Domain) -> Result<Self, DomainError> {
         Ok(Self {
             name: domain.name.clone(),
             pid: Some(domain.pid),
-            route: Route::qmp(domain.qmp_socket()?),
+            route: match domain.monitor()? {
+                MonitorPlace::Socket(socket) => Route::qmp(socket),
+                MonitorPlace::Libvirt(uuid) => Route::libvirt(uuid, domain.pid),
+            },
         })
     }
 

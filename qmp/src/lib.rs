@@ -15,7 +15,7 @@ pub mod memory;
 pub mod migrate;
 pub mod text;
 
-pub use client::{Client, CommandError, ConnectError, Event, Transport};
+pub use client::{Client, CommandError, ConnectError, Event, LibvirtError, LibvirtGuest, Transport};
 pub use machine::{Machine, PauseError, PauseTimes, Paused, RunState};
 pub use memory::{Backing, RamMap, RamRegion};
 pub use text::TextError;

@@ -12,11 +12,13 @@ pub(crate) mod names;
 pub(crate) mod params;
 pub(crate) mod process;
 mod socket;
+mod uuid;
 
 pub use address::QmpAddress;
 pub use error::DomainError;
 pub use process::{Binary, is_undumpable_own};
 pub use socket::QmpSocket;
+pub use uuid::{Uuid, UuidError};
 
 use command_line::CommandLine;
 use process::Process;
@@ -63,6 +65,20 @@ impl Domain {
     pub fn qmp_socket(&self) -> Result<PathBuf, DomainError> {
         let first = self.qmp_paths().next();
         first.map(Path::to_owned).ok_or_else(|| DomainError::no_socket(self))
+    }
+
+    /// Where vmpatch reaches its monitor: at the first of [`Domain::qmp_paths`], else through libvirt, where that runs the guest.
+    ///
+    /// Errors: there is neither ([`DomainError::NoQmpSocket`], [`DomainError::OnlyLibvirts`]).
+    pub fn monitor(&self) -> Result<MonitorPlace, DomainError> {
+        match self.qmp_socket() {
+            Ok(socket) => Ok(MonitorPlace::Socket(socket)),
+            Err(error @ DomainError::OnlyLibvirts { .. }) => {
+                let uuid = self.uuid.as_deref().and_then(|uuid| uuid.parse().ok());
+                uuid.map(MonitorPlace::Libvirt).ok_or(error)
+            }
+            Err(error) => Err(error),
+        }
     }
 
     /// The domain of the process `pid`, found at the other end (`qmp::Client::peer_pid`) of the QMP socket `path`;
@@ -117,6 +133,15 @@ impl Domain {
     }
 }
 
+/// Where vmpatch reaches a domain's monitor.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum MonitorPlace {
+    /// At a QMP socket.
+    Socket(PathBuf),
+    /// Through libvirt, which knows the guest by this UUID.
+    Libvirt(Uuid),
+}
+
 impl fmt::Display for Domain {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match &self.name {
@@ -156,15 +181,19 @@ impl Survey {
         self.domains.iter()
     }
 
-    /// The one domain of that name, with a QMP socket that can be used.
+    /// The one domain of that name, or of that UUID where none has the name, with a monitor that can be reached.
     ///
     /// Errors: see [`find`].
     pub fn find(&self, name: &str) -> Result<Domain, DomainError> {
         let named = |domain: &&Domain| domain.name.as_deref() == Some(name);
-        let found: Vec<Domain> = self.domains.iter().filter(named).cloned().collect();
+        let mut found: Vec<Domain> = self.domains.iter().filter(named).cloned().collect();
+        if let (true, Ok(uuid)) = (found.is_empty(), name.parse::<Uuid>()) {
+            let is_it = |domain: &&Domain| domain.uuid.as_deref().and_then(|own| own.parse().ok()) == Some(uuid);
+            found = self.domains.iter().filter(is_it).cloned().collect();
+        }
         match found.as_slice() {
             [] => Err(DomainError::none_of_that_name(name, self)),
-            [domain] => domain.qmp_socket().map(|_| domain.clone()),
+            [domain] => domain.monitor().map(|_| domain.clone()),
             several => Err(DomainError::several_of_that_name(name, several)),
         }
     }
@@ -246,9 +275,9 @@ fn is_helper(process: &Process, others: &[Process]) -> bool {
         .any(|other| other.pid == process.parent && other.words == process.words)
 }
 
-/// The one running domain called `name`, with at least one QMP socket that can be used.
+/// The one running domain of that name or UUID, with a monitor that can be reached.
 ///
-/// Errors: none or several have the name; it has no QMP socket that can be connected to, or only libvirt's; /proc
+/// Errors: none or several have the name; it has no QMP socket that can be connected to, and libvirt does not run it; /proc
 /// could not be read.
 pub fn find(name: &str) -> Result<Domain, DomainError> {
     all()?.find(name)

@@ -61,11 +61,15 @@ struct Stat {
 /// True for a process of this process's own user, whose memory /proc shows to root alone: its files there belong to root
 /// (`proc(5)`, "dumpable").
 pub fn is_undumpable_own(pid: i32) -> bool {
-    let folder = PathBuf::from(format!("/proc/{pid}"));
+    let maps = PathBuf::from(format!("/proc/{pid}/maps"));
     let owner = |path: &Path| fs::metadata(path).ok().map(|found| found.uid());
-    let status = fs::read_to_string(folder.join("status")).unwrap_or_default();
-    let (own, user) = (owner(Path::new("/proc/self")), effective_user(&status));
-    own.is_some() && own == user && own != Some(0) && owner(&folder.join("maps")) == Some(0)
+    let (own, user) = (owner(Path::new("/proc/self")), user(pid));
+    own.is_some() && own == user && own != Some(0) && owner(&maps) == Some(0)
+}
+
+/// The user that a process runs as (its effective one).
+pub(crate) fn user(pid: i32) -> Option<u32> {
+    effective_user(&fs::read_to_string(format!("/proc/{pid}/status")).ok()?)
 }
 
 /// The second number of the line `Uid:` of /proc/PID/status.

@@ -3,6 +3,7 @@
 use super::kvm::KvmGuest;
 use super::qemu::Qemu;
 use super::{Accelerator, Hypervisor, Meaning, ReachError};
+use crate::domains::Uuid;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use std::ffi::OsString;
 use std::fmt;
@@ -18,6 +19,16 @@ pub enum Route {
         /// The socket.
         #[serde(serialize_with = "write_path", deserialize_with = "read_path")]
         socket: PathBuf,
+        /// How its vCPUs are paused.
+        #[serde(default, skip_serializing_if = "PauseMethod::is_auto")]
+        pause: PauseMethod,
+    },
+    /// QEMU, by the monitor that libvirt holds.
+    Libvirt {
+        /// The guest's UUID.
+        uuid: Uuid,
+        /// Its QEMU.
+        pid: i32,
         /// How its vCPUs are paused.
         #[serde(default, skip_serializing_if = "PauseMethod::is_auto")]
         pause: PauseMethod,
@@ -65,11 +76,18 @@ impl Route {
         Self::Qmp { socket, pause }
     }
 
+    /// To a QEMU of libvirt's, by libvirt. The guest is paused by what fits.
+    pub fn libvirt(uuid: Uuid, pid: i32) -> Self {
+        let pause = PauseMethod::Auto;
+        Self::Libvirt { uuid, pid, pause }
+    }
+
     /// To the same guest, which is paused by that method.
     #[must_use]
     pub fn paused_by(self, pause: PauseMethod) -> Self {
         match self {
             Self::Qmp { socket, .. } => Self::Qmp { socket, pause },
+            Self::Libvirt { uuid, pid, .. } => Self::Libvirt { uuid, pid, pause },
         }
     }
 
@@ -79,18 +97,13 @@ impl Route {
     ///
     /// It can't be reached.
     pub fn open(&self) -> Result<Box<dyn Hypervisor>, ReachError> {
-        match self {
-            Self::Qmp { socket, pause } => {
-                let qemu = Qemu::open(socket, *pause)?;
-                match (qemu.identity().accelerator, pause) {
-                    (Accelerator::Tcg, PauseMethod::Ptrace) => Err(ReachError::new(Meaning::Permanent, Translated)),
-                    (Accelerator::Kvm, PauseMethod::Auto | PauseMethod::Ptrace) => {
-                        Ok(Box::new(KvmGuest::new(qemu, *pause)))
-                    }
-                    (Accelerator::Tcg, PauseMethod::Auto | PauseMethod::Qmp) | (Accelerator::Kvm, PauseMethod::Qmp) => {
-                        Ok(Box::new(qemu))
-                    }
-                }
+        let (Self::Qmp { pause, .. } | Self::Libvirt { pause, .. }) = self;
+        let qemu = Qemu::open(self)?;
+        match (qemu.identity().accelerator, pause) {
+            (Accelerator::Tcg, PauseMethod::Ptrace) => Err(ReachError::new(Meaning::Permanent, Translated)),
+            (Accelerator::Kvm, PauseMethod::Auto | PauseMethod::Ptrace) => Ok(Box::new(KvmGuest::new(qemu, *pause))),
+            (Accelerator::Tcg, PauseMethod::Auto | PauseMethod::Qmp) | (Accelerator::Kvm, PauseMethod::Qmp) => {
+                Ok(Box::new(qemu))
             }
         }
     }
@@ -99,6 +112,7 @@ impl Route {
     pub fn qmp_socket(&self) -> Option<&Path> {
         match self {
             Self::Qmp { socket, .. } => Some(socket),
+            Self::Libvirt { .. } => None,
         }
     }
 
@@ -126,6 +140,7 @@ impl fmt::Display for Route {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Qmp { socket, .. } => socket.display().fmt(f),
+            Self::Libvirt { uuid, .. } => write!(f, "libvirt, {uuid}"),
         }
     }
 }
@@ -171,6 +186,10 @@ mod tests {
         let route = Route::qmp("/q".into()).paused_by(PauseMethod::Ptrace);
         assert_eq!(route.to_argument(), r#"{"qmp":{"socket":"/q","pause":"ptrace"}}"#);
         assert_eq!(Route::from_argument(&route.to_argument()).unwrap(), route);
+        let route = Route::libvirt(Uuid([0x5a; 16]), 42);
+        let argument = r#"{"libvirt":{"uuid":"5a5a5a5a-5a5a-5a5a-5a5a-5a5a5a5a5a5a","pid":42}}"#;
+        assert_eq!(route.to_argument(), argument);
+        assert_eq!(Route::from_argument(argument).unwrap(), route);
         for text in ["", "/run/a.sock", r#"{"ssh":{}}"#, r#"{"qmp":{"socket":1}}"#] {
             assert!(Route::from_argument(text).is_err(), "{text}");
         }

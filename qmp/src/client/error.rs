@@ -62,6 +62,27 @@ pub enum ConnectError {
         #[source]
         cause: CommandError,
     },
+    /// libvirt, which holds the monitor, did not lead to it.
+    #[error(transparent)]
+    Libvirt(#[from] super::LibvirtError),
+    /// libvirt, or QEMU behind it, did not answer in time.
+    #[error(
+        "libvirt at {path} gave no access to the guest's monitor within {within_ms} ms: \
+         QEMU hangs, or a job of libvirt's holds the guest (`virsh domjobinfo`)"
+    )]
+    LibvirtLate {
+        /// libvirt's socket.
+        path: PathBuf,
+        /// The time allowed, in milliseconds.
+        within_ms: u128,
+    },
+    /// QEMU, reached through libvirt, did not tell its version.
+    #[error("asking QEMU through libvirt for its version")]
+    Version {
+        /// The error of the command.
+        #[source]
+        cause: CommandError,
+    },
     /// Any other failure of `connect`.
     #[error("cannot connect to the QMP socket {path}")]
     Io {
@@ -105,6 +126,14 @@ pub enum CommandError {
         class: String,
         /// QEMU's description of the error.
         description: String,
+    },
+    /// libvirt, which holds the monitor, did not pass the command on.
+    #[error("libvirt did not pass `{command}` on to QEMU: {cause}")]
+    Manager {
+        /// The command.
+        command: String,
+        /// What libvirt says.
+        cause: String,
     },
     /// The connection ended before the reply: QEMU exited, or sent a message that is not QMP.
     #[error("the QMP connection ended before `{command}` was answered: {cause}")]

@@ -8,15 +8,18 @@
 mod actor;
 mod descriptor;
 mod error;
+mod libvirt;
 mod socket;
 mod transport;
 mod wire;
 
 pub use error::{CommandError, ConnectError};
+pub use libvirt::{LibvirtError, LibvirtGuest};
 pub use transport::{Answer, Command, Transport};
 pub(crate) use wire::read_all;
 pub use wire::{Event, Greeting};
 
+use libvirt::LibvirtMonitor;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 use socket::Socket;
@@ -64,6 +67,36 @@ impl Client {
                 cause,
             }),
         }
+    }
+
+    /// Connects to the monitor of the QEMU `pid` through libvirt, which holds it, all within `within`. That `pid` is this guest's QEMU is for the caller to check.
+    ///
+    /// # Errors
+    ///
+    /// libvirt or the monitor is not reached.
+    pub async fn connect_libvirt(guest: &LibvirtGuest, pid: i32, within: Duration) -> Result<Self, ConnectError> {
+        let connecting = async {
+            let monitor = LibvirtMonitor::connect(guest, pid).await?;
+            let unknown = Greeting {
+                version: (0, 0, 0),
+                package: String::new(),
+            };
+            let mut client = Self::over(Box::new(monitor), unknown);
+            let version: Value = client
+                .execute_as("query-version", json!({}))
+                .await
+                .map_err(|cause| ConnectError::Version { cause })?;
+            client.greeting = Greeting::of_version(&version).ok_or_else(|| ConnectError::NotQmp {
+                path: guest.socket.clone(),
+                found: wire::excerpt(version.to_string().as_bytes()),
+            })?;
+            Ok(client)
+        };
+        let late = || ConnectError::LibvirtLate {
+            path: guest.socket.clone(),
+            within_ms: within.as_millis(),
+        };
+        timeout(within, connecting).await.map_err(|_| late())?
     }
 
     /// A client of the QEMU that sent `greeting`, whose monitor executes commands through `transport`.

@@ -141,7 +141,11 @@ pub struct Greeting {
 impl Greeting {
     pub(super) fn parse(line: &[u8]) -> Option<Self> {
         let message: Value = serde_json::from_slice(line).ok()?;
-        let version = message.get("QMP")?.get("version")?;
+        Self::of_version(message.get("QMP")?.get("version")?)
+    }
+
+    /// From a `VersionInfo`: of the greeting, or what `query-version` gives.
+    pub(super) fn of_version(version: &Value) -> Option<Self> {
         let qemu = version.get("qemu")?;
         let number = |name: &str| qemu.get(name).and_then(Value::as_u64);
         Some(Self {

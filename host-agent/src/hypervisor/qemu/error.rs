@@ -1,12 +1,13 @@
 //! What an error of QEMU's means: whether trying again would fail again, and whether it is the host that forbids it.
 
+use crate::domains::Uuid;
 use crate::hypervisor::error::causes;
 use crate::hypervisor::ram::RamError;
 use crate::hypervisor::{Meaning, ReachError};
 use guest_core::machine::MachineError;
 use qmp::machine::{PauseError, QueryError, StubOpenError};
 use qmp::memory::{BackingError, RamMapError};
-use qmp::{CommandError, ConnectError, TextError};
+use qmp::{CommandError, ConnectError, LibvirtError, TextError};
 use std::error::Error;
 use std::io;
 use std::path::PathBuf;
@@ -17,16 +18,24 @@ pub enum AttachError {
     /// No QMP connection.
     #[error("connecting to {socket}")]
     Connect {
-        /// The QMP socket.
+        /// The socket: QEMU's, or libvirt's.
         socket: PathBuf,
         /// Why.
         source: qmp::machine::AttachError,
     },
     /// The host does not say which process owns the socket.
-    #[error("{socket} does not tell which process is at its other end")]
+    #[error("{route} does not tell which process is at its other end")]
     NoPeer {
-        /// The QMP socket.
-        socket: PathBuf,
+        /// How QEMU was reached.
+        route: String,
+    },
+    /// The guest that libvirt knows by the UUID of this QEMU is another process's.
+    #[error("process {pid} runs a guest with the UUID {uuid}, and libvirt's guest of that UUID is not in that process")]
+    OtherProcess {
+        /// The UUID.
+        uuid: Uuid,
+        /// The process.
+        pid: i32,
     },
     /// QEMU did not tell the vCPUs' registers.
     #[error("reading the vCPUs' registers")]
@@ -94,7 +103,9 @@ fn is_forbidden(error: &(dyn Error + 'static)) -> bool {
     let is_closed = |error: &qmp::machine::AttachError| {
         matches!(
             error,
-            qmp::machine::AttachError::Connect(ConnectError::Permission { .. })
+            qmp::machine::AttachError::Connect(
+                ConnectError::Permission { .. } | ConnectError::Libvirt(LibvirtError::Permission { .. })
+            )
         )
     };
     connecting.is_some_and(is_closed) || error.downcast_ref().is_some_and(is_denied)
@@ -148,7 +159,7 @@ mod tests {
             (AttachError::RamMap(RamMapError::Command(refused())), true),
             (AttachError::RamMap(RamMapError::Command(late())), false),
             (AttachError::RamMap(RamMapError::NoRam), true),
-            (AttachError::NoPeer { socket: "/q".into() }, false),
+            (AttachError::NoPeer { route: "/q".into() }, false),
         ] {
             assert_eq!(meaning(&error) == Meaning::Permanent, lasts, "{error:?}");
         }

@@ -1,44 +1,40 @@
-//! QEMU, by its QMP monitor: adapts the `qmp` crate to [`Hypervisor`].
+//! QEMU, by its QMP monitor, its own or libvirt's: adapts the `qmp` crate to [`Hypervisor`].
 
 mod error;
+mod monitor;
 mod vcpus;
 
 pub use error::AttachError;
 
 use self::error::reach;
+use self::monitor::Monitor;
 use self::vcpus::{QemuTakenOver, QemuVcpus};
 use super::ram::{self, GuestRam, RamError, RamFile, RamRegion};
-use super::{Accelerator, Activity, Hypervisor, Identity, PauseMethod, ReachError, Route, TakenOver, Vcpus};
+use super::{Accelerator, Activity, Hypervisor, Identity, ReachError, Route, TakenOver, Vcpus};
 use guest_core::{PhysMemory, Registers};
 use qmp::machine::RunState;
 use qmp::{Backing, Machine, RamMap};
 use std::cell::RefCell;
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
-
-/// Time-out of QEMU's QMP greeting. QEMU sends it at once, unless another client holds the socket.
-const CONNECT_TIME_MAX: Duration = Duration::from_secs(3);
 
 /// A guest of QEMU.
 pub struct Qemu {
-    socket: PathBuf,
-    pause: PauseMethod,
+    route: Route,
     identity: Identity,
     machine: RefCell<Machine>,
     memory: GuestRam,
 }
 
 impl Qemu {
-    /// Connects to the QMP socket and finds the guest's RAM. The guest is not paused. `pause` is for its [`Route`]: this pauses it
-    /// through QEMU.
+    /// Connects to QEMU's monitor and finds the guest's RAM. The guest is not paused. How `route` has its vCPUs paused is not looked at: this
+    /// pauses them through QEMU.
     ///
     /// # Errors
     ///
     /// QEMU or its memory can't be reached.
-    pub fn open(socket: &Path, pause: PauseMethod) -> Result<Self, ReachError> {
-        Self::attach(socket, pause).map_err(reach)
+    pub fn open(route: &Route) -> Result<Self, ReachError> {
+        Self::attach(route).map_err(reach)
     }
 
     /// True where neither an operator nor QEMU itself has stopped the guest.
@@ -58,15 +54,15 @@ impl Qemu {
         &self.memory
     }
 
-    fn attach(socket: &Path, pause: PauseMethod) -> Result<Self, AttachError> {
-        let socket = socket.to_owned();
-        let mut machine = Machine::attach(&socket, CONNECT_TIME_MAX).map_err(|source| AttachError::Connect {
-            socket: socket.clone(),
-            source,
+    fn attach(route: &Route) -> Result<Self, AttachError> {
+        let monitor = match route {
+            Route::Qmp { socket, .. } => Monitor::Socket(socket.clone()),
+            Route::Libvirt { uuid, pid, .. } => Monitor::Libvirt { uuid: *uuid, pid: *pid },
+        };
+        let mut machine = monitor.connect()?;
+        let pid = machine.pid().ok_or_else(|| AttachError::NoPeer {
+            route: route.to_string(),
         })?;
-        let pid = machine
-            .pid()
-            .ok_or_else(|| AttachError::NoPeer { socket: socket.clone() })?;
         let memory = open_ram(&machine.ram_map(pid)?)?;
         let (name, is_tcg) = machine.name_and_is_tcg()?;
         let identity = Identity {
@@ -79,8 +75,7 @@ impl Qemu {
             version: Some(machine.version()),
         };
         Ok(Self {
-            socket,
-            pause,
+            route: route.clone(),
             identity,
             machine: RefCell::new(machine),
             memory,
@@ -94,10 +89,7 @@ impl Hypervisor for Qemu {
     }
 
     fn route(&self) -> Route {
-        Route::Qmp {
-            socket: self.socket.clone(),
-            pause: self.pause,
-        }
+        self.route.clone()
     }
 
     fn memory(&self) -> &dyn PhysMemory {
