@@ -10,6 +10,8 @@ set -eu
 release=bookworm
 qemu_major=10
 packages='busybox-static iproute2 xz-utils zstd util-linux gcc-12 libc6-dev make patch flex bison bc libelf-dev libssl-dev dwarves patchelf'
+# The daemons are not needed as services: the tests start them where they do not run.
+packages="$packages libvirt-daemon libvirt-daemon-driver-qemu libvirt-daemon-system libvirt-clients"
 # Other releases, whose kernels and compilers are downloaded and unpacked, never installed.
 other_releases='bullseye bullseye-security trixie trixie-backports sid'
 

@@ -21,6 +21,7 @@
 //! - [`boxed`] is a guest under KVM in a host in a box, [`in_box`] what a program of the tests does there beside it, and [`figures`] what is
 //!   said of many times;
 //! - [`killing`] kills vmpatch or its supervisor at a chosen moment, and looks at the guest;
+//! - [`libvirt`] has guests that libvirt runs;
 //! - [`load`] keeps a guest busy, and talks to it over the network;
 //! - [`monitor`] talks to QEMU behind vmpatch's back;
 //! - [`moving`] is what the tests of moves into another QEMU share, and [`bare`] such a move without vmpatch;
@@ -44,6 +45,7 @@ pub mod huge_pages;
 pub mod in_box;
 pub mod killing;
 pub mod kit;
+pub mod libvirt;
 pub mod load;
 pub mod matrix;
 pub mod monitor;

@@ -18,6 +18,7 @@ mod host_box;
 mod hotplug;
 mod killed;
 mod known;
+mod libvirt;
 mod matrix;
 mod meddling;
 mod memory_kinds;
