@@ -82,7 +82,7 @@ to other patches before is in its report.";
 /// Options of every command.
 #[derive(Debug, Clone, Args)]
 pub struct Options {
-    /// The guest, by the name that its QEMU was started with (-name)
+    /// The guest, by the name that its QEMU was started with (-name), or by its UUID
     #[arg(long, value_name = "NAME", global = true, conflicts_with = "qmp")]
     pub domain: Option<String>,
     /// The guest, by its QMP socket
