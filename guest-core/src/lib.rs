@@ -14,10 +14,11 @@
 //! | know when it is safe | [`unwind`]: one stack; [`task`]: every stack of the guest |
 //! | commit | [`commit`]: stage, pause, check, write, read back, resume, or restore |
 //! | try again, recover, or end | [`transaction`]: decided without clock or guest |
+//! | all of it, for embedders | [`guest`]: open a guest, apply, revert, recover |
 //!
 //! An embedder gives guest memory by guest-physical address ([`PhysMemory`]) and the vCPUs' registers ([`Registers`]); to change a guest,
-//! also a machine that can pause ([`machine::Machine`]). `examples/memory_dump.rs` reads a guest from a file. A guest without a kernel is
-//! an error, with the reason:
+//! also a machine that can pause ([`machine::Machine`]). `examples/memory_dump.rs` reads a guest from a file, `examples/embedder.rs`
+//! applies a patch. A guest without a kernel is an error, with the reason:
 //!
 //! ```
 //! use guest_core::{Gpa, Kernel, MemoryError, PhysMemory, Registers};
@@ -56,6 +57,7 @@ pub mod addr;
 pub mod btf;
 pub mod change;
 pub mod commit;
+pub mod guest;
 pub mod guest_module;
 pub mod kernel;
 pub mod machine;

@@ -74,6 +74,24 @@ pub trait PhysMemory {
     fn ram(&self) -> &[Range<Gpa>];
 }
 
+impl<M: PhysMemory + ?Sized> PhysMemory for &M {
+    fn read(&self, at: Gpa, buf: &mut [u8]) -> Result<(), MemoryError> {
+        (**self).read(at, buf)
+    }
+
+    fn read_ranges(&self, ranges: &[(Gpa, usize)], buf: &mut [u8]) -> Result<(), MemoryError> {
+        (**self).read_ranges(ranges, buf)
+    }
+
+    fn write(&self, at: Gpa, bytes: &[u8]) -> Result<(), MemoryError> {
+        (**self).write(at, bytes)
+    }
+
+    fn ram(&self) -> &[Range<Gpa>] {
+        (**self).ram()
+    }
+}
+
 /// Guest-virtual memory, as the unwinder and the parsers of tables read it.
 pub trait VirtMemory {
     /// Fills `buf` from the guest-virtual address `at` on.

@@ -1,4 +1,14 @@
-//! Makes text from the guest safe for an operator's terminal: names of tasks, the kernel's banner. A tenant may have chosen it.
+//! Text for an operator: from the guest, made safe for a terminal (a tenant may have chosen it), and of errors.
+
+use std::error::Error;
+
+/// The error and its causes, none of them twice in a row.
+pub(crate) fn chain(error: &(dyn Error + 'static)) -> String {
+    let causes = std::iter::successors(Some(error), |error| (*error).source());
+    let mut lines: Vec<_> = causes.map(ToString::to_string).collect();
+    lines.dedup();
+    lines.join(": ")
+}
 
 /// True for a character that neither moves the cursor nor changes the direction of writing.
 pub(crate) fn is_plain(c: char) -> bool {

@@ -12,6 +12,7 @@ const REWRITTEN: &[&str] = &[
     "guest-core/src/addr.rs",
     "guest-core/src/change.rs",
     "guest-core/src/commit",
+    "guest-core/src/guest",
     "guest-core/src/guest_module",
     "guest-core/src/kernel",
     "guest-core/src/machine.rs",

@@ -1,8 +1,9 @@
 //! Describes for a person what blocked a commit.
 
-use super::{NotSafe, chain};
+use super::NotSafe;
 use crate::addr::Gva;
 use crate::kernel::Live;
+use crate::text::chain;
 
 /// Most tasks that a message names.
 const TASKS_MAX: usize = 4;

@@ -22,6 +22,7 @@ use crate::machine::{Journal, Machine, MachineError, PauseTimes, Paused, WriteCo
 use crate::memory::PhysMemory;
 use crate::plan::Plan;
 use crate::task::{Quiescence, Snapshot, Verdict};
+use crate::text::chain;
 use crate::unwind::{OldCode, SetupError};
 use std::time::{Duration, Instant};
 
@@ -313,12 +314,6 @@ fn try_until(
         }
         std::thread::sleep(wait);
     }
-}
-
-/// The error with its causes, as text.
-fn chain(error: &dyn std::error::Error) -> String {
-    let causes = std::iter::successors(Some(error), |error| error.source());
-    causes.map(ToString::to_string).collect::<Vec<_>>().join(": ")
 }
 
 /// Result of an attempt.

@@ -1,10 +1,11 @@
 //! Writes the atomic changes in the pause: all of them, read back, or none.
 
-use super::{CommitError, chain};
+use super::CommitError;
 use crate::change::Change;
 use crate::kernel::Live;
 use crate::machine::WriteCode;
 use crate::memory::PhysMemory;
+use crate::text::chain;
 
 /// Writes all changes and reads them back. After a failure, restores the old bytes, still in the pause.
 pub(super) fn write(live: &Live<'_>, writer: &mut dyn WriteCode, changes: &[Change]) -> Result<(), CommitError> {

@@ -4,6 +4,7 @@ use guest_core::{Gpa, MemoryError, PhysMemory};
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::ops::Range;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::Arc;
 
 const PAGE: u64 = 4096;
@@ -13,12 +14,28 @@ const PAGE: u64 = 4096;
 pub enum Fault {
     /// That one fails; those behind it succeed.
     Once(u64),
+    /// That one and the next one fail.
+    Twice(u64),
     /// That one and all behind it fail, as if the writer had died.
     Death(u64),
     /// The same, and half of that one is written.
     TornDeath(u64),
     /// Each fails with that chance in 256, some of them halfway; the first word is the seed.
     Random(u64, u64),
+    /// The process that writes is killed there: see [`until_killed`].
+    Kill(u64),
+}
+
+/// What unwinds from where a process is killed.
+struct Killed;
+
+/// Runs `process` up to its end or to a [`Fault::Kill`]. Gives none where it was killed.
+pub fn until_killed<T>(process: impl FnOnce() -> T) -> Option<T> {
+    match catch_unwind(AssertUnwindSafe(process)) {
+        Ok(done) => Some(done),
+        Err(payload) if payload.is::<Killed>() => None,
+        Err(payload) => resume_unwind(payload),
+    }
 }
 
 /// RAM from guest-physical 0 on. Copies share what neither has written.
@@ -78,6 +95,31 @@ impl Ram {
     /// Lets so many more writes succeed before the fault; `None` takes it away.
     pub fn set_fault(&self, fault: Option<Fault>) {
         self.fault.set(fault);
+    }
+
+    /// The fault that is still to come.
+    pub fn fault(&self) -> Option<Fault> {
+        self.fault.get()
+    }
+
+    /// Counts a step that is no write. As a write, it may fail, or the process may be killed there.
+    pub fn step(&self) -> Result<(), MemoryError> {
+        match self.fault.get() {
+            Some(Fault::Once(0)) => {
+                self.fault.set(None);
+                return Err(failed(Gpa(0), &[]));
+            }
+            Some(Fault::Twice(0)) => {
+                self.fault.set(Some(Fault::Once(0)));
+                return Err(failed(Gpa(0), &[]));
+            }
+            Some(Fault::Kill(0)) => resume_unwind(Box::new(Killed)),
+            Some(Fault::Once(left)) => self.fault.set(Some(Fault::Once(left - 1))),
+            Some(Fault::Twice(left)) => self.fault.set(Some(Fault::Twice(left - 1))),
+            Some(Fault::Kill(left)) => self.fault.set(Some(Fault::Kill(left - 1))),
+            _ => {}
+        }
+        Ok(())
     }
 
     /// All bytes as they are now, by page: only those that were written.
@@ -175,10 +217,7 @@ impl PhysMemory for Ram {
 
     fn write(&self, at: Gpa, bytes: &[u8]) -> Result<(), MemoryError> {
         match self.fault.get() {
-            Some(Fault::Once(0)) => {
-                self.fault.set(None);
-                return Err(failed(at, bytes));
-            }
+            Some(Fault::Once(_) | Fault::Twice(_) | Fault::Kill(_)) => self.step()?,
             Some(Fault::Death(0)) => return Err(failed(at, bytes)),
             Some(Fault::TornDeath(0)) => {
                 self.fault.set(Some(Fault::Death(0)));
@@ -194,7 +233,6 @@ impl PhysMemory for Ram {
                     return Err(failed(at, bytes));
                 }
             }
-            Some(Fault::Once(left)) => self.fault.set(Some(Fault::Once(left - 1))),
             Some(Fault::Death(left)) => self.fault.set(Some(Fault::Death(left - 1))),
             Some(Fault::TornDeath(left)) => self.fault.set(Some(Fault::TornDeath(left - 1))),
             None => {}

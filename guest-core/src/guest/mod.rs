@@ -1,0 +1,287 @@
+//! The entry for embedders: a guest that is opened once, and then patched.
+//!
+//! [`Guest`] keeps what was found in the guest, retries what the guest or its VMM disturbs, and recovers what was cut off. The
+//! embedder gives memory and machine, as [`Embedded`] or as a [`Vmm`] of its own. `examples/embedder.rs` applies and reverts a patch so.
+
+mod change;
+mod error;
+mod vmm;
+
+pub use error::{GuestState, OpenError, PatchError};
+pub use vmm::{Embedded, ForCommit, Supervised, Vmm};
+
+use crate::commit::{self, CommitOptions, Committed, Model};
+use crate::kernel::guard::{self, Guard};
+use crate::kernel::{Kernel, Live};
+use crate::plan::{self, ApplyOptions, Plan};
+use crate::registry::{Cave, Record, Registry, cave};
+use crate::transaction::Operation;
+use crate::vcpu::Registers;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+/// Longest pause before the guest is resumed without a write, to try again. Far above the length of a pause, even on a host whose
+/// processors are all busy. Users of a guest notice a longer one.
+const PAUSE_MAX: Duration = Duration::from_millis(250);
+/// How long a safe moment for a recovery is waited for.
+const RECOVERY_TIME_MAX: Duration = Duration::from_secs(10);
+/// How long the kernel is searched for. What is read while the guest runs may belong to a process that just ends, or to a nested
+/// guest that all vCPUs run, which leaves them for short moments only.
+const FIND_TIME: Duration = Duration::from_secs(2);
+/// Time between two searches.
+const FIND_WAIT: Duration = Duration::from_millis(2);
+
+/// How a patch is applied or reverted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PatchOptions {
+    /// When it is safe to switch functions. A revert always waits for a clean cut.
+    pub model: Model,
+    /// How long a safe moment is waited for.
+    pub timeout: Duration,
+}
+
+/// A livepatch module to apply.
+#[derive(Debug, Clone, Copy)]
+pub struct PatchFile<'a> {
+    /// How messages call it.
+    pub name: &'a str,
+    /// Its bytes.
+    pub bytes: &'a [u8],
+}
+
+/// A change that was made.
+#[derive(Debug, Clone)]
+pub struct Changed {
+    /// The record of the patch.
+    pub record: Record,
+    /// The pause, and the attempts.
+    pub committed: Committed,
+}
+
+/// A guest: its kernel and its patches, as far as this process has read and changed them.
+#[derive(Debug)]
+pub struct Guest<V> {
+    vmm: V,
+    kernel: Kernel,
+    vcpus: Vec<Registers>,
+    caves: Vec<Cave>,
+    registry: Registry,
+    guard: Option<Guard>,
+}
+
+impl<V: Vmm> Guest<V> {
+    /// Finds the kernel and the patches of the guest. Changes nothing.
+    ///
+    /// # Errors
+    ///
+    /// The VMM does not give the registers, or the guest is not understood.
+    pub fn open(mut vmm: V) -> Result<Self, OpenError<V::Error>> {
+        let (kernel, vcpus) = find_kernel(&mut vmm)?;
+        let live = kernel.live(vmm.memory());
+        let caves = cave::find(&live)?;
+        let registry = Registry::find(&live, &caves)?;
+        let guard = guard::find(&live)?;
+        Ok(Self {
+            vmm,
+            kernel,
+            vcpus,
+            caves,
+            registry,
+            guard,
+        })
+    }
+
+    /// The VMM.
+    pub fn vmm(&self) -> &V {
+        &self.vmm
+    }
+
+    /// The VMM, to change what a later operation asks of it.
+    pub fn vmm_mut(&mut self) -> &mut V {
+        &mut self.vmm
+    }
+
+    /// Leaves the guest, and gives the VMM back.
+    pub fn into_vmm(self) -> V {
+        self.vmm
+    }
+
+    /// The kernel.
+    pub fn kernel(&self) -> &Kernel {
+        &self.kernel
+    }
+
+    /// The kernel with the guest's memory.
+    pub fn live(&self) -> Live<'_> {
+        self.kernel.live(self.vmm.memory())
+    }
+
+    /// Registers of the vCPUs as they were when the kernel was found.
+    pub fn vcpus(&self) -> &[Registers] {
+        &self.vcpus
+    }
+
+    /// Text caves that are free.
+    pub fn caves(&self) -> &[Cave] {
+        &self.caves
+    }
+
+    /// The patches, as they were after the last operation.
+    pub fn registry(&self) -> &Registry {
+        &self.registry
+    }
+
+    /// The guest's integrity guard, as it was when the kernel was found. Each plan reads it again.
+    pub fn guard(&self) -> Option<&Guard> {
+        self.guard.as_ref()
+    }
+
+    /// Plans to apply `file`, and changes nothing. Plans again while the guest changes what the plan is made from.
+    ///
+    /// # Errors
+    ///
+    /// The module does not fit the guest, or the guest keeps changing.
+    pub fn check(&self, file: PatchFile<'_>, options: &PatchOptions) -> Result<Plan, PatchError<V::Error>> {
+        let plan = || self.plan(file, options);
+        change::plan(Operation::Apply, file.name, options.timeout, plan)
+    }
+
+    /// Plans to revert the patch `id`, as [`check`](Self::check) does for an apply.
+    ///
+    /// # Errors
+    ///
+    /// The patch can't be reverted, or the guest keeps changing.
+    pub fn check_revert(&self, id: &str, options: &PatchOptions) -> Result<Plan, PatchError<V::Error>> {
+        let plan = || self.plan_revert(id);
+        change::plan(Operation::Revert, id, options.timeout, plan)
+    }
+
+    /// Applies `file`. [`recover`](Self::recover) comes first, once after [`open`](Self::open).
+    ///
+    /// # Errors
+    ///
+    /// [`PatchError::guest_state`] tells what the guest is like.
+    pub fn apply(&mut self, file: PatchFile<'_>, options: &PatchOptions) -> Result<Changed, PatchError<V::Error>> {
+        let chosen = commit_options(options.model, options.timeout);
+        self.change(Operation::Apply, file.name, chosen, |guest| guest.plan(file, options))
+    }
+
+    /// Reverts the patch `id`, and wipes what is left of it. Always waits for a clean cut: no task may be in the new code, which is wiped.
+    ///
+    /// # Errors
+    ///
+    /// [`PatchError::guest_state`] tells what the guest is like.
+    pub fn revert(&mut self, id: &str, options: &PatchOptions) -> Result<Changed, PatchError<V::Error>> {
+        let chosen = commit_options(Model::CleanCut, options.timeout);
+        let reverted = self.change(Operation::Revert, id, chosen, |guest| guest.plan_revert(id))?;
+        self.recover().map_err(PatchError::afterwards)?;
+        Ok(reverted)
+    }
+
+    /// Recovers what a process that was killed has left in guest and VMM: undoes an apply that was cut off, and wipes what is not in
+    /// force.
+    ///
+    /// # Errors
+    ///
+    /// [`PatchError::guest_state`] tells what the guest is like.
+    pub fn recover(&mut self) -> Result<(), PatchError<V::Error>> {
+        self.vmm.require_idle().map_err(PatchError::Vmm)?;
+        self.vmm.remove_leftovers().map_err(PatchError::Vmm)?;
+        change::recover(self, commit_options(Model::CleanCut, RECOVERY_TIME_MAX))?;
+        let live = self.live();
+        let changes = plan::cleanup(&live, &self.registry)?;
+        if let Some(guard) = guard::find(&live)?.filter(|_| !changes.is_empty()) {
+            guard.permits()?;
+        }
+        let wiped = commit::stage(&live, &changes);
+        self.reread()?;
+        wiped.map_err(|source| PatchError::commit("reverted patches".to_owned(), Operation::Wipe, source))
+    }
+
+    fn plan(&self, file: PatchFile<'_>, options: &PatchOptions) -> Result<Plan, PatchError<V::Error>> {
+        let now = SystemTime::now()
+            .duration_since(UNIX_EPOCH)
+            .map_or(0, |since| since.as_secs());
+        let chosen = ApplyOptions {
+            model: options.model.name().to_owned(),
+            now,
+        };
+        plan::apply(&self.live(), &self.registry, file.bytes, &chosen).map_err(|source| PatchError::Refused {
+            name: file.name.to_owned(),
+            source: Box::new(source),
+        })
+    }
+
+    fn plan_revert(&self, id: &str) -> Result<Plan, PatchError<V::Error>> {
+        plan::revert(&self.live(), &self.registry, id).map_err(PatchError::revert(id))
+    }
+
+    /// Plans and commits, as the engine decides.
+    fn change(
+        &mut self,
+        operation: Operation,
+        id: &str,
+        options: CommitOptions,
+        mut plan: impl FnMut(&Self) -> Result<Plan, PatchError<V::Error>>,
+    ) -> Result<Changed, PatchError<V::Error>> {
+        let commit = &mut |guest: &mut Self, plan: Plan, timeout| {
+            let committed = guest.commit(&plan, operation, CommitOptions { timeout, ..options })?;
+            let record = plan.record;
+            Ok(Changed { record, committed })
+        };
+        change::run(self, operation, id, options.timeout, &mut plan, commit)
+    }
+
+    /// Commits a plan beside a supervisor, and reads the registry anew.
+    fn commit(
+        &mut self,
+        plan: &Plan,
+        operation: Operation,
+        options: CommitOptions,
+    ) -> Result<Committed, PatchError<V::Error>> {
+        self.vmm.require_idle().map_err(PatchError::Vmm)?;
+        let ForCommit { memory, mut machine } = self.vmm.begin().map_err(PatchError::Vmm)?;
+        let live = self.kernel.live(memory);
+        let result = commit::commit(&live, machine.as_mut(), plan, &options);
+        let id = plan.record.id.clone();
+        match result {
+            Err(source) if source.left_paused() => {
+                Err(PatchError::not_resumed(id, operation, machine.take_over(), source))
+            }
+            result => {
+                drop(machine);
+                let reread = self.reread();
+                let committed = result.map_err(|source| PatchError::commit(id, operation, source))?;
+                reread.map_err(PatchError::afterwards)?;
+                Ok(committed)
+            }
+        }
+    }
+
+    fn reread(&mut self) -> Result<(), PatchError<V::Error>> {
+        let live = self.live();
+        let caves = cave::find(&live)?;
+        self.registry = Registry::find(&live, &caves)?;
+        self.caves = caves;
+        Ok(())
+    }
+}
+
+fn commit_options(model: Model, timeout: Duration) -> CommitOptions {
+    CommitOptions {
+        model,
+        timeout,
+        pause_max: PAUSE_MAX,
+    }
+}
+
+fn find_kernel<V: Vmm>(vmm: &mut V) -> Result<(Kernel, Vec<Registers>), OpenError<V::Error>> {
+    let start = Instant::now();
+    loop {
+        let vcpus = vmm.registers().map_err(OpenError::Vmm)?;
+        match Kernel::find(vmm.memory(), &vcpus) {
+            Ok(kernel) => return Ok((kernel, vcpus)),
+            Err(error) if start.elapsed() > FIND_TIME => return Err(error.into()),
+            Err(_) => std::thread::sleep(FIND_WAIT),
+        }
+    }
+}
