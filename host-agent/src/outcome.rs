@@ -1,6 +1,7 @@
 //! What a failed operation means: why it failed, as far as callers act on it, and what the guest is like.
 
 use guest_core::commit::Effect;
+use guest_core::guest;
 
 /// What a guest is like after an operation that failed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -33,12 +34,13 @@ impl GuestState {
     }
 }
 
-impl From<Effect> for GuestState {
-    fn from(effect: Effect) -> Self {
-        match effect {
-            Effect::AsBefore => Self::AsBefore,
-            Effect::InForce => Self::InForce,
-            Effect::HalfPatched => Self::HalfPatched,
+impl From<guest::GuestState> for GuestState {
+    fn from(state: guest::GuestState) -> Self {
+        match state {
+            guest::GuestState::AsBefore => Self::AsBefore,
+            guest::GuestState::InForce => Self::InForce,
+            guest::GuestState::HalfPatched => Self::HalfPatched,
+            guest::GuestState::Paused { change } => Self::Paused { change },
         }
     }
 }

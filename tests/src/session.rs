@@ -61,7 +61,7 @@ pub fn open(guest: &Guest) -> Result<Session, Error> {
     let program = vmpatch::program().map_err(Error::Program)?;
     let target = find(&Selector::Name(guest.name().to_owned())).map_err(Error::Find)?;
     let mut session = Session::open(&target).map_err(Error::Open)?;
-    session.supervisor = program.to_owned();
+    session.set_supervisor(program.to_owned());
     Ok(session)
 }
 

@@ -189,7 +189,10 @@ impl<V: Vmm> Guest<V> {
         change::recover(self, commit_options(Model::CleanCut, RECOVERY_TIME_MAX))?;
         let live = self.live();
         let changes = plan::cleanup(&live, &self.registry)?;
-        if let Some(guard) = guard::find(&live)?.filter(|_| !changes.is_empty()) {
+        if changes.is_empty() {
+            return Ok(());
+        }
+        if let Some(guard) = guard::find(&live)? {
             guard.permits()?;
         }
         let wiped = commit::stage(&live, &changes);

@@ -38,8 +38,8 @@ impl Guest {
     pub fn of(session: &Session) -> Self {
         Self {
             domain: session.name().map(str::to_owned),
-            pid: session.vm.identity().pid,
-            release: session.kernel.release.clone(),
+            pid: session.vm().identity().pid,
+            release: session.kernel().release.clone(),
             integrity_guard: session.guard().map(IntegrityGuard::from),
         }
     }

@@ -3,14 +3,13 @@
 use crate::hypervisor::{Meaning, ReachError, Route};
 use crate::lock::LockError;
 use crate::outcome::{GuestState, Reason};
-use guest_core::commit::{CommitError, Effect};
+use guest_core::commit::CommitError;
+use guest_core::guest;
 use guest_core::kernel::KernelError;
-use guest_core::kernel::guard::Armed;
-use guest_core::plan::{Refusal, RevertError};
+use guest_core::plan::Refusal;
 use guest_core::registry::RegistryError;
-use guest_core::transaction::Operation;
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// Why a guest was not opened. Nothing of it was changed.
 #[derive(Debug, thiserror::Error)]
@@ -28,9 +27,9 @@ pub enum OpenError {
         /// The process at its other end.
         found: i32,
     },
-    /// The VM can't be reached, or its memory.
-    #[error("reaching the guest")]
-    Reach(#[from] ReachError),
+    /// The host did not do what opening the guest needs.
+    #[error(transparent)]
+    Host(HostError),
     /// The kernel is not understood.
     #[error("understanding the guest's kernel")]
     Kernel(#[from] KernelError),
@@ -42,12 +41,28 @@ pub enum OpenError {
     Program(#[source] io::Error),
 }
 
+impl From<ReachError> for OpenError {
+    fn from(error: ReachError) -> Self {
+        Self::Host(error.into())
+    }
+}
+
+impl From<guest::OpenError<HostError>> for OpenError {
+    fn from(error: guest::OpenError<HostError>) -> Self {
+        match error {
+            guest::OpenError::Vmm(error) => Self::Host(error),
+            guest::OpenError::Kernel(error) => Self::Kernel(error),
+            guest::OpenError::Registry(error) => Self::Registry(error),
+        }
+    }
+}
+
 impl OpenError {
     /// Why it was not opened.
     pub fn reason(&self) -> Reason {
         match self {
             Self::Lock(_) | Self::OtherProcess { .. } => Reason::Unreachable,
-            Self::Reach(error) => reached(error),
+            Self::Host(error) => error.reason(),
             Self::Kernel(_) | Self::Registry(_) => Reason::Refused,
             Self::Program(_) => Reason::Failed,
         }
@@ -83,9 +98,9 @@ impl BusyError {
     }
 }
 
-/// Why a patch was not applied, reverted or recovered.
+/// Why the host did not permit a change, or did not do what the change needs. Nothing was changed.
 #[derive(Debug, thiserror::Error)]
-pub enum PatchError {
+pub enum HostError {
     /// The guest can't be changed now.
     #[error(transparent)]
     Busy(#[from] BusyError),
@@ -95,12 +110,25 @@ pub enum PatchError {
     /// The VM can't be reached any more.
     #[error("reaching the guest")]
     Reach(#[from] ReachError),
-    /// The kernel is not understood.
-    #[error("understanding the guest's kernel")]
-    Kernel(#[from] KernelError),
-    /// The registry is not understood.
-    #[error("understanding the guest's patches")]
-    Registry(#[from] RegistryError),
+    /// The supervisor can't be started.
+    #[error("starting the supervisor")]
+    Supervisor(#[source] io::Error),
+}
+
+impl HostError {
+    fn reason(&self) -> Reason {
+        match self {
+            Self::Busy(error) => error.reason(),
+            Self::Lock(_) => Reason::Unreachable,
+            Self::Reach(error) => reached(error),
+            Self::Supervisor(_) => Reason::Failed,
+        }
+    }
+}
+
+/// Why a patch was not applied, reverted or recovered.
+#[derive(Debug, thiserror::Error)]
+pub enum PatchError {
     /// A module does not fit.
     #[error("{path} does not fit the guest")]
     Refused {
@@ -109,110 +137,64 @@ pub enum PatchError {
         /// Why.
         source: Box<Refusal>,
     },
-    /// A patch can't be reverted.
-    #[error("{id} can't be reverted")]
-    Revert {
-        /// The patch.
-        id: String,
-        /// Why.
-        source: RevertError,
-    },
-    /// What is left of a patch can't be wiped: the guest's integrity guard would stop the guest, or may.
-    #[error("wiping what is left of reverted patches")]
-    Guard(#[from] Armed),
-    /// The supervisor can't be started.
-    #[error("starting the supervisor")]
-    Supervisor(#[source] io::Error),
-    /// A change was not made.
-    #[error("{operation} {id}")]
-    Commit {
-        /// What was to be done.
-        operation: Operation,
-        /// The patch.
-        id: String,
-        /// Why.
-        source: Box<CommitError>,
-    },
-    /// A change was not made; taking it back failed in its pause, and was done by a commit of its own.
-    #[error("{operation} {id}: {first}; what had been written was taken back")]
-    TakenBack {
-        /// What was to be done.
-        operation: Operation,
-        /// The patch.
-        id: String,
-        /// What failed.
-        first: String,
-    },
-    /// The guest did not run again after the pause of a change; the supervisor was to resume it.
-    #[error("{operation} {id}: {}", by_supervisor(*runs, *change))]
-    NotResumed {
-        /// What was to be done.
-        operation: Operation,
-        /// The patch.
-        id: String,
-        /// Whether the supervisor has resumed it.
-        runs: bool,
-        /// How much of the patch's change is in the guest.
-        change: Effect,
-        /// Why.
-        source: Box<CommitError>,
-    },
-    /// The change was made, and what came afterwards failed.
-    #[error("{source}")]
-    Afterwards {
-        /// What failed.
-        source: Box<PatchError>,
-    },
+    /// All else, as the core says it.
+    #[error(transparent)]
+    Guest(#[from] guest::PatchError<HostError>),
 }
 
-fn by_supervisor(runs: bool, change: Effect) -> String {
-    match runs {
-        true => format!("the supervisor had to resume the guest, which runs; the change is {change}"),
-        false => "the guest was not seen to run again".to_owned(),
+impl From<HostError> for PatchError {
+    fn from(error: HostError) -> Self {
+        Self::Guest(guest::PatchError::Vmm(error))
+    }
+}
+
+impl From<BusyError> for PatchError {
+    fn from(error: BusyError) -> Self {
+        HostError::from(error).into()
     }
 }
 
 impl PatchError {
-    /// That the patch `id` can't be reverted.
-    pub(super) fn revert(id: &str) -> impl FnOnce(RevertError) -> Self {
-        let id = id.to_owned();
-        move |source| Self::Revert { id, source }
-    }
-
-    /// This error, where the change itself was made before.
-    pub(super) fn afterwards(self) -> Self {
-        let source = Box::new(self);
-        Self::Afterwards { source }
+    /// The core's error of the module in `file`.
+    pub(super) fn of(file: &Path) -> impl FnOnce(guest::PatchError<HostError>) -> Self {
+        move |error| match error {
+            guest::PatchError::Refused { source, .. } => Self::Refused {
+                path: file.to_owned(),
+                source,
+            },
+            error => error.into(),
+        }
     }
 
     /// What the guest is like.
     pub fn guest_state(&self) -> GuestState {
         match self {
-            Self::Afterwards { source } => source.guest_state().or(GuestState::InForce),
-            Self::Commit { source, .. } => source.effect().into(),
-            Self::NotResumed { runs: true, change, .. } => (*change).into(),
-            Self::NotResumed { change, .. } => GuestState::Paused { change: *change },
-            _ => GuestState::AsBefore,
+            Self::Refused { .. } => GuestState::AsBefore,
+            Self::Guest(error) => error.guest_state().into(),
         }
     }
 
     /// Why it failed.
     pub fn reason(&self) -> Reason {
         match self {
-            Self::Afterwards { source } => source.reason(),
-            Self::Busy(error) => error.reason(),
-            Self::Lock(_) => Reason::Unreachable,
-            Self::Reach(error) => reached(error),
-            Self::Kernel(_) | Self::Registry(_) | Self::Refused { .. } | Self::Revert { .. } | Self::Guard(_) => {
-                Reason::Refused
-            }
-            Self::Commit { source, .. } => match **source {
-                CommitError::NotSafe { .. } => Reason::NotSafe,
-                ref error if will_not(error) => Reason::Refused,
-                _ => Reason::Failed,
-            },
-            Self::Supervisor(_) | Self::TakenBack { .. } | Self::NotResumed { .. } => Reason::Failed,
+            Self::Refused { .. } => Reason::Refused,
+            Self::Guest(error) => reason_of(error),
         }
+    }
+}
+
+fn reason_of(error: &guest::PatchError<HostError>) -> Reason {
+    use guest::PatchError::*;
+    match error {
+        Afterwards { source } => reason_of(source),
+        Vmm(error) => error.reason(),
+        Kernel(_) | Registry(_) | Refused { .. } | Revert { .. } | Guard(_) => Reason::Refused,
+        Commit { source, .. } => match **source {
+            CommitError::NotSafe { .. } => Reason::NotSafe,
+            ref error if will_not(error) => Reason::Refused,
+            _ => Reason::Failed,
+        },
+        RolledBack { .. } | NotResumed { .. } => Reason::Failed,
     }
 }
 
@@ -228,6 +210,8 @@ fn will_not(error: &CommitError) -> bool {
 mod tests {
     use super::*;
     use guest_core::machine::MachineError;
+    use guest_core::plan::RevertError;
+    use guest_core::transaction::Operation;
 
     #[test]
     fn a_guest_that_its_hypervisor_works_on_at_the_pause_is_refused_as_before_it() {
@@ -238,11 +222,11 @@ mod tests {
             (Meaning::MayPass, Reason::Failed),
         ] {
             let error = ReachError::new(meaning, "it is not to be paused");
-            let error = PatchError::Commit {
+            let error = PatchError::Guest(guest::PatchError::Commit {
                 operation: Operation::Apply,
                 id: "fix".to_owned(),
                 source: Box::new(MachineError::new("pausing the guest", error).into()),
-            };
+            });
             assert_eq!(
                 (error.reason(), error.guest_state()),
                 (reason, GuestState::AsBefore),
@@ -258,10 +242,14 @@ mod tests {
             id: "fix".to_owned(),
             applied: Vec::new(),
         };
+        let revert = guest::PatchError::Revert {
+            id: "fix".to_owned(),
+            source: unknown,
+        };
         let messages = [
             OpenError::Program(io()).to_string(),
-            PatchError::Supervisor(io()).to_string(),
-            PatchError::revert("fix")(unknown).to_string(),
+            PatchError::from(HostError::Supervisor(io())).to_string(),
+            PatchError::Guest(revert).to_string(),
         ];
         assert_eq!(
             messages,
@@ -275,10 +263,22 @@ mod tests {
 
     #[test]
     fn a_guest_that_could_not_be_read_after_its_change_is_not_as_before() {
-        let error = PatchError::Busy(BusyError::Busy("a snapshot".to_owned())).afterwards();
+        let busy = guest::PatchError::Vmm(HostError::Busy(BusyError::Busy("a snapshot".to_owned())));
+        let source = Box::new(busy);
+        let error = PatchError::Guest(guest::PatchError::Afterwards { source });
         assert_eq!(
             (error.reason(), error.guest_state()),
             (Reason::Refused, GuestState::InForce)
         );
+    }
+
+    #[test]
+    fn the_file_of_a_module_that_does_not_fit_is_named() {
+        let error = guest::PatchError::Refused {
+            name: "fix".to_owned(),
+            source: Box::new(Refusal::NoModules),
+        };
+        let error = PatchError::of(Path::new("/tmp/fix.ko"))(error);
+        assert_eq!(error.to_string(), "/tmp/fix.ko does not fit the guest");
     }
 }

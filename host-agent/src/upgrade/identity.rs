@@ -75,8 +75,8 @@ pub enum IdentityError {
 impl Identity {
     /// Of the guest that a session has understood.
     pub(super) fn of(session: &Session) -> Result<Self, MemoryError> {
-        let memory = session.vm.memory();
-        let (kernel, registry) = (&session.kernel, &session.registry);
+        let memory = session.vm().memory();
+        let (kernel, registry) = (session.kernel(), session.registry());
         let mut wanted: Vec<(String, Gpa, usize)> = Vec::new();
         if let Some(start) = kernel.image.physical(kernel.image.start()) {
             wanted.push(("the kernel's image".to_owned(), start, IMAGE_LEN));
@@ -119,13 +119,13 @@ impl Identity {
 
     /// Compares it with the guest of a session.
     pub(super) fn confirm(&self, session: &Session) -> Result<(), IdentityError> {
-        if session.kernel.banner != self.banner {
+        if session.kernel().banner != self.banner {
             return Err(IdentityError::Banner {
                 old: self.banner.clone(),
-                new: session.kernel.banner.clone(),
+                new: session.kernel().banner.clone(),
             });
         }
-        self.verify(session.vm.memory())
+        self.verify(session.vm().memory())
     }
 
     /// How many places are compared.

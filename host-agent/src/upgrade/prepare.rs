@@ -77,10 +77,10 @@ pub(super) fn prepare(target: &Target, wanted: &UpgradeOptions) -> Result<Prepar
     session.refuse_if_busy()?;
     let (shown, release, pid) = (
         session.shown(),
-        session.kernel.release.clone(),
-        session.vm.identity().pid,
+        session.kernel().release.clone(),
+        session.vm().identity().pid,
     );
-    let is_emulated = session.vm.identity().accelerator == Accelerator::Tcg;
+    let is_emulated = session.vm().identity().accelerator == Accelerator::Tcg;
     let identity = Identity::of(&session)?;
     tracing::info!(guest = shown, "{} places to compare", identity.len());
     // QEMU serves one client per socket.

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use clap::ValueEnum;
 use guest_core::commit::{CommitError, Committed, NotSafe};
+use guest_core::guest;
 use host_agent::chain::chain;
 use host_agent::outcome::{GuestState, Reason};
 use host_agent::session::{PatchError, PatchOptions, Session};
@@ -256,7 +257,7 @@ impl From<PatchError> for Failed {
 
 /// What stood in the way, such that alike ends have one text.
 fn in_the_way(error: &PatchError) -> String {
-    let PatchError::Commit { source, .. } = error else {
+    let PatchError::Guest(guest::PatchError::Commit { source, .. }) = error else {
         return error.to_string();
     };
     match &**source {

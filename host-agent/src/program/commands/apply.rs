@@ -169,7 +169,7 @@ pub(super) fn apply_one(session: &mut Session, options: &Options, path: &Path, b
 
 /// What QEMU does with the guest's memory by now. It may have begun within the pause: nothing was under way when that was asked for.
 pub(super) fn say_what_began(patch: &mut Patch, session: &Session) {
-    if let Ok(Activity::Busy(busy)) = session.vm.activity() {
+    if let Ok(Activity::Busy(busy)) = session.vm().activity() {
         patch.warnings.push(format!(
             "{busy}, and may have begun in the pause: what it makes may hold half of this change; cancel it, or run vmpatch there"
         ));

@@ -32,8 +32,8 @@ fn line(domain: &Domain) -> DomainLine {
     });
     match session {
         Ok(session) => {
-            line.accelerator = Some(session.vm.identity().accelerator.to_string());
-            line.kernel = Some(session.kernel.release.clone());
+            line.accelerator = Some(session.vm().identity().accelerator.to_string());
+            line.kernel = Some(session.kernel().release.clone());
             let there = patches(&session).into_iter().filter(|patch| patch.state != CODE_KEPT);
             line.patches = there.map(|patch| patch.id).collect();
         }

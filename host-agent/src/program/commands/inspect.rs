@@ -11,13 +11,13 @@ use host_agent::session::Session;
 /// Reads all there is to know.
 pub fn inspect(options: &Options) -> Result<Inspection, Failure> {
     let session = Session::open_to_read(&target(options)?)?;
-    let (kernel, registry) = (&session.kernel, &session.registry);
+    let (kernel, registry) = (session.kernel(), session.registry());
     let range = |start: Gva, len| AddressRange {
         start: Address(start.0),
         len,
     };
     let ram = session
-        .vm
+        .vm()
         .memory()
         .ram()
         .iter()
@@ -25,9 +25,9 @@ pub fn inspect(options: &Options) -> Result<Inspection, Failure> {
         .sum();
     Ok(Inspection {
         guest: Guest::of(&session),
-        qemu: session.vm.identity().version_text(),
-        accelerator: session.vm.identity().accelerator.to_string(),
-        vcpus: session.vcpus.len(),
+        qemu: session.vm().identity().version_text(),
+        accelerator: session.vm().identity().accelerator.to_string(),
+        vcpus: session.vcpus().len(),
         ram,
         banner: kernel.banner.clone(),
         image: range(kernel.image.start(), kernel.image.end().0 - kernel.image.start().0),
@@ -36,7 +36,7 @@ pub fn inspect(options: &Options) -> Result<Inspection, Failure> {
         page_table_root: Address(kernel.space.root.0),
         symbols: kernel.symbols.len(),
         types: kernel.btf.type_count(),
-        caves: session.caves.iter().map(|cave| range(cave.start, cave.len)).collect(),
+        caves: session.caves().iter().map(|cave| range(cave.start, cave.len)).collect(),
         registry: registry
             .exists
             .then(|| range(registry.cave, registry.arena_pages * PAGE_SIZE)),

@@ -52,7 +52,7 @@ fn revert_one(session: &mut Session, options: &Options, id: &str) -> Result<Patc
 
 fn all(session: &Session) -> Vec<String> {
     let mut records: Vec<_> = session
-        .registry
+        .registry()
         .entries
         .iter()
         .filter(|entry| entry.state == State::Applied)

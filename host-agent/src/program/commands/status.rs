@@ -28,7 +28,7 @@ pub fn status(options: &Options) -> Result<Patches, Failure> {
 
 /// All patches of a guest, oldest first.
 pub(in crate::program) fn patches(session: &Session) -> Vec<Patch> {
-    let mut entries: Vec<&Entry> = session.registry.entries.iter().collect();
+    let mut entries: Vec<&Entry> = session.registry().entries.iter().collect();
     entries.sort_by_key(|entry| entry.record.as_ref().map(|record| record.order));
     let (own, failure) = match livepatch::held(&session.live()) {
         Ok(own) => (own, None),
@@ -137,7 +137,7 @@ fn beside(held: &Held, function: &mut Function) -> Option<String> {
 
 /// True where a later part of the same patch is for `object`.
 fn is_patched(session: &Session, record: &Record, object: &str) -> bool {
-    let mut parts = session.registry.records().filter(|part| part.digest == record.digest);
+    let mut parts = session.registry().records().filter(|part| part.digest == record.digest);
     parts.any(|part| {
         part.functions
             .iter()
@@ -150,7 +150,7 @@ fn function_state(session: &Session, record: &Record, function: &PatchedFunction
     let Some(jump) = record.changes.iter().find(|change| change.gpa().0 == function.jump) else {
         return "unknown".to_owned();
     };
-    let memory = session.vm.memory();
+    let memory = session.vm().memory();
     match (jump.verify(memory), jump.undone().verify(memory)) {
         (Ok(()), _) => "patched".to_owned(),
         (_, Ok(())) => "original".to_owned(),

@@ -102,7 +102,7 @@ mod tests {
     use crate::program::report::Pause;
     use guest_core::commit::CommitError;
     use guest_core::transaction::Operation;
-    use host_agent::session::{BusyError, PatchError};
+    use host_agent::session::BusyError;
 
     fn patch(id: &str) -> Patch {
         Patch {
@@ -134,11 +134,12 @@ mod tests {
             first: "a".to_owned(),
             undo: "b".to_owned(),
         };
-        Failure::Patch(PatchError::Commit {
+        let error = guest_core::guest::PatchError::Commit {
             operation: Operation::Apply,
             id: "b".to_owned(),
             source: Box::new(source),
-        })
+        };
+        Failure::Patch(error.into())
     }
 
     fn states(steps: &Steps) -> Vec<&str> {

@@ -68,7 +68,7 @@ pub fn update(options: &Options) -> Result<(Patches, Option<Failure>), Failure> 
 
 /// Whether the guest's QEMU was replaced on the host since it started.
 fn upgrade_due(session: &Session) -> Result<Option<String>, Failure> {
-    let vm = session.vm.identity();
+    let vm = session.vm().identity();
     let Some(version) = vm.version else { return Ok(None) };
     let survey = domains::all()?;
     let domain = survey.iter().find(|domain| domain.pid == vm.pid);
@@ -80,7 +80,7 @@ fn upgrade_due(session: &Session) -> Result<Option<String>, Failure> {
 fn consider(session: &mut Session, options: &Options, path: &Path) -> Result<Option<Patch>, Failure> {
     let bytes = module_file::read(path)?;
     let module = PatchModule::parse(&bytes).map_err(|source| refused(path, source.into()))?;
-    if module.info().release() != Some(session.kernel.release.as_str()) {
+    if module.info().release() != Some(session.kernel().release.as_str()) {
         tracing::info!(
             "{}: for kernel {}",
             path.display(),

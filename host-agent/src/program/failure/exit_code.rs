@@ -53,21 +53,22 @@ mod tests {
     use guest_core::commit::{CommitError, Effect};
     use guest_core::machine::MachineError;
     use guest_core::transaction::Operation;
-    use host_agent::session::{BusyError, PatchError};
+    use host_agent::session::BusyError;
     use host_agent::upgrade::UpgradeError;
     use std::io;
 
     fn committing(source: CommitError) -> Failure {
-        Failure::Patch(PatchError::Commit {
+        let error = guest_core::guest::PatchError::Commit {
             operation: Operation::Apply,
             id: "fix".to_owned(),
             source: Box::new(source),
-        })
+        };
+        Failure::Patch(error.into())
     }
 
     fn not_resumed(runs: bool, change: Effect) -> Failure {
         let source = MachineError::new("resuming the guest", "no answer").left_paused(true);
-        Failure::Patch(PatchError::NotResumed {
+        let error = guest_core::guest::PatchError::NotResumed {
             operation: Operation::Apply,
             id: "fix".to_owned(),
             runs,
@@ -77,7 +78,8 @@ mod tests {
                 first: None,
                 source,
             }),
-        })
+        };
+        Failure::Patch(error.into())
     }
 
     fn half_done() -> CommitError {

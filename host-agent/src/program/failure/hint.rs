@@ -3,12 +3,13 @@
 use super::Failure;
 use crate::program::cli::PATCHES_DEFAULT;
 use guest_core::commit::{CommitError, NotSafe};
+use guest_core::guest;
 use guest_core::registry::RegistryError;
 use guest_core::transaction::Operation;
 use host_agent::domains::is_undumpable_own;
 use host_agent::find::FindError;
 use host_agent::hypervisor::{Meaning, ReachError};
-use host_agent::session::{BusyError, OpenError, PatchError};
+use host_agent::session::{BusyError, HostError, OpenError, PatchError};
 use host_agent::upgrade::UpgradeError;
 use std::path::Path;
 
@@ -32,7 +33,7 @@ pub fn of(failure: &Failure) -> Option<&'static str> {
 
 fn of_open(error: &OpenError) -> Option<&'static str> {
     match error {
-        OpenError::Reach(error) => of_reach(error),
+        OpenError::Host(error) => of_host(error),
         OpenError::Registry(error) => of_registry(error),
         _ => None,
     }
@@ -40,16 +41,30 @@ fn of_open(error: &OpenError) -> Option<&'static str> {
 
 fn of_patch(error: &PatchError) -> Option<&'static str> {
     match error {
-        PatchError::Afterwards { source } => of_patch(source),
-        PatchError::Busy(error) => of_busy(error),
-        PatchError::Reach(error) => of_reach(error),
-        PatchError::Registry(error) => of_registry(error),
-        PatchError::NotResumed { runs: false, .. } => Some(
+        PatchError::Guest(error) => of_guest(error),
+        PatchError::Refused { .. } => None,
+    }
+}
+
+fn of_guest(error: &guest::PatchError<HostError>) -> Option<&'static str> {
+    match error {
+        guest::PatchError::Afterwards { source } => of_guest(source),
+        guest::PatchError::Vmm(error) => of_host(error),
+        guest::PatchError::Registry(error) => of_registry(error),
+        guest::PatchError::NotResumed { runs: false, .. } => Some(
             "QMP `cont` lets the guest run; `vmpatch status` then says what is in force, and the next `apply` or `revert` takes \
              back what is half done",
         ),
-        PatchError::Commit { operation, source, .. } => of_commit(*operation, source),
+        guest::PatchError::Commit { operation, source, .. } => of_commit(*operation, source),
         _ => None,
+    }
+}
+
+fn of_host(error: &HostError) -> Option<&'static str> {
+    match error {
+        HostError::Busy(error) => of_busy(error),
+        HostError::Reach(error) => of_reach(error),
+        HostError::Lock(_) | HostError::Supervisor(_) => None,
     }
 }
 
@@ -126,19 +141,22 @@ mod tests {
     fn what_passes_by_itself_is_to_be_waited_for_and_what_does_not_is_not() {
         for (meaning, passes) in [(Meaning::Busy, true), (Meaning::NotRunning, false)] {
             let error = ReachError::new(meaning, "it is not to be paused");
-            let error = PatchError::Commit {
+            let error = PatchError::Guest(guest::PatchError::Commit {
                 operation: Operation::Apply,
                 id: "fix".to_owned(),
                 source: Box::new(MachineError::new("pausing the guest", error).into()),
-            };
+            });
             assert_eq!(of(&Failure::Patch(error)).is_some(), passes, "{meaning:?}");
         }
     }
 
     #[test]
     fn who_may_not_reach_a_guest_is_told_as_whom_to_run() {
-        let denied = ReachError::new(Meaning::Forbidden { memory_of: None }, "permission denied");
-        let failure = Failure::Open(OpenError::Reach(denied));
+        let denied = OpenError::from(ReachError::new(
+            Meaning::Forbidden { memory_of: None },
+            "permission denied",
+        ));
+        let failure = Failure::Open(denied);
         assert_eq!(
             of(&failure),
             Some("run vmpatch as root, or as the user that QEMU runs as")
