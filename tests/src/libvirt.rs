@@ -68,9 +68,11 @@ impl LibvirtHost {
         }
     }
 
-    /// Kills the daemons that this has started. Guests go on.
-    pub fn kill_daemons(&self) {
-        self.daemons.lock().unwrap().clear();
+    /// Kills the daemons that this has started. Guests go on. False where they run as services of this machine, which are left alone.
+    #[must_use]
+    pub fn kill_daemons(&self) -> bool {
+        let daemons = std::mem::take(&mut *self.daemons.lock().unwrap());
+        !daemons.is_empty()
     }
 }
 
