@@ -1,12 +1,17 @@
 //! Private parsers of QEMU's bytes, for the fuzz targets alone.
 
-use crate::client::read_all;
+use crate::client::{read_all, read_libvirt};
 use crate::gdb::{Layout, Receiver, from_hex, includes};
 use guest_core::Registers;
 
 /// Parses the bytes of a QMP socket up to the first that are no message, and counts the messages.
 pub fn messages(bytes: &[u8]) -> usize {
     read_all(bytes)
+}
+
+/// Parses the bytes of libvirt's socket up to the first that are no packet, and counts the packets.
+pub fn libvirt_packets(bytes: &[u8]) -> usize {
+    read_libvirt(bytes)
 }
 
 /// Splits bytes from the GDB stub, which arrive in fragments of that length, into packets, and decodes each as hexadecimal.

@@ -49,3 +49,8 @@ fn every_packet_of_the_corpus_is_read_or_refused() {
 fn every_description_of_registers_of_the_corpus_is_read_or_refused() {
     replay("gdb_registers", targets::gdb_registers);
 }
+
+#[test]
+fn every_packet_of_libvirt_s_of_the_corpus_is_read_or_refused() {
+    replay("libvirt_packets", targets::libvirt_packets);
+}

@@ -52,6 +52,12 @@ pub fn messages(data: &[u8]) {
     }
 }
 
+/// What comes from libvirt's socket.
+pub fn libvirt_packets(data: &[u8]) {
+    // A header has 28 bytes.
+    assert!(fuzzed::libvirt_packets(data) <= data.len() / 28);
+}
+
 /// What comes from the GDB stub; the first byte says in what pieces.
 pub fn gdb_packets(data: &[u8]) {
     let (piece_len, data) = data.split_first().unwrap_or((&1, &[]));

@@ -14,6 +14,7 @@ mod transport;
 mod wire;
 
 pub use error::{CommandError, ConnectError};
+pub(crate) use libvirt::read_all as read_libvirt;
 pub use libvirt::{LibvirtError, LibvirtGuest};
 pub use transport::{Answer, Command, Transport};
 pub(crate) use wire::read_all;
