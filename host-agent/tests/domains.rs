@@ -229,6 +229,8 @@ fn two_of_one_name_are_refused_with_their_pids() {
     let other = scratch.qemu("-name NAME,process=other -qmp unix:DIR/2,server=on,wait=off");
     let mut pids = [one.pid(), other.pid()];
     pids.sort_unstable();
+    // Just after its start, a process has no command line yet.
+    until("two QEMUs", || domains::find(&scratch.name).is_err());
     match domains::find(&scratch.name) {
         Err(DomainError::SeveralOfThatName { pids: found, .. }) => assert_eq!(found, pids),
         found => panic!("{found:?}"),
