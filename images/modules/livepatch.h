@@ -20,8 +20,12 @@
 
 #define KLP_SYMBOL(name, position) KLP_SYMBOL_OF("vmlinux", name, position)
 
+/*
+ * A dollar sign is where the format has a comma: the assembler of binutils 2.35
+ * takes no comma in a name, not even in quotes.
+ */
 #define KLP_SYMBOL_OF(object, name, position) \
-	asm("\".klp.sym." object "." name "," position "\"")
+	asm(".klp.sym." object "." name "$" position)
 
 #define PATCH(old, new) PATCH_AT(old, new, 0)
 

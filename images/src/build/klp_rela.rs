@@ -19,9 +19,11 @@ const SHN_LIVEPATCH: u16 = 0xff20;
 /// `SHF_RELA_LIVEPATCH` (include/uapi/linux/elf.h).
 const SHF_RELA_LIVEPATCH: u64 = 0x0010_0000;
 const SYMBOL_PREFIX: &str = ".klp.sym.";
+/// What sources write in front of the position: older assemblers take no comma in a name.
+const BEFORE_POSITION: char = '$';
 
 /// Names what [`mark`] does to a module; changed whenever that changes, so that kept modules are made anew.
-pub(super) const RULES: &str = "klp-rela 1";
+pub(super) const RULES: &str = "klp-rela 2";
 
 /// Rewrites the module in place, if it has such symbols.
 pub(super) fn mark(path: &Path) -> Result<(), Error> {
@@ -60,12 +62,13 @@ fn mark_symbols(builder: &mut Builder<'_>) -> Result<Vec<(SymbolId, String)>, St
             continue;
         };
         let (object, symbol_name) = rest.split_once('.').ok_or(format!("{name} names no symbol"))?;
-        let position = symbol_name
-            .rsplit_once(',')
-            .map(|(_, position)| position.parse::<u32>());
-        if !matches!(position, Some(Ok(_))) {
+        let parts = symbol_name.rsplit_once(BEFORE_POSITION);
+        let Some((symbol_name, position)) = parts.filter(|(_, position)| position.parse::<u32>().is_ok()) else {
             return Err(format!("{name} has no position"));
-        }
+        };
+        symbol.name = format!("{SYMBOL_PREFIX}{object}.{symbol_name},{position}")
+            .into_bytes()
+            .into();
         symbol.st_shndx = SymbolSection(SHN_LIVEPATCH);
         objects.push((symbol.id(), object.to_owned()));
     }
@@ -166,7 +169,7 @@ mod tests {
     fn only_relocations_of_livepatch_symbols_move_and_still_name_them() {
         let bytes = compiled(
             "moves",
-            "extern int a __asm__(\"\\\".klp.sym.vmlinux.nr_threads,0\\\"\"); extern int b; int f(void) { return a + b; }",
+            "extern int a __asm__(\".klp.sym.vmlinux.nr_threads$0\"); extern int b; int f(void) { return a + b; }",
         );
         let marked = marked(&bytes).unwrap().unwrap();
         let file = ElfFile64::parse(&*marked).unwrap();
