@@ -17,6 +17,7 @@ use std::io::{self, ErrorKind};
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::pin::Pin;
+use std::sync::{Arc, OnceLock};
 use tokio::io::AsyncReadExt;
 use tokio::net::UnixStream;
 use tokio::sync::{broadcast, mpsc, oneshot};
@@ -123,7 +124,9 @@ struct Request {
 #[derive(Debug)]
 pub(super) struct LibvirtMonitor {
     requests: mpsc::Sender<Request>,
-    task: JoinHandle<Result<(), String>>,
+    task: JoinHandle<()>,
+    /// Why the connection ended, once it has.
+    ended: Arc<OnceLock<String>>,
     /// The guest, as libvirt's procedures want it: `remote_nonnull_domain` in XDR.
     guest: Vec<u8>,
     pid: i32,
@@ -136,9 +139,13 @@ impl LibvirtMonitor {
         let stream = UnixStream::connect(socket).await;
         let stream = stream.map_err(|cause| LibvirtError::of_connect(socket, cause))?;
         let (requests, queue) = mpsc::channel(REQUEST_QUEUE_LEN);
+        let ended = Arc::new(OnceLock::new());
+        let reason = Arc::clone(&ended);
         let mut monitor = Self {
             requests,
-            task: tokio::spawn(run(stream, queue)),
+            // Callers see the end by their channels, so the reason is set before these are dropped.
+            task: tokio::spawn(async move { run(stream, queue, &reason).await }),
+            ended,
             guest: Vec::new(),
             pid,
         };
@@ -176,9 +183,17 @@ impl LibvirtMonitor {
             Some(result) => result.map_err(|cause| LibvirtError::of_rpc(socket, what, &cause)),
             None => Err(LibvirtError::Lost {
                 socket: socket.to_owned(),
-                cause: ErrorKind::UnexpectedEof.into(),
+                cause: io::Error::other(self.reason()),
             }),
         }
+    }
+
+    /// Why the connection has ended.
+    fn reason(&self) -> String {
+        self.ended
+            .get()
+            .cloned()
+            .unwrap_or_else(|| "it had ended before".to_owned())
     }
 
     /// `None` if the connection has ended.
@@ -217,7 +232,7 @@ impl LibvirtMonitor {
             }),
             None => Err(CommandError::Disconnected {
                 command: name,
-                cause: "libvirt closed its connection".to_owned(),
+                cause: self.reason(),
             }),
         }
     }
@@ -251,9 +266,22 @@ impl Drop for LibvirtMonitor {
     }
 }
 
-/// Sends calls and distributes replies until the monitor is dropped or the connection ends. Then every waiting call fails.
-async fn run(mut stream: UnixStream, mut queue: mpsc::Receiver<Request>) -> Result<(), String> {
-    let mut waiting: HashMap<u32, oneshot::Sender<Result<Vec<u8>, RpcError>>> = HashMap::new();
+/// The calls that wait for their replies, by number.
+type Waiting = HashMap<u32, oneshot::Sender<Result<Vec<u8>, RpcError>>>;
+
+/// Sends calls and distributes replies until the monitor is dropped or the connection ends. Then every waiting call fails, with the reason in `ended`.
+async fn run(stream: UnixStream, mut queue: mpsc::Receiver<Request>, ended: &OnceLock<String>) {
+    let mut waiting = Waiting::new();
+    if let Err(reason) = serve(stream, &mut queue, &mut waiting).await {
+        let _ = ended.set(reason);
+    }
+}
+
+async fn serve(
+    mut stream: UnixStream,
+    queue: &mut mpsc::Receiver<Request>,
+    waiting: &mut Waiting,
+) -> Result<(), String> {
     let mut received = Vec::new();
     let mut serial = 0_u32;
     loop {
