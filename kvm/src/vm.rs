@@ -40,6 +40,12 @@ pub enum FindError {
         /// The process.
         pid: i32,
     },
+    /// It has a VM that nothing can run: a process that is about to start a guest, or a helper of one that runs it.
+    #[error("process {pid} has a VM of KVM, and runs no vCPU of it")]
+    NoVcpus {
+        /// The process.
+        pid: i32,
+    },
     /// It runs more than one guest, or has the same twice.
     #[error("process {pid} has {count} descriptors of VMs; one is understood")]
     SeveralVms {
@@ -89,16 +95,18 @@ impl Vm {
     ///
     /// Not every vCPU is accounted for, or there is something else that is not understood.
     pub fn find(pid: i32, within: Duration) -> Result<Self, FindError> {
-        let proc = |(path, source)| FindError::Proc { path, source };
-        let descriptors = Descriptors::of(pid).map_err(proc)?;
-        match descriptors.vms {
-            0 => return Err(FindError::NoVm { pid }),
-            1 => {}
-            count => return Err(FindError::SeveralVms { pid, count }),
-        }
-        let vcpus = pair(pid, &descriptors.vcpus, &descriptors::mapped(pid).map_err(proc)?)?;
+        let (descriptors, vcpus) = find_vcpus(pid)?;
         let threads = find_threads(pid, &descriptors.vcpus, vcpus.len(), within)?;
         Ok(Self { vcpus, threads })
+    }
+
+    /// How many vCPUs the VM has that a process runs. Its threads are not looked at.
+    ///
+    /// # Errors
+    ///
+    /// It runs no guest of KVM ([`FindError::NoVm`]), or what it has of KVM is not understood.
+    pub fn count_vcpus(pid: i32) -> Result<usize, FindError> {
+        find_vcpus(pid).map(|(_, vcpus)| vcpus.len())
     }
 
     /// True where the process has the same vCPUs as when they were found. One that comes right behind this is seen by the guest's own list
@@ -125,6 +133,18 @@ impl Vm {
     pub fn threads(&self) -> &[Thread] {
         &self.threads
     }
+}
+
+fn find_vcpus(pid: i32) -> Result<(Descriptors, Vec<Vcpu>), FindError> {
+    let proc = |(path, source)| FindError::Proc { path, source };
+    let descriptors = Descriptors::of(pid).map_err(proc)?;
+    match descriptors.vms {
+        0 => return Err(FindError::NoVm { pid }),
+        1 => {}
+        count => return Err(FindError::SeveralVms { pid, count }),
+    }
+    let vcpus = pair(pid, &descriptors.vcpus, &descriptors::mapped(pid).map_err(proc)?)?;
+    Ok((descriptors, vcpus))
 }
 
 /// The vCPUs that can run. QEMU keeps the descriptor of one that was unplugged, without a mapping and a thread.
@@ -161,7 +181,7 @@ fn pair(pid: i32, descriptors: &[(u32, i32)], mapped: &BTreeMap<u32, Vec<u64>>) 
         }
     }
     if vcpus.is_empty() {
-        Err(FindError::NoVm { pid })
+        Err(FindError::NoVcpus { pid })
     } else {
         Ok(vcpus)
     }

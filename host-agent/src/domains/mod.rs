@@ -8,6 +8,7 @@ mod address;
 pub(crate) mod command_line;
 mod config;
 mod error;
+mod kvm_guest;
 pub(crate) mod names;
 pub(crate) mod params;
 pub(crate) mod process;
@@ -16,6 +17,7 @@ mod uuid;
 
 pub use address::QmpAddress;
 pub use error::DomainError;
+pub use kvm_guest::{KvmGuest, KvmGuests};
 pub use process::{Binary, is_undumpable_own};
 pub use socket::QmpSocket;
 pub use uuid::{Uuid, UuidError};

@@ -201,7 +201,7 @@ pub enum Command {
     Upgrade(UpgradeOptions),
     /// Show what was found in the guest: kernel, addresses, caves, sources
     Inspect,
-    /// List the running guests of this host
+    /// List the running guests of this host: every QEMU, and every other guest under KVM
     Domains,
     /// Restore the guest if its vmpatch is killed; started by vmpatch itself
     #[command(hide = true)]

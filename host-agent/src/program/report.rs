@@ -398,8 +398,11 @@ pub struct Inspection {
 pub struct DomainLine {
     /// Its name.
     pub name: Option<String>,
-    /// The QEMU process.
+    /// The process that runs it.
     pub pid: i32,
+    /// Its program, where that is not QEMU.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub program: Option<String>,
     /// The QMP socket that was used.
     pub qmp: Option<String>,
     /// `tcg` or `kvm`.

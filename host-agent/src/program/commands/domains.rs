@@ -4,11 +4,13 @@ use super::describe::CODE_KEPT;
 use super::status::patches;
 use crate::program::failure::Failure;
 use crate::program::report::DomainLine;
-use host_agent::domains::{self, Domain};
+use host_agent::chain::chain;
+use host_agent::domains::{self, Domain, KvmGuest, KvmGuests};
+use host_agent::hypervisor::Accelerator;
 use host_agent::session::Session;
 use host_agent::target::Target;
 
-/// Every QEMU process that can be seen, with what is in it as far as it can be reached.
+/// Every QEMU process that can be seen, with what is in it as far as it can be reached; then every other process that runs a guest under KVM.
 pub fn domains() -> Result<Vec<DomainLine>, Failure> {
     let survey = domains::all()?;
     let line = |domain: &Domain| match survey.successor_of(domain.pid) {
@@ -21,7 +23,35 @@ pub fn domains() -> Result<Vec<DomainLine>, Failure> {
             ..empty(domain)
         },
     };
-    Ok(survey.iter().map(line).collect())
+    let others = KvmGuests::beside(&survey)?;
+    if others.unreadable > 0 {
+        tracing::warn!(
+            "{} processes of other users were not looked at, and may run guests under KVM: run vmpatch as root",
+            others.unreadable
+        );
+    }
+    let mut lines: Vec<DomainLine> = survey.iter().map(line).collect();
+    lines.extend(others.found.iter().map(other));
+    Ok(lines)
+}
+
+/// A guest that no known QEMU runs: it is not asked, nor are its vCPUs stopped.
+fn other(guest: &KvmGuest) -> DomainLine {
+    let why = match &guest.vcpus {
+        Ok(1) => "it has 1 vCPU".to_owned(),
+        Ok(vcpus) => format!("it has {vcpus} vCPUs"),
+        Err(error) => chain(error).join(": "),
+    };
+    DomainLine {
+        name: None,
+        pid: guest.pid,
+        program: Some(guest.program.clone()),
+        qmp: None,
+        accelerator: Some(Accelerator::Kvm.to_string()),
+        kernel: None,
+        patches: Vec::new(),
+        error: Some(format!("{} runs it, which is not QEMU: {why}", guest.program)),
+    }
 }
 
 fn line(domain: &Domain) -> DomainLine {
@@ -46,10 +76,47 @@ fn empty(domain: &Domain) -> DomainLine {
     DomainLine {
         name: domain.name.clone(),
         pid: domain.pid,
+        program: None,
         qmp: None,
         accelerator: None,
         kernel: None,
         patches: Vec::new(),
         error: None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::program::text;
+    use kvm::FindError;
+
+    /// A guest that did not show would be taken for one that is patched.
+    #[test]
+    fn a_guest_of_any_program_is_listed_with_what_is_known_of_it() {
+        let guest = |pid, vcpus| KvmGuest {
+            pid,
+            start_time: 1,
+            program: "alioth".to_owned(),
+            vcpus,
+        };
+        let guests = [
+            guest(41, Ok(2)),
+            guest(42, Err(FindError::SeveralVms { pid: 42, count: 2 })),
+        ];
+        let lines: Vec<DomainLine> = guests.iter().map(other).collect();
+        assert_eq!(
+            text::domains(&lines),
+            "\
+NAME  PID  ACCEL  KERNEL  PATCHES
+-     41   kvm    -       (alioth runs it, which is not QEMU: it has 2 vCPUs)
+-     42   kvm    -       (alioth runs it, which is not QEMU: process 42 has 2 descriptors of VMs; one is understood)
+"
+        );
+        let json = serde_json::to_value(&lines).unwrap();
+        assert_eq!(
+            (&json[0]["program"], &json[0]["name"]),
+            (&"alioth".into(), &serde_json::Value::Null)
+        );
     }
 }
