@@ -39,6 +39,14 @@ pub enum ChangeError {
     },
 }
 
+impl ChangeError {
+    /// That `what` cannot be read or written.
+    pub(crate) fn of(what: &str) -> impl FnOnce(MemoryError) -> Self {
+        let what = what.to_owned();
+        move |source| Self::Memory { what, source }
+    }
+}
+
 /// A change of `old` bytes at a guest-physical address to `new` ones.
 ///
 /// With a mask, only its bits belong to the change. The other bits are the guest's, and stay.
@@ -115,6 +123,12 @@ impl Change {
     /// True if it sets a little-endian word of 8 bytes to `word`.
     pub(crate) fn sets_word(&self, word: u64) -> bool {
         self.new == word.to_le_bytes()
+    }
+
+    /// The same change, to another word.
+    pub(crate) fn to_word(&self, word: u64) -> Self {
+        let new = word.to_le_bytes().into();
+        Self { new, ..self.clone() }
     }
 
     /// The name of the bytes, for a person.
@@ -222,12 +236,28 @@ impl Change {
         Ok(self.merged(&restored))
     }
 
-    /// The same as [`Change::restored`] for memory that holds `now`.
-    fn over(&self, now: &[u8]) -> Vec<u8> {
+    /// True where each byte is old or new: nobody else has written there since.
+    ///
+    /// # Errors
+    ///
+    /// [`ChangeError::Memory`].
+    pub(crate) fn is_ours(&self, memory: &dyn PhysMemory) -> Result<bool, ChangeError> {
+        Ok(self.is_ours_in(&self.read(memory)?))
+    }
+
+    /// The same as [`Change::is_ours`] for memory that holds `now`.
+    fn is_ours_in(&self, now: &[u8]) -> bool {
         let is = |at: usize, now: u8, one: u8| (now ^ one) & self.mask_at(at) == 0;
         let mut bytes = now.iter().zip(&self.old).zip(&self.new).enumerate();
-        let ours = bytes.all(|(at, ((&now, &old), &new))| is(at, now, old) || is(at, now, new));
-        if ours { self.undone().merged(now) } else { now.to_vec() }
+        bytes.all(|(at, ((&now, &old), &new))| is(at, now, old) || is(at, now, new))
+    }
+
+    /// The same as [`Change::restored`] for memory that holds `now`.
+    fn over(&self, now: &[u8]) -> Vec<u8> {
+        match self.is_ours_in(now) {
+            true => self.undone().merged(now),
+            false => now.to_vec(),
+        }
     }
 
     /// The bytes in guest memory now.
@@ -239,8 +269,17 @@ impl Change {
         self.read(memory)
     }
 
-    /// True if guest memory holds the new bytes. For planners.
-    pub(crate) fn is_made(&self, live: &Live<'_>) -> Result<bool, ChangeError> {
+    /// True if guest memory holds the new bytes.
+    ///
+    /// # Errors
+    ///
+    /// [`ChangeError::Memory`].
+    pub fn is_made(&self, memory: &dyn PhysMemory) -> Result<bool, ChangeError> {
+        Ok(self.require(&self.read(memory)?, &self.new).is_ok())
+    }
+
+    /// The same for planners.
+    pub(crate) fn is_made_now(&self, live: &Live<'_>) -> Result<bool, ChangeError> {
         Ok(self.require(&self.read_for_plan(live)?, &self.new).is_ok())
     }
 
@@ -248,7 +287,10 @@ impl Change {
     pub(crate) fn restoration(&self, live: &Live<'_>, what: &str) -> Result<Option<Self>, ChangeError> {
         let now = self.read_for_plan(live)?;
         let old = self.over(&now);
-        Ok((now != old).then(|| Self::replace(what, self.gpa(), now, old)))
+        Ok((now != old).then(|| Self {
+            data: self.data,
+            ..Self::replace(what, self.gpa(), now, old)
+        }))
     }
 
     fn read_for_plan(&self, live: &Live<'_>) -> Result<Vec<u8>, ChangeError> {

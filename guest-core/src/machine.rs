@@ -2,6 +2,7 @@
 
 use crate::addr::Gpa;
 use crate::change::Change;
+use crate::kernel::locks::LockWord;
 use crate::registry::State;
 use crate::vcpu::Registers;
 use serde::{Deserialize, Serialize};
@@ -70,6 +71,13 @@ pub struct Journal {
     pub staged: Vec<Change>,
     /// Changes made in one pause. The last one is the patch's state in the registry.
     pub atomic: Vec<Change>,
+    /// The changes of a patch that is in force in functions and their ftrace records: a jump for each function. Some commits make them, some undo
+    /// them.
+    #[serde(default)]
+    pub sites: Vec<Change>,
+    /// The guest's locks that must be free in the pause.
+    #[serde(default)]
+    pub locks: Vec<LockWord>,
 }
 
 impl Journal {
@@ -78,6 +86,13 @@ impl Journal {
         self.atomic
             .last()
             .is_some_and(|state| state.sets_word(State::Applied as u64))
+    }
+
+    /// For a first apply: the change of its state to [`State::Reverting`].
+    pub(crate) fn applying_to_reverting(&self) -> Option<Change> {
+        let state = self.atomic.last().filter(|_| self.redirects())?;
+        let is_first = state.undone().sets_word(State::Applying as u64);
+        is_first.then(|| state.to_word(State::Reverting as u64))
     }
 }
 

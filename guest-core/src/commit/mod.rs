@@ -7,18 +7,21 @@ mod describe;
 mod effect;
 mod pacing;
 mod preview;
+mod roll_back;
 mod write;
 
 pub use effect::Effect;
+pub use roll_back::roll_back;
 
 use self::describe::describe;
 use self::pacing::{Pacing, Seen};
 use self::preview::preview;
-use self::write::{complete, restore, write};
+use self::roll_back::is_complete;
+use self::write::write;
 use crate::change::{Change, ChangeError};
 use crate::kernel::locks::{Held, Locks};
 use crate::kernel::{KernelError, Live};
-use crate::machine::{Journal, Machine, MachineError, PauseTimes, Paused, WriteCode};
+use crate::machine::{Journal, Machine, MachineError, PauseTimes, Paused};
 use crate::memory::PhysMemory;
 use crate::plan::Plan;
 use crate::task::{Quiescence, Snapshot, Verdict};
@@ -148,15 +151,7 @@ pub fn commit(
     plan: &Plan,
     options: &CommitOptions,
 ) -> Result<Committed, CommitError> {
-    let mut locks = Locks::find(live)?;
-    if plan
-        .record
-        .registration
-        .as_ref()
-        .is_some_and(|module| module.per_cpu.is_some())
-    {
-        locks = locks.with_per_cpu(live)?;
-    }
+    let locks = locks(live, plan)?;
     let finder = match options.model {
         Model::CleanCut => Some(Quiescence::find(live)?),
         Model::None => None,
@@ -168,10 +163,7 @@ pub fn commit(
         }
         None => None,
     };
-    let journal = Journal {
-        staged: plan.staged.clone(),
-        atomic: plan.atomic.clone(),
-    };
+    let journal = journal_with(live, plan, &locks)?;
     machine.guard(Some(&journal))?;
     let result = stage(live, &plan.staged).and_then(|()| {
         try_until(live, machine, plan, options, &locks, &mut stacks).or_else(|error| {
@@ -191,46 +183,31 @@ pub fn commit(
     result
 }
 
-/// Ends the commit of a vmpatch that died: rolls it back, or keeps it where it is complete, and gives true for that.
-///
-/// `has_run` says that the guest may have run since it was paused for the commit. A task may then be in new code that a jump leads to, at
-/// any depth, and nobody has checked the stacks since. A patch with such a jump is completed. Where no jump was written, but the guest may
-/// have met the patch's module in its lists, the patch's memory stays as it is: the next vmpatch plans its [`recovery`](crate::plan::recovery).
+/// What a supervisor is told of the commit of `plan`.
 ///
 /// # Errors
 ///
-/// Guest memory cannot be read or written, or the guest has changed what is left to write.
-pub fn roll_back(
-    memory: &dyn PhysMemory,
-    writer: &mut dyn WriteCode,
-    journal: &Journal,
-    has_run: bool,
-) -> Result<bool, CommitError> {
-    if is_complete(memory, &journal.atomic) {
-        return Ok(true);
-    }
-    writer.drain()?;
-    let mut is_begun = false;
-    for (index, change) in journal.atomic.iter().enumerate() {
-        let is_made = change.restored(memory)? != change.current(memory)?;
-        if has_run && is_made && !change.is_data() && journal.redirects() {
-            complete(memory, writer, journal.atomic.get(index..).unwrap_or_default())?;
-            return Ok(true);
-        }
-        is_begun |= is_made;
-    }
-    restore(memory, writer, &journal.atomic)?;
-    if !(has_run && is_begun) {
-        for change in journal.staged.iter().rev() {
-            change.restore(memory)?;
-        }
-    }
-    Ok(false)
+/// The guest's locks cannot be found.
+pub fn journal(live: &Live<'_>, plan: &Plan) -> Result<Journal, KernelError> {
+    journal_with(live, plan, &locks(live, plan)?)
 }
 
-/// True where all atomic changes were made. The last one is the patch's state in the registry.
-fn is_complete(memory: &dyn PhysMemory, atomic: &[Change]) -> bool {
-    atomic.last().is_some_and(|state| state.verify(memory).is_ok())
+fn journal_with(live: &Live<'_>, plan: &Plan, locks: &Locks) -> Result<Journal, KernelError> {
+    Ok(Journal {
+        staged: plan.staged.clone(),
+        atomic: plan.atomic.clone(),
+        sites: plan.record.changes.clone(),
+        locks: locks.words(live)?,
+    })
+}
+
+/// The locks that must be free in the pause.
+fn locks(live: &Live<'_>, plan: &Plan) -> Result<Locks, KernelError> {
+    let locks = Locks::find(live)?;
+    match &plan.record.registration {
+        Some(module) if module.per_cpu.is_some() => locks.with_per_cpu(live),
+        _ => Ok(locks),
+    }
 }
 
 /// Makes changes one by one while the guest runs. Undoes them where one fails.

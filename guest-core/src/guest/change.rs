@@ -42,6 +42,7 @@ pub(super) fn run<V: Vmm, P, D>(
     let clock = SinceStart(Instant::now());
     let mut changing = Changing {
         guest,
+        operation,
         plan,
         commit,
         half_done: None,
@@ -57,10 +58,10 @@ pub(super) fn run<V: Vmm, P, D>(
     })
 }
 
-/// Recovers each patch whose commit was cut off: undoes an apply, and does what is left of a revert.
+/// Recovers each patch whose commit was cut off: takes it out of force.
 pub(super) fn recover<V: Vmm>(guest: &mut Guest<V>, options: CommitOptions) -> Result<(), PatchError<V::Error>> {
     let operation = Operation::Recover;
-    let plan = &mut |guest: &Guest<V>| Ok(plan::recovery(&guest.live(), &guest.registry)?);
+    let plan = &mut |guest: &Guest<V>| plan::recovery(&guest.live(), &guest.registry).map_err(PatchError::from);
     let commit = &mut |guest: &mut Guest<V>, plan: Option<Plan>, timeout| match plan {
         Some(plan) => guest
             .commit(&plan, operation, CommitOptions { timeout, ..options })
@@ -158,6 +159,7 @@ impl<E: 'static, F: FnMut() -> Result<Plan, PatchError<E>>> Driver for Planning<
 /// Plans and commits.
 struct Changing<'a, V: Vmm, P, D> {
     guest: &'a mut Guest<V>,
+    operation: Operation,
     plan: PlanWith<'a, V, P>,
     commit: CommitWith<'a, V, P, D>,
     /// The last commit that was left half done.
@@ -185,7 +187,11 @@ impl<V: Vmm, P, D> Driver for Changing<'_, V, P, D> {
             id: id.clone(),
             said: source.to_string(),
         });
-        let recovered = self.guest.reread().and_then(|()| self.guest.recover());
+        // The plan of a revert makes what is left of it.
+        let recovered = self.guest.reread().and_then(|()| match self.operation {
+            Operation::Revert => self.guest.ready(),
+            _ => self.guest.recover(),
+        });
         match recovered {
             Err(failure @ PatchError::NotResumed { .. }) => Err(failure),
             Err(_) => Ok(LeftInGuest::Unknown),
@@ -199,7 +205,7 @@ fn left_of(id: &str, entries: &[Entry]) -> LeftInGuest {
     let is_it = |entry: &&Entry| entry.state != State::Kept && entry.record().is_some_and(|record| record.id == id);
     match entries.iter().find(is_it).map(|entry| entry.state) {
         None => LeftInGuest::Nothing,
-        Some(State::Applied) => LeftInGuest::Patch,
+        Some(State::Applied | State::Reverting) => LeftInGuest::Patch,
         Some(_) => LeftInGuest::Unknown,
     }
 }

@@ -3,7 +3,7 @@
 use crate::commit::{CommitError, Effect};
 use crate::kernel::KernelError;
 use crate::kernel::guard::Armed;
-use crate::plan::{Refusal, RevertError};
+use crate::plan::{RecoveryError, Refusal, RevertError};
 use crate::registry::RegistryError;
 use crate::transaction::{Classify, FailureKind, Operation, Transient};
 
@@ -75,6 +75,9 @@ pub enum PatchError<E: 'static> {
         /// Why.
         source: RevertError,
     },
+    /// A patch whose commit was cut off can't be taken out of force.
+    #[error(transparent)]
+    Recovery(#[from] RecoveryError),
     /// What is left of a patch can't be wiped: the guest's integrity guard would stop the guest, or may.
     #[error("wiping what is left of reverted patches")]
     Guard(#[from] Armed),
@@ -178,6 +181,7 @@ impl<E: 'static> PatchError<E> {
             | Self::Registry(_)
             | Self::Refused { .. }
             | Self::Revert { .. }
+            | Self::Recovery(_)
             | Self::Guard(_)
             | Self::RolledBack { .. } => GuestState::AsBefore,
         }
@@ -191,6 +195,7 @@ impl<E: 'static> Transient for PatchError<E> {
             Self::Refused { source, .. } => source.transient(),
             Self::Kernel(error) => error.transient(),
             Self::Revert { source, .. } => source.transient(),
+            Self::Recovery(error) => error.source.transient(),
             _ => None,
         }
     }

@@ -184,8 +184,7 @@ impl<V: Vmm> Guest<V> {
     ///
     /// [`PatchError::guest_state`] tells what the guest is like.
     pub fn recover(&mut self) -> Result<(), PatchError<V::Error>> {
-        self.vmm.require_idle().map_err(PatchError::Vmm)?;
-        self.vmm.remove_leftovers().map_err(PatchError::Vmm)?;
+        self.ready()?;
         change::recover(self, commit_options(Model::CleanCut, RECOVERY_TIME_MAX))?;
         let live = self.live();
         let changes = plan::cleanup(&live, &self.registry)?;
@@ -198,6 +197,12 @@ impl<V: Vmm> Guest<V> {
         let wiped = commit::stage(&live, &changes);
         self.reread()?;
         wiped.map_err(|source| PatchError::commit("reverted patches".to_owned(), Operation::Wipe, source))
+    }
+
+    /// Makes the VMM ready for changes of the guest.
+    fn ready(&mut self) -> Result<(), PatchError<V::Error>> {
+        self.vmm.require_idle().map_err(PatchError::Vmm)?;
+        self.vmm.remove_leftovers().map_err(PatchError::Vmm)
     }
 
     fn plan(&self, file: PatchFile<'_>, options: &PatchOptions) -> Result<Plan, PatchError<V::Error>> {

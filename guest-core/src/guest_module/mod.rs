@@ -359,7 +359,7 @@ impl ModuleRegistration {
     fn leads_into(&self, live: &Live<'_>, memory: &Range<Gva>) -> Result<bool, KernelError> {
         for change in self.tree.iter().filter(|change| change.gives_pointer_to(memory)) {
             let unreadable = |source| KernelError::Restore { what: TREE, source };
-            if change.is_made(live).map_err(unreadable)? {
+            if change.is_made_now(live).map_err(unreadable)? {
                 return Ok(true);
             }
         }

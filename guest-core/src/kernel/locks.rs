@@ -2,8 +2,9 @@
 //! (include/linux/kernel.h), which tells whether the kernel is fully started and not shutting down.
 
 use super::{KernelError, Live};
-use crate::addr::Gva;
-use crate::memory::VirtMemory;
+use crate::addr::{Gpa, Gva};
+use crate::memory::{MemoryError, PhysMemory, VirtMemory};
+use serde::{Deserialize, Serialize};
 
 /// Mutexes, each with what its owner may be doing. A kernel without one of them was built without the feature.
 const MUTEXES: [(&str, &str); 7] = [
@@ -33,6 +34,29 @@ struct Word {
     /// Their value if the lock is free.
     free: u64,
     held: Held,
+}
+
+/// The word of a lock in guest-physical memory, for those who do not know the kernel.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LockWord {
+    gpa: u64,
+    /// The bits that show whether it is held.
+    mask: u64,
+    /// Their value if the lock is free.
+    free: u64,
+}
+
+impl LockWord {
+    /// True where the lock is free.
+    ///
+    /// # Errors
+    ///
+    /// The word cannot be read.
+    pub fn is_free(&self, memory: &dyn PhysMemory) -> Result<bool, MemoryError> {
+        let mut bytes = [0; 8];
+        memory.read(Gpa(self.gpa), &mut bytes)?;
+        Ok(u64::from_le_bytes(bytes) & self.mask == self.free)
+    }
 }
 
 /// The words of the locks. They are looked up once, and read in each pause.
@@ -117,6 +141,28 @@ impl Locks {
         });
         self.words.extend(mutex_word(live, "pcpu_alloc_mutex", PER_CPU)?);
         Ok(self)
+    }
+
+    /// Where the words of the locks are in guest-physical memory.
+    ///
+    /// # Errors
+    ///
+    /// A word's address is not mapped.
+    pub fn words(&self, live: &Live<'_>) -> Result<Vec<LockWord>, KernelError> {
+        let words = self.words.iter().map(|word| {
+            let gpa = live.physical(word.at).map_err(|source| KernelError::Unreadable {
+                what: word.held.name,
+                at: word.at,
+                source,
+            })?;
+            let Word { mask, free, .. } = *word;
+            Ok(LockWord {
+                gpa: gpa.0.0,
+                mask,
+                free,
+            })
+        });
+        words.collect()
     }
 
     /// The first lock that is held. While vCPUs run, this may change at any moment.

@@ -109,12 +109,6 @@ pub enum KernelError {
         /// Why not.
         source: ChangeError,
     },
-    /// A patch's branches cannot be removed from the list of a static key: the guest has listed a later module there.
-    #[error("a module that the guest loaded later uses the static key at {key}, as the patch does that was cut off")]
-    KeyInUse {
-        /// Guest-virtual address of the key.
-        key: Gva,
-    },
     /// The guest changed what was read while it was read.
     #[error(transparent)]
     Changed(ChangeError),

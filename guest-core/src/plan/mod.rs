@@ -12,13 +12,14 @@ mod reapply;
 mod redirects;
 mod refusal;
 mod registration;
+mod removal;
 mod revert;
 mod targets;
 mod this_module;
 mod verify_code;
 
 pub use apply::{ApplyOptions, apply};
-pub use cleanup::{cleanup, recovery};
+pub use cleanup::{RecoveryError, cleanup, recovery};
 pub use compatibility::{Checksums, checksums};
 pub use refusal::Refusal;
 pub use revert::{RevertError, revert};

@@ -120,13 +120,14 @@ impl fmt::Display for KeptCode {
     }
 }
 
-/// The state of a patch. [`State::Applied`] and [`State::Kept`] last; the others are seen after vmpatch was killed.
+/// The state of a patch. [`State::Applied`] and [`State::Kept`] last; the others are seen while vmpatch changes the patch, and after it was
+/// killed. [`Rest::of`](crate::transaction::recovery::Rest::of) says what is left to do then.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u64)]
 pub enum State {
-    /// It is being staged in the cave; no function is redirected. Recovery wipes it.
+    /// It is being staged in the cave; no function is redirected.
     Staging = 1,
-    /// Its commit is under way: sites may be old or new. Recovery undoes it.
+    /// Its commit is under way: sites may be old or new.
     Applying = 2,
     /// It is in force.
     Applied = 3,
@@ -134,8 +135,10 @@ pub enum State {
     Reverted = 4,
     /// It is reverted; its code and variables stay registered in the guest, which may still use them.
     Kept = 5,
-    /// It was kept, and is being applied again: sites may be old or new. Recovery undoes it.
+    /// It was kept, and is being applied again: sites may be old or new.
     Reapplying = 6,
+    /// It is being reverted, and its code may have run: sites may be old or new. A vmpatch that does not know this state refuses the registry.
+    Reverting = 7,
 }
 
 impl State {
@@ -147,6 +150,7 @@ impl State {
             Self::Reverted,
             Self::Kept,
             Self::Reapplying,
+            Self::Reverting,
         ];
         all.into_iter().find(|state| *state as u64 == word)
     }

@@ -13,6 +13,7 @@
 //! ```
 
 mod engine;
+pub mod recovery;
 mod transient;
 
 pub use engine::{Action, Classify, Clock, Driver, End, Ended, Engine, Event, FailureKind, LeftInGuest, drive};

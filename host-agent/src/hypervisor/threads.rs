@@ -61,45 +61,43 @@ impl VcpuThreads {
         };
         let regions: Vec<_> = self.ram.iter().copied().map(Into::into).collect();
         let ram = ram::open(pid, &regions)?;
-        let mut writer = Writer {
-            ram: &ram,
-            vm: self.vm.clone(),
-        };
-        let is_complete = commit::roll_back(&ram, &mut writer, journal, true)?;
+        let mut vm = self.vm.clone();
+        // No register is read: nothing is judged by them, and a stopped thread runs no guest.
+        let stopped = stop(&mut vm).map_err(CommitError::from)?;
+        let ended = commit::roll_back(&ram, &mut Writer(&ram), journal, true);
+        // A process that is being killed does not let its threads go on, and needs no patch.
+        let _ = stopped.resume();
+        let is_complete = ended?;
         // What is left armed costs the guest a little time and no more; the next vmpatch disarms it.
-        let _ = Armed::disarm_left(&writer.vm);
+        let _ = Armed::disarm_left(&vm);
         Ok(is_complete)
     }
 }
 
-/// Writes while the threads are stopped. No register is read: nothing is judged by them, and a stopped thread runs no guest.
-struct Writer<'a> {
-    ram: &'a GuestRam,
-    vm: Vm,
-}
-
-impl Writer<'_> {
-    fn stop(&mut self) -> Result<Stopped, MachineError> {
-        let end = Instant::now() + TRY_TIME_MAX;
-        loop {
-            if !self.vm.is_current() {
-                let pid = self.vm.threads().first().map_or(0, |thread| thread.pid);
-                self.vm = Vm::find(pid, FIND_TIME_MAX).map_err(failed)?;
-            }
-            let stopped = match Stopped::stop(self.vm.threads(), STOP_TIME_MAX) {
-                // A vCPU that came in between runs on.
-                Ok(stopped) if self.vm.is_current() => return Ok(stopped),
-                Ok(stopped) => stopped.resume(),
-                Err(error) => Err(error),
-            };
-            match stopped {
-                Err(error @ (StopError::Forbidden(_) | StopError::GroupStopped { .. })) => return Err(failed(error)),
-                Err(error) if Instant::now() >= end => return Err(failed(error)),
-                Ok(()) | Err(_) => std::thread::sleep(TRY_WAIT),
-            }
+/// Stops the vCPUs of `vm`, and finds them again where some have come or gone.
+fn stop(vm: &mut Vm) -> Result<Stopped, MachineError> {
+    let end = Instant::now() + TRY_TIME_MAX;
+    loop {
+        if !vm.is_current() {
+            let pid = vm.threads().first().map_or(0, |thread| thread.pid);
+            *vm = Vm::find(pid, FIND_TIME_MAX).map_err(failed)?;
+        }
+        let stopped = match Stopped::stop(vm.threads(), STOP_TIME_MAX) {
+            // A vCPU that came in between runs on.
+            Ok(stopped) if vm.is_current() => return Ok(stopped),
+            Ok(stopped) => stopped.resume(),
+            Err(error) => Err(error),
+        };
+        match stopped {
+            Err(error @ (StopError::Forbidden(_) | StopError::GroupStopped { .. })) => return Err(failed(error)),
+            Err(error) if Instant::now() >= end => return Err(failed(error)),
+            Ok(()) | Err(_) => std::thread::sleep(TRY_WAIT),
         }
     }
 }
+
+/// Writes while the threads are stopped.
+struct Writer<'a>(&'a GuestRam);
 
 fn failed(error: impl std::error::Error + Send + Sync + 'static) -> MachineError {
     MachineError::new("stopping the vCPUs' threads", error)
@@ -107,13 +105,7 @@ fn failed(error: impl std::error::Error + Send + Sync + 'static) -> MachineError
 
 impl WriteCode for Writer<'_> {
     fn write(&mut self, writes: &[(Gpa, Vec<u8>)]) -> Result<(), MachineError> {
-        if writes.is_empty() {
-            return Ok(());
-        }
-        let stopped = self.stop()?;
-        let written = self.ram.write_through_process(writes);
-        // A process that is being killed does not let its threads go on, and needs no patch.
-        let _ = stopped.resume();
+        let written = self.0.write_through_process(writes);
         written.map_err(|error| MachineError::new("writing the guest's RAM", error))
     }
 

@@ -188,7 +188,7 @@ fn reason_of(error: &guest::PatchError<HostError>) -> Reason {
     match error {
         Afterwards { source } => reason_of(source),
         Vmm(error) => error.reason(),
-        Kernel(_) | Registry(_) | Refused { .. } | Revert { .. } | Guard(_) => Reason::Refused,
+        Kernel(_) | Registry(_) | Refused { .. } | Revert { .. } | Recovery(_) | Guard(_) => Reason::Refused,
         Commit { source, .. } => match **source {
             CommitError::NotSafe { .. } => Reason::NotSafe,
             ref error if will_not(error) => Reason::Refused,

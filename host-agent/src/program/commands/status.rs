@@ -170,6 +170,7 @@ fn state_name(state: State) -> &'static str {
     match state {
         State::Staging => "staging",
         State::Applying | State::Reapplying => "half applied",
+        State::Reverting => "half reverted",
         State::Applied => "applied",
         State::Reverted => "reverted",
         State::Kept => CODE_KEPT,
