@@ -2,7 +2,7 @@
 
 mod common;
 
-use common::guest::{CAVE, Guest as MadeUp, IMAGE, IMAGE_GPA, gpa};
+use common::guest::{Guest as MadeUp, IMAGE, IMAGE_GPA};
 use common::machine::{Stopped, Vm};
 use common::patch::{patched, target, two, two_with_sections};
 use common::ram::{Fault, until_killed};
@@ -11,7 +11,7 @@ use guest_core::guest::{
     Changed, Embedded, ForCommit, Guest, GuestState, OpenError, PatchError, PatchFile, PatchOptions, Supervised, Vmm,
 };
 use guest_core::machine::{Journal, Machine, MachineError, PauseTimes, Paused, WriteCode};
-use guest_core::registry::{FILLER, State};
+use guest_core::registry::State;
 use guest_core::{Gpa, PhysMemory, Registers};
 use std::cell::RefCell;
 use std::mem::discriminant;
@@ -244,21 +244,13 @@ impl Case {
     fn is_old(&self, differences: &[(u64, Vec<u8>)], lives: bool) -> bool {
         let is_free = |page: u64| self.reverted.iter().any(|(other, _)| *other == page);
         let are_free = self.operation == Operation::Apply && differences.iter().all(|(page, _)| is_free(*page));
-        differences.is_empty() || (!lives && (are_free || is_nameless(differences)))
+        differences.is_empty() || (!lives && are_free)
     }
 
     /// What the next process does first.
     fn recover(guest: &MadeUp) {
         open(guest, &Supervisor::new(true)).recover().unwrap();
     }
-}
-
-/// True where all that differs are the empty slots of a registry whose header was not written any more. Nothing tells the next process
-/// that they are vmpatch's, and nobody uses them.
-fn is_nameless(differences: &[(u64, Vec<u8>)]) -> bool {
-    let [(page, bytes)] = differences else { return false };
-    let (header, slots) = bytes.split_at(64);
-    *page == gpa(CAVE) && header == [FILLER; 64] && slots.iter().all(|byte| *byte == 0)
 }
 
 #[test]

@@ -7,15 +7,16 @@ use crate::paging::PAGE_SIZE;
 use std::ops::Range;
 
 impl Registry {
-    /// Plans an empty registry and its alias mapping. The changes must be made in this order.
+    /// Plans an empty registry and its alias mapping. The changes must be made in this order: the header goes first, so that the next vmpatch
+    /// knows whose the rest is, and removes a registry whose creation was cut off.
     pub fn creation(&self) -> Vec<Change> {
         let filler = |len| vec![FILLER; len];
         let page = PAGE_SIZE as usize;
         let entry = self.page(1).0 | DIRECTORY_ENTRY_BITS;
         let slots = self.base.wrapping_add(HEADER_BYTES as u64);
         vec![
-            Change::replace("registry slots", slots, filler(page), vec![0; page - HEADER_BYTES]),
             Change::replace("registry header", self.base, filler(page), self.header(VERSION)),
+            Change::replace("registry slots", slots, filler(page), vec![0; page - HEADER_BYTES]),
             Change::replace(
                 "page table of the alias mapping",
                 self.page(1),
