@@ -319,6 +319,26 @@ impl Change {
         Ok(now)
     }
 
+    /// True where the bytes at `at` are within this change, and each is an old or a new one of it, or as it is in memory.
+    pub(crate) fn permits(&self, memory: &dyn PhysMemory, at: Gpa, bytes: &[u8]) -> bool {
+        let own = at.0.checked_sub(self.gpa).and_then(|from| {
+            let from = usize::try_from(from).ok()?;
+            let all = from..from.checked_add(bytes.len())?;
+            Some((from, self.old.get(all.clone())?, self.new.get(all)?))
+        });
+        let Some((from, old, new)) = own else { return false };
+        let mask = (from..).map(|at| self.mask_at(at));
+        let parts = || bytes.iter().zip(old.iter().zip(new)).zip(mask.clone());
+        let is_own =
+            |((byte, (old, new)), mask): ((&u8, (&u8, &u8)), u8)| (byte ^ old) & mask == 0 || (byte ^ new) & mask == 0;
+        if parts().all(is_own) {
+            return true;
+        }
+        let mut now = vec![0; bytes.len()];
+        let is_read = memory.read(at, &mut now).is_ok();
+        is_read && parts().zip(&now).all(|(part, now)| is_own(part) || part.0.0 == now)
+    }
+
     fn merged(&self, now: &[u8]) -> Vec<u8> {
         let bytes = now.iter().zip(&self.new).enumerate();
         bytes
@@ -447,6 +467,21 @@ mod tests {
         let flags = Change::set_bits("flags", Gpa(8), 2);
         ram.write(Gpa(8), &[0x83]).unwrap();
         assert_eq!(flags.restored(&ram).unwrap(), [0x81]);
+    }
+
+    #[test]
+    fn a_write_is_permitted_within_a_change_with_its_own_bytes_or_those_in_memory() {
+        let ram = Ram::new(32);
+        ram.write(Gpa(8), &[1, 2, 9, 4]).unwrap();
+        let change = Change::replace("site", Gpa(8), vec![1, 2, 3, 4], vec![5, 6, 7, 8]);
+        let permits = |at, bytes: &[u8]| change.permits(&ram, Gpa(at), bytes);
+        assert!(permits(8, &[5, 6, 7, 8]) && permits(8, &[1, 2, 3, 4]) && permits(9, &[6, 3]));
+        // What the guest has written there since stays.
+        assert!(permits(8, &[1, 6, 9, 4]));
+        assert!(!permits(8, &[1, 6, 10, 4]) && !permits(7, &[0, 5]) && !permits(8, &[5, 6, 7, 8, 0]));
+        assert!(!permits(11, &[8, 0]) && !permits(12, &[0]) && !permits(u64::MAX, &[5]));
+        let flags = Change::set_bits("flags", Gpa(8), 2);
+        assert!(flags.permits(&ram, Gpa(8), &[0xff]) && flags.permits(&ram, Gpa(8), &[0]));
     }
 
     #[test]

@@ -3,6 +3,7 @@
 use crate::addr::Gpa;
 use crate::change::Change;
 use crate::kernel::locks::LockWord;
+use crate::memory::PhysMemory;
 use crate::registry::State;
 use crate::vcpu::Registers;
 use serde::{Deserialize, Serialize};
@@ -48,7 +49,7 @@ impl MachineError {
 }
 
 /// The times of one pause as the host measured them, in microseconds.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct PauseTimes {
     /// From the request to stop to the answer that the vCPUs are paused.
     pub stop_us: u64,
@@ -81,6 +82,13 @@ pub struct Journal {
 }
 
 impl Journal {
+    /// True where a write is part of this commit or of its rollback: all bytes are within one change, and each is its old or its new one, or as
+    /// it is in memory. For a process that makes the writes of another one that is not trusted.
+    pub fn permits(&self, memory: &dyn PhysMemory, at: Gpa, bytes: &[u8]) -> bool {
+        let mut changes = self.staged.iter().chain(&self.atomic);
+        changes.any(|change| change.permits(memory, at, bytes))
+    }
+
     /// True where the commit leads the guest into new code: it ends with a patch in force.
     pub(crate) fn redirects(&self) -> bool {
         self.atomic

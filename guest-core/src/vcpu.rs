@@ -1,8 +1,10 @@
 //! The registers of a vCPU.
 
+use serde::{Deserialize, Serialize};
+
 /// The registers of an x86-64 vCPU that are needed to find the kernel and to unwind. Registers that were read from a running vCPU may be torn:
 /// they serve to find the kernel, never to unwind.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct Registers {
     /// General registers in the instruction set's own order:
     /// rax, rcx, rdx, rbx, rsp, rbp, rsi, rdi, r8 … r15.

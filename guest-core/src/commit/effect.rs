@@ -1,10 +1,11 @@
 //! What a failed commit has left in the guest.
 
 use super::CommitError;
+use serde::{Deserialize, Serialize};
 use std::fmt;
 
 /// How much of a change is in the guest.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Effect {
     /// Nothing of it that the guest can reach.
     AsBefore,
