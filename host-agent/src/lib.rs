@@ -7,6 +7,7 @@
 //! - [`hypervisor`]: a VM that can be reached, whatever runs it;
 //! - [`lock`]: one vmpatch at a time for each guest;
 //! - [`session`]: a guest that was reached and understood: apply, check, revert, recover;
+//! - [`sandbox`]: a process that gives up its rights before it reads what a guest wrote;
 //! - [`supervisor`]: a process of its own that rolls back what a killed vmpatch has left half done;
 //! - [`upgrade`]: moves a guest into another QEMU;
 //! - [`outcome`], [`chain`]: what a failure means, and its causes;
@@ -26,6 +27,7 @@ pub mod hypervisor;
 pub mod lock;
 pub mod module_file;
 pub mod outcome;
+pub mod sandbox;
 pub mod session;
 pub mod supervisor;
 pub mod target;
