@@ -20,6 +20,7 @@
 
 #![deny(clippy::print_stdout, clippy::print_stderr)]
 
+mod broker;
 pub mod chain;
 pub mod domains;
 pub mod find;

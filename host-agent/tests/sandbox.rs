@@ -3,7 +3,7 @@
 //! This program runs itself for each attempt: once as it is, where the attempt must succeed, and once behind
 //! [`restrict`](host_agent::sandbox::restrict), as vmpatch runs the process that reads a guest.
 
-use host_agent::sandbox::{User, restrict};
+use host_agent::sandbox::{Layer, User, restrict};
 use nix::errno::Errno;
 use nix::libc;
 use nix::sys::mman::{MapFlags, ProtFlags, mmap_anonymous};
@@ -13,6 +13,7 @@ use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, soc
 use nix::sys::uio::{RemoteIoVec, process_vm_readv};
 use nix::sys::wait::waitpid;
 use nix::unistd::{ForkResult, Pid, dup, execv, fork};
+use seccompiler::{BpfProgram, SeccompAction, SeccompFilter, TargetArch};
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, IoSliceMut, Read};
 use std::net::{TcpListener, TcpStream};
@@ -154,6 +155,7 @@ fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().collect();
     match arguments.iter().map(String::as_str).collect::<Vec<_>>()[..] {
         [_, "victim"] => be_victim(),
+        [_, "without", layer] => without(layer),
         [_, "attempt", name, restricted, ref world @ ..] => attempt(name, restricted == "true", world),
         _ => all(),
     }
@@ -173,6 +175,28 @@ fn be_victim() -> ExitCode {
     let _ = io::stdin().read(&mut [0]);
     drop(word);
     ExitCode::SUCCESS
+}
+
+/// On a host that lacks a layer, the others are taken on, and it is named.
+fn without(layer: &str) -> ExitCode {
+    let (layer, call) = match layer {
+        "landlock" => (Layer::Landlock, libc::SYS_landlock_create_ruleset),
+        _ => (Layer::Seccomp, libc::SYS_seccomp),
+    };
+    let missing_call = SeccompFilter::new(
+        [(call, Vec::new())].into(),
+        SeccompAction::Allow,
+        SeccompAction::Errno(libc::ENOSYS.cast_unsigned()),
+        TargetArch::x86_64,
+    );
+    let program: BpfProgram = missing_call.unwrap().try_into().unwrap();
+    seccompiler::apply_filter(&program).unwrap();
+    let missing = restrict(&[], own_user(), None);
+    let layers: Vec<_> = missing.iter().map(|missing| missing.layer).collect();
+    assert_eq!(layers, [layer], "{missing:?}");
+    let opened = File::open("/etc/passwd").unwrap_err();
+    assert_eq!(opened.kind(), io::ErrorKind::PermissionDenied);
+    std::process::exit(DONE)
 }
 
 fn attempt(name: &str, restricted: bool, world: &[&str]) -> ExitCode {
@@ -244,6 +268,11 @@ fn all() -> ExitCode {
     }
     for (name, _) in NEEDS {
         tell(name, true, DONE);
+    }
+    for layer in ["landlock", "seccomp"] {
+        let status = own(&["without", layer]).status().unwrap();
+        println!("without {layer}: {status}");
+        failed += usize::from(!status.success());
     }
     fs::remove_dir_all(&folder).unwrap();
     println!("{failed} wrong");

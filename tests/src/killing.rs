@@ -71,6 +71,8 @@ pub enum Victim {
     Worker,
     /// As Ctrl-C on a terminal does it.
     ForegroundGroup,
+    /// Its process that reads the guest.
+    Reader,
     /// Its supervisor alone.
     Supervisor,
     /// All, by SIGTERM, as a service manager does it.
@@ -220,11 +222,22 @@ pub fn supervisors(socket: &Path) -> Vec<u32> {
     processes::with_arguments(&["supervise", &route.to_argument()])
 }
 
+/// The processes that read the guest for a vmpatch that was started: its children of the same command line.
+pub fn readers(vmpatch: &Child) -> Vec<u32> {
+    let line = |pid: u32| std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+    let own = line(vmpatch.id());
+    let children = processes::children(vmpatch.id());
+    children.into_iter().filter(|pid| line(*pid) == own).collect()
+}
+
 fn kill(worker: &Child, socket: &Path, victim: Victim) {
     let supervisor = || supervisors(socket);
     match victim {
         Victim::Worker => processes::kill(worker.id(), Signal::SIGKILL),
         Victim::ForegroundGroup => processes::kill_group(worker.id(), Signal::SIGINT),
+        Victim::Reader => readers(worker)
+            .into_iter()
+            .for_each(|pid| processes::kill(pid, Signal::SIGKILL)),
         Victim::Supervisor => supervisor()
             .into_iter()
             .for_each(|pid| processes::kill(pid, Signal::SIGKILL)),

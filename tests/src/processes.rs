@@ -13,6 +13,18 @@ pub fn with_arguments(arguments: &[&str]) -> Vec<u32> {
     pids.filter(|pid| has_arguments(*pid, arguments)).collect()
 }
 
+/// All processes that this one has started, and that have not been waited for.
+pub fn children(parent: u32) -> Vec<u32> {
+    let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
+    let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+    let parent_of = |pid: &u32| {
+        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+        // The name may hold anything; behind it come the state and the parent (proc(5)).
+        stat.rsplit_once(") ")?.1.split(' ').nth(1)?.parse().ok()
+    };
+    pids.filter(|pid| parent_of(pid) == Some(parent)).collect()
+}
+
 /// False for a process that has ended.
 fn has_arguments(pid: u32, wanted: &[&str]) -> bool {
     let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();

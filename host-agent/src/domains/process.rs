@@ -69,12 +69,17 @@ pub fn is_undumpable_own(pid: i32) -> bool {
 
 /// The user that a process runs as (its effective one).
 pub(crate) fn user(pid: i32) -> Option<u32> {
-    effective_user(&fs::read_to_string(format!("/proc/{pid}/status")).ok()?)
+    effective("Uid:", &fs::read_to_string(format!("/proc/{pid}/status")).ok()?)
 }
 
-/// The second number of the line `Uid:` of /proc/PID/status.
-fn effective_user(status: &str) -> Option<u32> {
-    let line = status.lines().find_map(|line| line.strip_prefix("Uid:"))?;
+/// The same for its group.
+pub(crate) fn group(pid: i32) -> Option<u32> {
+    effective("Gid:", &fs::read_to_string(format!("/proc/{pid}/status")).ok()?)
+}
+
+/// The second number of that line of /proc/PID/status.
+fn effective(name: &str, status: &str) -> Option<u32> {
+    let line = status.lines().find_map(|line| line.strip_prefix(name))?;
     line.split_whitespace().nth(1)?.parse().ok()
 }
 
@@ -268,15 +273,15 @@ fn is_qemu_name(path: &[u8]) -> bool {
 #[cfg(test)]
 mod tests {
     use super::{
-        Binary, MARKER, Process, Stat, effective_user, is_qemu_name, marker, parse_marker, pids, start_time, words,
+        Binary, MARKER, Process, Stat, effective, is_qemu_name, marker, parse_marker, pids, start_time, words,
     };
     use std::path::{Path, PathBuf};
 
     #[test]
     fn the_user_of_a_process_is_its_effective_one() {
         let status = "Name:\tqemu\nUmask:\t0027\nUid:\t0\t64055\t64055\t64055\nGid:\t0\t103\t103\t103\n";
-        assert_eq!(effective_user(status), Some(64055));
-        assert_eq!(effective_user("Name:\tqemu\n"), None);
+        assert_eq!(effective("Uid:", status), Some(64055));
+        assert_eq!(effective("Uid:", "Name:\tqemu\n"), None);
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! Why a VM can't be reached, or does not do what it is asked.
 
+use serde::{Deserialize, Serialize};
 use std::error::Error;
 use std::fmt;
 
@@ -12,7 +13,7 @@ pub struct ReachError {
 }
 
 /// What an error of a hypervisor means to its caller.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Meaning {
     /// It may pass: no answer, somebody else is there.
     MayPass,

@@ -13,6 +13,7 @@ use guest_core::machine::{MachineError, PauseTimes, Paused, WriteCode};
 use guest_core::{Gpa, PhysMemory, Registers};
 use kvm::{ArmError, Armed, FindError, PauseError, Vm};
 use process::StopError;
+use std::io;
 use std::time::{Duration, Instant};
 
 /// How long the vCPUs' threads are looked for: those of a busy guest are seen at once, and so are those of an idle one, but not those
@@ -104,6 +105,10 @@ impl Hypervisor for KvmGuest {
 
     fn memory(&self) -> &dyn PhysMemory {
         self.qemu.memory()
+    }
+
+    fn memory_without_rights(&self) -> io::Result<GuestRam> {
+        self.qemu.memory_without_rights()
     }
 
     fn registers_running(&self) -> Result<Vec<Registers>, ReachError> {

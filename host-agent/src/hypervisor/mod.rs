@@ -23,7 +23,10 @@ pub use threads::{ThreadsError, VcpuThreads};
 
 use guest_core::machine::{MachineError, Paused, WriteCode};
 use guest_core::{PhysMemory, Registers};
+use ram::GuestRam;
+use serde::{Deserialize, Serialize};
 use std::fmt;
+use std::io;
 
 /// A VM that was reached. Reaching it does not pause it.
 pub trait Hypervisor: Send {
@@ -35,6 +38,13 @@ pub trait Hypervisor: Send {
 
     /// The guest's RAM.
     fn memory(&self) -> &dyn PhysMemory;
+
+    /// The guest's RAM for a process that is about to give up its rights: what is not mapped can be read alone.
+    ///
+    /// # Errors
+    ///
+    /// The host does not show it that way.
+    fn memory_without_rights(&self) -> io::Result<GuestRam>;
 
     /// Registers of all vCPUs while they run. Values that change all the time may be torn; those that do not change after boot are
     /// right.
@@ -161,7 +171,7 @@ impl fmt::Display for Accelerator {
 
 /// What a hypervisor does with the guest's whole memory. A write from outside is in no dirty log, so what it makes meanwhile could
 /// hold half a patch.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Activity {
     /// Nothing.
     Idle,

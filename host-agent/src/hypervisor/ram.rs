@@ -8,6 +8,7 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
 use std::ops::Range;
+use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use vm_memory::{Bytes, FileOffset, MmapRegion, VolatileMemory, VolatileSlice};
@@ -90,16 +91,104 @@ pub fn open(pid: i32, regions: &[RamRegion]) -> Result<GuestRam, RamError> {
 /// are the first and the last to need.
 const FILE_READ_BYTES_MIN: usize = 256;
 
+/// How many bytes may lie between two ranges that are read from the process's file as one: less than a system call costs.
+const FILE_GAP_BYTES_MAX: u64 = 4096;
+/// Most bytes of one such read.
+const FILE_READ_BYTES_MAX: u64 = 256 << 10;
+
 /// All RAM of a guest.
 pub struct GuestRam {
     /// The process that runs the guest, whose memory is read and written by system calls.
-    process: Memory,
+    process: ProcessMemory,
     /// Ascending, not overlapping.
     regions: Vec<Region>,
     ranges: Vec<Range<Gpa>>,
 }
 
+/// A process's memory.
+#[derive(Debug, Clone)]
+enum ProcessMemory {
+    /// By calls that name the process. The host looks at this process's rights at each of them.
+    Calls(Memory),
+    /// By `/proc/PID/mem`, opened for reading alone. The host looked at this process's rights when that was opened (`proc_mem_open()`,
+    /// fs/proc/base.c, Linux 6.12).
+    File(Arc<File>),
+}
+
+impl ProcessMemory {
+    fn read(&self, at: u64, buf: &mut [u8]) -> Result<(), String> {
+        match self {
+            Self::Calls(memory) => said(memory.read(at, buf)),
+            Self::File(file) => file.read_exact_at(buf, at).map_err(|error| error.to_string()),
+        }
+    }
+
+    fn write_all(&self, writes: &[(u64, &[u8])]) -> Result<(), String> {
+        match self {
+            Self::Calls(memory) => said(memory.write_all(writes)),
+            Self::File(_) => Err("it was opened for reading".to_owned()),
+        }
+    }
+
+    /// Reads consecutive parts of the buffer, with few system calls.
+    fn read_all(&self, spans: &[Span], buf: &mut [u8]) -> Result<(), String> {
+        match self {
+            Self::Calls(memory) => said(memory.read_all(spans.iter().copied(), buf)),
+            Self::File(_) => self.read_near(spans, buf),
+        }
+    }
+
+    /// Reads ranges that follow closely as one, with what lies in between.
+    fn read_near(&self, spans: &[Span], mut buf: &mut [u8]) -> Result<(), String> {
+        let mut rest = spans;
+        let mut bytes = Vec::new();
+        while let Some(first) = rest.first() {
+            let (mut count, len) = near(rest);
+            bytes.resize(len, 0);
+            let mut read = self.read(first.at, &mut bytes);
+            if read.is_err() && count > 1 {
+                // What lies in between may be missing.
+                count = 1;
+                bytes.truncate(first.len);
+                read = self.read(first.at, &mut bytes);
+            }
+            read?;
+            let (now, later) = rest.split_at(count);
+            for span in now {
+                let from = usize::try_from(span.at.wrapping_sub(first.at)).map_err(|error| error.to_string())?;
+                let part = from.checked_add(span.len).and_then(|end| bytes.get(from..end));
+                let (to, behind) = buf.split_at_mut(span.len.min(buf.len()));
+                match part {
+                    Some(part) if part.len() == to.len() => to.copy_from_slice(part),
+                    _ => return Err("more was asked for than there is room for".to_owned()),
+                }
+                buf = behind;
+            }
+            rest = later;
+        }
+        Ok(())
+    }
+}
+
+/// How many of the ranges, at least one, are read as one, and how many bytes that is.
+fn near(spans: &[Span]) -> (usize, usize) {
+    let Some(first) = spans.first() else { return (0, 0) };
+    let end_of = |span: &Span| span.at.checked_add(u64::try_from(span.len).ok()?);
+    let (mut count, mut end) = (1, end_of(first).unwrap_or(first.at));
+    for span in spans.iter().skip(1) {
+        let Some(next) = end_of(span) else { break };
+        let is_near = span.at >= end && span.at - end <= FILE_GAP_BYTES_MAX;
+        if !is_near || next - first.at > FILE_READ_BYTES_MAX {
+            break;
+        }
+        (count, end) = (count + 1, next);
+    }
+    let len = usize::try_from(end.saturating_sub(first.at)).unwrap_or(usize::MAX);
+    (count, len.max(first.len))
+}
+
 /// A contiguous range of guest RAM, of one block.
+#[derive(Clone)]
 struct Region {
     gpa: u64,
     len: u64,
@@ -126,7 +215,7 @@ impl GuestRam {
             mapped: mapped(region),
         });
         let ram = Self {
-            process: Memory::of(pid),
+            process: ProcessMemory::Calls(Memory::of(pid)),
             regions: regions.collect(),
             ranges: found
                 .iter()
@@ -139,17 +228,15 @@ impl GuestRam {
 
     /// Reads one byte of each block that is not mapped, to tell "the host forbids it" from "the guest is not understood".
     fn try_process(&self, pid: i32, found: &[RamRegion]) -> Result<(), RamError> {
-        let mut last = "";
+        let (process, mut last) = (Memory::of(pid), "");
         for (region, found) in self.regions.iter().zip(found) {
             if region.mapped.is_none() && found.block != last {
                 last = &found.block;
-                self.process
-                    .read(region.hva, &mut [0])
-                    .map_err(|errno| RamError::Process {
-                        pid,
-                        block: found.block.clone(),
-                        source: errno.into(),
-                    })?;
+                process.read(region.hva, &mut [0]).map_err(|errno| RamError::Process {
+                    pid,
+                    block: found.block.clone(),
+                    source: errno.into(),
+                })?;
             }
         }
         Ok(())
@@ -170,7 +257,7 @@ impl GuestRam {
                 writes.first().map_or(Gpa(0), |(at, _)| *at),
                 some.iter().map(|(_, bytes)| bytes.len()).sum(),
             );
-            let result = said(self.process.write_all(some));
+            let result = self.process.write_all(some);
             result.map_err(|cause| MemoryError::Host { at, len, cause })?;
         }
         Ok(())
@@ -184,6 +271,42 @@ impl GuestRam {
             hva: region.hva,
         });
         regions.collect()
+    }
+
+    /// The same RAM for a process that may open nothing and name no other process: what is not mapped is read from a file that is opened
+    /// now, and can't be written.
+    pub(crate) fn without_rights(&self, pid: i32) -> io::Result<Self> {
+        let process = match self.regions.iter().all(|region| region.mapped.is_some()) {
+            true => self.process.clone(),
+            false => ProcessMemory::File(Arc::new(File::open(format!("/proc/{pid}/mem"))?)),
+        };
+        Ok(Self {
+            process,
+            regions: self.regions.clone(),
+            ranges: self.ranges.clone(),
+        })
+    }
+
+    /// The files that it reads.
+    pub(crate) fn files(&self) -> Vec<RawFd> {
+        let mapped = self.regions.iter().filter_map(|region| region.mapped.as_ref());
+        let mut files: Vec<_> = mapped
+            .filter_map(|mapped| Some(mapped.block.file_offset()?.file().as_raw_fd()))
+            .collect();
+        if let ProcessMemory::File(file) = &self.process {
+            files.push(file.as_raw_fd());
+        }
+        files
+    }
+
+    /// Whether all of these bytes are mapped here, and so written without a system call.
+    pub(crate) fn is_mapped(&self, at: Gpa, len: usize) -> bool {
+        let mut is_mapped = true;
+        let split = self.pieces(at, len, |region, _, _| {
+            is_mapped &= region.mapped.is_some();
+            Ok(())
+        });
+        split.is_ok() && is_mapped
     }
 
     /// Splits `len` bytes at `at` by region and calls `act` for each part, with the region, the offset in it, and the part's range
@@ -223,17 +346,17 @@ impl GuestRam {
 }
 
 impl Region {
-    fn read(&self, process: Memory, offset: u64, buf: &mut [u8]) -> Result<(), String> {
+    fn read(&self, process: &ProcessMemory, offset: u64, buf: &mut [u8]) -> Result<(), String> {
         match &self.mapped {
             Some(mapped) => mapped.read(offset, buf),
-            None => said(process.read(self.hva.wrapping_add(offset), buf)),
+            None => process.read(self.hva.wrapping_add(offset), buf),
         }
     }
 
-    fn write(&self, process: Memory, offset: u64, bytes: &[u8]) -> Result<(), String> {
+    fn write(&self, process: &ProcessMemory, offset: u64, bytes: &[u8]) -> Result<(), String> {
         match &self.mapped {
             Some(mapped) => mapped.write(offset, bytes),
-            None => said(process.write(self.hva.wrapping_add(offset), bytes)),
+            None => process.write_all(&[(self.hva.wrapping_add(offset), bytes)]),
         }
     }
 }
@@ -248,13 +371,13 @@ impl PhysMemory for GuestRam {
         if let Some((region, offset, piece)) = self.piece(at, 0, buf.len())
             && piece.len() == buf.len()
         {
-            let (len, result) = (buf.len(), region.read(self.process, offset, buf));
+            let (len, result) = (buf.len(), region.read(&self.process, offset, buf));
             return result.map_err(|cause| MemoryError::Host { at, len, cause });
         }
         self.pieces(at, buf.len(), |region, offset, piece| {
             let len = piece.len();
             let buf = buf.get_mut(piece).unwrap_or_default();
-            let result = region.read(self.process, offset, buf);
+            let result = region.read(&self.process, offset, buf);
             result.map_err(|cause| MemoryError::Host { at, len, cause })
         })
     }
@@ -280,11 +403,14 @@ impl PhysMemory for GuestRam {
         for some in far.chunks(Memory::SPANS_MAX) {
             let mut bytes = vec![0; some.iter().map(|(_, here)| here.len()).sum()];
             let (at, len) = (ranges.first().map_or(Gpa(0), |(at, _)| *at), bytes.len());
-            let spans = some.iter().map(|(hva, here)| Span {
-                at: *hva,
-                len: here.len(),
-            });
-            let result = said(self.process.read_all(spans, &mut bytes));
+            let spans: Vec<_> = some
+                .iter()
+                .map(|(hva, here)| Span {
+                    at: *hva,
+                    len: here.len(),
+                })
+                .collect();
+            let result = self.process.read_all(&spans, &mut bytes);
             result.map_err(|cause| MemoryError::Host { at, len, cause })?;
             let mut rest = bytes.as_slice();
             for (_, here) in some {
@@ -300,7 +426,7 @@ impl PhysMemory for GuestRam {
         self.pieces(at, bytes.len(), |region, offset, piece| {
             let len = piece.len();
             let bytes = bytes.get(piece).unwrap_or_default();
-            let result = region.write(self.process, offset, bytes);
+            let result = region.write(&self.process, offset, bytes);
             result.map_err(|cause| MemoryError::Host { at, len, cause })
         })
     }
@@ -311,6 +437,7 @@ impl PhysMemory for GuestRam {
 }
 
 /// Where a region lies in a mapping of this process.
+#[derive(Clone)]
 struct Mapped {
     block: Arc<MmapRegion>,
     offset: u64,
@@ -397,7 +524,7 @@ mod tests {
             Some(Mapped { block, offset })
         };
         GuestRam {
-            process: Memory::of(std::process::id().cast_signed()),
+            process: ProcessMemory::Calls(Memory::of(std::process::id().cast_signed())),
             regions: vec![
                 region(0x1000, mapped(0x1000), 0),
                 region(0x2000, None, hva),
@@ -419,6 +546,49 @@ mod tests {
         ram.read(Gpa(0x2000), &mut read[..32]).unwrap();
         assert_eq!(read[..32], bytes[32..]);
         assert_eq!(own[..32], bytes[32..]);
+    }
+
+    #[test]
+    fn without_rights_the_same_is_read_and_only_what_is_mapped_is_written() {
+        let mut own = [0; 0x1000];
+        let ram = mixed(&mut own);
+        let bytes: Vec<u8> = (1..=64).collect();
+        ram.write(Gpa(0x1fe0), &bytes).unwrap();
+        let ram = ram.without_rights(std::process::id().cast_signed()).unwrap();
+        let mut read = [0; 9];
+        let ranges = [
+            (Gpa(0x2008), 4),
+            (Gpa(0x1fe0), 2),
+            (Gpa(0x2010), 1),
+            (Gpa(0x2012), 1),
+            (Gpa(0x2010), 1),
+        ];
+        ram.read_ranges(&ranges, &mut read).unwrap();
+        assert_eq!(read, [41, 42, 43, 44, 1, 2, 49, 51, 49]);
+        assert!(ram.is_mapped(Gpa(0x1fe0), 0x20) && !ram.is_mapped(Gpa(0x1fe0), 0x21));
+        ram.write(Gpa(0x1fe0), &[7]).unwrap();
+        assert!(ram.write(Gpa(0x2000), &[7]).is_err());
+        assert_eq!(own[0], 33);
+    }
+
+    #[test]
+    fn ranges_that_follow_closely_are_read_as_one() {
+        let spans = |places: &[(u64, usize)]| {
+            places
+                .iter()
+                .map(|(at, len)| Span { at: *at, len: *len })
+                .collect::<Vec<_>>()
+        };
+        for (places, expected) in [
+            (&[(0x1000, 8)][..], (1, 8)),
+            (&[(0x1000, 8), (0x1008, 8), (0x2010, 8), (0x4000, 8)], (3, 0x1018)),
+            (&[(0x1000, 8), (0xff8, 8)], (1, 8)),
+            (&[(0x1000, 8), (0x1004, 8)], (1, 8)),
+            (&[(0x1000, 1 << 20), (0x1000 + (1 << 20), 8)], (1, 1 << 20)),
+            (&[(u64::MAX - 7, 8)], (1, 8)),
+        ] {
+            assert_eq!(near(&spans(places)), expected, "{places:x?}");
+        }
     }
 
     #[test]

@@ -30,7 +30,7 @@ impl Drop for StopsHeldBack {
 }
 
 /// A paused guest, with those requests held back until it runs.
-pub(super) struct HeldBack<'a> {
+pub(crate) struct HeldBack<'a> {
     guest: Box<dyn Paused + 'a>,
     /// Declared behind the guest, and so dropped when that runs.
     stops: StopsHeldBack,
@@ -38,7 +38,7 @@ pub(super) struct HeldBack<'a> {
 
 impl<'a> HeldBack<'a> {
     /// Of a guest that was paused after `stops` had begun.
-    pub(super) fn new(guest: Box<dyn Paused + 'a>, stops: StopsHeldBack) -> Self {
+    pub(crate) fn new(guest: Box<dyn Paused + 'a>, stops: StopsHeldBack) -> Self {
         Self { guest, stops }
     }
 }

@@ -5,6 +5,7 @@ use super::build::BuildOptions;
 use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
 use guest_core::commit::Model;
 use host_agent::hypervisor::{PauseMethod, Route};
+use host_agent::sandbox::Sandbox;
 use host_agent::session::PatchOptions;
 use host_agent::target::Selector;
 use host_agent::upgrade;
@@ -37,15 +38,17 @@ pub fn parse() -> Cli {
 }
 
 /// Options that every command takes, and that act on some.
-const OF_SOME: [&str; 6] = ["domain", "qmp", "timeout", "model", "pause", "patches"];
+const OF_SOME: [&str; 7] = ["domain", "qmp", "timeout", "model", "pause", "sandbox", "patches"];
 
 /// Which of them act on a command.
 fn acting(command: &str) -> &'static [&'static str] {
     match command {
-        "apply" => &["domain", "qmp", "timeout", "model", "pause"],
-        "check" => &["domain", "qmp", "timeout", "model"],
-        "revert" => &["domain", "qmp", "timeout", "pause"],
-        "status" | "inspect" | "upgrade" => &["domain", "qmp"],
+        "apply" => &["domain", "qmp", "timeout", "model", "pause", "sandbox"],
+        "check" => &["domain", "qmp", "timeout", "model", "sandbox"],
+        "revert" => &["domain", "qmp", "timeout", "pause", "sandbox"],
+        "status" | "inspect" => &["domain", "qmp", "sandbox"],
+        "domains" => &["sandbox"],
+        "upgrade" => &["domain", "qmp"],
         _ => &[],
     }
 }
@@ -100,6 +103,9 @@ pub struct Options {
     /// How the guest's vCPUs are paused
     #[arg(long, value_enum, default_value_t = PauseName::Auto, global = true)]
     pub pause: PauseName,
+    /// Whether the process that reads the guest gives up its rights
+    #[arg(long, value_enum, default_value_t = SandboxName::Auto, global = true)]
+    pub sandbox: SandboxName,
     /// Directory of modules for the bare command
     #[arg(long, value_name = "DIR", default_value = PATCHES_DEFAULT, global = true)]
     pub patches: PathBuf,
@@ -145,6 +151,28 @@ impl PauseName {
             Self::Auto => PauseMethod::Auto,
             Self::Ptrace => PauseMethod::Ptrace,
             Self::Qmp => PauseMethod::Qmp,
+        }
+    }
+}
+
+/// Sandboxes by name.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum SandboxName {
+    /// as far as the host's kernel lets it; -vv says what is missing
+    Auto,
+    /// all of them, or the command is refused
+    Require,
+    /// no: one process does all, with the rights that it was started with
+    Off,
+}
+
+impl SandboxName {
+    /// The library's.
+    pub fn sandbox(self) -> Sandbox {
+        match self {
+            Self::Auto => Sandbox::Auto,
+            Self::Require => Sandbox::Require,
+            Self::Off => Sandbox::Off,
         }
     }
 }

@@ -89,7 +89,7 @@ fn carry_out(cli: &Cli, progress: &Progress) -> Result<(), Ended> {
         }
         Some(Command::Status) => show(commands::status(options)?, None, true),
         Some(Command::Inspect) => printer.print(&commands::inspect(options)?, text::inspection),
-        Some(Command::Domains) => printer.print(&commands::domains()?, |lines| text::domains(lines)),
+        Some(Command::Domains) => printer.print(&commands::domains(options)?, |lines| text::domains(lines)),
         Some(Command::Upgrade(wanted)) => {
             let report = commands::upgrade(options, wanted)?;
             printer.conclude(&report, report.moved(), None, true, text::upgrade)

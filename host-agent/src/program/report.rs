@@ -7,7 +7,7 @@ use guest_core::machine::PauseTimes;
 use guest_core::module::{Note, PatchModule};
 use guest_core::registry::{PatchedFunction, Record, Redirect};
 use host_agent::session::Session;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 /// A guest-virtual address, as hex text: JSON numbers end at 2^53.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -38,7 +38,7 @@ impl Guest {
     pub fn of(session: &Session) -> Self {
         Self {
             domain: session.name().map(str::to_owned),
-            pid: session.vm().identity().pid,
+            pid: session.identity().pid,
             release: session.kernel().release.clone(),
             integrity_guard: session.guard().map(IntegrityGuard::from),
         }
@@ -394,14 +394,14 @@ pub struct Inspection {
 }
 
 /// `domains`: one running guest.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct DomainLine {
     /// Its name.
     pub name: Option<String>,
     /// The process that runs it.
     pub pid: i32,
     /// Its program, where that is not QEMU.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub program: Option<String>,
     /// The QMP socket that was used.
     pub qmp: Option<String>,
@@ -412,6 +412,6 @@ pub struct DomainLine {
     /// Names of its patches.
     pub patches: Vec<String>,
     /// Why it could not be looked at.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub error: Option<String>,
 }

@@ -1,6 +1,6 @@
 //! A process that gives up its rights for good: what reads a guest's memory needs none once its descriptors are open.
 //!
-//! Each layer stands for itself, so that one that the host lacks, or that has a flaw, leaves the others:
+//! The layers do not depend on one another: one that the host lacks, or that has a flaw, leaves the others:
 //!
 //! - **descriptors**: all are closed that are not named;
 //! - **user**: another user and group, no further groups, no capability, and none by a program that is started (`no_new_privs`);

@@ -3,6 +3,7 @@
 use crate::hypervisor::{Meaning, ReachError, Route};
 use crate::lock::LockError;
 use crate::outcome::{GuestState, Reason};
+use crate::sandbox::SandboxError;
 use guest_core::commit::CommitError;
 use guest_core::guest;
 use guest_core::kernel::KernelError;
@@ -36,6 +37,9 @@ pub enum OpenError {
     /// The registry is not understood.
     #[error("understanding the guest's patches")]
     Registry(#[from] RegistryError),
+    /// The sandbox was required, and the host does not give it.
+    #[error(transparent)]
+    Sandbox(#[from] SandboxError),
     /// The program to start the supervisor from was not found.
     #[error("finding the program of this vmpatch")]
     Program(#[source] io::Error),
@@ -63,7 +67,7 @@ impl OpenError {
         match self {
             Self::Lock(_) | Self::OtherProcess { .. } => Reason::Unreachable,
             Self::Host(error) => error.reason(),
-            Self::Kernel(_) | Self::Registry(_) => Reason::Refused,
+            Self::Kernel(_) | Self::Registry(_) | Self::Sandbox(_) => Reason::Refused,
             Self::Program(_) => Reason::Failed,
         }
     }

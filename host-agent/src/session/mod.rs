@@ -7,18 +7,20 @@ pub use error::{BusyError, HostError, OpenError, PatchError};
 pub use guest_core::guest::PatchOptions;
 
 use self::vm::LockedVm;
+use crate::broker::divide;
 use crate::chain::chain;
-use crate::hypervisor::Hypervisor;
+use crate::hypervisor::{Activity, Identity, ReachError};
 use crate::lock::{DomainLock, LOCK_TIME_MAX, LockError};
 use crate::module_file;
+use crate::sandbox::Sandbox;
 use crate::target::Target;
 use guest_core::commit::Committed;
-use guest_core::guest::{Changed, Guest, PatchFile};
+use guest_core::guest::{Changed, Guest, PatchFile, Vmm};
 use guest_core::kernel::Live;
 use guest_core::kernel::guard::Guard;
 use guest_core::plan::Plan;
 use guest_core::registry::{Cave, Record, Registry};
-use guest_core::{Kernel, Registers};
+use guest_core::{Kernel, PhysMemory, Registers};
 use std::path::{Path, PathBuf};
 
 /// A guest, its kernel and its patches, locked and with a supervisor beside each change.
@@ -26,28 +28,51 @@ pub struct Session {
     guest: Guest<LockedVm>,
 }
 
-impl Session {
-    /// Reaches the guest to change it, and understands it. Nothing is changed yet, and the guest is not paused.
-    pub fn open(target: &Target) -> Result<Self, OpenError> {
-        Self::open_with(target, |pid| DomainLock::acquire_within(pid, LOCK_TIME_MAX).map(Some))
-    }
+/// What a guest is opened for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Access {
+    /// To change it.
+    Change,
+    /// To read it. Where the host has no place for locks, it goes without, with a warning: another vmpatch that changes the guest meanwhile
+    /// can make what is read wrong, and nothing else.
+    Read,
+}
 
-    /// The same for a command that only reads. Where the host has no place for locks, it goes without, with a warning: another vmpatch
-    /// that changes the guest meanwhile can make what is read wrong, and nothing else.
-    pub fn open_to_read(target: &Target) -> Result<Self, OpenError> {
-        Self::open_with(target, |pid| match DomainLock::acquire_within(pid, LOCK_TIME_MAX) {
-            Err(error) if error.is_for_want_of_a_place() => {
+impl Access {
+    fn lock(self, pid: i32) -> Result<Option<DomainLock>, LockError> {
+        match DomainLock::acquire_within(pid, LOCK_TIME_MAX) {
+            Err(error) if self == Self::Read && error.is_for_want_of_a_place() => {
                 tracing::warn!("without a lock: {}", chain(&error).join(": "));
                 Ok(None)
             }
             lock => lock.map(Some),
-        })
+        }
+    }
+}
+
+impl Session {
+    /// Reaches the guest to change it, and understands it. Nothing is changed yet, and the guest is not paused.
+    pub fn open(target: &Target) -> Result<Self, OpenError> {
+        Ok(Self::open_divided(target, Access::Change, Sandbox::Off, |_| ())?.0)
     }
 
-    fn open_with(
+    /// The same for a command that only reads.
+    pub fn open_to_read(target: &Target) -> Result<Self, OpenError> {
+        Ok(Self::open_divided(target, Access::Read, Sandbox::Off, |_| ())?.0)
+    }
+
+    /// Reaches the guest, divides this process ([`Sandbox`]), and understands the guest. What returns is a new process without rights: it can
+    /// open nothing and start nothing, and ends with the process that called, which has the rights and does not return.
+    ///
+    /// For a program with one thread, which opens all that it needs before; `before` is its last occasion. Where the process has more threads,
+    /// or the host does not let it divide itself, it stays as it is, unless the sandbox is required.
+    pub fn open_divided<T>(
         target: &Target,
-        lock: impl Fn(i32) -> Result<Option<DomainLock>, LockError>,
-    ) -> Result<Self, OpenError> {
+        access: Access,
+        sandbox: Sandbox,
+        before: impl FnOnce(&Identity) -> T,
+    ) -> Result<(Self, T), OpenError> {
+        let lock = |pid| access.lock(pid);
         let shown = target.name.clone().unwrap_or_else(|| target.route.to_string());
         tracing::debug!(guest = shown, "connecting");
         // Where the process is known, the lock comes first: it tells of another vmpatch, where QEMU's socket is just unresponsive.
@@ -68,10 +93,12 @@ impl Session {
         };
         let supervisor = std::env::current_exe().map_err(OpenError::Program)?;
         let name = target.name.clone().or_else(|| vm.identity().name.clone());
+        let before = before(vm.identity());
+        let divided = divide(vm, lock, access == Access::Change, &supervisor, sandbox)?;
         tracing::debug!(guest = shown, "finding the kernel");
-        let guest = Guest::open(LockedVm::new(vm, supervisor, name, lock))?;
+        let guest = Guest::open(LockedVm::new(divided, supervisor, name))?;
         tracing::info!("{}", guest.kernel().banner);
-        Ok(Self { guest })
+        Ok((Self { guest }, before))
     }
 
     /// The guest's name, where it has one.
@@ -84,14 +111,29 @@ impl Session {
         self.guest.vmm().shown()
     }
 
-    /// The VM: its memory and vCPUs.
-    pub fn vm(&self) -> &dyn Hypervisor {
-        self.guest.vmm().hypervisor.as_ref()
+    /// Who the VM is.
+    pub fn identity(&self) -> &Identity {
+        self.guest.vmm().identity()
     }
 
-    /// The program that is started as supervisor. It is this very one, unless an embedder that is not `vmpatch` says otherwise.
+    /// The guest's memory.
+    pub fn memory(&self) -> &dyn PhysMemory {
+        self.guest.vmm().memory()
+    }
+
+    /// What the hypervisor does with the guest's memory now.
+    ///
+    /// # Errors
+    ///
+    /// It was asked and did not answer.
+    pub fn activity(&self) -> Result<Activity, ReachError> {
+        self.guest.vmm().activity()
+    }
+
+    /// The program that is started as supervisor. It is this very one, unless an embedder that is not `vmpatch` says otherwise. A process
+    /// that was divided has said it before.
     pub fn set_supervisor(&mut self, program: PathBuf) {
-        self.guest.vmm_mut().supervisor = program;
+        self.guest.vmm_mut().set_supervisor(program);
     }
 
     /// The guest's integrity guard, as it was when the kernel was found. Each plan reads it again.

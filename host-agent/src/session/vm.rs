@@ -1,7 +1,8 @@
 //! The host's side of a guest that is patched: its hypervisor, its lock, and the supervisor of each change.
 
 use super::error::{BusyError, HostError};
-use crate::hypervisor::{Activity, GuardedMachine, Hypervisor};
+use crate::broker::{BrokeredVm, Divided};
+use crate::hypervisor::{Activity, GuardedMachine, Hypervisor, Identity, ReachError};
 use crate::lock::{DomainLock, LockError};
 use crate::supervisor::Supervisor;
 use guest_core::commit::Effect;
@@ -13,31 +14,58 @@ use std::path::PathBuf;
 
 /// A VM that was reached, and the right to change it.
 pub(super) struct LockedVm {
-    /// The VM: its memory and vCPUs.
-    pub(super) hypervisor: Box<dyn Hypervisor>,
-    /// The program that is started as supervisor.
-    pub(super) supervisor: PathBuf,
+    reached: Reached,
     /// The guest's name, where it has one.
     pub(super) name: Option<String>,
     /// Whether it was said that nobody can be asked what the hypervisor does.
     is_told_unknown: Cell<bool>,
-    /// None where the guest is only read, and the host has no place for locks.
-    lock: Option<DomainLock>,
+}
+
+/// How it was reached.
+enum Reached {
+    /// By this process.
+    Here {
+        /// The VM: its memory and vCPUs.
+        hypervisor: Box<dyn Hypervisor>,
+        /// None where the guest is only read, and the host has no place for locks.
+        lock: Option<DomainLock>,
+        /// The program that is started as supervisor.
+        supervisor: PathBuf,
+    },
+    /// By a broker, which has the lock.
+    Brokered(BrokeredVm),
 }
 
 impl LockedVm {
-    pub(super) fn new(
-        hypervisor: Box<dyn Hypervisor>,
-        supervisor: PathBuf,
-        name: Option<String>,
-        lock: Option<DomainLock>,
-    ) -> Self {
+    pub(super) fn new(divided: Divided, supervisor: PathBuf, name: Option<String>) -> Self {
+        let reached = match divided {
+            Divided::Worker(vm) => Reached::Brokered(vm),
+            Divided::Whole { vm, lock } => Reached::Here {
+                hypervisor: vm,
+                lock,
+                supervisor,
+            },
+        };
         Self {
-            hypervisor,
-            supervisor,
+            reached,
             name,
             is_told_unknown: Cell::new(false),
-            lock,
+        }
+    }
+
+    /// Who the VM is.
+    pub(super) fn identity(&self) -> &Identity {
+        match &self.reached {
+            Reached::Here { hypervisor, .. } => hypervisor.identity(),
+            Reached::Brokered(vm) => vm.identity(),
+        }
+    }
+
+    /// What the hypervisor does with the guest's memory now.
+    pub(super) fn activity(&self) -> Result<Activity, ReachError> {
+        match &self.reached {
+            Reached::Here { hypervisor, .. } => hypervisor.activity(),
+            Reached::Brokered(vm) => vm.activity(),
         }
     }
 
@@ -45,18 +73,28 @@ impl LockedVm {
     pub(super) fn shown(&self) -> String {
         self.name
             .clone()
-            .unwrap_or_else(|| format!("process {}", self.hypervisor.identity().pid))
+            .unwrap_or_else(|| format!("process {}", self.identity().pid))
     }
 
-    /// The lock, where there is one.
+    /// Sets the program that is started as supervisor. A broker has been told.
+    pub(super) fn set_supervisor(&mut self, program: PathBuf) {
+        if let Reached::Here { supervisor, .. } = &mut self.reached {
+            *supervisor = program;
+        }
+    }
+
+    /// The lock, where there is one, and it is this process's.
     pub(super) fn into_lock(self) -> Result<DomainLock, LockError> {
-        let pid = self.hypervisor.identity().pid;
-        self.lock.ok_or(LockError::NotTaken { pid })
+        let pid = self.identity().pid;
+        match self.reached {
+            Reached::Here { lock: Some(lock), .. } => Ok(lock),
+            Reached::Here { .. } | Reached::Brokered(_) => Err(LockError::NotTaken { pid }),
+        }
     }
 
     /// Refuses where the hypervisor does something that a change would not survive.
     pub(super) fn refuse_if_busy(&self) -> Result<(), BusyError> {
-        match self.hypervisor.activity()? {
+        match self.activity()? {
             Activity::Busy(what) => Err(BusyError::Busy(what)),
             Activity::Idle => Ok(()),
             Activity::Unknown if self.is_told_unknown.replace(true) => Ok(()),
@@ -75,11 +113,17 @@ impl Vmm for LockedVm {
     type Error = HostError;
 
     fn memory(&self) -> &dyn PhysMemory {
-        self.hypervisor.memory()
+        match &self.reached {
+            Reached::Here { hypervisor, .. } => hypervisor.memory(),
+            Reached::Brokered(vm) => vm.memory(),
+        }
     }
 
     fn registers(&mut self) -> Result<Vec<Registers>, HostError> {
-        Ok(self.hypervisor.registers_running()?)
+        Ok(match &self.reached {
+            Reached::Here { hypervisor, .. } => hypervisor.registers_running(),
+            Reached::Brokered(vm) => vm.registers_running(),
+        }?)
     }
 
     fn require_idle(&self) -> Result<(), HostError> {
@@ -87,21 +131,36 @@ impl Vmm for LockedVm {
     }
 
     fn remove_leftovers(&mut self) -> Result<(), HostError> {
-        Ok(self.hypervisor.remove_leftovers()?)
+        Ok(match &self.reached {
+            Reached::Here { hypervisor, .. } => hypervisor.remove_leftovers(),
+            Reached::Brokered(vm) => vm.remove_leftovers(),
+        }?)
     }
 
     fn begin(&mut self) -> Result<ForCommit<'_>, HostError> {
-        let pid = self.hypervisor.identity().pid;
-        let lock = self.lock.as_ref().ok_or(LockError::NotTaken { pid })?;
-        let supervisor =
-            Supervisor::start(&self.supervisor, &self.hypervisor.route(), lock).map_err(HostError::Supervisor)?;
-        Ok(ForCommit {
-            memory: self.hypervisor.memory(),
-            machine: Box::new(SupervisedVcpus {
-                hypervisor: self.hypervisor.as_ref(),
-                machine: GuardedMachine::new(self.hypervisor.as_ref(), supervisor),
+        match &self.reached {
+            Reached::Here {
+                hypervisor,
+                lock,
+                supervisor,
+            } => {
+                let pid = hypervisor.identity().pid;
+                let lock = lock.as_ref().ok_or(LockError::NotTaken { pid })?;
+                let supervisor =
+                    Supervisor::start(supervisor, &hypervisor.route(), lock).map_err(HostError::Supervisor)?;
+                Ok(ForCommit {
+                    memory: hypervisor.memory(),
+                    machine: Box::new(SupervisedVcpus {
+                        hypervisor: hypervisor.as_ref(),
+                        machine: GuardedMachine::new(hypervisor.as_ref(), supervisor),
+                    }),
+                })
+            }
+            Reached::Brokered(vm) => Ok(ForCommit {
+                memory: vm.memory(),
+                machine: Box::new(vm.begin().map_err(HostError::Supervisor)?),
             }),
-        })
+        }
     }
 }
 

@@ -75,7 +75,7 @@ pub enum IdentityError {
 impl Identity {
     /// Of the guest that a session has understood.
     pub(super) fn of(session: &Session) -> Result<Self, MemoryError> {
-        let memory = session.vm().memory();
+        let memory = session.memory();
         let (kernel, registry) = (session.kernel(), session.registry());
         let mut wanted: Vec<(String, Gpa, usize)> = Vec::new();
         if let Some(start) = kernel.image.physical(kernel.image.start()) {
@@ -125,7 +125,7 @@ impl Identity {
                 new: session.kernel().banner.clone(),
             });
         }
-        self.verify(session.vm().memory())
+        self.verify(session.memory())
     }
 
     /// How many places are compared.

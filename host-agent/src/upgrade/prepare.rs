@@ -78,9 +78,9 @@ pub(super) fn prepare(target: &Target, wanted: &UpgradeOptions) -> Result<Prepar
     let (shown, release, pid) = (
         session.shown(),
         session.kernel().release.clone(),
-        session.vm().identity().pid,
+        session.identity().pid,
     );
-    let is_emulated = session.vm().identity().accelerator == Accelerator::Tcg;
+    let is_emulated = session.identity().accelerator == Accelerator::Tcg;
     let identity = Identity::of(&session)?;
     tracing::info!(guest = shown, "{} places to compare", identity.len());
     // QEMU serves one client per socket.

@@ -48,7 +48,7 @@ pub fn run(name: &str, vmpatch: &Path, module: &Path, socket: &Path, (warm_up, r
     let mut session = open(name, vmpatch)?;
     let mut monitor = Monitor::connect(socket)?;
     let bytes = fs::read(module)?;
-    let vm = Vm::find(session.vm().identity().pid, Duration::from_secs(5))?;
+    let vm = Vm::find(session.identity().pid, Duration::from_secs(5))?;
     let (mut qmp, mut bare, mut all, mut tries) = (Vec::new(), Vec::new(), Vec::<Committed>::new(), 0);
     for round in 0..warm_up + rounds {
         let stop_and_cont = stop_and_cont(&mut monitor)?;

@@ -17,7 +17,7 @@ const TOLD_EACH: usize = 50;
 /// Something failed; a patch may be left in the guest.
 pub fn run(name: &str, vmpatch: &Path, module: &Path, count: usize) -> Result<()> {
     let mut session = open(name, vmpatch)?;
-    let pid = u32::try_from(session.vm().identity().pid)?;
+    let pid = u32::try_from(session.identity().pid)?;
     let bytes = fs::read(module)?;
     let (mut pauses, mut tries, start) = (Vec::new(), 0, Instant::now());
     let free = || -> Result<()> {

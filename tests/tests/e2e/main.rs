@@ -32,6 +32,7 @@ mod refusals;
 mod registry;
 mod reports;
 mod rules;
+mod sandbox;
 mod selfcheck;
 mod silent;
 mod static_keys;

@@ -16,6 +16,7 @@ use qmp::machine::RunState;
 use qmp::{Backing, Machine, RamMap};
 use std::cell::RefCell;
 use std::collections::BTreeMap;
+use std::io;
 use std::sync::Arc;
 
 /// A guest of QEMU.
@@ -94,6 +95,10 @@ impl Hypervisor for Qemu {
 
     fn memory(&self) -> &dyn PhysMemory {
         &self.memory
+    }
+
+    fn memory_without_rights(&self) -> io::Result<GuestRam> {
+        self.memory.without_rights(self.identity.pid)
     }
 
     fn registers_running(&self) -> Result<Vec<Registers>, ReachError> {

@@ -3,7 +3,7 @@
 use super::describe::{describe, used};
 use super::status;
 use super::steps::{APPLY, Steps};
-use super::target::target;
+use super::target::open;
 use crate::program::cli::{ModelName, Options};
 use crate::program::failure::Failure;
 use crate::program::report::{Guest, Identity, Patch, Patches, Pause, Verified};
@@ -12,7 +12,7 @@ use guest_core::plan::{self, Checksums, Refusal};
 use guest_core::registry::Record;
 use host_agent::hypervisor::Activity;
 use host_agent::module_file;
-use host_agent::session::{PatchError, Session};
+use host_agent::session::{Access, PatchError, Session};
 use std::path::{Path, PathBuf};
 
 /// The state of a patch that is in the guest already.
@@ -20,11 +20,8 @@ const ALREADY: &str = "already applied";
 
 /// Applies modules one after another; the first that fails ends it, and those before it stay: the report says which.
 pub fn apply(options: &Options, files: &[PathBuf]) -> Result<(Patches, Option<Failure>), Failure> {
-    let modules = files
-        .iter()
-        .map(|path| Ok((path, module_file::read(path)?)))
-        .collect::<Result<Vec<_>, Failure>>()?;
-    let mut session = Session::open(&target(options)?)?;
+    let modules = read(files)?;
+    let mut session = open(options, Access::Change)?;
     session.tidy()?;
     let mut steps = Steps::new(APPLY);
     for (path, bytes) in modules {
@@ -40,13 +37,19 @@ pub fn apply(options: &Options, files: &[PathBuf]) -> Result<(Patches, Option<Fa
     Ok((report, steps.failure))
 }
 
+/// The files are read before the guest, whose reader can open none.
+fn read(files: &[PathBuf]) -> Result<Vec<(&PathBuf, Vec<u8>)>, Failure> {
+    let modules = files.iter().map(|path| Ok((path, module_file::read(path)?)));
+    modules.collect()
+}
+
 /// Plans all that `apply` would do, and stops there.
 pub fn check(options: &Options, files: &[PathBuf]) -> Result<Patches, Failure> {
-    let session = Session::open_to_read(&target(options)?)?;
+    let modules = read(files)?;
+    let session = open(options, Access::Read)?;
     let mut patches = Vec::new();
     let mut planned: Vec<Record> = Vec::new();
-    for path in files {
-        let bytes = module_file::read(path)?;
+    for (path, bytes) in modules {
         let record = match session.check(path, &bytes, &options.patching()) {
             Ok(plan) => plan.record,
             Err(failure) => {
@@ -169,7 +172,7 @@ pub(super) fn apply_one(session: &mut Session, options: &Options, path: &Path, b
 
 /// What QEMU does with the guest's memory by now. It may have begun within the pause: nothing was under way when that was asked for.
 pub(super) fn say_what_began(patch: &mut Patch, session: &Session) {
-    if let Ok(Activity::Busy(busy)) = session.vm().activity() {
+    if let Ok(Activity::Busy(busy)) = session.activity() {
         patch.warnings.push(format!(
             "{busy}, and may have begun in the pause: what it makes may hold half of this change; cancel it, or run vmpatch there"
         ));

@@ -2,19 +2,22 @@
 
 use super::describe::CODE_KEPT;
 use super::status::patches;
+use crate::program::cli::Options;
 use crate::program::failure::Failure;
 use crate::program::report::DomainLine;
 use host_agent::chain::chain;
 use host_agent::domains::{self, Domain, KvmGuest, KvmGuests};
 use host_agent::hypervisor::Accelerator;
-use host_agent::session::Session;
+use host_agent::sandbox::{Sandbox, in_own_process};
+use host_agent::session::{Access, Session};
 use host_agent::target::Target;
 
 /// Every QEMU process that can be seen, with what is in it as far as it can be reached; then every other process that runs a guest under KVM.
-pub fn domains() -> Result<Vec<DomainLine>, Failure> {
+pub fn domains(options: &Options) -> Result<Vec<DomainLine>, Failure> {
+    let sandbox = options.sandbox.sandbox();
     let survey = domains::all()?;
     let line = |domain: &Domain| match survey.successor_of(domain.pid) {
-        None => line(domain),
+        None => apart(domain, sandbox),
         Some(successor) => DomainLine {
             error: Some(format!(
                 "moves to process {}, or did: any command on it says more",
@@ -54,15 +57,31 @@ fn other(guest: &KvmGuest) -> DomainLine {
     }
 }
 
-fn line(domain: &Domain) -> DomainLine {
+/// Each guest is read by a process of its own, so that none has a say in what is told of another.
+fn apart(domain: &Domain, sandbox: Sandbox) -> DomainLine {
+    if sandbox == Sandbox::Off {
+        return line(domain, sandbox);
+    }
+    let error = |error| Some(format!("the process that reads this guest gave no answer: {error}"));
+    let told = in_own_process(|| line(domain, sandbox));
+    let told = told.unwrap_or_else(|failure| DomainLine {
+        error: error(failure),
+        ..empty(domain)
+    });
+    // Who it is, is not for its reader to say.
+    let DomainLine { name, pid, .. } = empty(domain);
+    DomainLine { name, pid, ..told }
+}
+
+fn line(domain: &Domain, sandbox: Sandbox) -> DomainLine {
     let mut line = empty(domain);
     let session = Target::of_domain(domain).map_err(Failure::from).and_then(|target| {
         line.qmp = Some(target.route.to_string());
-        Ok(Session::open_to_read(&target)?)
+        Ok(Session::open_divided(&target, Access::Read, sandbox, |_| ())?.0)
     });
     match session {
         Ok(session) => {
-            line.accelerator = Some(session.vm().identity().accelerator.to_string());
+            line.accelerator = Some(session.identity().accelerator.to_string());
             line.kernel = Some(session.kernel().release.clone());
             let there = patches(&session).into_iter().filter(|patch| patch.state != CODE_KEPT);
             line.patches = there.map(|patch| patch.id).collect();

@@ -1,23 +1,22 @@
 //! `inspect`: what was found in the guest.
 
-use super::target::target;
+use super::target::open;
 use crate::program::cli::Options;
 use crate::program::failure::Failure;
 use crate::program::report::{Address, AddressRange, Guest, Inspection};
 use guest_core::Gva;
 use guest_core::paging::PAGE_SIZE;
-use host_agent::session::Session;
+use host_agent::session::Access;
 
 /// Reads all there is to know.
 pub fn inspect(options: &Options) -> Result<Inspection, Failure> {
-    let session = Session::open_to_read(&target(options)?)?;
+    let session = open(options, Access::Read)?;
     let (kernel, registry) = (session.kernel(), session.registry());
     let range = |start: Gva, len| AddressRange {
         start: Address(start.0),
         len,
     };
     let ram = session
-        .vm()
         .memory()
         .ram()
         .iter()
@@ -25,8 +24,8 @@ pub fn inspect(options: &Options) -> Result<Inspection, Failure> {
         .sum();
     Ok(Inspection {
         guest: Guest::of(&session),
-        qemu: session.vm().identity().version_text(),
-        accelerator: session.vm().identity().accelerator.to_string(),
+        qemu: session.identity().version_text(),
+        accelerator: session.identity().accelerator.to_string(),
         vcpus: session.vcpus().len(),
         ram,
         banner: kernel.banner.clone(),

@@ -3,17 +3,17 @@
 use super::apply::say_what_began;
 use super::describe::describe_reverted;
 use super::steps::{REVERT, Steps};
-use super::target::target;
+use super::target::open;
 use crate::program::cli::{ModelName, Options};
 use crate::program::failure::Failure;
 use crate::program::report::{Guest, Patch, Patches, Pause};
 use guest_core::registry::State;
-use host_agent::session::Session;
+use host_agent::session::{Access, Session};
 
 /// Takes out the patches `ids`, in the order given; without any, all of them, the last applied first. The first that fails ends it;
 /// the report says what was done before.
 pub fn revert(options: &Options, ids: &[String]) -> Result<(Patches, Option<Failure>), Failure> {
-    let mut session = Session::open(&target(options)?)?;
+    let mut session = open(options, Access::Change)?;
     session.tidy()?;
     let ids = if ids.is_empty() { all(&session) } else { ids.to_vec() };
     // An unknown name is found before anything is taken out.

@@ -1,7 +1,7 @@
 //! `status`: what the guest itself says, nothing else.
 
 use super::describe::{CODE_KEPT, describe, describe_reverted};
-use super::target::target;
+use super::target::open;
 use crate::program::cli::Options;
 use crate::program::failure::Failure;
 use crate::program::report::{Function, Guest, Patch, Patches};
@@ -9,7 +9,7 @@ use guest_core::Gva;
 use guest_core::kernel::livepatch::{self, Code, Held};
 use guest_core::plan::Refusal;
 use guest_core::registry::{Entry, PatchedFunction, Record, Redirect, State};
-use host_agent::session::Session;
+use host_agent::session::{Access, Session};
 
 /// The guest's own livepatch comes before the redirect.
 const OVERRIDDEN: &str = "overridden";
@@ -18,7 +18,7 @@ const IN_TRANSITION: &str = "in transition";
 
 /// Reads the registry, and each function's jump.
 pub fn status(options: &Options) -> Result<Patches, Failure> {
-    let session = Session::open_to_read(&target(options)?)?;
+    let session = open(options, Access::Read)?;
     Ok(Patches {
         guest: Guest::of(&session),
         patches: patches(&session),
@@ -150,7 +150,7 @@ fn function_state(session: &Session, record: &Record, function: &PatchedFunction
     let Some(jump) = record.changes.iter().find(|change| change.gpa().0 == function.jump) else {
         return "unknown".to_owned();
     };
-    let memory = session.vm().memory();
+    let memory = session.memory();
     match (jump.verify(memory), jump.undone().verify(memory)) {
         (Ok(()), _) => "patched".to_owned(),
         (_, Ok(())) => "original".to_owned(),

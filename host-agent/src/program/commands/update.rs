@@ -8,9 +8,10 @@ use crate::program::failure::{Failure, exit_code};
 use crate::program::report::{Guest, Patch, Patches};
 use guest_core::module::PatchModule;
 use host_agent::domains;
-use host_agent::module_file;
+use host_agent::hypervisor::Identity;
+use host_agent::module_file::{self, FileError};
 use host_agent::outcome::GuestState;
-use host_agent::session::Session;
+use host_agent::session::{Access, Session};
 use host_agent::upgrade::due::due;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -22,14 +23,18 @@ use std::time::SystemTime;
 pub fn update(options: &Options) -> Result<(Patches, Option<Failure>), Failure> {
     let target = target(options)?;
     let files = modules(&options.patches)?;
-    let mut session = Session::open(&target)?;
+    // All that is read of the host comes before the guest, whose reader can open nothing.
+    let files: Vec<_> = files.into_iter().map(|path| (module_file::read(&path), path)).collect();
+    let sandbox = options.sandbox.sandbox();
+    let (mut session, upgrade_due) = Session::open_divided(&target, Access::Change, sandbox, upgrade_due)?;
     session.tidy()?;
     let mut patches = Vec::new();
     let (mut first, mut stopped) = (None, None);
     let mut failed = 0;
     let mut wanted = 0;
-    for path in &files {
-        match consider(&mut session, options, path) {
+    for (bytes, path) in files {
+        let path = path.as_path();
+        match consider(&mut session, options, path, bytes) {
             Ok(Some(patch)) => {
                 wanted += 1;
                 patches.push(patch);
@@ -52,7 +57,7 @@ pub fn update(options: &Options) -> Result<(Patches, Option<Failure>), Failure> 
         all: wanted,
         code,
     });
-    let (upgrade_due, unknown) = match upgrade_due(&session) {
+    let (upgrade_due, unknown) = match upgrade_due {
         Ok(due) => (due, None),
         Err(failure) => (None, Some(failure)),
     };
@@ -67,8 +72,7 @@ pub fn update(options: &Options) -> Result<(Patches, Option<Failure>), Failure> 
 }
 
 /// Whether the guest's QEMU was replaced on the host since it started.
-fn upgrade_due(session: &Session) -> Result<Option<String>, Failure> {
-    let vm = session.vm().identity();
+fn upgrade_due(vm: &Identity) -> Result<Option<String>, Failure> {
     let Some(version) = vm.version else { return Ok(None) };
     let survey = domains::all()?;
     let domain = survey.iter().find(|domain| domain.pid == vm.pid);
@@ -77,8 +81,13 @@ fn upgrade_due(session: &Session) -> Result<Option<String>, Failure> {
 }
 
 /// Applies one file; `None` where it is for another kernel.
-fn consider(session: &mut Session, options: &Options, path: &Path) -> Result<Option<Patch>, Failure> {
-    let bytes = module_file::read(path)?;
+fn consider(
+    session: &mut Session,
+    options: &Options,
+    path: &Path,
+    bytes: Result<Vec<u8>, FileError>,
+) -> Result<Option<Patch>, Failure> {
+    let bytes = bytes?;
     let module = PatchModule::parse(&bytes).map_err(|source| refused(path, source.into()))?;
     if module.info().release() != Some(session.kernel().release.as_str()) {
         tracing::info!(
