@@ -208,6 +208,31 @@ pub const REFUSED: &[Edit] = &[
     ),
 ];
 
+/// A new inline function of a private header, which some forty files read, and four files that use it.
+pub const PRIVATE_HEADER: &[Edit] = &[
+    (
+        "fs/ext4/ext4.h",
+        "static inline int ext4_valid_inum(",
+        "static inline int vmpatch_at_most(int a)\n{\n\treturn a > 100 ? 100 : a;\n}\n\nstatic inline int ext4_valid_inum(",
+    ),
+    ("fs/ext4/acl.c", "retries = 0;", "retries = vmpatch_at_most(type);"),
+    (
+        "fs/ext4/bitmap.c",
+        "return numchars *",
+        "return vmpatch_at_most(numchars) *",
+    ),
+    (
+        "fs/ext4/fsync.c",
+        "unlikely(ext4_forced_shutdown(sbi))",
+        "unlikely(vmpatch_at_most(ext4_forced_shutdown(sbi)))",
+    ),
+    (
+        "fs/ext4/ioctl.c",
+        "put_user(inode->i_generation,",
+        "put_user(vmpatch_at_most(inode->i_generation),",
+    ),
+];
+
 /// Writes a diff that makes all these edits to the source that the kernel was made of.
 ///
 /// # Panics

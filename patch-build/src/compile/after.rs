@@ -115,7 +115,7 @@ fn recompile(
 }
 
 /// The files of a list of dependencies, by their own paths, but for those of the change.
-pub(super) fn unchanged(tree: &Tree, root: &Path, rule: &str) -> Result<Vec<PathBuf>, cache::Error> {
+fn unchanged(tree: &Tree, root: &Path, rule: &str) -> Result<Vec<PathBuf>, cache::Error> {
     let root = fs::canonicalize(root).map_err(cache::Error::io("find", root))?;
     let mut files = Vec::new();
     for path in dependencies(rule) {
@@ -138,7 +138,7 @@ pub(super) fn digest_of(changed: &BTreeMap<String, String>) -> String {
 }
 
 /// The first of the changed files that was read in its old form.
-pub(super) fn old_header<'a>(tree: &Tree, rule: &str, changed: &'a BTreeMap<String, String>) -> Option<&'a str> {
+fn old_header<'a>(tree: &Tree, rule: &str, changed: &'a BTreeMap<String, String>) -> Option<&'a str> {
     dependencies(rule).find_map(|path| {
         let real = fs::canonicalize(tree.folder().join(path)).ok()?;
         let relative = real.strip_prefix(tree.source()).ok()?.to_str()?;

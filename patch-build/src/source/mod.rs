@@ -1,6 +1,7 @@
 //! The kernel's source, and a change to it.
 
 mod archive;
+pub(crate) mod both;
 pub mod c_text;
 pub mod change;
 pub mod functions;

@@ -1,5 +1,6 @@
 //! The other benchmark: how long an operator waits for a module. Each published fix is built twice by the optimised program, in a
-//! cache of its own that has the packages but nothing made of them. Or this program beside another one, in turns.
+//! cache of its own that has the packages but nothing made of them. Or this program beside another one, in turns: there a fix over four files
+//! with their header, too, and what the cache takes on the disk.
 //!
 //! usage: cargo run --release -p e2e --bin bench_build [-- --against PROGRAM]
 
@@ -11,6 +12,7 @@ use std::process::ExitCode;
 use clap::Parser;
 use e2e::builds::{Builder, Took, median};
 use e2e::fixes::{FIXES, FROM, KERNEL, TO};
+use e2e::rules::{self, KERNEL_6_1, PRIVATE_HEADER};
 use e2e::vmpatch;
 use patch_build::cache::Cache;
 
@@ -74,7 +76,13 @@ fn each_fix(program: &Path, packages: &Path, own: &Path) -> Result<()> {
 }
 
 /// What is measured, in the order of one round.
-const STEPS: [&str; 3] = ["first build of a kernel", "first build of a fix", "the same fix again"];
+const STEPS: [&str; 5] = [
+    "first build of a kernel",
+    "first build of a fix",
+    "the same fix again",
+    "four files and a header",
+    "the same fix again",
+];
 
 /// One round of a program.
 struct Round {
@@ -135,13 +143,15 @@ fn row([old, new]: [f64; 2]) -> String {
 fn round(program: &Path, packages: &Path, own: &Path) -> Result<Round> {
     let output = own.join("livepatch-bench.ko").display().to_string();
     let [kernel, fix] = [FIXES[0].arguments(&output), FIXES[1].arguments(&output)];
+    let diff = rules::write_diff(KERNEL_6_1, PRIVATE_HEADER, own).display().to_string();
+    let header = ["build", "--kernel", KERNEL, &diff, "-o", &output];
     let cache = own.join("cache");
     let builder = Builder::new(program, cache.clone(), packages)?;
     let mut round = Round {
         took: Vec::new(),
         peak: 0,
     };
-    let steps: [&[&str]; STEPS.len()] = [&kernel, &fix, &fix];
+    let steps: [&[&str]; STEPS.len()] = [&kernel, &fix, &fix, &header, &header];
     for arguments in steps {
         round.took.push(builder.build(arguments)?);
         round.peak = round.peak.max(builder.size()?);

@@ -8,6 +8,7 @@ mod bad_input;
 mod build;
 mod build_again;
 mod build_gcc_14;
+mod build_headers;
 mod build_reach;
 mod consistency;
 mod cve;
