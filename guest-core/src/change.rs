@@ -151,6 +151,29 @@ impl Change {
         self.old.is_empty()
     }
 
+    /// The old bytes.
+    pub(crate) fn old_bytes(&self) -> &[u8] {
+        &self.old
+    }
+
+    /// The new bytes.
+    pub(crate) fn new_bytes(&self) -> &[u8] {
+        &self.new
+    }
+
+    /// The change from what this one has written to `new`.
+    pub(crate) fn followed_by(&self, new: Vec<u8>) -> Self {
+        Self::replace(self.what.clone(), self.gpa(), self.new.clone(), new)
+    }
+
+    /// This change and `first`, which comes before it, in one. Both are of the same bytes.
+    pub(crate) fn after(&self, first: &Self) -> Self {
+        Self {
+            old: first.old.clone(),
+            ..self.clone()
+        }
+    }
+
     /// The change that undoes this one.
     pub fn undone(&self) -> Self {
         Self {

@@ -9,7 +9,7 @@ use crate::memory::VirtMemory;
 use crate::registry::Redirect;
 
 /// Bytes of `jmp rel32`, of a call and of a site's NOP.
-const JUMP_BYTES: u64 = 5;
+pub(crate) const JUMP_BYTES: u64 = 5;
 /// `endbr64`, and the `nopl -42(%rax)` that a sealed one becomes (arch/x86/include/asm/ibt.h, since 5.18).
 const ENDBRS: [[u8; 4]; 2] = [[0xf3, 0x0f, 0x1e, 0xfa], [0x0f, 0x1f, 0x40, 0xd6]];
 
@@ -70,6 +70,16 @@ pub enum RedirectError {
         /// The guest's NOP in hex.
         expected: String,
     },
+    /// The record of the patch that holds the function has no jump for it.
+    #[error("{name}: the record of {id}, which holds it, has {found} for its jump")]
+    NoJump {
+        /// The function.
+        name: String,
+        /// The patch.
+        id: String,
+        /// The bytes of the record in hex.
+        found: String,
+    },
     /// The new function is further away than a jump reaches.
     #[error("{name}: from {from} to {to} is further than a 32-bit jump reaches")]
     Distance {
@@ -99,13 +109,7 @@ pub fn redirect(
         name: name.to_owned(),
         source: Box::new(source),
     };
-    if let Some(held) = Held::last_of(held, at) {
-        return Err(RedirectError::OwnLivepatch {
-            name: name.to_owned(),
-            at,
-            livepatch: held.livepatch.clone(),
-        });
-    }
+    require_no_livepatch(name, at, held)?;
     let record = ftrace::record(live, at).map_err(kernel)?;
     if let Some(record) = record.filter(|record| !record.is_held()) {
         let bytes = read5(live, record.site).map_err(kernel)?;
@@ -170,8 +174,8 @@ fn behind_endbr(live: &Live<'_>, at: Gva) -> Result<Gva, KernelError> {
     })
 }
 
-/// The jump, as one change, or as two if it crosses a page boundary: the pages of a module may be anywhere in physical memory.
-fn jump(live: &Live<'_>, name: &str, from: Gva, to: Gva, old: &[u8; 5]) -> Result<Vec<Change>, RedirectError> {
+/// The jump of the function `name` from `from` to `to`: `jmp rel32`.
+pub(crate) fn jump_bytes(name: &str, from: Gva, to: Gva) -> Result<[u8; 5], RedirectError> {
     let distance = to.0.wrapping_sub(from.0.wrapping_add(JUMP_BYTES)).cast_signed();
     let distance = i32::try_from(distance).map_err(|_| RedirectError::Distance {
         name: name.to_owned(),
@@ -179,7 +183,24 @@ fn jump(live: &Live<'_>, name: &str, from: Gva, to: Gva, old: &[u8; 5]) -> Resul
         to,
     })?;
     let [a, b, c, d] = distance.to_le_bytes();
-    let new = [0xe9, a, b, c, d];
+    Ok([0xe9, a, b, c, d])
+}
+
+/// Refuses a function that a livepatch of the guest's own, one of `held`, replaces.
+pub(crate) fn require_no_livepatch(name: &str, at: Gva, held: &[Held]) -> Result<(), RedirectError> {
+    match Held::last_of(held, at) {
+        None => Ok(()),
+        Some(held) => Err(RedirectError::OwnLivepatch {
+            name: name.to_owned(),
+            at,
+            livepatch: held.livepatch.clone(),
+        }),
+    }
+}
+
+/// The jump, as one change, or as two if it crosses a page boundary: the pages of a module may be anywhere in physical memory.
+fn jump(live: &Live<'_>, name: &str, from: Gva, to: Gva, old: &[u8; 5]) -> Result<Vec<Change>, RedirectError> {
+    let new = jump_bytes(name, from, to)?;
     let kernel = |source| RedirectError::Kernel {
         name: name.to_owned(),
         source: Box::new(source),

@@ -4,6 +4,7 @@
 //! call finds: old, new, or mixed. The cycles run in this process, through vmpatch's own library: as many of them through the
 //! program would start it twice as often.
 
+use guest_core::guest::Changed;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -46,10 +47,11 @@ pub fn run(cycles: u64) {
     let mut tries = [0; 2];
     for cycle in 0..cycles {
         let applied = session.apply(Path::new(&module), &bytes, &options);
-        let (record, committed) = applied.unwrap_or_else(|error| panic!("cycle {cycle}: {:?}", chain(&error)));
+        let Changed { record, committed, .. } =
+            applied.unwrap_or_else(|error| panic!("cycle {cycle}: {:?}", chain(&error)));
         tries[0] += committed.tries;
         let reverted = session.revert(&record.id, &options);
-        let (_, committed) = reverted.unwrap_or_else(|error| panic!("cycle {cycle}: {:?}", chain(&error)));
+        let Changed { committed, .. } = reverted.unwrap_or_else(|error| panic!("cycle {cycle}: {:?}", chain(&error)));
         tries[1] += committed.tries;
         if (cycle + 1) % CYCLES_SAID == 0 {
             println!("{} cycles after {:?}, {tries:?} pauses", cycle + 1, start.elapsed());

@@ -196,7 +196,7 @@ fn journal_with(live: &Live<'_>, plan: &Plan, locks: &Locks) -> Result<Journal, 
     Ok(Journal {
         staged: plan.staged.clone(),
         atomic: plan.atomic.clone(),
-        sites: plan.record.changes.clone(),
+        sites: plan.sites.clone(),
         locks: locks.words(live)?,
     })
 }

@@ -1,7 +1,7 @@
 //! Changes of a guest as the engine decides: what the failures of an operation mean to it, and the clock.
 
 use super::{Guest, PatchError, Vmm};
-use crate::commit::{CommitError, CommitOptions, NotSafe};
+use crate::commit::{CommitError, CommitOptions, Committed, NotSafe};
 use crate::plan::{self, Plan};
 use crate::registry::{Entry, State};
 use crate::text::chain;
@@ -11,6 +11,8 @@ use std::time::{Duration, Instant};
 
 /// What a recovery is of, in messages: only a plan tells which patch it is.
 const CUT_OFF: &str = "what was cut off";
+/// The same for a removal.
+const REPLACED: &str = "a patch that was replaced";
 
 /// Plans, more than once if need be, and changes nothing. `id` is the patch, for messages.
 pub(super) fn plan<E: Error + 'static>(
@@ -60,16 +62,34 @@ pub(super) fn run<V: Vmm, P, D>(
 
 /// Recovers each patch whose commit was cut off: takes it out of force.
 pub(super) fn recover<V: Vmm>(guest: &mut Guest<V>, options: CommitOptions) -> Result<(), PatchError<V::Error>> {
-    let operation = Operation::Recover;
     let plan = &mut |guest: &Guest<V>| plan::recovery(&guest.live(), &guest.registry).map_err(PatchError::from);
-    let commit = &mut |guest: &mut Guest<V>, plan: Option<Plan>, timeout| match plan {
-        Some(plan) => guest
-            .commit(&plan, operation, CommitOptions { timeout, ..options })
-            .map(|_| true),
-        None => Ok(false),
-    };
-    while run(guest, operation, CUT_OFF, options.timeout, plan, commit)? {}
+    while commit_some(guest, Operation::Recover, CUT_OFF, options, plan)?.is_some() {}
     Ok(())
+}
+
+/// Commits a plan where there is one to be made.
+fn commit_some<V: Vmm>(
+    guest: &mut Guest<V>,
+    operation: Operation,
+    id: &str,
+    options: CommitOptions,
+    plan: PlanWith<'_, V, Option<Plan>>,
+) -> Result<Option<Committed>, PatchError<V::Error>> {
+    let commit = &mut |guest: &mut Guest<V>, plan: Option<Plan>, timeout| {
+        let options = CommitOptions { timeout, ..options };
+        plan.map(|plan| guest.commit(&plan, operation, options)).transpose()
+    };
+    run(guest, operation, id, options.timeout, plan, commit)
+}
+
+/// Removes a patch that another one has replaced, where there is one.
+pub(super) fn discard<V: Vmm>(
+    guest: &mut Guest<V>,
+    options: CommitOptions,
+) -> Result<Option<Committed>, PatchError<V::Error>> {
+    let plan =
+        &mut |guest: &Guest<V>| plan::discard(&guest.live(), &guest.registry).map_err(PatchError::revert(REPLACED));
+    commit_some(guest, Operation::Discard, REPLACED, options, plan)
 }
 
 /// A commit that was left half done.
@@ -202,7 +222,7 @@ impl<V: Vmm, P, D> Driver for Changing<'_, V, P, D> {
 
 /// What is in the guest of the patch `id`.
 fn left_of(id: &str, entries: &[Entry]) -> LeftInGuest {
-    let is_it = |entry: &&Entry| entry.state != State::Kept && entry.record().is_some_and(|record| record.id == id);
+    let is_it = |entry: &&Entry| !entry.state.is_off() && entry.record().is_some_and(|record| record.id == id);
     match entries.iter().find(is_it).map(|entry| entry.state) {
         None => LeftInGuest::Nothing,
         Some(State::Applied | State::Reverting) => LeftInGuest::Patch,

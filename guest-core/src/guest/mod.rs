@@ -15,6 +15,7 @@ use crate::kernel::guard::{self, Guard};
 use crate::kernel::{Kernel, Live};
 use crate::plan::{self, ApplyOptions, Plan};
 use crate::registry::{Cave, Record, Registry, cave};
+use crate::text::chain;
 use crate::transaction::Operation;
 use crate::vcpu::Registers;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -24,6 +25,8 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 const PAUSE_MAX: Duration = Duration::from_millis(250);
 /// How long a safe moment for a recovery is waited for.
 const RECOVERY_TIME_MAX: Duration = Duration::from_secs(10);
+/// How long a safe moment is waited for to remove a patch that was replaced. Nobody can get into its code any more.
+const REMOVAL_TIME_MAX: Duration = Duration::from_secs(1);
 /// How long the kernel is searched for. What is read while the guest runs may belong to a process that just ends, or to a nested
 /// guest that all vCPUs run, which leaves them for short moments only.
 const FIND_TIME: Duration = Duration::from_secs(2);
@@ -55,6 +58,9 @@ pub struct Changed {
     pub record: Record,
     /// The pause, and the attempts.
     pub committed: Committed,
+    /// Why the code of a patch that this one has replaced is still in the guest, where no function leads to it any more. The next
+    /// [`Guest::recover`] tries to remove it again.
+    pub left: Option<String>,
 }
 
 /// A guest: its kernel and its patches, as far as this process has read and changed them.
@@ -155,14 +161,28 @@ impl<V: Vmm> Guest<V> {
         change::plan(Operation::Revert, id, options.timeout, plan)
     }
 
-    /// Applies `file`. [`recover`](Self::recover) comes first, once after [`open`](Self::open).
+    /// Applies `file`. Where the module replaces all other patches, it takes their place in the same pause, and then they are removed. [`recover`](Self::recover) comes first, once after [`open`](Self::open).
     ///
     /// # Errors
     ///
     /// [`PatchError::guest_state`] tells what the guest is like.
     pub fn apply(&mut self, file: PatchFile<'_>, options: &PatchOptions) -> Result<Changed, PatchError<V::Error>> {
         let chosen = commit_options(options.model, options.timeout);
-        self.change(Operation::Apply, file.name, chosen, |guest| guest.plan(file, options))
+        let applied = self.change(Operation::Apply, file.name, chosen, |guest| guest.plan(file, options))?;
+        if applied.record.replaces.is_empty() {
+            return Ok(applied);
+        }
+        let (pause_us_max, left) = self.discard_replaced().map_err(PatchError::afterwards)?;
+        self.wipe().map_err(PatchError::afterwards)?;
+        let committed = Committed {
+            pause_us_max: applied.committed.pause_us_max.max(pause_us_max),
+            ..applied.committed
+        };
+        Ok(Changed {
+            committed,
+            left,
+            ..applied
+        })
     }
 
     /// Reverts the patch `id`, and wipes what is left of it. Always waits for a clean cut: no task may be in the new code, which is wiped.
@@ -186,6 +206,28 @@ impl<V: Vmm> Guest<V> {
     pub fn recover(&mut self) -> Result<(), PatchError<V::Error>> {
         self.ready()?;
         change::recover(self, commit_options(Model::CleanCut, RECOVERY_TIME_MAX))?;
+        self.discard_replaced()?;
+        self.wipe()
+    }
+
+    /// Removes patches that others have replaced, to which nothing leads. Gives the longest pause, and the reason where one has to stay.
+    fn discard_replaced(&mut self) -> Result<(u64, Option<String>), PatchError<V::Error>> {
+        let options = commit_options(Model::CleanCut, REMOVAL_TIME_MAX);
+        let mut pause_us_max = 0;
+        loop {
+            match change::discard(self, options) {
+                Ok(Some(removed)) => pause_us_max = pause_us_max.max(removed.pause_us_max),
+                Ok(None) => return Ok((pause_us_max, None)),
+                Err(failure) if failure.guest_state() == GuestState::AsBefore => {
+                    return Ok((pause_us_max, Some(chain(&failure))));
+                }
+                Err(failure) => return Err(failure),
+            }
+        }
+    }
+
+    /// Wipes what is not in force.
+    fn wipe(&mut self) -> Result<(), PatchError<V::Error>> {
         let live = self.live();
         let changes = plan::cleanup(&live, &self.registry)?;
         if changes.is_empty() {
@@ -233,8 +275,11 @@ impl<V: Vmm> Guest<V> {
     ) -> Result<Changed, PatchError<V::Error>> {
         let commit = &mut |guest: &mut Self, plan: Plan, timeout| {
             let committed = guest.commit(&plan, operation, CommitOptions { timeout, ..options })?;
-            let record = plan.record;
-            Ok(Changed { record, committed })
+            Ok(Changed {
+                record: plan.record,
+                committed,
+                left: None,
+            })
         };
         change::run(self, operation, id, options.timeout, &mut plan, commit)
     }

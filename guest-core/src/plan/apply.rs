@@ -1,7 +1,8 @@
 //! Plans the apply of a module.
 
 use super::placement::Placement;
-use super::redirects::{self, Redirects};
+use super::redirects::{self, HeldByOthers, Redirects};
+use super::replace::{Released, Replaced};
 use super::{Plan, Refusal, compatibility, from_reads, guard, partial, reapply, registration, targets, this_module};
 use crate::addr::Gva;
 use crate::guest_module::{self, Description, PreparedModule};
@@ -44,12 +45,21 @@ fn plan(live: &Live<'_>, registry: &Registry, file: &[u8], options: &ApplyOption
     let symbols = GuestSymbols::new(live);
     let parts = partial::split(live, &symbols, registry, &digest, &mut patch)?;
     let id = parts.id(registry, &module, &patch, &alternatives)?;
-    if patch.replace == Some(true) {
-        compatibility::refuse_beside_others(live, registry)?;
-    }
+    let (others, replaced) = match patch.replace {
+        // The first part has replaced what there was.
+        _ if parts.is_later() => (HeldByOthers::Refuse, Replaced::default()),
+        Some(true) => {
+            compatibility::refuse_beside_own_livepatches(live)?;
+            (HeldByOthers::Replace, Replaced::all(registry))
+        }
+        _ => (HeldByOthers::Cover, Replaced::default()),
+    };
     let note = module.note()?;
-    if let Some(plan) = reapply::plan(live, &symbols, registry, (&id, &digest, note.as_ref()), &patch)? {
-        return Ok(plan);
+    if replaced.is_empty() {
+        let kept = reapply::plan(live, &symbols, registry, (&id, &digest, note.as_ref()), &patch)?;
+        if let Some(plan) = kept {
+            return Ok(plan);
+        }
     }
     let image = module.image(&patch, &alternatives)?;
     this_module::check_uses(live, &image)?;
@@ -64,6 +74,8 @@ fn plan(live: &Live<'_>, registry: &Registry, file: &[u8], options: &ApplyOption
         digest: &digest,
         pending: &parts.pending,
         note: note.as_ref(),
+        others,
+        replaced,
     };
     // The patch is linked for its addresses, and only the linked patch gives the length of the record.
     let mut record_bytes = RECORD_BYTES_FIRST;
@@ -90,6 +102,10 @@ struct Part<'a> {
     pending: &'a [String],
     /// The code that the module was made for, where the module carries it.
     note: Option<&'a Note>,
+    /// What becomes of functions that other patches hold.
+    others: HeldByOthers,
+    /// The patches that this one replaces.
+    replaced: Replaced<'a>,
 }
 
 /// Result of an attempt to place a patch.
@@ -172,8 +188,12 @@ impl Part<'_> {
         let Redirects {
             functions,
             changes,
-            must_be_quiescent,
-        } = redirects::plan(live, self.symbols, registry, self.note, &linked.functions)?;
+            recorded,
+            mut must_be_quiescent,
+        } = redirects::plan(live, self.symbols, registry, self.note, &linked.functions, self.others)?;
+        self.replaced.require_untraced(live, &functions)?;
+        must_be_quiescent.extend(self.replaced.replacements(live)?);
+        let Released { flags, jumps } = self.replaced.released(&functions);
         let orders = registry.all_records().map(|record| record.order);
         let span = |start: Gva, len| Span { start: start.0, len };
         let record = Record {
@@ -191,7 +211,8 @@ impl Part<'_> {
                 entries: linked.orc.entries.0,
                 count: linked.orc.rows.len() as u64,
             },
-            changes,
+            changes: recorded,
+            replaces: self.replaced.names(),
             registration: Some(registration),
             pending: self.pending.to_vec(),
             escapes: Some(image.escapes()),
@@ -200,11 +221,17 @@ impl Part<'_> {
         if bytes.len() as u64 > placement.record_space() {
             return Ok(Placed::LongerRecord(bytes.len() as u64));
         }
-        atomic.extend(record.changes.iter().cloned());
+        let states = self.replaced.state_changes(registry, State::Applied, State::Replaced);
+        let sites = [changes.as_slice(), &states].concat();
+        atomic.extend(flags);
+        atomic.extend(changes);
+        atomic.extend(jumps);
+        atomic.extend(states);
         atomic.push(registry.state_change(placement.slot, State::Applying, State::Applied));
         Ok(Placed::Planned(Box::new(Plan {
             staged: placement.stage(registry, &linked, &bytes),
             atomic,
+            sites,
             requires: Preconditions::default(),
             must_be_quiescent,
             unreferenced: Gva(0)..Gva(0),

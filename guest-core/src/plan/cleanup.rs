@@ -7,7 +7,7 @@ use crate::change::Change;
 use crate::kernel::{KernelError, Live};
 use crate::paging::PAGE_SIZE;
 use crate::registry::{Entry, FILLER, Record, Registry, State};
-use crate::transaction::recovery::{Rest, Sites};
+use crate::transaction::recovery::{Keep, Rest, Sites};
 use std::ops::Range;
 
 /// What is left to do of a patch.
@@ -44,7 +44,7 @@ pub fn cleanup(live: &Live<'_>, registry: &Registry) -> Result<Vec<Change>, Kern
                 is_empty = false;
                 changes.push(registry.state_change(entry.slot, entry.state, State::Applied));
             }
-            Rest::Nothing | Rest::Remove(_) => is_empty = false,
+            Rest::Nothing | Rest::Remove(_) | Rest::Discard => is_empty = false,
         }
     }
     if is_empty {
@@ -98,6 +98,28 @@ pub fn recovery(live: &Live<'_>, registry: &Registry) -> Result<Option<Plan>, Re
         return plan.map(Some).map_err(|source| RecoveryError { id, source });
     }
     Ok(None)
+}
+
+/// Plans the removal of a patch that another one [has replaced](State::Replaced); `None` where there is none.
+///
+/// # Errors
+///
+/// The guest uses it, or cannot be read. It may stay until a later vmpatch: nothing leads to it.
+pub fn discard(live: &Live<'_>, registry: &Registry) -> Result<Option<Plan>, RevertError> {
+    let mut newest: Option<(&Entry, &Record)> = None;
+    for entry in &registry.entries {
+        let Some(record) = &entry.record else { continue };
+        // The branches of a newer patch are behind those of an older one in the lists of static keys.
+        let is_newer = newest.is_none_or(|(_, other)| record.order > other.order);
+        if is_newer && rest(live, registry, entry)? == Rest::Discard {
+            newest = Some((entry, record));
+        }
+    }
+    let Some((entry, record)) = newest else { return Ok(None) };
+    let planned = from_reads::plan(live, |live: &Live<'_>| {
+        removal(live, registry, entry, record).plan(entry.state, Keep::IfHandedOut)
+    });
+    planned.map(Some)
 }
 
 fn wipe(live: &Live<'_>, registry: &Registry, pages: Range<u64>) -> Result<Vec<Change>, KernelError> {

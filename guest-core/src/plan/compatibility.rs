@@ -5,7 +5,6 @@ use crate::kernel::resolve::GuestSymbols;
 use crate::kernel::{KernelError, Live, exports, livepatch};
 use crate::memory::VirtMemory;
 use crate::module::PatchModule;
-use crate::registry::Registry;
 use crate::text::plain;
 use std::collections::BTreeSet;
 
@@ -28,20 +27,15 @@ pub(super) fn check(live: &Live<'_>, module: &PatchModule<'_>) -> Result<(), Ref
     check_orc_header(live, module)
 }
 
-/// Refuses a module that replaces all other livepatches, in a guest that has any.
-pub(super) fn refuse_beside_others(live: &Live<'_>, registry: &Registry) -> Result<(), Refusal> {
-    let mut others: Vec<_> = registry.records().map(|record| record.id.clone()).collect();
+/// Refuses a module that replaces all other livepatches in a guest that has livepatches of its own: the guest alone can take those out.
+pub(super) fn refuse_beside_own_livepatches(live: &Live<'_>) -> Result<(), Refusal> {
     let mut own: Vec<_> = livepatch::held(live)?.into_iter().map(|held| held.livepatch).collect();
     own.dedup();
-    others.extend(
-        own.into_iter()
-            .map(|name| format!("{name}, a livepatch of the guest's own")),
-    );
-    if others.is_empty() {
+    if own.is_empty() {
         return Ok(());
     }
-    let others = others.join(", ");
-    Err(Refusal::Replace { others })
+    let livepatches = own.join(", ");
+    Err(Refusal::Replace { livepatches })
 }
 
 /// Requires that the module's `vermagic` is the kernel's own. Where the kernel has no such symbol, compares the release alone.

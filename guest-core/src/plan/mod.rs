@@ -13,13 +13,15 @@ mod redirects;
 mod refusal;
 mod registration;
 mod removal;
+mod replace;
 mod revert;
+mod stack;
 mod targets;
 mod this_module;
 mod verify_code;
 
 pub use apply::{ApplyOptions, apply};
-pub use cleanup::{RecoveryError, cleanup, recovery};
+pub use cleanup::{RecoveryError, cleanup, discard, recovery};
 pub use compatibility::{Checksums, checksums};
 pub use refusal::Refusal;
 pub use revert::{RevertError, revert};
@@ -38,6 +40,9 @@ pub struct Plan {
     pub staged: Vec<Change>,
     /// Changes made in one pause: all of them or none. The last one is the patch's state in the registry.
     pub atomic: Vec<Change>,
+    /// The changes of `atomic` that lead functions to the patch's code, or those that a revert undoes: what a supervisor restores where nobody has
+    /// checked the stacks.
+    pub sites: Vec<Change>,
     /// The bytes that the plan was made from. They must be unchanged when `atomic` is made.
     pub requires: Preconditions,
     /// Functions that must be quiescent when `atomic` is made: in use on no stack.

@@ -54,6 +54,11 @@ fn is_live(live: &Live<'_>, symbols: &GuestSymbols<'_>, name: &str) -> Result<bo
 }
 
 impl Parts {
+    /// True where an earlier part of the module is in the guest.
+    pub fn is_later(&self) -> bool {
+        !self.done.is_empty()
+    }
+
     /// The name under which `patch`, the remaining part of the patch of `module`, is applied: the module's name; for a later part with the
     /// names of its objects.
     pub fn id(

@@ -1,7 +1,7 @@
 //! Applies a patch again whose code a revert has kept: at its old addresses, with its variables as they are. The guest may hold pointers
 //! to code and variables, and each new copy would take space until the guest reboots.
 
-use super::redirects::{self, Redirects};
+use super::redirects::{self, HeldByOthers, Redirects};
 use super::{Plan, Refusal, registration};
 use crate::addr::Gva;
 use crate::kernel::Live;
@@ -41,7 +41,8 @@ pub(super) fn plan(
         functions,
         changes,
         must_be_quiescent,
-    } = redirects::plan(live, symbols, registry, note, &functions)?;
+        ..
+    } = redirects::plan(live, symbols, registry, note, &functions, HeldByOthers::Cover)?;
     // A function that is traced now, but was not then, is redirected at another address than the record says.
     if functions != record.functions || changes != record.changes {
         return Ok(None);
@@ -52,6 +53,7 @@ pub(super) fn plan(
     Ok(Some(Plan {
         staged: vec![registry.state_change(entry.slot, State::Kept, State::Reapplying)],
         atomic,
+        sites: record.changes.clone(),
         requires: Preconditions::default(),
         must_be_quiescent,
         unreferenced: Gva(0)..Gva(0),

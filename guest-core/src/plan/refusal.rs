@@ -1,5 +1,6 @@
 //! The reasons for which a patch is refused.
 
+use super::RevertError;
 use crate::addr::Gva;
 use crate::btf::BtfError;
 use crate::kernel::KernelError;
@@ -106,11 +107,22 @@ pub enum Refusal {
     /// The guest's integrity guard would or may stop the guest.
     #[error(transparent)]
     Guard(#[from] Armed),
-    /// The module sets `klp_patch.replace`, and the guest has other patches.
-    #[error("the module is to replace all other livepatches (klp_patch.replace); revert these first: {others}")]
+    /// The module sets `klp_patch.replace`, and the guest has livepatches of its own.
+    #[error(
+        "the module is to replace all other livepatches (klp_patch.replace), and the guest has its own, which its tenant must disable \
+         first: {livepatches}"
+    )]
     Replace {
-        /// Names of the other patches.
-        others: String,
+        /// Names of the livepatches.
+        livepatches: String,
+    },
+    /// A patch cannot be replaced.
+    #[error("replacing {id}")]
+    Replaced {
+        /// The patch.
+        id: String,
+        /// Why not.
+        source: Box<RevertError>,
     },
     /// The module patches only modules that the guest has not loaded.
     #[error("it patches nothing but modules that the guest has not loaded: {}", objects.join(", "))]
@@ -192,8 +204,8 @@ pub enum Refusal {
         /// The byte that the patch was made for.
         expected: u8,
     },
-    /// Another patch has replaced the function.
-    #[error("{function} is already patched by {id}; revert that one first")]
+    /// Another patch, which came later than the first part of this one, has replaced the function.
+    #[error("{function} is held by {id}, which was applied after the first part of this module; revert that one first")]
     Held {
         /// The function.
         function: String,

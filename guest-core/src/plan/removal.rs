@@ -1,5 +1,6 @@
 //! Plans to take a patch out of force: a revert, and the recovery of a commit that was cut off.
 
+use super::replace::{Replaced, Restored};
 use super::{Plan, RevertError, guard, registration, targets};
 use crate::addr::Gva;
 use crate::change::{Change, ChangeError};
@@ -66,21 +67,26 @@ impl Removal<'_> {
         let in_force = entry.state == State::Applied;
         guard::require_survival::<RevertError>(live)?;
         self.require_untraced(in_force)?;
+        let replaced = Replaced::cut_off_by(registry, entry);
         let mut atomic = match in_force {
             true => self.sites_in_force(),
-            false => self.restored_sites()?,
+            false => self.restored_sites(&replaced.redirected_by(record)?)?,
         };
+        let Restored { changes, original } = replaced.restored(live, registry, record)?;
+        atomic.extend(changes);
         let keeps = self.keeps(keep)?;
-        let (code, must_be_quiescent, unreferenced) = match keeps {
+        let (code, mut must_be_quiescent, unreferenced) = match keeps {
             true => self.keep()?,
-            false => self.wipe(in_force)?,
+            false => self.wipe(in_force || entry.state == State::Replaced)?,
         };
+        must_be_quiescent.extend(original);
         atomic.extend(code);
         let after = if keeps { State::Kept } else { State::Reverted };
         atomic.push(registry.state_change(entry.slot, from, after));
         Ok(Plan {
             staged: Vec::new(),
             atomic,
+            sites: record.changes.clone(),
             requires: Preconditions::default(),
             must_be_quiescent,
             unreferenced,
@@ -102,14 +108,9 @@ impl Removal<'_> {
         })
     }
 
-    /// The bits of ftrace records, and the jumps, each in the order in which they are undone. A jump that has its bit needs it until it is gone.
-    fn bits_and_jumps(&self) -> (Vec<&Change>, Vec<&Change>) {
-        self.record.changes.iter().rev().partition(|change| change.is_of_bits())
-    }
-
     /// Plans to restore the sites of a patch that is in force.
     fn sites_in_force(&self) -> Vec<Change> {
-        let (bits, jumps) = self.bits_and_jumps();
+        let (bits, jumps) = bits_and_jumps(&self.record.changes);
         let undone = bits.into_iter().chain(jumps).map(Change::undone);
         // A change that cannot be read here fails in the commit.
         undone
@@ -121,10 +122,9 @@ impl Removal<'_> {
     ///
     /// Bits are set behind the jumps, and cleared in front of them. Where no jump is there, they are the guest's: it may have unloaded the
     /// module whose records they were of, and anything may lie there now.
-    fn restored_sites(&self) -> Result<Vec<Change>, KernelError> {
-        // Old, new, or cut in the middle: whatever is there becomes old.
-        let restored = |change: &Change| change.restoration(self.live, change.what()).map_err(unreadable);
-        let (bits, jumps) = self.bits_and_jumps();
+    fn restored_sites(&self, changes: &[Change]) -> Result<Vec<Change>, KernelError> {
+        let restored = |change| restored(self.live, change);
+        let (bits, jumps) = bits_and_jumps(changes);
         let mut all = Vec::new();
         for jump in jumps {
             all.extend(restored(jump)?);
@@ -148,14 +148,14 @@ impl Removal<'_> {
             .map(|module| module.rename(live, &record.kept_name()))
             .transpose()?;
         let changes = renamed.flatten().into_iter().collect();
-        Ok((changes, self.replacements()?, Gva(0)..Gva(0)))
+        Ok((changes, replacements(live, record)?, Gva(0)..Gva(0)))
     }
 
     /// Wipes the code, and unregisters its module from the guest.
     fn wipe(&self, in_force: bool) -> Result<Code, RevertError> {
         let Self { live, record, .. } = *self;
         let id = &record.id;
-        let text = self.whole_text();
+        let text = whole_text(record);
         if let Some(at) = sites::probe_in(live, &text.code)? {
             return Err(RevertError::Probed { id: id.clone(), at });
         }
@@ -172,48 +172,11 @@ impl Removal<'_> {
         Ok((changes, vec![text], record.registered_memory()))
     }
 
-    /// The new functions and their split parts: what must be quiescent for a revert that keeps the code. A thread or timer of the patch's own
-    /// does not block such a revert.
-    fn replacements(&self) -> Result<Vec<OldFunction>, KernelError> {
-        let Self { live, record, .. } = *self;
-        let Some(module) = modules::containing(live, Gva(record.text.start))? else {
-            return Ok(vec![self.whole_text()]);
-        };
-        let symbols = modules::symbols(&live.constant(), &module)?;
-        let parts = record.functions.iter().flat_map(|function| {
-            let at = Gva(function.new);
-            let symbol = symbols.iter().find(|symbol| symbol.address == at && symbol.size != 0);
-            let name = symbol.map_or(function.name.as_str(), |symbol| symbol.name.as_str());
-            targets::module_parts(&symbols, name, at, function.new_len)
-        });
-        Ok(parts.collect())
-    }
-
-    /// All of the patch's code.
-    fn whole_text(&self) -> OldFunction {
-        let record = self.record;
-        OldFunction {
-            name: format!("the new code of {}", record.id),
-            code: Gva(record.text.start)..Gva(record.text.start.saturating_add(record.text.len)),
-        }
-    }
-
     /// Requires that no tracer was started on an old function since it was redirected in its site.
-    ///
-    /// ftrace does not count the tracers that start while a record is disabled. If one of them ended after the revert has enabled the record,
-    /// ftrace would count below zero, warn, and turn itself off for good (`__ftrace_hash_rec_update`, kernel/trace/ftrace.c).
     fn require_untraced(&self, in_force: bool) -> Result<(), RevertError> {
-        let Self { live, record, .. } = *self;
-        for function in record.functions.iter().filter(|f| f.redirect == Redirect::Ftrace) {
-            if !in_force && !self.has_jump(function)? {
-                continue;
-            }
-            let Some(site) = ftrace::record(live, Gva(function.old))? else {
-                continue;
-            };
-            if tracers::is_wanted(live, site.site)? {
-                let function = (function.name.clone(), Gva(function.old));
-                return Err(wanted(live, function)?);
+        for function in &self.record.functions {
+            if in_force || self.has_jump(function)? {
+                require_untraced(self.live, function)?;
             }
         }
         Ok(())
@@ -242,6 +205,56 @@ impl Removal<'_> {
     }
 }
 
+/// Requires that no tracer was started on a function that a patch has redirected in its site.
+///
+/// ftrace does not count the tracers that start while a record is disabled. If one of them ended after the record is enabled again,
+/// ftrace would count below zero, warn, and turn itself off for good (`__ftrace_hash_rec_update`, kernel/trace/ftrace.c).
+pub(super) fn require_untraced(live: &Live<'_>, function: &PatchedFunction) -> Result<(), RevertError> {
+    if function.redirect != Redirect::Ftrace {
+        return Ok(());
+    }
+    match ftrace::record(live, Gva(function.old))? {
+        Some(site) if tracers::is_wanted(live, site.site)? => {
+            let function = (function.name.clone(), Gva(function.old));
+            Err(wanted(live, function)?)
+        }
+        _ => Ok(()),
+    }
+}
+
+/// The new functions and their split parts: what must be quiescent where functions lead elsewhere and the code stays. A thread or timer of the
+/// patch's own does not block that.
+pub(super) fn replacements(live: &Live<'_>, record: &Record) -> Result<Vec<OldFunction>, KernelError> {
+    replacements_among(live, record, &record.functions)
+}
+
+/// The same for some of the patch's functions.
+pub(super) fn replacements_among(
+    live: &Live<'_>,
+    record: &Record,
+    functions: &[PatchedFunction],
+) -> Result<Vec<OldFunction>, KernelError> {
+    let Some(module) = modules::containing(live, Gva(record.text.start))? else {
+        return Ok(vec![whole_text(record)]);
+    };
+    let symbols = modules::symbols(&live.constant(), &module)?;
+    let parts = functions.iter().flat_map(|function| {
+        let at = Gva(function.new);
+        let symbol = symbols.iter().find(|symbol| symbol.address == at && symbol.size != 0);
+        let name = symbol.map_or(function.name.as_str(), |symbol| symbol.name.as_str());
+        targets::module_parts(&symbols, name, at, function.new_len)
+    });
+    Ok(parts.collect())
+}
+
+/// All of a patch's code.
+fn whole_text(record: &Record) -> OldFunction {
+    OldFunction {
+        name: format!("the new code of {}", record.id),
+        code: Gva(record.text.start)..Gva(record.text.start.saturating_add(record.text.len)),
+    }
+}
+
 /// The error for a function, given by name and address, that a livepatch of the guest's own or a tracer uses.
 fn wanted(live: &Live<'_>, (function, at): (String, Gva)) -> Result<RevertError, KernelError> {
     let held = livepatch::held(live)?;
@@ -252,6 +265,16 @@ fn wanted(live: &Live<'_>, (function, at): (String, Gva)) -> Result<RevertError,
         },
         None => RevertError::Traced { function },
     })
+}
+
+/// The bits of ftrace records, and the jumps, each in the order in which they are undone. A jump that has its bit needs it until it is gone.
+fn bits_and_jumps(changes: &[Change]) -> (Vec<&Change>, Vec<&Change>) {
+    changes.iter().rev().partition(|change| change.is_of_bits())
+}
+
+/// The change that restores what was there: old, new, or cut in the middle, whatever is there becomes old.
+pub(super) fn restored(live: &Live<'_>, change: &Change) -> Result<Option<Change>, KernelError> {
+    change.restoration(live, change.what()).map_err(unreadable)
 }
 
 fn unreadable(source: ChangeError) -> KernelError {

@@ -1,7 +1,7 @@
 //! Plans the revert of a patch.
 
 use super::removal::Removal;
-use super::{Plan, from_reads};
+use super::{Plan, from_reads, stack};
 use crate::addr::Gva;
 use crate::kernel::guard::Armed;
 use crate::kernel::{KernelError, Live};
@@ -26,6 +26,16 @@ pub enum RevertError {
     Traced {
         /// The function.
         function: String,
+    },
+    /// A later patch holds a function of the patch, too, and leads it from the patch's code to its own.
+    #[error("{function} of {id} is held by {by}, which was applied later; revert {by} first")]
+    Covered {
+        /// The patch.
+        id: String,
+        /// The function.
+        function: String,
+        /// The later patch.
+        by: String,
     },
     /// The guest loaded a livepatch for the function while the patch had its ftrace record disabled.
     #[error(
@@ -100,6 +110,13 @@ fn plan(live: &Live<'_>, registry: &Registry, id: &str) -> Result<Plan, RevertEr
             applied,
         });
     };
+    if let Some((function, by)) = stack::covered(registry.records(), record) {
+        return Err(RevertError::Covered {
+            id: id.to_owned(),
+            function,
+            by: by.to_owned(),
+        });
+    }
     // It is recorded before the pause that the patch is on its way out.
     let mut staged = Vec::new();
     if entry.state == State::Applied {

@@ -7,7 +7,6 @@ use crate::kernel::resolve::GuestSymbols;
 use crate::kernel::{KernelError, Live};
 use crate::memory::VirtMemory;
 use crate::module::{LinkedFunction, Patch, ResolveError, ResolveSymbol, Undefined};
-use crate::registry::Registry;
 use crate::unwind::OldFunction;
 
 /// Suffixes of the symbols that a compiler gives to parts of a function that it places elsewhere.
@@ -66,13 +65,8 @@ pub(super) fn used(
     Ok(used)
 }
 
-/// Finds the function that `function` replaces. Refuses where another patch has replaced it already.
-pub(super) fn find(
-    live: &Live<'_>,
-    symbols: &GuestSymbols<'_>,
-    registry: &Registry,
-    function: &LinkedFunction,
-) -> Result<Target, Refusal> {
+/// Finds the function that `function` replaces.
+pub(super) fn find(live: &Live<'_>, symbols: &GuestSymbols<'_>, function: &LinkedFunction) -> Result<Target, Refusal> {
     let name = &function.old_name;
     let missing = |cause| Refusal::Function {
         name: name.clone(),
@@ -81,13 +75,6 @@ pub(super) fn find(
     let at = symbols
         .any(function.object.as_deref(), name, function.sympos)
         .map_err(missing)?;
-    let mut records = registry.records();
-    if let Some(other) = records.find(|record| record.functions.iter().any(|other| other.old == at.0)) {
-        return Err(Refusal::Held {
-            function: name.clone(),
-            id: other.id.clone(),
-        });
-    }
     let Some(object) = &function.object else {
         let next = live.kernel.symbols.containing(at).map_or(at, |(_, next)| next);
         let len = next.0.saturating_sub(at.0);

@@ -2,18 +2,25 @@
 //! ([`Note`](crate::module::Note)).
 
 use super::Refusal;
+use super::stack::Holder;
 use crate::addr::Gva;
 use crate::kernel::{KernelError, Live};
 use crate::memory::VirtMemory;
 use crate::module::{LinkedFunction, Note};
 
-/// Compares the code at `old` with the code that the note has for `function`. Without a note, or without the function in it, there is
-/// nothing to compare: the caller reports that.
+/// Compares the code at `old` with the code that the note has for `function`. The jump of `bottom`, the first patch that holds the function,
+/// is not compared. Without a note, or without the function in it, there is nothing to compare: the caller reports that.
 ///
 /// # Errors
 ///
 /// [`Refusal::OtherCode`] with the first byte that differs.
-pub(super) fn check(live: &Live<'_>, note: Option<&Note>, function: &LinkedFunction, old: Gva) -> Result<(), Refusal> {
+pub(super) fn check(
+    live: &Live<'_>,
+    note: Option<&Note>,
+    function: &LinkedFunction,
+    old: Gva,
+    bottom: Option<&Holder<'_>>,
+) -> Result<(), Refusal> {
     let name = &function.old_name;
     let object = function.object.as_deref();
     let Some(noted) = note.and_then(|note| note.function(name, function.sympos, object)) else {
@@ -27,6 +34,9 @@ pub(super) fn check(live: &Live<'_>, note: Option<&Note>, function: &LinkedFunct
             at: old,
             source,
         })?;
+    if let Some(bottom) = bottom {
+        bottom.uncover(old, &mut code)?;
+    }
     match noted.code.mismatch(&code) {
         None => Ok(()),
         Some(mismatch) => Err(Refusal::OtherCode {

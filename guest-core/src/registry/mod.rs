@@ -6,7 +6,7 @@
 //! | offset | size | what |
 //! |---|---|---|
 //! | 0 | 8 | `VMPATCH\0` |
-//! | 8 | 4 | version of this layout: 3; in 2, no record says what of a patch must stay; in 1, no patch is registered as a module of the guest |
+//! | 8 | 4 | version of this layout: 4; in 3, no patch replaces or covers another; in 2, no record says what of a patch must stay; in 1, no patch is registered as a module of the guest |
 //! | 12 | 4 | CRC-32 of bytes 16 to 64 |
 //! | 16 | 8 | guest-virtual address of this page, in the kernel's text |
 //! | 24 | 8 | guest-virtual address of the arena's alias mapping, 2 MiB |
@@ -36,9 +36,10 @@ use std::fmt;
 use std::ops::Range;
 
 const MAGIC: [u8; 8] = *b"VMPATCH\0";
-/// Version of the layout. Since 2, a record may hold the patch's registration as a module; since 3, it says whether code must stay.
+/// Version of the layout. Since 2, a record may hold the patch's registration as a module; since 3, it says whether code must stay; since 4,
+/// a patch may replace others, or take functions that others hold.
 /// A vmpatch that does not know the version must not revert the patch.
-const VERSION: u32 = 3;
+const VERSION: u32 = 4;
 /// Oldest version that is understood.
 const VERSION_MIN: u32 = 1;
 const HEADER_BYTES: usize = 64;
@@ -139,9 +140,16 @@ pub enum State {
     Reapplying = 6,
     /// It is being reverted, and its code may have run: sites may be old or new. A vmpatch that does not know this state refuses the registry.
     Reverting = 7,
+    /// Another patch has replaced it: no function leads to its code, which must still be wiped or kept.
+    Replaced = 8,
 }
 
 impl State {
+    /// True where no function leads to the patch's code, and none is about to.
+    pub fn is_off(self) -> bool {
+        matches!(self, Self::Kept | Self::Replaced)
+    }
+
     fn from_word(word: u64) -> Option<Self> {
         let all = [
             Self::Staging,
@@ -151,6 +159,7 @@ impl State {
             Self::Kept,
             Self::Reapplying,
             Self::Reverting,
+            Self::Replaced,
         ];
         all.into_iter().find(|state| *state as u64 == word)
     }
@@ -229,13 +238,13 @@ pub struct Registry {
 }
 
 impl Registry {
-    /// The records of all patches except those in [`State::Kept`].
+    /// The records of all patches except those in [`State::Kept`] and [`State::Replaced`].
     pub fn records(&self) -> impl Iterator<Item = &Record> {
-        let entries = self.entries.iter().filter(|entry| entry.state != State::Kept);
+        let entries = self.entries.iter().filter(|entry| !entry.state.is_off());
         entries.filter_map(Entry::record)
     }
 
-    /// The records of all patches, those in [`State::Kept`] included.
+    /// The records of all patches.
     pub fn all_records(&self) -> impl Iterator<Item = &Record> {
         self.entries.iter().filter_map(Entry::record)
     }

@@ -89,8 +89,12 @@ pub struct Record {
     /// Modules that the patch also changes, and that the guest had not loaded.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub pending: Vec<String>,
-    /// The changes of sites and flags. A revert undoes them in reverse order.
+    /// The changes of sites and flags, function by function: first a function's jump, then its flags. A revert undoes them in reverse order.
+    /// Where the patch replaces others, what it undoes to is the kernel's own code.
     pub changes: Vec<Change>,
+    /// The patches that this one has replaced, by name, oldest first. They may be gone by now.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub replaces: Vec<String>,
     /// The patch's registration as a module of the guest; `None` in records of a vmpatch that did not register patches.
     #[serde(rename = "known", default, skip_serializing_if = "Option::is_none")]
     pub registration: Option<ModuleRegistration>,
@@ -128,6 +132,17 @@ impl Record {
         }
     }
 
+    /// The changes of one of its functions.
+    pub(crate) fn changes_of(&self, function: &PatchedFunction) -> &[Change] {
+        let starts = |at: u64| self.changes.iter().position(|change| change.gpa().0 == at);
+        let Some(first) = starts(function.jump) else { return &[] };
+        let others = self.functions.iter().filter_map(|other| starts(other.jump));
+        let end = others.filter(|start| *start > first).min();
+        self.changes
+            .get(first..end.unwrap_or(self.changes.len()))
+            .unwrap_or_default()
+    }
+
     /// The module's name in the guest while the patch is reverted and its code kept. The patch's own name is free then.
     pub(crate) fn kept_name(&self) -> String {
         format!("reverted_{}_{}", self.order, self.id)
@@ -158,7 +173,7 @@ impl Record {
         let names = self.functions.iter().map(|function| function.name.as_str());
         let objects = self.functions.iter().filter_map(|function| function.object.as_deref());
         let names = names.chain(objects).chain(self.pending.iter().map(String::as_str));
-        let names = names.chain(self.escapes.iter().flatten().map(String::as_str));
+        let names = names.chain(self.escapes.iter().flatten().chain(&self.replaces).map(String::as_str));
         let own = [&self.id, &self.digest, &self.model].into_iter().map(String::as_str);
         own.chain(names).chain(self.all_changes().map(Change::what))
     }

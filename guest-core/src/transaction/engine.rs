@@ -118,9 +118,10 @@ impl Engine {
         }
     }
 
-    /// True where a recovery may be tried. A failed recovery is left to the next vmpatch.
+    /// True where a recovery may be tried. A failed recovery is left to the next vmpatch, and so is a removal, which is a part of each.
     fn may_recover(&self) -> bool {
-        self.operation != Operation::Recover && self.recoveries < RECOVERIES_MAX
+        let is_part_of_recovery = matches!(self.operation, Operation::Recover | Operation::Discard);
+        !is_part_of_recovery && self.recoveries < RECOVERIES_MAX
     }
 
     fn again(&mut self, left: Duration) -> Action {

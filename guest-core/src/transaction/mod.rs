@@ -30,6 +30,8 @@ pub enum Operation {
     Revert,
     /// Recover it: undo an apply that was cut off, or finish a revert that was cut off.
     Recover,
+    /// Remove it, as another patch has replaced it.
+    Discard,
     /// Wipe what a revert has left of it.
     Wipe,
 }
@@ -41,6 +43,7 @@ impl fmt::Display for Operation {
             Self::Apply => "applying",
             Self::Revert => "reverting",
             Self::Recover => "recovering",
+            Self::Discard => "removing",
             Self::Wipe => "wiping what is left of",
         })
     }

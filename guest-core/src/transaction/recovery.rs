@@ -12,6 +12,7 @@
 //! | `Reapplying` | – | remove; keep the code |
 //! | `Reverting` | all jumps | in force again: the pause had not begun |
 //! | `Reverting` | else | remove; keep code that has handed out its addresses |
+//! | `Replaced` | – | remove, if the guest does not use it; keep code that has handed out its addresses |
 //!
 //! *Remove* is a commit of its own, with all its checks: old bytes into the sites, and then either another name for the module, or the module
 //! out of the guest's lists and the text wiped.
@@ -31,7 +32,7 @@
 //!
 //! - **A jump is only written in the pause that checked the stacks.** Before, a task may be in the middle of the bytes that it takes.
 //! - **Old bytes may go over a jump at any time.** A jump is one instruction, so that no task is in the middle of it. The old function behind it is
-//!   whole.
+//!   whole. Where another patch held the function, the old bytes are its jump, and its code is still there.
 //! - **Where one jump was there, new code and its registration stay**: a task may be in that code.
 //! - **All code of a revert was written**: its pause found no task in the new code, and no jump has led there since. What is left are
 //!   words of the guest's lists.
@@ -62,6 +63,8 @@ pub enum Rest {
     Reinstate,
     /// It takes the patch out of force.
     Remove(Keep),
+    /// It removes the patch, to which nothing leads any more, if it can.
+    Discard,
 }
 
 /// When a patch that is taken out of force keeps its code, and stays registered in the guest.
@@ -83,6 +86,7 @@ impl Rest {
         match (state, sites) {
             (State::Staging | State::Reverted, _) => Self::Wipe,
             (State::Applied | State::Kept, _) => Self::Nothing,
+            (State::Replaced, _) => Self::Discard,
             (State::Applying, Sites::Old) => Self::Remove(Keep::Never),
             (State::Applying, _) => Self::Remove(Keep::IfUsed),
             (State::Reapplying, _) => Self::Remove(Keep::Always),
@@ -135,7 +139,7 @@ mod tests {
     use super::*;
     use Ending::{Finish, RestoreSites, Undo, UndoData};
     use Keep::{Always, IfHandedOut, IfUsed, Never};
-    use Rest::{Nothing, Reinstate, Remove, Wipe};
+    use Rest::{Discard, Nothing, Reinstate, Remove, Wipe};
 
     #[test]
     fn the_next_vmpatch_goes_by_state_and_sites() {
@@ -146,6 +150,7 @@ mod tests {
             (State::Reverting, Remove(IfHandedOut), Remove(IfHandedOut), Reinstate),
             (State::Reverted, Wipe, Wipe, Wipe),
             (State::Kept, Nothing, Nothing, Nothing),
+            (State::Replaced, Discard, Discard, Discard),
             (State::Reapplying, Remove(Always), Remove(Always), Remove(Always)),
         ] {
             for (sites, rest) in [(Sites::Old, old), (Sites::Mixed, mixed), (Sites::New, new)] {

@@ -106,6 +106,14 @@ pub fn livepatch_with_sections(name: &str, functions: &[&'static str]) -> Vec<u8
     make(name, VERMAGIC, &functions, &[(SITES, &sites), (PERCPU, &[7; 24])])
 }
 
+/// A module called `name` that replaces all other patches.
+pub fn livepatch_that_replaces(name: &str, functions: &[Function]) -> Vec<u8> {
+    make(name, VERMAGIC, functions, &[(REPLACE, &[1])])
+}
+
+/// In the place of a section: the byte `klp_patch.replace`, and where it is.
+const REPLACE: &str = "replace";
+const REPLACE_AT: usize = 24;
 /// Tables of [`livepatch_with_sections`].
 const SITES: &str = "__mcount_loc";
 const PERCPU: &str = ".data..percpu";
@@ -128,7 +136,11 @@ fn make(name: &str, vermagic: &str, functions: &[Function], more: &[(&str, &[u8]
     }
     let info = format!("license=GPL\0livepatch=Y\0name={name}\0vermagic={vermagic}\0");
     let funcs_at = PATCH + 2 * OBJECT;
-    let descriptors = vec![0; (funcs_at + FUNCTION * (functions.len() as u64 + 1)) as usize];
+    let mut descriptors = vec![0; (funcs_at + FUNCTION * (functions.len() as u64 + 1)) as usize];
+    let (replace, more): (Vec<_>, Vec<_>) = more.iter().partition(|(name, _)| *name == REPLACE);
+    for (_, byte) in replace {
+        descriptors[REPLACE_AT] = byte[0];
+    }
     elf.section(".text", ALLOC | EXEC, &text);
     elf.section(".rodata.str1.1", ALLOC, &names);
     elf.section(".data", ALLOC | WRITE, &descriptors);
@@ -140,8 +152,8 @@ fn make(name: &str, vermagic: &str, functions: &[Function], more: &[(&str, &[u8]
     );
     elf.section(".gnu.linkonce.this_module", ALLOC | WRITE, &[0; 1024]);
     elf.section(".modinfo", ALLOC, info.as_bytes());
-    for (name, data) in more {
-        let flags = match *name {
+    for (name, data) in more.iter().copied() {
+        let flags = match name {
             PERCPU => ALLOC | WRITE,
             ".BTF.base" => 0,
             _ => ALLOC,

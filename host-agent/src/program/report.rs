@@ -130,6 +130,9 @@ pub struct Function {
     pub redirect: Redirect,
     /// `patched`, `original`, `overridden`, `in transition`, or what is there instead.
     pub state: String,
+    /// The later patch whose code it runs (`status`).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub overridden_by: Option<String>,
     /// A livepatch of the guest's own that is for the same function (`status`).
     #[serde(skip_serializing_if = "Option::is_none")]
     pub livepatch: Option<String>,
@@ -146,6 +149,7 @@ impl Function {
             new: Address(function.new),
             redirect: function.redirect,
             state: state.to_owned(),
+            overridden_by: None,
             livepatch: None,
         }
     }
@@ -268,6 +272,9 @@ pub struct Patch {
     /// Its functions.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub functions: Vec<Function>,
+    /// Patches that it has replaced, or would replace, by name.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub replaces: Vec<String>,
     /// Modules that it is for, too, which the guest has not loaded.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub pending: Vec<String>,

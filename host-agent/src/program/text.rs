@@ -127,11 +127,18 @@ fn one_patch(text: &mut String, patch: &Patch) {
             .object
             .as_ref()
             .map_or(String::new(), |object| format!("{object}:"));
+        let by = function
+            .overridden_by
+            .as_ref()
+            .map_or(String::new(), |id| format!(" by {id}"));
         let _ = writeln!(
             text,
-            "  {object}{}{position}: {} ({redirect}, {:#x} → {:#x})",
+            "  {object}{}{position}: {}{by} ({redirect}, {:#x} → {:#x})",
             function.name, function.state, function.old.0, function.new.0
         );
+    }
+    if !patch.replaces.is_empty() {
+        let _ = writeln!(text, "  replaces {}", patch.replaces.join(", "));
     }
     if let Some(line) = patch.verified.and_then(Verified::line) {
         let _ = writeln!(text, "  {line}");

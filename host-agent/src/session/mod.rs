@@ -4,7 +4,7 @@ mod error;
 mod vm;
 
 pub use error::{BusyError, HostError, OpenError, PatchError};
-pub use guest_core::guest::PatchOptions;
+pub use guest_core::guest::{Changed, PatchOptions};
 
 use self::vm::LockedVm;
 use crate::broker::divide;
@@ -14,12 +14,11 @@ use crate::lock::{DomainLock, LOCK_TIME_MAX, LockError};
 use crate::module_file;
 use crate::sandbox::Sandbox;
 use crate::target::Target;
-use guest_core::commit::Committed;
-use guest_core::guest::{Changed, Guest, PatchFile, Vmm};
+use guest_core::guest::{Guest, PatchFile, Vmm};
 use guest_core::kernel::Live;
 use guest_core::kernel::guard::Guard;
 use guest_core::plan::Plan;
-use guest_core::registry::{Cave, Record, Registry};
+use guest_core::registry::{Cave, Registry};
 use guest_core::{Kernel, PhysMemory, Registers};
 use std::path::{Path, PathBuf};
 
@@ -167,15 +166,10 @@ impl Session {
     }
 
     /// Applies the module `file`, whose bytes are given.
-    pub fn apply(
-        &mut self,
-        file: &Path,
-        bytes: &[u8],
-        options: &PatchOptions,
-    ) -> Result<(Record, Committed), PatchError> {
+    pub fn apply(&mut self, file: &Path, bytes: &[u8], options: &PatchOptions) -> Result<Changed, PatchError> {
         let name = &module_file::stem(file);
         let applied = self.guest.apply(PatchFile { name, bytes }, options);
-        applied.map(parts).map_err(PatchError::of(file))
+        applied.map_err(PatchError::of(file))
     }
 
     /// Plans to apply the module `file`, whose bytes are given, where need be more than once: a guest that loads a module changes what
@@ -193,8 +187,8 @@ impl Session {
 
     /// Takes out the patch `id`, and wipes what is left of it. Whatever model was chosen: no task may be in the new code then,
     /// as that code is gone afterwards.
-    pub fn revert(&mut self, id: &str, options: &PatchOptions) -> Result<(Record, Committed), PatchError> {
-        Ok(self.guest.revert(id, options).map(parts)?)
+    pub fn revert(&mut self, id: &str, options: &PatchOptions) -> Result<Changed, PatchError> {
+        Ok(self.guest.revert(id, options)?)
     }
 
     /// Wipes what a revert, or a vmpatch that was killed, has left; takes back what was half committed.
@@ -211,8 +205,4 @@ impl Session {
     pub fn refuse_if_busy(&self) -> Result<(), BusyError> {
         self.guest.vmm().refuse_if_busy()
     }
-}
-
-fn parts(changed: Changed) -> (Record, Committed) {
-    (changed.record, changed.committed)
 }

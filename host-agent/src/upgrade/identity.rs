@@ -86,7 +86,7 @@ impl Identity {
             wanted.push(("the registry of patches".to_owned(), registry.page(0), page));
         }
         let there = registry.entries.iter();
-        let there = there.filter(|entry| matches!(entry.state, State::Applied | State::Kept));
+        let there = there.filter(|entry| matches!(entry.state, State::Applied | State::Kept | State::Replaced));
         let records: Vec<_> = there.filter_map(|entry| entry.record.as_ref()).collect();
         for record in &records {
             // The pool of pages is contiguous in both kinds of memory.

@@ -7,6 +7,7 @@
 //! usage: cargo run --release -p e2e --bin bench [CYCLES]
 //!        cargo run --release -p e2e --bin bench -- --against PROGRAM [RUNS]
 
+use guest_core::guest::Changed;
 use std::collections::BTreeMap;
 use std::error::Error;
 use std::fs;
@@ -165,9 +166,15 @@ fn pauses(guest: &Guest, monitor: &mut Monitor, module: &Path, cycles: usize) ->
     for _ in 0..cycles {
         bare.push(stop_and_cont(monitor)?);
         let start = Instant::now();
-        let (record, applied) = session.apply(module, &bytes, &options)?;
+        let Changed {
+            record,
+            committed: applied,
+            ..
+        } = session.apply(module, &bytes, &options)?;
         warm.push(micros(start.elapsed()));
-        let (_, reverted) = session.revert(&record.id, &options)?;
+        let Changed {
+            committed: reverted, ..
+        } = session.revert(&record.id, &options)?;
         all.extend([applied, reverted]);
     }
     let bare = Figures::of(bare);
@@ -222,8 +229,12 @@ fn beside_one_function(guest: &Guest, monitor: &mut Monitor, kinds: &[(&str, Str
     for _ in 0..cycles {
         bare.push(stop_and_cont(monitor)?);
         for ((_, file), [applied, reverted]) in kinds.iter().zip(&mut all) {
-            let (record, there) = session.apply(Path::new(file), &fs::read(file)?, &options)?;
-            let (_, back) = session.revert(&record.id, &options)?;
+            let Changed {
+                record,
+                committed: there,
+                ..
+            } = session.apply(Path::new(file), &fs::read(file)?, &options)?;
+            let Changed { committed: back, .. } = session.revert(&record.id, &options)?;
             applied.push(there);
             reverted.push(back);
         }

@@ -5,7 +5,7 @@ use crate::figures::{Figures, micros, ratio};
 use crate::monitor::Monitor;
 use guest_core::commit::{Committed, Model};
 use host_agent::find::find;
-use host_agent::session::{PatchOptions, Session};
+use host_agent::session::{Changed, PatchOptions, Session};
 use host_agent::target::Selector;
 use kvm::Vm;
 use process::Stopped;
@@ -53,8 +53,14 @@ pub fn run(name: &str, vmpatch: &Path, module: &Path, socket: &Path, (warm_up, r
     for round in 0..warm_up + rounds {
         let stop_and_cont = stop_and_cont(&mut monitor)?;
         let threads = stop_threads(&vm)?;
-        let (record, applied) = session.apply(module, &bytes, &options())?;
-        let (_, reverted) = session.revert(&record.id, &options())?;
+        let Changed {
+            record,
+            committed: applied,
+            ..
+        } = session.apply(module, &bytes, &options())?;
+        let Changed {
+            committed: reverted, ..
+        } = session.revert(&record.id, &options())?;
         if round >= warm_up {
             qmp.push(stop_and_cont);
             bare.push(threads);

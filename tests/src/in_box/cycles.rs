@@ -3,6 +3,7 @@
 use super::bench::{open, options};
 use super::{Result, held_threads};
 use crate::figures::{Figures, micros};
+use guest_core::guest::Changed;
 use std::fs;
 use std::path::Path;
 use std::time::Instant;
@@ -27,9 +28,15 @@ pub fn run(name: &str, vmpatch: &Path, module: &Path, count: usize) -> Result<()
         }
     };
     for cycle in 1..=count {
-        let (record, applied) = session.apply(module, &bytes, &options())?;
+        let Changed {
+            record,
+            committed: applied,
+            ..
+        } = session.apply(module, &bytes, &options())?;
         free()?;
-        let (_, reverted) = session.revert(&record.id, &options())?;
+        let Changed {
+            committed: reverted, ..
+        } = session.revert(&record.id, &options())?;
         free()?;
         tries += applied.tries + reverted.tries;
         pauses.extend([applied.pause_us_max, reverted.pause_us_max]);

@@ -10,7 +10,7 @@ use guest_core::commit::{CommitError, Committed, NotSafe};
 use guest_core::guest;
 use host_agent::chain::chain;
 use host_agent::outcome::{GuestState, Reason};
-use host_agent::session::{PatchError, PatchOptions, Session};
+use host_agent::session::{Changed, PatchError, PatchOptions, Session};
 
 use super::{Result, Scene, Storm};
 use crate::health;
@@ -178,7 +178,7 @@ impl<'a> Cycles<'a> {
             .session()
             .and_then(|mut session| Ok(session.apply(path, bytes, &self.options)?));
         match tried {
-            Ok((record, committed)) => {
+            Ok(Changed { record, committed, .. }) => {
                 self.outcomes.applied += 1;
                 self.outcomes.committed(&committed);
                 Ok(Some(record.id))
@@ -192,7 +192,7 @@ impl<'a> Cycles<'a> {
             .session()
             .and_then(|mut session| Ok(session.revert(id, &self.options)?));
         match tried {
-            Ok((_, committed)) => {
+            Ok(Changed { committed, .. }) => {
                 self.outcomes.reverted += 1;
                 self.outcomes.committed(&committed);
                 Ok(true)

@@ -3,6 +3,7 @@
 //! What a patch adds to the guest's lists of modules, to their tree and to ftrace's chain of records has the guest's own modules as
 //! neighbours, which come and go between plan and pause.
 
+use guest_core::guest::Changed;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -49,9 +50,15 @@ fn modules_and_patches_come_and_go_at_the_same_time() {
     let (mut cycles, mut pauses, mut pause_us_max) = (0, 0, 0);
     while start.elapsed() < Duration::from_secs(seconds) {
         let applied = session.apply(Path::new(&module), &bytes, &options);
-        let (record, applied) = applied.unwrap_or_else(|error| panic!("cycle {cycles}: {:?}", chain(&error)));
+        let Changed {
+            record,
+            committed: applied,
+            ..
+        } = applied.unwrap_or_else(|error| panic!("cycle {cycles}: {:?}", chain(&error)));
         let reverted = session.revert(&record.id, &options);
-        let (_, reverted) = reverted.unwrap_or_else(|error| panic!("cycle {cycles}: {:?}", chain(&error)));
+        let Changed {
+            committed: reverted, ..
+        } = reverted.unwrap_or_else(|error| panic!("cycle {cycles}: {:?}", chain(&error)));
         cycles += 1;
         pauses += applied.tries + reverted.tries;
         pause_us_max = applied.pause_us_max.max(reverted.pause_us_max).max(pause_us_max);

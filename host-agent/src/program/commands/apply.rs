@@ -12,7 +12,7 @@ use guest_core::plan::{self, Checksums, Refusal};
 use guest_core::registry::Record;
 use host_agent::hypervisor::Activity;
 use host_agent::module_file;
-use host_agent::session::{Access, PatchError, Session};
+use host_agent::session::{Access, Changed, PatchError, Session};
 use std::path::{Path, PathBuf};
 
 /// The state of a patch that is in the guest already.
@@ -71,6 +71,7 @@ pub fn check(options: &Options, files: &[PathBuf]) -> Result<Patches, Failure> {
         patch.module = module.as_ref().map(Identity::of);
         say_what_it_was_made_for(&mut patch, &session, module.as_ref(), &record);
         say_what_stays(&mut patch, &record);
+        say_what_it_covers(&mut patch, &session, &record);
         patches.push(patch);
         planned.push(record);
     }
@@ -91,19 +92,11 @@ pub(super) fn refused(path: &Path, refusal: Refusal) -> Failure {
 
 /// Why `record` could not be applied once those before it are, each of which was planned for the guest as it is now.
 fn clash(before: &[Record], record: &Record) -> Option<Refusal> {
-    if let Some(earlier) = before.iter().find(|earlier| earlier.id == record.id) {
-        return Some(Refusal::OtherModule {
-            id: record.id.clone(),
-            applied: earlier.digest.clone(),
-            file: record.digest.clone(),
-        });
-    }
-    record.functions.iter().find_map(|function| {
-        let holds = |earlier: &&Record| earlier.functions.iter().any(|other| other.old == function.old);
-        before.iter().find(holds).map(|earlier| Refusal::Held {
-            function: function.name.clone(),
-            id: earlier.id.clone(),
-        })
+    let earlier = before.iter().find(|earlier| earlier.id == record.id)?;
+    Some(Refusal::OtherModule {
+        id: record.id.clone(),
+        applied: earlier.digest.clone(),
+        file: record.digest.clone(),
     })
 }
 
@@ -153,7 +146,11 @@ pub(super) fn not_done(path: &Path, state: &str, reason: Option<String>) -> Patc
 /// Applies one module, unless that very one is applied already.
 pub(super) fn apply_one(session: &mut Session, options: &Options, path: &Path, bytes: &[u8]) -> Result<Patch, Failure> {
     tracing::debug!(guest = session.shown(), "applying {}", path.display());
-    let (record, committed) = match session.apply(path, bytes, &options.patching()) {
+    let Changed {
+        record,
+        committed,
+        left,
+    } = match session.apply(path, bytes, &options.patching()) {
         Ok(applied) => applied,
         Err(failure) => return already_applied(session, path, failure.into()),
     };
@@ -161,6 +158,10 @@ pub(super) fn apply_one(session: &mut Session, options: &Options, path: &Path, b
     patch.pause = Some(Pause::from(&committed));
     say_what_it_was_made_for(&mut patch, session, PatchModule::parse(bytes).ok().as_ref(), &record);
     say_what_stays(&mut patch, &record);
+    say_what_it_covers(&mut patch, session, &record);
+    patch.warnings.extend(left.map(|why| {
+        format!("the code of a patch that was replaced is still in the guest, and the next vmpatch tries to remove it: {why}")
+    }));
     say_what_began(&mut patch, session);
     if options.model == ModelName::None {
         patch
@@ -253,5 +254,27 @@ fn say_what_stays(patch: &mut Patch, record: &Record) {
              guest may use {}",
             used(record)
         ));
+    }
+}
+
+/// Warns of functions that earlier patches hold, which stay: their code does not run any more.
+fn say_what_it_covers(patch: &mut Patch, session: &Session, record: &Record) {
+    let stay = |other: &&Record| other.id != record.id && !record.replaces.contains(&other.id);
+    for other in session.registry().records().filter(stay) {
+        let shared = other
+            .functions
+            .iter()
+            .map(|function| (function.name.as_str(), function.old));
+        let shared: Vec<_> = shared
+            .filter(|(_, old)| record.functions.iter().any(|own| own.old == *old))
+            .collect();
+        if !shared.is_empty() && other.order < record.order {
+            let names: Vec<_> = shared.into_iter().map(|(name, _)| name).collect();
+            patch.warnings.push(format!(
+                "{} of {} is overridden: unless this module was built from a source with that fix, the fix is gone there",
+                names.join(", "),
+                other.id
+            ));
+        }
     }
 }

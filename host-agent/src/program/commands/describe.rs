@@ -20,6 +20,7 @@ pub(super) fn describe(record: &Record, path: Option<&Path>, state: &str, functi
             .iter()
             .map(|function| Function::new(function, functions))
             .collect(),
+        replaces: record.replaces.clone(),
         pending: record.pending.clone(),
         escapes: record.escapes.clone().unwrap_or_default(),
         ..Patch::default()

@@ -7,8 +7,10 @@ use super::target::open;
 use crate::program::cli::{ModelName, Options};
 use crate::program::failure::Failure;
 use crate::program::report::{Guest, Patch, Patches, Pause};
+use guest_core::guest;
+use guest_core::plan::RevertError;
 use guest_core::registry::State;
-use host_agent::session::{Access, Session};
+use host_agent::session::{Access, Changed, PatchError, Session};
 
 /// Takes out the patches `ids`, in the order given; without any, all of them, the last applied first. The first that fails ends it;
 /// the report says what was done before.
@@ -17,8 +19,12 @@ pub fn revert(options: &Options, ids: &[String]) -> Result<(Patches, Option<Fail
     session.tidy()?;
     let ids = if ids.is_empty() { all(&session) } else { ids.to_vec() };
     // An unknown name is found before anything is taken out.
-    for id in &ids {
-        session.check_revert(id, &options.patching())?;
+    for (index, id) in ids.iter().enumerate() {
+        let earlier = ids.get(..index).unwrap_or_default();
+        match session.check_revert(id, &options.patching()) {
+            Err(failure) if covered_by(&failure).is_some_and(|by| earlier.iter().any(|id| id == by)) => {}
+            planned => drop(planned?),
+        }
     }
     let mut steps = Steps::new(REVERT);
     for id in &ids {
@@ -36,9 +42,20 @@ pub fn revert(options: &Options, ids: &[String]) -> Result<(Patches, Option<Fail
     Ok((report, steps.failure))
 }
 
+/// The later patch that is to be reverted first, where that is why a revert fails.
+fn covered_by(failure: &PatchError) -> Option<&str> {
+    match failure {
+        PatchError::Guest(guest::PatchError::Revert {
+            source: RevertError::Covered { by, .. },
+            ..
+        }) => Some(by),
+        _ => None,
+    }
+}
+
 fn revert_one(session: &mut Session, options: &Options, id: &str) -> Result<Patch, Failure> {
     tracing::debug!(guest = session.shown(), "reverting {id}");
-    let (record, committed) = session.revert(id, &options.patching())?;
+    let Changed { record, committed, .. } = session.revert(id, &options.patching())?;
     let mut patch = describe_reverted(&record);
     patch.pause = Some(Pause::from(&committed));
     say_what_began(&mut patch, session);

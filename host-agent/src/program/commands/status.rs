@@ -11,7 +11,11 @@ use guest_core::plan::Refusal;
 use guest_core::registry::{Entry, PatchedFunction, Record, Redirect, State};
 use host_agent::session::{Access, Session};
 
-/// The guest's own livepatch comes before the redirect.
+/// The function runs the patch's code.
+const PATCHED: &str = "patched";
+/// Another patch has replaced the patch.
+const REPLACED: &str = "replaced, code not removed yet";
+/// The guest's own livepatch, or a later patch, comes before the redirect.
 const OVERRIDDEN: &str = "overridden";
 /// The guest's own livepatch comes before the redirect in some tasks.
 const IN_TRANSITION: &str = "in transition";
@@ -56,18 +60,24 @@ fn patch(session: &Session, entry: &Entry, own: &[Held]) -> Patch {
     };
     let mut patch = match entry.state {
         State::Kept => describe_reverted(record),
+        State::Replaced => describe(record, None, REPLACED, "original"),
         state => describe(record, None, state_name(state), "original"),
     };
     patch.applied_at = Some(record.applied_at);
     patch.pending.retain(|object| !is_patched(session, record, object));
     for (function, shown) in record.functions.iter().zip(&mut patch.functions) {
         shown.state = function_state(session, record, function);
+        if let Some(later) = later(session, record, function) {
+            shown.state = OVERRIDDEN.to_owned();
+            shown.overridden_by = Some(later.id.clone());
+        }
         if let Some(held) = Held::last_of(own, Gva(function.old)) {
             patch.warnings.extend(beside(held, shown));
         }
     }
     let lost = !patch.functions.iter().all(is_redirected);
     match entry.state {
+        State::Replaced => patch.warnings.extend(replaced_by(session, record)),
         State::Applied if lost => patch
             .warnings
             .push("not every function is redirected any more".to_owned()),
@@ -79,14 +89,39 @@ fn patch(session: &Session, entry: &Entry, own: &[Held]) -> Patch {
     patch
 }
 
+/// The patch that took a function last, if that was after `record`'s, and is in force there.
+fn later<'s>(session: &'s Session, record: &Record, function: &PatchedFunction) -> Option<&'s Record> {
+    let entries = session
+        .registry()
+        .entries
+        .iter()
+        .filter(|entry| entry.state == State::Applied);
+    let last = entries
+        .filter_map(Entry::record)
+        .filter(|other| other.order > record.order);
+    let of = |other: &'s Record| Some((other, other.functions.iter().find(|one| one.old == function.old)?));
+    let (last, own) = last.filter_map(of).max_by_key(|(other, _)| other.order)?;
+    (function_state(session, last, own) == PATCHED).then_some(last)
+}
+
+/// What is still to be done with a patch that another one has replaced.
+fn replaced_by(session: &Session, record: &Record) -> Option<String> {
+    let mut records = session.registry().records();
+    let by = records.find(|other| other.replaces.contains(&record.id))?;
+    Some(format!(
+        "{} has replaced it: no function leads to its code, which the next apply or revert tries to remove",
+        by.id
+    ))
+}
+
 fn is_redirected(function: &Function) -> bool {
-    ["patched", OVERRIDDEN, IN_TRANSITION].contains(&function.state.as_str())
+    [PATCHED, OVERRIDDEN, IN_TRANSITION].contains(&function.state.as_str())
 }
 
 /// The patch `id`, which is applied. Errors: something else is in place of a redirect, in any part of it.
 pub(super) fn active(session: &Session, id: &str) -> Result<Patch, Refusal> {
     let mut parts = patches(session);
-    parts.retain(|patch| patch.state != CODE_KEPT);
+    parts.retain(|patch| ![CODE_KEPT, REPLACED].contains(&patch.state.as_str()));
     let digest = parts
         .iter()
         .find(|patch| patch.id == id)
@@ -115,7 +150,7 @@ fn beside(held: &Held, function: &mut Function) -> Option<String> {
     function.livepatch = Some(livepatch.clone());
     let name = &function.name;
     match (function.redirect, code) {
-        _ if function.state != "patched" => None,
+        _ if function.state != PATCHED => None,
         (Redirect::Ftrace, _) => Some(format!(
             "{name} runs this patch's code: {livepatch}, a livepatch of the guest's own, has no effect on it; to let it take effect, disable it in the guest, revert this patch, and load it again"
         )),
@@ -152,7 +187,7 @@ fn function_state(session: &Session, record: &Record, function: &PatchedFunction
     };
     let memory = session.memory();
     match (jump.verify(memory), jump.undone().verify(memory)) {
-        (Ok(()), _) => "patched".to_owned(),
+        (Ok(()), _) => PATCHED.to_owned(),
         (_, Ok(())) => "original".to_owned(),
         (Err(error), _) => error.to_string(),
     }
@@ -174,5 +209,6 @@ fn state_name(state: State) -> &'static str {
         State::Applied => "applied",
         State::Reverted => "reverted",
         State::Kept => CODE_KEPT,
+        State::Replaced => REPLACED,
     }
 }

@@ -6,6 +6,7 @@ use super::target::target;
 use crate::program::cli::Options;
 use crate::program::failure::{Failure, exit_code};
 use crate::program::report::{Guest, Patch, Patches};
+use guest_core::kernel::livepatch;
 use guest_core::module::PatchModule;
 use host_agent::domains;
 use host_agent::hypervisor::Identity;
@@ -17,8 +18,11 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
+/// The state of a module that a newer one replaces.
+const SUPERSEDED: &str = "superseded";
+
 /// Applies every module of the patch directory that was made for the guest's very kernel and is not applied yet, oldest
-/// first. One that fails does not keep the others from being tried, unless it leaves the guest not as before; the report says why for
+/// first. Where one replaces all others, the older ones are left out. One that fails does not keep the others from being tried, unless it leaves the guest not as before; the report says why for
 /// each.
 pub fn update(options: &Options) -> Result<(Patches, Option<Failure>), Failure> {
     let target = target(options)?;
@@ -32,6 +36,8 @@ pub fn update(options: &Options) -> Result<(Patches, Option<Failure>), Failure> 
     let (mut first, mut stopped) = (None, None);
     let mut failed = 0;
     let mut wanted = 0;
+    let (files, superseded) = newest(&session, files);
+    patches.extend(superseded);
     for (bytes, path) in files {
         let path = path.as_path();
         match consider(&mut session, options, path, bytes) {
@@ -80,6 +86,49 @@ fn upgrade_due(vm: &Identity) -> Result<Option<String>, Failure> {
     Ok(due(version, vm.pid, program).map(|due| due.to_string()))
 }
 
+/// A file of the patch directory that was read.
+type Read = (Result<Vec<u8>, FileError>, PathBuf);
+
+/// The files from the last one on that replaces all other patches of this kernel, and what the report says of those before it.
+fn newest(session: &Session, files: Vec<Read>) -> (Vec<Read>, Vec<Patch>) {
+    let Some(last) = files.iter().rposition(|file| replaces_others(session, file)) else {
+        return (files, Vec::new());
+    };
+    let mut older = files;
+    let newest = older.split_off(last);
+    let by = newest
+        .first()
+        .map(|(_, path)| module_file::stem(path))
+        .unwrap_or_default();
+    let of_this_kernel = older
+        .iter()
+        .filter(|file| with_module(file, |module| is_of(session, module)));
+    let superseded =
+        of_this_kernel.map(|(_, path)| not_done(path, SUPERSEDED, Some(format!("{by} replaces all others"))));
+    (newest, superseded.collect())
+}
+
+/// True where a file is a module for the guest's kernel that replaces all other patches. What cannot be read is dealt with in its turn.
+fn replaces_others(session: &Session, file: &Read) -> bool {
+    let replaces = |module: &PatchModule<'_>| {
+        let layout = livepatch::layout(&session.live()).ok()?;
+        module.patch(&layout).ok()?.replace
+    };
+    with_module(file, |module| is_of(session, module) && replaces(module) == Some(true))
+}
+
+/// True where a file is a module of which `holds` is true.
+fn with_module((bytes, _): &Read, holds: impl FnOnce(&PatchModule<'_>) -> bool) -> bool {
+    let bytes = bytes.as_deref().ok();
+    bytes
+        .and_then(|bytes| PatchModule::parse(bytes).ok())
+        .is_some_and(|module| holds(&module))
+}
+
+fn is_of(session: &Session, module: &PatchModule<'_>) -> bool {
+    module.info().release() == Some(session.kernel().release.as_str())
+}
+
 /// Applies one file; `None` where it is for another kernel.
 fn consider(
     session: &mut Session,
@@ -89,7 +138,7 @@ fn consider(
 ) -> Result<Option<Patch>, Failure> {
     let bytes = bytes?;
     let module = PatchModule::parse(&bytes).map_err(|source| refused(path, source.into()))?;
-    if module.info().release() != Some(session.kernel().release.as_str()) {
+    if !is_of(session, &module) {
         tracing::info!(
             "{}: for kernel {}",
             path.display(),
