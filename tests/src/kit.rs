@@ -101,6 +101,11 @@ impl Modules {
         text(hand_written::many(&self.tree, functions).expect("the module builds"))
     }
 
+    /// That version, from 1 to 3, of a patch that replaces all others.
+    pub fn version(&self, version: u32) -> String {
+        text(hand_written::version(&self.tree, version).expect("the module builds"))
+    }
+
     /// With the init and exit of kpatch-build itself.
     pub fn kpatch_hook(&self) -> String {
         text(hand_written::kpatch_hook(&self.tree).expect("the module builds"))

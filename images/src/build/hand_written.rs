@@ -118,6 +118,15 @@ pub fn many(tree: &KernelTree, functions: &[String]) -> Result<PathBuf, Error> {
     Module::new("test-many").source("many", text).build(tree)
 }
 
+/// Builds `test_v1`, `test_v2` or `test_v3`, a version of a patch that replaces all others: `__x64_sys_sysinfo`, and in the first one
+/// `__x64_sys_getppid`. Returns the `.ko` in the cache.
+pub fn version(tree: &KernelTree, version: u32) -> Result<PathBuf, Error> {
+    let text = format!("#define VERSION {version}\n{}", text!("version"));
+    Module::new(&format!("test-v{version}"))
+        .source("version", text)
+        .build(tree)
+}
+
 /// A module that is to be applied. Its effect is seen by the program [`Applied::program`] (see [`super::programs`]).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Applied {

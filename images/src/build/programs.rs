@@ -12,6 +12,8 @@
 //!   runs out, BPF programs. Each repeats its round until SIGTERM, then prints `rounds N wrong N`.
 //! - `exit_tail` leaves a task behind that sleeps at its end, in the function of the module, and prints `unlisted`.
 //! - `nested` runs a guest of its own by `/dev/kvm`, which never leaves its user mode, and prints `running`.
+//! - `version load TASKS` keeps that many tasks in the function of the module [`version`](super::hand_written::version), prints `started`,
+//!   and at SIGTERM how often each version has answered.
 //! - `pause sleep` prints `sleeping`, sleeps in the function of the module until SIGUSR1, then prints its line.
 
 use std::fs;
@@ -22,7 +24,7 @@ use crate::cache::{self, Cache};
 use crate::command;
 
 /// Names and texts of all programs.
-const PROGRAMS: [(&str, &str); 31] = [
+const PROGRAMS: [(&str, &str); 32] = [
     ("assoclen", include_str!("../../programs/assoclen.c")),
     ("exit_tail", include_str!("../../programs/exit_tail.c")),
     ("faults", include_str!("../../programs/faults.c")),
@@ -53,6 +55,7 @@ const PROGRAMS: [(&str, &str); 31] = [
     ("tmpfile", include_str!("../../programs/tmpfile.c")),
     ("tracefilter", include_str!("../../programs/tracefilter.c")),
     ("txqueue", include_str!("../../programs/txqueue.c")),
+    ("version", include_str!("../../programs/version.c")),
     ("warns", include_str!("../../programs/warns.c")),
 ];
 

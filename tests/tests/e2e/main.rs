@@ -31,6 +31,7 @@ mod outlives;
 mod per_cpu;
 mod refusals;
 mod registry;
+mod replace;
 mod reports;
 mod rules;
 mod sandbox;
