@@ -70,6 +70,16 @@ pub trait PhysMemory {
     /// As [`PhysMemory::read`].
     fn write(&self, at: Gpa, bytes: &[u8]) -> Result<(), MemoryError>;
 
+    /// Makes these writes (addresses and bytes), in this order. An implementation for which each write is a request should make one request of
+    /// them all.
+    ///
+    /// # Errors
+    ///
+    /// As [`PhysMemory::read`]. The first of them may have been made.
+    fn write_all(&self, writes: &[(Gpa, Vec<u8>)]) -> Result<(), MemoryError> {
+        writes.iter().try_for_each(|(at, bytes)| self.write(*at, bytes))
+    }
+
     /// The guest-physical ranges that are RAM, ascending and not overlapping.
     fn ram(&self) -> &[Range<Gpa>];
 }
@@ -85,6 +95,10 @@ impl<M: PhysMemory + ?Sized> PhysMemory for &M {
 
     fn write(&self, at: Gpa, bytes: &[u8]) -> Result<(), MemoryError> {
         (**self).write(at, bytes)
+    }
+
+    fn write_all(&self, writes: &[(Gpa, Vec<u8>)]) -> Result<(), MemoryError> {
+        (**self).write_all(writes)
     }
 
     fn ram(&self) -> &[Range<Gpa>] {

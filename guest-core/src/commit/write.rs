@@ -1,7 +1,8 @@
 //! Writes the atomic changes in the pause: all of them, read back, or none.
 
 use super::CommitError;
-use crate::change::Change;
+use crate::addr::Gpa;
+use crate::change::{Change, ChangeError};
 use crate::kernel::Live;
 use crate::machine::WriteCode;
 use crate::memory::PhysMemory;
@@ -27,28 +28,34 @@ pub(super) fn write(live: &Live<'_>, writer: &mut dyn WriteCode, changes: &[Chan
     }
 }
 
-/// Writes in order, but all code at once, at the place of the first. Data are written past the VMM, which takes a fraction of the time.
+/// Writes in order, but all code at once, at the place of the first. Data are written past the VMM, which takes a fraction of the time; those in
+/// front of the code by one request, and so those behind it.
 /// A revert's code comes before its data: should the pause end in between, no redirect leads to code that is no longer registered.
 fn write_some(
     live: &Live<'_>,
     writer: &mut dyn WriteCode,
     changes: Vec<(&Change, Vec<u8>)>,
 ) -> Result<(), CommitError> {
-    let (mut code, mut data) = (Vec::with_capacity(changes.len()), Vec::new());
+    let (mut before, mut code, mut behind) = (Vec::new(), Vec::with_capacity(changes.len()), Vec::new());
     for (change, bytes) in changes {
-        match change.is_data() {
-            true if code.is_empty() => change.write(live.memory, &bytes)?,
-            true => data.push((change, bytes)),
-            false => code.push((change.gpa(), bytes)),
-        }
+        let writes = match change.is_data() {
+            true if code.is_empty() => &mut before,
+            true => &mut behind,
+            false => &mut code,
+        };
+        writes.push((change.gpa(), bytes));
     }
+    let write_data = |writes: &[(Gpa, Vec<u8>)]| {
+        live.memory.write_all(writes).map_err(|source| ChangeError::Memory {
+            what: "the data of a patch".to_owned(),
+            source,
+        })
+    };
+    write_data(&before)?;
     if !code.is_empty() {
         writer.write(&code)?;
     }
-    for (change, bytes) in data {
-        change.write(live.memory, &bytes)?;
-    }
-    Ok(())
+    Ok(write_data(&behind)?)
 }
 
 /// Restores the old bytes of `changes`, last first. Any part of them may have been made.

@@ -1,6 +1,7 @@
 //! What the worker asks of the broker, and how errors get from one to the other.
 
 use crate::hypervisor::{Meaning, ReachError};
+use guest_core::Gpa;
 use guest_core::machine::{Journal, MachineError};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeSet;
@@ -17,8 +18,10 @@ pub(super) enum Request {
     Activity,
     /// Remove what a killed vmpatch has left.
     RemoveLeftovers,
-    /// Write guest memory that the worker has not mapped, where it holds these old bytes. In a commit also where the journal names the write.
-    Write {
+    /// Make writes to guest memory that the worker has not mapped, in this order. In a commit, the journal must name each of them.
+    Write(Vec<Write>),
+    /// Outside of a commit: write where the guest's memory holds these old bytes.
+    WriteOver {
         /// What is there.
         old: Vec<u8>,
         /// What is to be there.
@@ -51,6 +54,13 @@ pub(super) struct Write {
     pub at: u64,
     /// The bytes.
     pub bytes: Vec<u8>,
+}
+
+impl Write {
+    pub(super) fn new(at: Gpa, bytes: &[u8]) -> Self {
+        let bytes = bytes.to_vec();
+        Self { at: at.0, bytes }
+    }
 }
 
 /// The text of an error and of its causes.

@@ -74,7 +74,7 @@ fn requests(served: &Served<'_>, channel: &mut Channel, ended: &mut Ended) -> Re
             Request::Registers => answer(channel, vm.registers_running().map_err(ReachTold::from))?,
             Request::Activity => answer(channel, vm.activity().map_err(ReachTold::from))?,
             Request::RemoveLeftovers => answer(channel, vm.remove_leftovers().map_err(ReachTold::from))?,
-            Request::Write { old, write } => {
+            Request::WriteOver { old, write } => {
                 let written = match served.may_change {
                     true => write_over(vm.memory(), &old, &write),
                     false => Err(Told::text(ONLY_TO_READ)),
@@ -180,7 +180,7 @@ impl Commit<'_> {
                     }
                     answer(channel, told.map_err(MachineTold::from))?;
                 }
-                Request::Write { write, .. } => answer(channel, self.write(&write))?,
+                Request::Write(writes) => answer(channel, self.write(&writes))?,
                 // Without a journal nobody would let the guest run.
                 Request::Pause if self.journal.is_none() => return Err(Broken::Turn("a pause without a journal")),
                 Request::Pause => match machine.pause().and_then(|mut paused| Ok((paused.registers()?, paused))) {
@@ -204,7 +204,7 @@ impl Commit<'_> {
         let mut paused = ManuallyDrop::new(paused);
         loop {
             match receive(channel)? {
-                Request::Write { write, .. } => answer(channel, self.write(&write))?,
+                Request::Write(writes) => answer(channel, self.write(&writes))?,
                 Request::WriteCode(writes) => {
                     let written = self.write_code(&mut **paused, writes);
                     answer(channel, written.map_err(MachineTold::from))?;
@@ -228,12 +228,14 @@ impl Commit<'_> {
         journal.is_some_and(|journal| journal.permits(self.memory, at, bytes))
     }
 
-    fn write(&self, write: &Write) -> Result<(), Told> {
-        let at = Gpa(write.at);
-        if !self.permits(at, &write.bytes) {
+    /// None is made where one of them is not permitted.
+    fn write(&self, writes: &[Write]) -> Result<(), Told> {
+        if !writes.iter().all(|write| self.permits(Gpa(write.at), &write.bytes)) {
             return Err(Told::text(NOT_IN_JOURNAL));
         }
-        self.memory.write(at, &write.bytes).map_err(|error| Told::of(&error))
+        let mut writes = writes.iter();
+        let written = writes.try_for_each(|write| self.memory.write(Gpa(write.at), &write.bytes));
+        written.map_err(|error| Told::of(&error))
     }
 
     fn write_code(&self, paused: &mut dyn Paused, writes: Vec<Write>) -> Result<(), MachineError> {
@@ -281,13 +283,16 @@ mod tests {
             };
             let mut commit = Commit { memory, journal: None };
             assert!(
-                commit.write(&write(0x1008, &[1, 2, 3, 4])).is_err(),
+                commit.write(&[write(0x1008, &[1, 2, 3, 4])]).is_err(),
                 "before there is one"
             );
             commit.journal = Some(journal);
-            commit.write(&write(0x1008, &[1, 2, 3, 4])).unwrap();
+            commit.write(&[write(0x1008, &[1, 2]), write(0x100a, &[3, 4])]).unwrap();
             for (at, bytes) in [(0x1008, &[9][..]), (0x1004, &[0; 8]), (0x100c, &[0]), (0x9000, &[1])] {
-                assert!(commit.write(&write(at, bytes)).is_err(), "{at:#x}");
+                assert!(
+                    commit.write(&[write(0x1008, &[0]), write(at, bytes)]).is_err(),
+                    "{at:#x}"
+                );
             }
             let mut now = [0; 8];
             memory.read(Gpa(0x1008), &mut now).unwrap();

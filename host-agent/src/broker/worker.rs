@@ -12,6 +12,7 @@ use guest_core::{Gpa, MemoryError, PhysMemory, Registers};
 use serde::de::DeserializeOwned;
 use std::io;
 use std::ops::Range;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -30,6 +31,8 @@ pub(crate) struct BrokeredVm {
 struct BrokeredMemory {
     ram: GuestRam,
     channel: Mutex<Channel>,
+    /// A commit has begun, and not ended.
+    in_commit: AtomicBool,
 }
 
 impl BrokeredMemory {
@@ -38,6 +41,15 @@ impl BrokeredMemory {
         let answered = channel.send(request).and_then(|()| channel.receive());
         let ended = || io::ErrorKind::UnexpectedEof.into();
         answered.and_then(|answer| answer.ok_or_else(ended)).map_err(Gone)
+    }
+
+    fn ask_to_write(&self, request: &Request, at: Gpa, len: usize) -> Result<(), MemoryError> {
+        let cause = match self.ask::<(), Told>(request) {
+            Ok(Ok(())) => return Ok(()),
+            Ok(Err(told)) => told.to_string(),
+            Err(gone) => gone.to_string(),
+        };
+        Err(MemoryError::Host { at, len, cause })
     }
 }
 
@@ -54,20 +66,28 @@ impl PhysMemory for BrokeredMemory {
         if self.ram.is_mapped(at, bytes.len()) {
             return self.ram.write(at, bytes);
         }
-        let mut old = vec![0; bytes.len()];
-        self.ram.read(at, &mut old)?;
-        let write = Write {
-            at: at.0,
-            bytes: bytes.to_vec(),
+        let write = Write::new(at, bytes);
+        let request = match self.in_commit.load(Ordering::Relaxed) {
+            true => Request::Write(vec![write]),
+            false => {
+                let mut old = vec![0; bytes.len()];
+                self.ram.read(at, &mut old)?;
+                Request::WriteOver { old, write }
+            }
         };
-        let request = Request::Write { old, write };
-        let cause = match self.ask::<(), Told>(&request) {
-            Ok(Ok(())) => return Ok(()),
-            Ok(Err(told)) => told.to_string(),
-            Err(gone) => gone.to_string(),
-        };
-        let len = bytes.len();
-        Err(MemoryError::Host { at, len, cause })
+        self.ask_to_write(&request, at, bytes.len())
+    }
+
+    fn write_all(&self, writes: &[(Gpa, Vec<u8>)]) -> Result<(), MemoryError> {
+        let are_mapped = writes.iter().all(|(at, bytes)| self.ram.is_mapped(*at, bytes.len()));
+        match (writes, self.in_commit.load(Ordering::Relaxed)) {
+            ([(first, _), ..], true) if !are_mapped => {
+                let len = writes.iter().map(|(_, bytes)| bytes.len()).sum();
+                let writes = writes.iter().map(|(at, bytes)| Write::new(*at, bytes));
+                self.ask_to_write(&Request::Write(writes.collect()), *first, len)
+            }
+            _ => writes.iter().try_for_each(|(at, bytes)| self.write(*at, bytes)),
+        }
     }
 
     fn ram(&self) -> &[Range<Gpa>] {
@@ -77,11 +97,12 @@ impl PhysMemory for BrokeredMemory {
 
 impl BrokeredVm {
     pub(super) fn new(identity: Identity, ram: GuestRam, channel: Channel) -> Self {
-        let channel = Mutex::new(channel);
-        Self {
-            identity,
-            memory: BrokeredMemory { ram, channel },
-        }
+        let memory = BrokeredMemory {
+            ram,
+            channel: Mutex::new(channel),
+            in_commit: AtomicBool::new(false),
+        };
+        Self { identity, memory }
     }
 
     /// Who it is.
@@ -116,10 +137,13 @@ impl BrokeredVm {
     /// The supervisor was not started.
     pub(crate) fn begin(&self) -> Result<BrokeredMachine<'_>, io::Error> {
         match self.memory.ask::<(), Told>(&Request::Begin) {
-            Ok(Ok(())) => Ok(BrokeredMachine {
-                memory: &self.memory,
-                is_open: true,
-            }),
+            Ok(Ok(())) => {
+                self.memory.in_commit.store(true, Ordering::Relaxed);
+                Ok(BrokeredMachine {
+                    memory: &self.memory,
+                    is_open: true,
+                })
+            }
             Ok(Err(told)) => Err(io::Error::other(told)),
             Err(gone) => Err(io::Error::other(gone)),
         }
@@ -173,6 +197,7 @@ impl Machine for BrokeredMachine<'_> {
 impl Supervised for BrokeredMachine<'_> {
     fn take_over(mut self: Box<Self>) -> Option<Effect> {
         self.is_open = false;
+        self.memory.in_commit.store(false, Ordering::Relaxed);
         self.memory.ask::<_, Told>(&Request::TakeOver).ok()?.ok()?
     }
 }
@@ -180,6 +205,7 @@ impl Supervised for BrokeredMachine<'_> {
 impl Drop for BrokeredMachine<'_> {
     fn drop(&mut self) {
         if self.is_open {
+            self.memory.in_commit.store(false, Ordering::Relaxed);
             let _ = self.memory.ask::<(), Told>(&Request::End);
         }
     }
@@ -195,11 +221,8 @@ struct BrokeredPause<'a> {
 
 impl WriteCode for BrokeredPause<'_> {
     fn write(&mut self, writes: &[(Gpa, Vec<u8>)]) -> Result<(), MachineError> {
-        let write = |(at, bytes): &(Gpa, Vec<u8>)| Write {
-            at: at.0,
-            bytes: bytes.clone(),
-        };
-        let request = Request::WriteCode(writes.iter().map(write).collect());
+        let writes = writes.iter().map(|(at, bytes)| Write::new(*at, bytes));
+        let request = Request::WriteCode(writes.collect());
         self.memory.machine("writing the guest's memory", &request)
     }
 
