@@ -1,5 +1,6 @@
 //! A process's descriptors of KVM, and its mappings of them.
 
+use crate::vm::FindError;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::fs;
@@ -21,7 +22,7 @@ pub struct Vcpu {
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(crate) struct Descriptors {
     /// Descriptors of VMs.
-    pub vms: usize,
+    pub vms: Vec<i32>,
     /// Descriptors of vCPUs: number in KVM, descriptor.
     pub vcpus: Vec<(u32, i32)>,
 }
@@ -47,13 +48,31 @@ impl Descriptors {
         Ok(found)
     }
 
+    /// The descriptor of the one VM.
+    pub fn one_vm(&self, pid: i32) -> Result<i32, FindError> {
+        match self.vms.as_slice() {
+            [] => Err(FindError::NoVm { pid }),
+            [vm] => Ok(*vm),
+            several => {
+                let count = several.len();
+                Err(FindError::SeveralVms { pid, count })
+            }
+        }
+    }
+
     fn add(&mut self, descriptor: i32, target: &str) {
         if target == VM {
-            self.vms += 1;
+            self.vms.push(descriptor);
         } else if let Some(id) = target.strip_prefix(VCPU).and_then(|id| id.parse().ok()) {
             self.vcpus.push((id, descriptor));
         }
     }
+}
+
+/// The descriptor of the one VM that a process has.
+pub(crate) fn vm(pid: i32) -> Result<i32, FindError> {
+    let descriptors = Descriptors::of(pid).map_err(|(path, source)| FindError::Proc { path, source })?;
+    descriptors.one_vm(pid)
 }
 
 /// Where a process maps its vCPUs' `struct kvm_run`: all places for each number.
@@ -104,7 +123,7 @@ mod tests {
         assert_eq!(
             found,
             Descriptors {
-                vms: 1,
+                vms: vec![10],
                 vcpus: vec![(0, 11), (17, 12)]
             }
         );

@@ -138,11 +138,7 @@ impl Vm {
 fn find_vcpus(pid: i32) -> Result<(Descriptors, Vec<Vcpu>), FindError> {
     let proc = |(path, source)| FindError::Proc { path, source };
     let descriptors = Descriptors::of(pid).map_err(proc)?;
-    match descriptors.vms {
-        0 => return Err(FindError::NoVm { pid }),
-        1 => {}
-        count => return Err(FindError::SeveralVms { pid, count }),
-    }
+    descriptors.one_vm(pid)?;
     let vcpus = pair(pid, &descriptors.vcpus, &descriptors::mapped(pid).map_err(proc)?)?;
     Ok((descriptors, vcpus))
 }
