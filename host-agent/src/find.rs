@@ -1,6 +1,6 @@
 //! Finds the guest that is meant, in the one process where it is.
 
-use crate::domains::{self, DomainError, Survey};
+use crate::domains::{self, DomainError, Survey, process};
 use crate::hypervisor::Route;
 use crate::outcome::{GuestState, Reason};
 use crate::target::{Selector, Target};
@@ -72,5 +72,20 @@ fn look_up(selector: &Selector, survey: &Survey) -> Result<Target, FindError> {
             })
         }
         Selector::Name(name) => Ok(Target::of_domain(&survey.find(name)?)?),
+        Selector::Process(pid) => {
+            if let Some(successor) = survey.successors.iter().find(|one| one.domain.pid == *pid) {
+                return Err(UpgradeError::UnderWay {
+                    old: successor.old,
+                    new: *pid,
+                }
+                .into());
+            }
+            let started = process::start_time(*pid).map_err(|cause| DomainError::NoProcess { pid: *pid, cause })?;
+            Ok(Target {
+                name: None,
+                pid: Some(*pid),
+                route: Route::process(*pid, started),
+            })
+        }
     }
 }

@@ -11,6 +11,8 @@ pub enum Selector {
     Name(String),
     /// By its QMP socket.
     QmpSocket(PathBuf),
+    /// By the process that runs it under KVM, whatever program that is.
+    Process(i32),
 }
 
 /// A guest, and how it is reached.

@@ -52,6 +52,15 @@ pub enum DomainError {
         /// The domain's name and pid.
         domain: String,
     },
+    /// There is no process of that number, or it may not be looked at.
+    #[error("no process {pid} in /proc")]
+    NoProcess {
+        /// The number.
+        pid: i32,
+        /// What /proc said.
+        #[source]
+        cause: io::Error,
+    },
     /// The process at the other end of a QMP socket could not be looked at.
     #[error("pid {pid}, which listens at {}, could not be looked at in /proc", path.display())]
     Peer {

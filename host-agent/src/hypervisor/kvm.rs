@@ -89,8 +89,34 @@ impl KvmGuest {
         if told != found {
             return Err(KvmError::OtherThreads { told, found });
         }
-        let armed = Armed::arm(vm)?;
-        Ok(ThreadVcpus { guest: self, armed })
+        Ok(ThreadVcpus::new(self, Armed::arm(vm)?))
+    }
+}
+
+/// What a pause by the vCPUs' threads needs of a guest.
+pub(super) trait PausedByThreads {
+    /// Its RAM.
+    fn ram(&self) -> &GuestRam;
+
+    /// What is done with its memory now: not in a pause.
+    fn activity(&self) -> Result<Activity, ReachError>;
+
+    /// False where the RAM may be elsewhere by now. Asked in each pause, so that it takes no time.
+    fn is_ram_in_place(&self) -> Result<bool, ReachError>;
+}
+
+impl PausedByThreads for KvmGuest {
+    fn ram(&self) -> &GuestRam {
+        self.qemu.ram()
+    }
+
+    fn activity(&self) -> Result<Activity, ReachError> {
+        self.qemu.activity()
+    }
+
+    /// QEMU has told where it is, and is not asked in a pause.
+    fn is_ram_in_place(&self) -> Result<bool, ReachError> {
+        Ok(true)
     }
 }
 
@@ -178,7 +204,7 @@ impl Vcpus for KvmVcpus<'_> {
             .map_err(at("asking whether the guest runs"))?;
         if let Ready::Threads(vcpus) = &self.ready
             && running
-            && vcpus.armed.vm().is_current()
+            && vcpus.are_current()
         {
             return Ok(vcpus.prepared());
         }
@@ -208,13 +234,6 @@ impl Vcpus for KvmVcpus<'_> {
         if matches!(self.ready, Ready::No) {
             self.prepare()?;
         }
-        if let Ready::Threads(vcpus) = &self.ready
-            && !vcpus.armed.vm().is_current()
-        {
-            // vCPUs have come or gone, and the supervisor has been told of others.
-            self.ready = Ready::No;
-            return Err(MachineError::new("pausing the guest", VcpusChanged).transient(Some(PLUGGING)));
-        }
         match &mut self.ready {
             Ready::Threads(vcpus) => Ok(Box::new(vcpus.pause()?)),
             Ready::Qemu(vcpus) => vcpus.pause(),
@@ -223,30 +242,48 @@ impl Vcpus for KvmVcpus<'_> {
     }
 }
 
-/// What QEMU is doing where the vCPUs are not those that were found.
-const PLUGGING: &str = "plugging vCPUs in or out";
+/// What the process is doing where vCPUs or RAM are not those that were found.
+const PLUGGING: &str = "plugging vCPUs or memory in or out";
 
 /// The vCPUs are not those that were found.
 #[derive(Debug, thiserror::Error)]
 #[error("vCPUs have come or gone")]
 struct VcpusChanged;
 
+/// RAM that is elsewhere now.
+#[derive(Debug, thiserror::Error)]
+#[error("KVM's memory slots have changed")]
+struct SlotsChanged;
+
 /// The vCPUs, paused by their threads.
-struct ThreadVcpus<'a> {
-    guest: &'a KvmGuest,
+pub(super) struct ThreadVcpus<'a> {
+    guest: &'a dyn PausedByThreads,
     armed: Armed,
 }
 
-impl ThreadVcpus<'_> {
-    fn prepared(&self) -> Prepared {
+impl<'a> ThreadVcpus<'a> {
+    pub(super) fn new(guest: &'a dyn PausedByThreads, armed: Armed) -> Self {
+        Self { guest, armed }
+    }
+
+    /// True where the process has the same vCPUs as when they were found.
+    pub(super) fn are_current(&self) -> bool {
+        self.armed.vm().is_current()
+    }
+
+    pub(super) fn prepared(&self) -> Prepared {
         Prepared {
             running: true,
-            threads: Some(VcpuThreads::new(self.armed.vm().clone(), self.guest.qemu.ram())),
+            threads: Some(VcpuThreads::new(self.armed.vm().clone(), self.guest.ram())),
         }
     }
 
     /// Pauses the guest. Tries some times where a thread is at something that passes.
-    fn pause(&self) -> Result<PausedThreads<'_>, MachineError> {
+    pub(super) fn pause(&self) -> Result<PausedThreads<'_>, MachineError> {
+        if !self.are_current() {
+            // vCPUs have come or gone, and the supervisor has been told of others.
+            return Err(MachineError::new("pausing the guest", VcpusChanged).transient(Some(PLUGGING)));
+        }
         if let Activity::Busy(what) = self.guest.activity().map_err(at("pausing the guest"))? {
             return Err(failed("pausing the guest", KvmError::Busy(what)));
         }
@@ -258,20 +295,28 @@ impl ThreadVcpus<'_> {
         &self,
         wait: impl Fn(&PauseError, u32) -> Option<Duration>,
     ) -> Result<PausedThreads<'_>, MachineError> {
+        let paused = self.stop(wait).map_err(|error| {
+            let transient = error.transient();
+            failed("pausing the guest", error.into()).transient(transient)
+        })?;
+        // Dropped by an error, it runs.
+        if !self.guest.is_ram_in_place().map_err(at("pausing the guest"))? {
+            return Err(MachineError::new("pausing the guest", SlotsChanged).transient(Some(PLUGGING)));
+        }
+        let ram = self.guest.ram();
+        Ok(PausedThreads { paused, ram })
+    }
+
+    /// Stops the threads and reads the registers. `wait` as above.
+    pub(super) fn stop(&self, wait: impl Fn(&PauseError, u32) -> Option<Duration>) -> Result<kvm::Paused, PauseError> {
         let mut tries = 0;
         loop {
             tries += 1;
             match self.armed.pause(STOP_TIME_MAX) {
-                Ok(paused) => {
-                    let ram = self.guest.qemu.ram();
-                    return Ok(PausedThreads { paused, ram });
-                }
+                Ok(paused) => return Ok(paused),
                 Err(error) => match wait(&error, tries) {
                     Some(wait) => std::thread::sleep(wait),
-                    None => {
-                        let transient = error.transient();
-                        return Err(failed("pausing the guest", error.into()).transient(transient));
-                    }
+                    None => return Err(error),
                 },
             }
         }
@@ -325,7 +370,7 @@ impl TakenOver for ThreadVcpus<'_> {
 }
 
 /// A guest whose vCPU threads are stopped.
-struct PausedThreads<'a> {
+pub(super) struct PausedThreads<'a> {
     paused: kvm::Paused,
     ram: &'a GuestRam,
 }

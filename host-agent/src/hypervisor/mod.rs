@@ -9,6 +9,7 @@
 mod error;
 mod guard;
 mod kvm;
+mod monitorless;
 pub mod qemu;
 pub mod ram;
 mod route;

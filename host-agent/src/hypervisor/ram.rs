@@ -17,7 +17,7 @@ use vm_memory::{Bytes, FileOffset, MmapRegion, VolatileMemory, VolatileSlice};
 #[derive(Debug, thiserror::Error)]
 pub enum RamError {
     /// The host forbids reading the process's memory. RAM that can't be mapped is read there.
-    #[error("reading block {block} of guest RAM in QEMU process {pid}")]
+    #[error("reading block {block} of guest RAM in process {pid}")]
     Process {
         /// The process.
         pid: i32,
@@ -307,6 +307,11 @@ impl GuestRam {
             Ok(())
         });
         split.is_ok() && is_mapped
+    }
+
+    /// The regions as they were found, without their blocks.
+    pub(super) fn found(&self) -> Vec<RamRegion> {
+        self.regions().into_iter().map(Into::into).collect()
     }
 
     /// Splits `len` bytes at `at` by region and calls `act` for each part, with the region, the offset in it, and the part's range

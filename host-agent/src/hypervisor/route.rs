@@ -1,6 +1,7 @@
 //! How a VM is reached, in a form that another process can be given.
 
 use super::kvm::KvmGuest;
+use super::monitorless::Monitorless;
 use super::qemu::Qemu;
 use super::{Accelerator, Hypervisor, Meaning, ReachError};
 use crate::domains::Uuid;
@@ -30,6 +31,16 @@ pub enum Route {
         /// Its QEMU.
         pid: i32,
         /// How its vCPUs are paused.
+        #[serde(default, skip_serializing_if = "PauseMethod::is_auto")]
+        pause: PauseMethod,
+    },
+    /// Any program that runs it under KVM, without asking that program.
+    Process {
+        /// The process.
+        pid: i32,
+        /// When it started, in clock ticks since the host's boot.
+        start_time: u64,
+        /// How its vCPUs are paused: by their threads.
         #[serde(default, skip_serializing_if = "PauseMethod::is_auto")]
         pause: PauseMethod,
     },
@@ -82,12 +93,19 @@ impl Route {
         Self::Libvirt { uuid, pid, pause }
     }
 
+    /// To a guest by the process that runs it alone. It is paused by its vCPUs' threads.
+    pub fn process(pid: i32, start_time: u64) -> Self {
+        let pause = PauseMethod::Auto;
+        Self::Process { pid, start_time, pause }
+    }
+
     /// To the same guest, which is paused by that method.
     #[must_use]
     pub fn paused_by(self, pause: PauseMethod) -> Self {
         match self {
             Self::Qmp { socket, .. } => Self::Qmp { socket, pause },
             Self::Libvirt { uuid, pid, .. } => Self::Libvirt { uuid, pid, pause },
+            Self::Process { pid, start_time, .. } => Self::Process { pid, start_time, pause },
         }
     }
 
@@ -97,7 +115,12 @@ impl Route {
     ///
     /// It can't be reached.
     pub fn open(&self) -> Result<Box<dyn Hypervisor>, ReachError> {
-        let (Self::Qmp { pause, .. } | Self::Libvirt { pause, .. }) = self;
+        let pause = match self {
+            Self::Process { pid, start_time, pause } => {
+                return Ok(Box::new(Monitorless::open(self, *pid, *start_time, *pause)?));
+            }
+            Self::Qmp { pause, .. } | Self::Libvirt { pause, .. } => pause,
+        };
         let qemu = Qemu::open(self)?;
         match (qemu.identity().accelerator, pause) {
             (Accelerator::Tcg, PauseMethod::Ptrace) => Err(ReachError::new(Meaning::Permanent, Translated)),
@@ -112,7 +135,7 @@ impl Route {
     pub fn qmp_socket(&self) -> Option<&Path> {
         match self {
             Self::Qmp { socket, .. } => Some(socket),
-            Self::Libvirt { .. } => None,
+            Self::Libvirt { .. } | Self::Process { .. } => None,
         }
     }
 
@@ -141,6 +164,7 @@ impl fmt::Display for Route {
         match self {
             Self::Qmp { socket, .. } => socket.display().fmt(f),
             Self::Libvirt { uuid, .. } => write!(f, "libvirt, {uuid}"),
+            Self::Process { pid, .. } => write!(f, "process {pid}"),
         }
     }
 }
@@ -190,6 +214,9 @@ mod tests {
         let argument = r#"{"libvirt":{"uuid":"5a5a5a5a-5a5a-5a5a-5a5a-5a5a5a5a5a5a","pid":42}}"#;
         assert_eq!(route.to_argument(), argument);
         assert_eq!(Route::from_argument(argument).unwrap(), route);
+        let route = Route::process(42, 7);
+        assert_eq!(route.to_argument(), r#"{"process":{"pid":42,"start_time":7}}"#);
+        assert_eq!(Route::from_argument(&route.to_argument()).unwrap(), route);
         for text in ["", "/run/a.sock", r#"{"ssh":{}}"#, r#"{"qmp":{"socket":1}}"#] {
             assert!(Route::from_argument(text).is_err(), "{text}");
         }

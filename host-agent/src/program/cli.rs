@@ -38,15 +38,15 @@ pub fn parse() -> Cli {
 }
 
 /// Options that every command takes, and that act on some.
-const OF_SOME: [&str; 7] = ["domain", "qmp", "timeout", "model", "pause", "sandbox", "patches"];
+const OF_SOME: [&str; 8] = ["domain", "qmp", "pid", "timeout", "model", "pause", "sandbox", "patches"];
 
 /// Which of them act on a command.
 fn acting(command: &str) -> &'static [&'static str] {
     match command {
-        "apply" => &["domain", "qmp", "timeout", "model", "pause", "sandbox"],
-        "check" => &["domain", "qmp", "timeout", "model", "sandbox"],
-        "revert" => &["domain", "qmp", "timeout", "pause", "sandbox"],
-        "status" | "inspect" => &["domain", "qmp", "sandbox"],
+        "apply" => &["domain", "qmp", "pid", "timeout", "model", "pause", "sandbox"],
+        "check" => &["domain", "qmp", "pid", "timeout", "model", "sandbox"],
+        "revert" => &["domain", "qmp", "pid", "timeout", "pause", "sandbox"],
+        "status" | "inspect" => &["domain", "qmp", "pid", "sandbox"],
         "domains" => &["sandbox"],
         "upgrade" => &["domain", "qmp"],
         _ => &[],
@@ -91,6 +91,9 @@ pub struct Options {
     /// The guest, by its QMP socket
     #[arg(long, value_name = "SOCKET", global = true)]
     pub qmp: Option<PathBuf>,
+    /// The guest, by the process that runs it under KVM, whatever program that is; the program is asked nothing
+    #[arg(long, value_name = "PID", global = true, conflicts_with_all = ["domain", "qmp"], value_parser = clap::value_parser!(i32).range(1..))]
+    pub pid: Option<i32>,
     /// One JSON document on standard output in place of text
     #[arg(long, global = true)]
     pub json: bool,
@@ -115,12 +118,13 @@ pub struct Options {
 }
 
 impl Options {
-    /// `--domain` or `--qmp`, if one of them was given.
+    /// `--domain`, `--qmp` or `--pid`, if one of them was given.
     pub fn selector(&self) -> Option<Selector> {
-        match (&self.domain, &self.qmp) {
-            (_, Some(socket)) => Some(Selector::QmpSocket(socket.clone())),
-            (Some(name), None) => Some(Selector::Name(name.clone())),
-            (None, None) => None,
+        match (&self.domain, &self.qmp, self.pid) {
+            (_, _, Some(pid)) => Some(Selector::Process(pid)),
+            (_, Some(socket), None) => Some(Selector::QmpSocket(socket.clone())),
+            (Some(name), None, None) => Some(Selector::Name(name.clone())),
+            (None, None, None) => None,
         }
     }
 
@@ -360,11 +364,23 @@ mod tests {
         for (words, shown) in [
             (
                 &[][..],
-                &["--domain", "--qmp", "--timeout", "--model", "--pause", "--patches"][..],
+                &[
+                    "--domain",
+                    "--qmp",
+                    "--pid",
+                    "--timeout",
+                    "--model",
+                    "--pause",
+                    "--patches",
+                ][..],
             ),
-            (&["apply"], &["--domain", "--qmp", "--timeout", "--model", "--pause"]),
-            (&["revert"], &["--domain", "--qmp", "--timeout", "--pause"]),
-            (&["status"], &["--domain", "--qmp"]),
+            (
+                &["apply"],
+                &["--domain", "--qmp", "--pid", "--timeout", "--model", "--pause"],
+            ),
+            (&["revert"], &["--domain", "--qmp", "--pid", "--timeout", "--pause"]),
+            (&["status"], &["--domain", "--qmp", "--pid"]),
+            (&["upgrade"], &["--domain", "--qmp"]),
             (&["domains"], &[]),
         ] {
             let help = help(words);
@@ -381,6 +397,25 @@ mod tests {
         let line = ["vmpatch", "domains", "--domain", "a", "--timeout", "1"];
         let cli = Cli::from_arg_matches(&command().try_get_matches_from(line).unwrap()).unwrap();
         assert_eq!((cli.options.domain.as_deref(), cli.options.timeout), (Some("a"), 1.0));
+    }
+
+    #[test]
+    fn a_guest_is_named_in_one_way() {
+        let selector = |words: &[&str]| {
+            let line = ["vmpatch", "status"].iter().chain(words);
+            Cli::try_parse_from(line).ok()?.options.selector()
+        };
+        assert_eq!(selector(&["--pid", "42"]), Some(Selector::Process(42)));
+        assert_eq!(selector(&["--domain", "a"]), Some(Selector::Name("a".to_owned())));
+        for wrong in [
+            &["--pid", "0"][..],
+            &["--pid", "-1"],
+            &["--pid", "4294967297"],
+            &["--pid", "1", "--domain", "a"],
+            &["--pid", "1", "--qmp", "/q"],
+        ] {
+            assert_eq!(selector(wrong), None, "{wrong:?}");
+        }
     }
 
     #[test]

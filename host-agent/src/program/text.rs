@@ -158,9 +158,13 @@ pub fn inspection(report: &Inspection) -> String {
         let _ = writeln!(text, "{name:<12} {value}");
     };
     row("domain", report.guest.domain.clone().unwrap_or_default());
+    let program = match report.qemu.as_str() {
+        "" => String::new(),
+        version => format!("QEMU {version}, "),
+    };
     row(
         "process",
-        format!("{} (QEMU {}, {})", report.guest.pid, report.qemu, report.accelerator),
+        format!("{} ({program}{})", report.guest.pid, report.accelerator),
     );
     row(
         "guest",

@@ -85,7 +85,7 @@ fn reached(error: &ReachError) -> Reason {
 #[derive(Debug, thiserror::Error)]
 pub enum BusyError {
     /// It is doing something that a patch would not survive.
-    #[error("QEMU is busy with {0}: changes from outside would be lost")]
+    #[error("the hypervisor is busy with {0}: changes from outside would be lost")]
     Busy(String),
     /// It did not answer what it is doing.
     #[error("reaching the guest")]

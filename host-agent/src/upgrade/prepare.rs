@@ -191,6 +191,7 @@ pub fn refuse_libvirts(selector: &Selector) -> Result<(), UpgradeError> {
     let found = match selector {
         Selector::QmpSocket(socket) => survey.by_qmp(socket),
         Selector::Name(name) => survey.iter().find(|domain| domain.name.as_ref() == Some(name)),
+        Selector::Process(pid) => survey.iter().find(|domain| domain.pid == *pid),
     };
     match found.filter(|domain| domain.is_libvirts()) {
         Some(domain) => Err(UpgradeError::Libvirt {

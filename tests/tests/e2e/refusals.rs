@@ -373,7 +373,9 @@ fn a_guest_that_is_being_migrated_is_refused_until_that_is_over() {
         .unwrap();
     let answer = vmpatch.run(&["apply", &module]).expect(3);
     assert!(
-        answer.complaint().starts_with("QEMU is busy with a migration"),
+        answer
+            .complaint()
+            .starts_with("the hypervisor is busy with a migration"),
         "{answer}"
     );
     assert_eq!(see(&guest, "siocatmark"), Seen::Flawed);

@@ -29,6 +29,12 @@ pub enum AttachError {
         /// How QEMU was reached.
         route: String,
     },
+    /// It is a way to a guest, and not to QEMU.
+    #[error("{route} leads to no monitor")]
+    NoMonitor {
+        /// How the guest is reached.
+        route: String,
+    },
     /// The guest that libvirt knows by the UUID of this QEMU is another process's.
     #[error("process {pid} runs a guest with the UUID {uuid}, and libvirt's guest of that UUID is not in that process")]
     OtherProcess {

@@ -59,6 +59,10 @@ impl Qemu {
         let monitor = match route {
             Route::Qmp { socket, .. } => Monitor::Socket(socket.clone()),
             Route::Libvirt { uuid, pid, .. } => Monitor::Libvirt { uuid: *uuid, pid: *pid },
+            Route::Process { .. } => {
+                let route = route.to_string();
+                return Err(AttachError::NoMonitor { route });
+            }
         };
         let mut machine = monitor.connect()?;
         let pid = machine.pid().ok_or_else(|| AttachError::NoPeer {

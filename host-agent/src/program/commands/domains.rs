@@ -41,8 +41,7 @@ pub fn domains(options: &Options) -> Result<Vec<DomainLine>, Failure> {
 /// A guest that no known QEMU runs: it is not asked, nor are its vCPUs stopped.
 fn other(guest: &KvmGuest) -> DomainLine {
     let why = match &guest.vcpus {
-        Ok(1) => "it has 1 vCPU".to_owned(),
-        Ok(vcpus) => format!("it has {vcpus} vCPUs"),
+        Ok(vcpus) => format!("{vcpus} vCPUs, to be reached by --pid {}", guest.pid),
         Err(error) => chain(error).join(": "),
     };
     DomainLine {
@@ -128,7 +127,7 @@ mod tests {
             text::domains(&lines),
             "\
 NAME  PID  ACCEL  KERNEL  PATCHES
--     41   kvm    -       (alioth runs it, which is not QEMU: it has 2 vCPUs)
+-     41   kvm    -       (alioth runs it, which is not QEMU: 2 vCPUs, to be reached by --pid 41)
 -     42   kvm    -       (alioth runs it, which is not QEMU: process 42 has 2 descriptors of VMs; one is understood)
 "
         );

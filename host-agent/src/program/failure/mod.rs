@@ -21,8 +21,8 @@ use std::path::PathBuf;
 /// Why a command failed.
 #[derive(Debug, thiserror::Error)]
 pub enum Failure {
-    /// Neither `--domain` nor `--qmp`.
-    #[error("which guest? give --domain NAME or --qmp SOCKET")]
+    /// Neither `--domain` nor `--qmp` nor `--pid`.
+    #[error("which guest? give --domain NAME, --qmp SOCKET or --pid PID")]
     NoTarget,
     /// The domains of this host can't be listed.
     #[error(transparent)]
