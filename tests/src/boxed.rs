@@ -41,10 +41,15 @@ const MICROCODE: [&str; 2] = [
 #[track_caller]
 pub fn assert_clean(guest: &Guest) {
     let console = guest.console().expect("the console can be read");
-    let mut complaints = health::complaints(&console);
-    complaints.retain(|line| !MICROCODE.iter().any(|known| line.contains(known)));
-    assert_eq!(complaints, [""; 0], "{console}");
+    assert_eq!(complaints(&console), [""; 0], "{console}");
     assert_eq!(guest.text(&["echo", "alive"]).expect("it runs a program"), "alive");
+}
+
+/// What a kernel has found wrong beside the CPU that it runs on.
+pub fn complaints(console: &str) -> Vec<&str> {
+    let mut complaints = health::complaints(console);
+    complaints.retain(|line| !MICROCODE.iter().any(|known| line.contains(known)));
+    complaints
 }
 
 /// One step of a pause by ptrace at which is killed: the name of the system call for `in-box`, which of them, and the side of it.

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use images::guest::Guest;
 use images::host::{Host, ThisMachine};
+use images::host_box::HostBox;
 use serde_json::Value;
 
 /// The optimised program, built from the sources as they are now: a test of an older one would prove nothing.
@@ -84,6 +85,15 @@ impl Vmpatch {
             target: ["--qmp".into(), path.display().to_string()],
             folder: None,
             host: Arc::new(ThisMachine),
+        }
+    }
+
+    /// For the guest that a process of the box runs.
+    pub fn process(host: &HostBox, pid: u32) -> Self {
+        Self {
+            target: ["--pid".into(), pid.to_string()],
+            folder: None,
+            host: host.host(),
         }
     }
 

@@ -38,7 +38,9 @@ pub fn parse() -> Cli {
 }
 
 /// Options that every command takes, and that act on some.
-const OF_SOME: [&str; 8] = ["domain", "qmp", "pid", "timeout", "model", "pause", "sandbox", "patches"];
+const OF_SOME: [&str; 8] = [
+    "domain", "qmp", "pid", "timeout", "model", "pause", "sandbox", "patches",
+];
 
 /// Which of them act on a command.
 fn acting(command: &str) -> &'static [&'static str] {

@@ -3,6 +3,7 @@
 //!
 //! `cargo xtask e2e NAME…` runs the tests of single modules.
 
+mod any_vmm;
 mod asleep;
 mod bad_input;
 mod build;
