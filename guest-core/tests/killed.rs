@@ -286,3 +286,29 @@ fn words_of_lists_that_the_guest_uses_are_left_to_the_next_vmpatch() {
     }
     assert!(left > 4, "{left}");
 }
+
+/// Words that were restored one by one would be a mixture of two lists.
+#[test]
+fn lists_that_the_guest_has_changed_since_are_left_to_the_next_vmpatch() {
+    let kernel = traced().kernel();
+    let case = cases(&kernel).remove(0);
+    let data = case.plan.atomic.iter().take_while(|change| change.is_data()).count();
+    let guest = dead(&case, &kernel, Fault::Death((case.plan.staged.len() + data) as u64));
+    // The guest loads another module: it is put in front of the patch's.
+    let registry = registry(&guest, &kernel);
+    let module = case.plan.record.registration.as_ref().unwrap().module;
+    let ours = module + 8;
+    let ours_gpa = ours - registry.alias.0 + registry.base.0;
+    let (head, own) = (guest.symbol("modules"), common::guest::heap(0x1000) + 8);
+    assert_eq!((guest.u64_at(head), guest.u64_at(head + 8)), (ours, ours));
+    guest.put_u64(own, ours);
+    guest.put_u64(own + 8, head);
+    guest.ram.put_u64(ours_gpa + 8, own);
+    guest.put_u64(head, own);
+    let before = guest.ram.differences();
+    assert!(!roll_back(&guest.ram, &mut Stopped::new(&guest), &case.journal, true).unwrap());
+    assert!(guest.ram.differences() == before);
+    recover(&guest, &kernel);
+    assert_eq!((guest.u64_at(head), guest.u64_at(head + 8)), (own, own));
+    assert_eq!((guest.u64_at(own), guest.u64_at(own + 8)), (head, head));
+}

@@ -123,11 +123,16 @@ impl<'a> CutOff<'a> {
 
     /// Writes the old bytes into the sites. The code of a first apply may have run then: the registry says so first.
     fn restore_sites(&self, writer: &mut dyn WriteCode) -> Result<(), CommitError> {
-        let mark = self.journal.applying_to_reverting();
-        let marked = mark.iter().map(|mark| Ok((mark.gpa(), mark.completed(self.memory)?)));
-        let sites = self.journal.sites.iter().rev();
-        let restored = sites.map(|change| Ok((change.gpa(), change.restored(self.memory)?)));
-        let writes = marked.chain(restored).collect::<Result<Vec<_>, ChangeError>>()?;
+        let mut writes = Vec::with_capacity(self.journal.sites.len());
+        if let Some(mark) = self.journal.applying_to_reverting() {
+            writes.push((mark.gpa(), mark.completed(self.memory)?));
+        }
+        for change in self.journal.sites.iter().rev() {
+            let bytes = change.restored(self.memory)?;
+            if bytes != change.current(self.memory)? {
+                writes.push((change.gpa(), bytes));
+            }
+        }
         Ok(writer.write(&writes)?)
     }
 }

@@ -10,11 +10,16 @@ use crate::registry::{Entry, FILLER, Record, Registry, State};
 use crate::transaction::recovery::{Keep, Rest, Sites};
 use std::ops::Range;
 
-/// What is left to do of a patch.
-fn rest(live: &Live<'_>, registry: &Registry, entry: &Entry) -> Result<Rest, KernelError> {
-    let sites = match &entry.record {
-        Some(record) => removal(live, registry, entry, record).sites()?,
-        None => Sites::Old,
+/// What is left to do of a patch of the registry.
+///
+/// # Errors
+///
+/// Its sites cannot be read.
+pub fn rest(live: &Live<'_>, registry: &Registry, entry: &Entry) -> Result<Rest, KernelError> {
+    let sites = match (&entry.record, entry.state) {
+        (Some(record), State::Applying | State::Reverting) => removal(live, registry, entry, record).sites()?,
+        // They do not count.
+        _ => Sites::Old,
     };
     Ok(Rest::of(entry.state, sites))
 }

@@ -37,7 +37,7 @@ pub enum FailureKind {
 pub enum LeftInGuest {
     /// Nothing.
     Nothing,
-    /// The whole patch: it is in force.
+    /// The patch, which is in force, or half reverted.
     Patch,
     /// Unknown, perhaps a part of it: the recovery failed.
     Unknown,

@@ -8,7 +8,7 @@
 //!   ^       └── failed ──> transient ── time is left ──> wait, and plan again
 //!   │                      │            └── or not ────> end: gave up
 //!   │                      ├ half done ──> recover ── nothing left ──> end: recovered
-//!   └── of a revert, the patch is in force ──┘ └────── not known ────> end: half patched
+//!   └── of a revert, the patch is still there ┘ └────── not known ────> end: half patched
 //!                          └ final ──> end: failed
 //! ```
 
