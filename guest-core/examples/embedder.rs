@@ -36,9 +36,13 @@ fn main() -> Result<(), Box<dyn Error>> {
             return Err(error.into());
         }
     }
-    for record in guest.registry().records() {
-        for function in &record.functions {
-            println!("  {} {:#x} -> {:#x}", function.name, function.old, function.new);
+    for patch in guest.status().patches {
+        for status in patch.functions {
+            let function = status.function;
+            println!(
+                "  {} {:#x} -> {:#x}: {:?}",
+                function.name, function.old, function.new, status.runs
+            );
         }
     }
     let reverted = guest.revert("fix", &options)?;

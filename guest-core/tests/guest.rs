@@ -2,16 +2,18 @@
 
 mod common;
 
-use common::guest::{Guest as MadeUp, IMAGE, IMAGE_GPA};
+use common::guest::{Guest as MadeUp, IMAGE, IMAGE_GPA, heap};
 use common::machine::{Stopped, Vm};
 use common::patch::{patched, target, two, two_with_sections};
 use common::ram::{Fault, until_killed};
 use guest_core::commit::{Effect, Model, roll_back};
 use guest_core::guest::{
-    Changed, Embedded, ForCommit, Guest, GuestState, OpenError, PatchError, PatchFile, PatchOptions, Supervised, Vmm,
+    Changed, Embedded, ForCommit, Guest, GuestState, OpenError, PatchError, PatchFile, PatchOptions, Runs, Supervised,
+    Vmm,
 };
 use guest_core::machine::{Journal, Machine, MachineError, PauseTimes, Paused, WriteCode};
 use guest_core::registry::State;
+use guest_core::transaction::recovery::{Keep, Rest};
 use guest_core::{Gpa, PhysMemory, Registers};
 use std::cell::RefCell;
 use std::mem::discriminant;
@@ -285,6 +287,72 @@ fn a_vmm_that_gives_no_registers_opens_no_guest() {
     let memory = &guest.ram;
     let error = Guest::open(Embedded { memory, machine }).map(|_| ()).unwrap_err();
     assert!(matches!(error, OpenError::Vmm(error) if error.left_paused));
+}
+
+#[test]
+fn status_says_whose_code_runs_and_what_the_next_operation_does_first() {
+    let (guest, _) = patched();
+    let supervisor = Supervisor::new(true);
+    let opened = open(&guest, &supervisor);
+    let record = opened.registry().entries[0].record().unwrap().clone();
+    let reverting = opened.registry().state_change(0, State::Applied, State::Reverting);
+    let function = record
+        .functions
+        .iter()
+        .find(|function| function.name == "victim")
+        .unwrap();
+    let mut changes = record.changes.iter();
+    let jump = changes.find(|change| change.gpa().0 == function.jump).unwrap();
+    let said = || {
+        let opened = open(&guest, &supervisor);
+        let status = opened.status();
+        assert!(status.own_livepatches.is_none());
+        let [patch] = status.patches.as_slice() else { panic!() };
+        let runs: Vec<_> = patch.functions.iter().map(|function| function.runs.clone()).collect();
+        (patch.state, *patch.rest.as_ref().unwrap(), runs)
+    };
+    let recover = || open(&guest, &supervisor).recover().unwrap();
+    let both = || vec![Runs::Patch, Runs::Patch];
+    assert_eq!(said(), (State::Applied, Rest::Nothing, both()));
+    // Killed with its supervisor before the pause of a revert, and in it.
+    reverting.make(&guest.ram).unwrap();
+    assert_eq!(said(), (State::Reverting, Rest::Reinstate, both()));
+    recover();
+    assert_eq!(said(), (State::Applied, Rest::Nothing, both()));
+    reverting.make(&guest.ram).unwrap();
+    jump.undone().make(&guest.ram).unwrap();
+    let rest = Rest::Remove(Keep::IfHandedOut);
+    assert_eq!(said(), (State::Reverting, rest, vec![Runs::Original, Runs::Patch]));
+    recover();
+    assert!(open(&guest, &supervisor).status().patches.is_empty());
+}
+
+#[test]
+fn status_says_where_a_livepatch_of_the_guests_own_comes_first() {
+    let (guest, _) = patched();
+    let (patch, object) = (heap(0x1000), heap(0x2000));
+    let functions = [("victim", heap(0x3000)), ("notrace_victim", heap(0x4000))];
+    guest.link(guest.symbol("klp_patches"), &[patch + 32]);
+    guest.link(patch + 48, &[object + 72]);
+    guest.link(object + 56, &functions.map(|(_, at)| at + 40));
+    for (name, at) in functions {
+        guest.put_u64(at + 24, guest.symbol(name));
+        guest.put(at + 73, &[1]);
+    }
+    guest.put_u64(patch, heap(0x800));
+    guest.put(heap(0x800) + 24, b"own_fix\0");
+    let supervisor = Supervisor::new(true);
+    let opened = open(&guest, &supervisor);
+    let status = opened.status();
+    let functions = status.patches[0].functions.iter();
+    let said: Vec<_> = functions
+        .map(|function| {
+            let own = function.own_livepatch.as_ref().unwrap();
+            (function.runs.clone(), own.livepatch.as_str())
+        })
+        .collect();
+    // One is redirected in its site, which ftrace leaves alone, and one behind it.
+    assert_eq!(said, [(Runs::Patch, "own_fix"), (Runs::OwnLivepatch, "own_fix")]);
 }
 
 /// A step fails, of the VMM or a write, and perhaps the one behind it, which may be the first of the rollback. The error says what the guest is

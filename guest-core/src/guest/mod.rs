@@ -5,9 +5,11 @@
 
 mod change;
 mod error;
+mod status;
 mod vmm;
 
 pub use error::{GuestState, OpenError, PatchError};
+pub use status::{FunctionStatus, PatchStatus, Runs, Status};
 pub use vmm::{Embedded, ForCommit, Supervised, Vmm};
 
 use crate::commit::{self, CommitOptions, Committed, Model};

@@ -21,7 +21,7 @@ mod this_module;
 mod verify_code;
 
 pub use apply::{ApplyOptions, apply};
-pub use cleanup::{RecoveryError, cleanup, discard, recovery};
+pub use cleanup::{RecoveryError, cleanup, discard, recovery, rest};
 pub use compatibility::{Checksums, checksums};
 pub use refusal::Refusal;
 pub use revert::{RevertError, revert};

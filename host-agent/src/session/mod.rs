@@ -14,7 +14,7 @@ use crate::lock::{DomainLock, LOCK_TIME_MAX, LockError};
 use crate::module_file;
 use crate::sandbox::Sandbox;
 use crate::target::Target;
-use guest_core::guest::{Guest, PatchFile, Vmm};
+use guest_core::guest::{Guest, PatchFile, Status, Vmm};
 use guest_core::kernel::Live;
 use guest_core::kernel::guard::Guard;
 use guest_core::plan::Plan;
@@ -163,6 +163,11 @@ impl Session {
     /// The patches.
     pub fn registry(&self) -> &Registry {
         self.guest.registry()
+    }
+
+    /// What of each patch is in force, as the guest says now.
+    pub fn status(&self) -> Status<'_> {
+        self.guest.status()
     }
 
     /// Applies the module `file`, whose bytes are given.
