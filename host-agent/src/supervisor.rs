@@ -3,8 +3,8 @@
 //! The worker starts `vmpatch supervise ROUTE` in a process group of its own, so that Ctrl-C does not reach it, and tells it, line by
 //! line as JSON, the [`Journal`] of what it is about to change and whether the guest was running; each line is answered by one
 //! byte. When the worker's end of the socket closes with a journal outstanding, the supervisor reaches the guest by
-//! itself, takes back what is half done (or completes a patch that the guest may be using), lets the guest run, and tells a worker that
-//! is still there what the guest is like. It inherits the domain's lock, so that no other vmpatch comes in between.
+//! itself, ends the commit ([`guest_core::transaction::recovery`] says how), lets the guest run, and tells a worker that is still there what
+//! the guest is like. It inherits the domain's lock, so that no other vmpatch comes in between.
 
 use crate::chain::chain;
 use crate::domains::process;

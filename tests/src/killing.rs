@@ -172,7 +172,7 @@ impl Stage {
                 assert_eq!(functions[..], ["patched"; 2], "{context}: {status}");
                 assert_eq!(seen, Seen::Fixed, "{context}: {status}");
             }
-            [(_, "staging" | "reverted", functions)] => {
+            [(_, "staging" | "reverted" | "half applied" | "half reverted", functions)] => {
                 assert!(
                     functions.iter().all(|function| *function == "original"),
                     "{context}: {status}"

@@ -3,7 +3,7 @@
 use super::{Guest, PatchError, Vmm};
 use crate::commit::{CommitError, CommitOptions, Committed, NotSafe};
 use crate::plan::{self, Plan};
-use crate::registry::{Entry, State};
+use crate::registry::{Entry, Record, State};
 use crate::text::chain;
 use crate::transaction::{Clock, Driver, End, Ended, Engine, LeftInGuest, Operation, Transient, drive};
 use std::error::Error;
@@ -60,24 +60,32 @@ pub(super) fn run<V: Vmm, P, D>(
     })
 }
 
-/// Recovers each patch whose commit was cut off: takes it out of force.
-pub(super) fn recover<V: Vmm>(guest: &mut Guest<V>, options: CommitOptions) -> Result<(), PatchError<V::Error>> {
+/// Recovers each patch whose commit was cut off: takes it out of force. Gives their records.
+pub(super) fn recover<V: Vmm>(
+    guest: &mut Guest<V>,
+    options: CommitOptions,
+) -> Result<Vec<Record>, PatchError<V::Error>> {
     let plan = &mut |guest: &Guest<V>| plan::recovery(&guest.live(), &guest.registry).map_err(PatchError::from);
-    while commit_some(guest, Operation::Recover, CUT_OFF, options, plan)?.is_some() {}
-    Ok(())
+    let mut removed = Vec::new();
+    while let Some((record, _)) = commit_some(guest, Operation::Recover, CUT_OFF, options, plan)? {
+        removed.push(record);
+    }
+    Ok(removed)
 }
 
-/// Commits a plan where there is one to be made.
+/// Commits a plan where there is one to be made, and gives its patch.
 fn commit_some<V: Vmm>(
     guest: &mut Guest<V>,
     operation: Operation,
     id: &str,
     options: CommitOptions,
     plan: PlanWith<'_, V, Option<Plan>>,
-) -> Result<Option<Committed>, PatchError<V::Error>> {
+) -> Result<Option<(Record, Committed)>, PatchError<V::Error>> {
     let commit = &mut |guest: &mut Guest<V>, plan: Option<Plan>, timeout| {
         let options = CommitOptions { timeout, ..options };
-        plan.map(|plan| guest.commit(&plan, operation, options)).transpose()
+        let Some(plan) = plan else { return Ok(None) };
+        let committed = guest.commit(&plan, operation, options)?;
+        Ok(Some((plan.record, committed)))
     };
     run(guest, operation, id, options.timeout, plan, commit)
 }
@@ -89,7 +97,8 @@ pub(super) fn discard<V: Vmm>(
 ) -> Result<Option<Committed>, PatchError<V::Error>> {
     let plan =
         &mut |guest: &Guest<V>| plan::discard(&guest.live(), &guest.registry).map_err(PatchError::revert(REPLACED));
-    commit_some(guest, Operation::Discard, REPLACED, options, plan)
+    let removed = commit_some(guest, Operation::Discard, REPLACED, options, plan)?;
+    Ok(removed.map(|(_, committed)| committed))
 }
 
 /// A commit that was left half done.
@@ -210,7 +219,7 @@ impl<V: Vmm, P, D> Driver for Changing<'_, V, P, D> {
         // The plan of a revert makes what is left of it.
         let recovered = self.guest.reread().and_then(|()| match self.operation {
             Operation::Revert => self.guest.ready(),
-            _ => self.guest.recover(),
+            _ => self.guest.recover().map(|_| ()),
         });
         match recovered {
             Err(failure @ PatchError::NotResumed { .. }) => Err(failure),

@@ -199,17 +199,18 @@ impl<V: Vmm> Guest<V> {
         Ok(reverted)
     }
 
-    /// Recovers what a process that was killed has left in guest and VMM: undoes an apply that was cut off, and wipes what is not in
-    /// force.
+    /// Recovers what a process that was killed has left in guest and VMM: takes out patches whose commit was cut off, and wipes what is not in
+    /// force. Gives the records of those that it took out.
     ///
     /// # Errors
     ///
     /// [`PatchError::guest_state`] tells what the guest is like.
-    pub fn recover(&mut self) -> Result<(), PatchError<V::Error>> {
+    pub fn recover(&mut self) -> Result<Vec<Record>, PatchError<V::Error>> {
         self.ready()?;
-        change::recover(self, commit_options(Model::CleanCut, RECOVERY_TIME_MAX))?;
+        let removed = change::recover(self, commit_options(Model::CleanCut, RECOVERY_TIME_MAX))?;
         self.discard_replaced()?;
-        self.wipe()
+        self.wipe()?;
+        Ok(removed)
     }
 
     /// Removes patches that others have replaced, to which nothing leads. Gives the longest pause, and the reason where one has to stay.

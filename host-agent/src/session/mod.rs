@@ -18,7 +18,7 @@ use guest_core::guest::{Guest, PatchFile, Status, Vmm};
 use guest_core::kernel::Live;
 use guest_core::kernel::guard::Guard;
 use guest_core::plan::Plan;
-use guest_core::registry::{Cave, Registry};
+use guest_core::registry::{Cave, Record, Registry};
 use guest_core::{Kernel, PhysMemory, Registers};
 use std::path::{Path, PathBuf};
 
@@ -196,9 +196,17 @@ impl Session {
         Ok(self.guest.revert(id, options)?)
     }
 
-    /// Wipes what a revert, or a vmpatch that was killed, has left; takes back what was half committed.
-    pub fn tidy(&mut self) -> Result<(), PatchError> {
-        Ok(self.guest.recover()?)
+    /// Takes out patches whose commit was cut off as vmpatch was killed, gives their records, and wipes what they and others have left.
+    pub fn tidy(&mut self) -> Result<Vec<Record>, PatchError> {
+        let removed = self.guest.recover()?;
+        for record in &removed {
+            tracing::warn!(
+                guest = self.shown(),
+                "took out {}: vmpatch was killed while it changed that patch",
+                record.id
+            );
+        }
+        Ok(removed)
     }
 
     /// Leaves the guest, but not the right to change it.
