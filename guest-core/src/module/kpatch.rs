@@ -123,6 +123,11 @@ mod tests {
 
     /// Two functions of vmlinux, and in between one of af_alg, as kpatch-build leaves them.
     fn kpatch() -> (TestElf, u16) {
+        kpatch_enabled_after(&[])
+    }
+
+    /// The same with an init that executes `code` first.
+    fn kpatch_enabled_after(code: &[u8]) -> (TestElf, u16) {
         let mut elf = TestElf::new();
         let text = elf.section(".text.f", SHF_ALLOC.0 | SHF_EXECINSTR.0, &[0xc3; 24]);
         let strings = elf.section(".kpatch.strings", SHF_ALLOC.0, STRINGS);
@@ -150,7 +155,7 @@ mod tests {
             elf.relocation(funcs, at + 40, R_X86_64_64, strings_symbol, name);
             elf.relocation(funcs, at + 48, R_X86_64_64, strings_symbol, object);
         }
-        elf.enable();
+        elf.enable_after(code);
         (elf, funcs)
     }
 
@@ -159,9 +164,27 @@ mod tests {
     }
 
     #[test]
+    fn replace_is_the_constant_that_init_writes() {
+        // movb $1,24(%rax); movb $0,24(%rax); movb $1,25(%rax); mov %cl,24(%rax); movq $1,24(%rax)
+        let (yes, no) = ([0xc6, 0x40, 24, 1].as_slice(), [0xc6, 0x40, 24, 0].as_slice());
+        let (beside, computed, wider) = ([0xc6, 0x40, 25, 1], [0x88, 0x48, 24], [0x48, 0xc7, 0x40, 24, 1, 0, 0, 0]);
+        for (code, replace) in [
+            (yes.to_vec(), Some(true)),
+            (no.to_vec(), Some(false)),
+            (beside.to_vec(), Some(false)),
+            (wider.to_vec(), Some(false)),
+            (computed.to_vec(), None),
+            ([yes, no].concat(), None),
+        ] {
+            let (elf, _) = kpatch_enabled_after(&code);
+            assert_eq!(patch(&elf).unwrap().replace, replace, "{code:x?}");
+        }
+    }
+
+    #[test]
     fn functions_are_read_and_grouped_by_their_object() {
         let patch = patch(&kpatch().0).unwrap();
-        assert_eq!((patch.format, patch.replace), (PatchFormat::Kpatch, None));
+        assert_eq!((patch.format, patch.replace), (PatchFormat::Kpatch, Some(false)));
         let said: Vec<_> = patch
             .objects
             .iter()

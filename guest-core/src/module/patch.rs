@@ -56,7 +56,8 @@ pub struct KlpLayout {
 pub struct Patch {
     /// The objects (the kernel image and modules) with their functions: at least one object with at least one function.
     pub objects: Vec<PatchObject>,
-    /// `klp_patch.replace`: the patch replaces all others. `None` if the module's init decides that at run time.
+    /// `klp_patch.replace`: the patch replaces all others. It is in the module's data, or a constant that the init of kpatch-build or klp-build
+    /// writes. `None` where it is not known, or where the kernel has no such member.
     pub replace: Option<bool>,
     /// The format of the description.
     pub format: PatchFormat,
@@ -235,8 +236,12 @@ impl PatchModule<'_> {
             offset: this.offset.saturating_sub(layout.patch_mod),
             ..this
         });
-        self.check_own_functions(patch.format, described)?;
-        Ok(patch)
+        let written = self.check_own_functions(patch.format, described, layout.patch_replace)?;
+        let replace = match patch.format {
+            PatchFormat::KlpPatch => patch.replace,
+            PatchFormat::Kpatch | PatchFormat::KlpBuild => written,
+        };
+        Ok(Patch { replace, ..patch })
     }
 }
 

@@ -212,9 +212,14 @@ impl TestElf {
 
     /// Gives the module an init that enables a patch which it has made.
     pub fn enable(&mut self) {
-        let init = self.section(".init.text", TEXT_FLAGS, &[0xe9, 0, 0, 0, 0]);
+        self.enable_after(&[]);
+    }
+
+    /// The same behind `code`.
+    pub fn enable_after(&mut self, code: &[u8]) {
+        let init = self.section(".init.text", TEXT_FLAGS, &[code, &[0xe9, 0, 0, 0, 0]].concat());
         let (entry, enable) = (self.section_symbol(init), self.undefined("klp_enable_patch"));
-        self.relocation(init, 1, R_X86_64_PLT32, enable, -4);
+        self.relocation(init, code.len() as u64 + 1, R_X86_64_PLT32, enable, -4);
         let this = self.section(".gnu.linkonce.this_module", DATA_FLAGS, &[0; 64]);
         self.relocation(this, 8, R_X86_64_64, entry, 0);
     }

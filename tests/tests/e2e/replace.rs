@@ -207,3 +207,21 @@ fn a_later_patch_takes_a_function_and_gives_it_back() {
     vmpatch.revert_all();
     assert_healthy(&guest);
 }
+
+/// kpatch-build's own init, out of Debian's package, sets the flag.
+#[test]
+fn a_module_of_kpatch_build_replaces_all_others() {
+    let (guest, modules) = guest();
+    let vmpatch = Vmpatch::on(&guest);
+    vmpatch.apply(&modules.applied(Applied::Kstrtoint));
+    assert_eq!(see(&guest, "kstrtoint"), Seen::Fixed);
+    let module = modules.kpatch_hook();
+    let checked = vmpatch.run(&["--json", "check", &module]).expect(0).json();
+    assert_eq!(checked["patches"][0]["replaces"], json!(["test_kstrtoint"]), "{checked}");
+    vmpatch.apply(&module);
+    assert_eq!(names(&vmpatch.status()), [("test_kpatch_hook", "applied")]);
+    assert_eq!(see(&guest, "kstrtoint"), Seen::Flawed);
+    assert_eq!(see(&guest, Applied::Kpatch.program()), Seen::Fixed);
+    vmpatch.revert_all();
+    assert_eq!(see(&guest, Applied::Kpatch.program()), Seen::Flawed);
+}

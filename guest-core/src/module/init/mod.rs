@@ -87,16 +87,17 @@ pub enum Work {
 
 impl PatchModule<'_> {
     /// Refuses a module whose init does more than enable its patch, the `klp_patch` at `patch` where that is static; or whose
-    /// exit does anything that counts.
+    /// exit does anything that counts. Gives the value that a tool's init writes to `klp_patch.replace`, at that offset, where it is known.
     pub(super) fn check_own_functions(
         &self,
         format: PatchFormat,
         patch: Option<SectionOffset>,
-    ) -> Result<(), PatchError> {
-        let mut enables = false;
+        replace_at: Option<u64>,
+    ) -> Result<Option<bool>, PatchError> {
+        let (mut enables, mut replace) = (false, None);
         for (function, entry) in self.own_functions()? {
             let rules = Rules::of(format, function);
-            let mut walk = Walk::new(self, rules, patch);
+            let mut walk = Walk::new(self, rules, patch).with_replace_at(replace_at);
             let refuse = |(work, at)| PatchError::OwnFunction {
                 function,
                 work,
@@ -104,9 +105,16 @@ impl PatchModule<'_> {
             };
             walk.follow(entry).map_err(refuse)?;
             self.refuse_rewritten(&walk).map_err(refuse)?;
-            enables |= function == OwnFunction::Init && walk.enables();
+            if function == OwnFunction::Init {
+                enables |= walk.enables();
+                replace = walk.replace();
+            }
         }
-        if enables { Ok(()) } else { Err(PatchError::NotEnabled) }
+        if enables {
+            Ok(replace)
+        } else {
+            Err(PatchError::NotEnabled)
+        }
     }
 
     /// Init and exit, and where they begin.

@@ -30,6 +30,9 @@ pub(super) struct Walk<'m, 'd> {
     queue: Vec<SectionOffset>,
     info: InstructionInfoFactory,
     enables: bool,
+    /// Where a `klp_patch` has `replace`, and what a tool's code writes there: a constant, or something else.
+    replace_at: Option<u64>,
+    replace: Vec<Option<bool>>,
     /// The first branch that matters. What is done behind it says more about the module, if there is something.
     decides: Option<Found>,
 }
@@ -44,8 +47,23 @@ impl<'m, 'd> Walk<'m, 'd> {
             queue: Vec::new(),
             info: InstructionInfoFactory::new(),
             enables: false,
+            replace_at: None,
+            replace: Vec::new(),
             decides: None,
         }
+    }
+
+    /// The same, which also looks for what is written to `klp_patch.replace`, at that offset.
+    pub fn with_replace_at(self, replace_at: Option<u64>) -> Self {
+        Self { replace_at, ..self }
+    }
+
+    /// The value of `klp_patch.replace` in a patch that the code has allocated, which is zero where nothing is written. `None` where that is not
+    /// known, or the kernel has no such member.
+    pub fn replace(&self) -> Option<bool> {
+        self.replace_at?;
+        let first = self.replace.first().copied().unwrap_or(Some(false));
+        first.filter(|_| self.replace.iter().all(|value| *value == first))
     }
 
     /// Follows the function at `entry` to all its ends.
@@ -231,7 +249,14 @@ impl<'m, 'd> Walk<'m, 'd> {
                 Value::Stack => {}
                 Value::Address(target) if self.rules.variables.contains(&self.name(target).as_str()) => {}
                 Value::Address(target) => return Err(Work::Writes(self.name(target))),
-                Value::Unknown | Value::Read(_) if self.rules.is_tool => {}
+                Value::Unknown | Value::Read(_) if self.rules.is_tool => {
+                    if used.memory_size().size() == 1 && self.replace_at == Some(used.displacement()) {
+                        let instruction = &step.instruction;
+                        let is_constant =
+                            instruction.mnemonic() == Mnemonic::Mov && instruction.op1_kind() == OpKind::Immediate8;
+                        self.replace.push(is_constant.then(|| instruction.immediate8() != 0));
+                    }
+                }
                 Value::Unknown | Value::Read(_) => return Err(Work::WritesPointer),
             }
         }
