@@ -72,18 +72,12 @@ fn patches_are_listed_oldest_first_and_reverted_one_by_one() {
 }
 
 #[test]
-fn a_patch_is_not_applied_twice_and_a_function_not_patched_twice() {
+fn a_patch_is_not_applied_twice() {
     let guest = guest();
     let vmpatch = Vmpatch::on(&guest);
     let printk = MODULES.applied(Applied::Printk);
-    let symbols = MODULES.applied(Applied::Symbols);
-    let both = vmpatch.run(&["check", &printk, &symbols]).expect(3);
-    let held = "__x64_sys_sysinfo is already patched by test_printk; revert that one first";
-    assert!(both.complaint().ends_with(held), "{both}");
     vmpatch.apply(&printk);
     assert_eq!(vmpatch.apply(&printk)["patches"][0]["state"], "already applied");
-    let other = vmpatch.run(&["apply", &symbols]).expect(3);
-    assert!(other.complaint().ends_with(held), "{other}");
     assert_eq!(see(&guest, "printk"), Seen::Fixed);
 }
 
