@@ -151,27 +151,23 @@ fn reads(tree: &Tree, plan: &Plan, changed: &[&str], may_be_included: bool, prog
             .map(|planned| index.read(planned, changed))
             .collect()
     };
-    let mut reads = read();
+    let reads = read();
     let made = tree.folder().join(MADE);
-    if !may_be_included || (tree.is_fixed() && made.exists()) {
+    let unknown: Vec<&str> = plan
+        .objects
+        .iter()
+        .zip(&reads)
+        .filter(|(planned, read)| read.unknown && planned.is_of_running_kernel())
+        .map(|(planned, _)| planned.object.as_str())
+        .collect();
+    if unknown.is_empty() || !may_be_included || (tree.is_fixed() && made.exists()) {
         return reads;
     }
-    // Objects are compiled only where a file that one of them includes is made with them.
-    for make in [compile::make_inputs, compile::make] {
-        let all = plan.objects.iter().zip(&reads);
-        let unknown: Vec<&str> = all
-            .filter(|(planned, read)| read.unknown && planned.is_of_running_kernel())
-            .map(|(planned, _)| planned.object.as_str())
-            .collect();
-        if unknown.is_empty() {
-            break;
-        }
-        make(tree, &unknown, progress);
-        reads = read();
-    }
+    progress("making the files that the kernel's build makes for single objects");
+    compile::make(tree, &unknown, progress);
     // Without this note they are made once more.
     drop(fs::write(made, ""));
-    reads
+    read()
 }
 
 /// What a search goes by.

@@ -90,15 +90,6 @@ pub fn planned(tree: &Tree, planned: &[&Planned], progress: &dyn Fn(&str)) -> Re
     Ok(units)
 }
 
-/// Makes what objects (by the names that make knows) are made of, and not the objects themselves: their commands fail, when all that they
-/// need is there (scripts/Makefile.build of 6.1, `cmd_cc_o_c`, `cmd_as_o_S`).
-pub fn make_inputs(tree: &Tree, objects: &[&str], progress: &dyn Fn(&str)) {
-    progress("making the files that the kernel's build makes for single objects");
-    let mut goals = vec!["-k", "cmd_cc_o_c=false", "cmd_as_o_S=false"];
-    goals.extend(objects.iter().filter(|object| !object.contains("..")));
-    drop(tree.compile(&goals));
-}
-
 /// Makes objects (by the names that make knows) as far as they can be made; what can't has no object.
 pub fn make(tree: &Tree, objects: &[&str], progress: &dyn Fn(&str)) {
     let names: Vec<String> = objects.iter().map(|name| (*name).to_owned()).collect();
