@@ -167,7 +167,11 @@ mod tests {
     fn replace_is_the_constant_that_init_writes() {
         // movb $1,24(%rax); movb $0,24(%rax); movb $1,25(%rax); mov %cl,24(%rax); movq $1,24(%rax)
         let (yes, no) = ([0xc6, 0x40, 24, 1].as_slice(), [0xc6, 0x40, 24, 0].as_slice());
-        let (beside, computed, wider) = ([0xc6, 0x40, 25, 1], [0x88, 0x48, 24], [0x48, 0xc7, 0x40, 24, 1, 0, 0, 0]);
+        let (beside, computed, wider) = (
+            [0xc6, 0x40, 25, 1],
+            [0x88, 0x48, 24],
+            [0x48, 0xc7, 0x40, 24, 1, 0, 0, 0],
+        );
         for (code, replace) in [
             (yes.to_vec(), Some(true)),
             (no.to_vec(), Some(false)),

@@ -217,7 +217,11 @@ fn a_module_of_kpatch_build_replaces_all_others() {
     assert_eq!(see(&guest, "kstrtoint"), Seen::Fixed);
     let module = modules.kpatch_hook();
     let checked = vmpatch.run(&["--json", "check", &module]).expect(0).json();
-    assert_eq!(checked["patches"][0]["replaces"], json!(["test_kstrtoint"]), "{checked}");
+    assert_eq!(
+        checked["patches"][0]["replaces"],
+        json!(["test_kstrtoint"]),
+        "{checked}"
+    );
     vmpatch.apply(&module);
     assert_eq!(names(&vmpatch.status()), [("test_kpatch_hook", "applied")]);
     assert_eq!(see(&guest, "kstrtoint"), Seen::Flawed);
