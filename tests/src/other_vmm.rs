@@ -25,14 +25,13 @@ const BEAT_LIMIT: Duration = Duration::from_secs(60);
 const LOOK_WAIT: Duration = Duration::from_millis(300);
 /// How long one run of the program `in-box` may take.
 const PROGRAM_LIMIT: Duration = Duration::from_secs(300);
-/// Where vmpatch is killed: in the short stop for registers, before and behind what a change writes in its pause, and in the pause or the
-/// stop that has the second interrupt.
+/// Where vmpatch is killed in the pause of a change: the stop before it, for registers, has the first interrupt, read and release.
 pub const STEPS: [Step; 5] = [
-    ("read-process", 1, true),
-    ("detach", 1, false),
     ("interrupt", 2, true),
+    ("read-process", 2, true),
     ("write-process", 1, false),
     ("write-process", 1, true),
+    ("detach", 2, false),
 ];
 /// Where its supervisor is.
 pub const SUPERVISOR_STEP: Step = ("interrupt", 2, true);

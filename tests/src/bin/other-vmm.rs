@@ -85,11 +85,12 @@ fn show(guest: &OtherVmm<'_>, cycles: usize) {
     for cycle in 0..cycles {
         println!("cycle {cycle}: paused for {:?} µs", guest.cycle());
     }
-    for command in [Command::Apply, Command::Revert] {
-        for step in STEPS {
-            guest.cut_and_repeat(command, step, false);
+    // In turn: a patch that is applied is not applied again.
+    let steps = STEPS.map(|step| (step, false));
+    for (step, supervisor) in steps.into_iter().chain([(SUPERVISOR_STEP, true)]) {
+        for command in [Command::Apply, Command::Revert] {
+            guest.cut_and_repeat(command, step, supervisor);
         }
-        guest.cut_and_repeat(command, SUPERVISOR_STEP, true);
     }
     println!("{}", guest.console().lines().last().unwrap_or_default());
 }

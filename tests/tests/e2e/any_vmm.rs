@@ -99,10 +99,11 @@ fn vmpatch_killed_in_the_pause_of_a_guest_in_shared_memory_leaves_it_running_and
     let guest = start(&host, &files, &["--shared"]);
     assert!(guest.maps().contains("/memfd:small-vmm-ram"));
     println!("paused for {:?} µs", guest.cycle());
-    for command in [Command::Apply, Command::Revert] {
-        for step in STEPS {
-            guest.cut_and_repeat(command, step, false);
+    // In turn: a patch that is applied is not applied again.
+    let steps = STEPS.map(|step| (step, false));
+    for (step, supervisor) in steps.into_iter().chain([(SUPERVISOR_STEP, true)]) {
+        for command in [Command::Apply, Command::Revert] {
+            guest.cut_and_repeat(command, step, supervisor);
         }
-        guest.cut_and_repeat(command, SUPERVISOR_STEP, true);
     }
 }
