@@ -271,3 +271,159 @@ fn a_replaced_patch_that_can_not_be_removed_yet_is_removed_by_the_next_vmpatch()
     open(&guest).recover().unwrap();
     assert_eq!(patches(&guest, &kernel), in_force(&["v2"]));
 }
+
+/// A function of that many bytes.
+fn padded(old: &'static str, len: usize) -> Function {
+    let mut function = Function::returning_one(old);
+    let len = len.max(function.code.len());
+    function.code.resize(len, 0xcc);
+    function
+}
+
+/// Some bytes of v2's jump are those of v1's, the others those of the NOP: it is no torn jump of v1.
+#[test]
+fn the_removal_of_v1_leaves_the_jump_of_v2_whatever_its_bytes_are() {
+    let clean = Guest::new();
+    let site = clean.symbol(TRACED) + 4;
+    // The third byte of the jump is to be 0x44, that of the NOP.
+    let offset = (1..16u64)
+        .map(|n| n << 8)
+        .find(|offset| (offset.wrapping_sub(site + 5) >> 8) & 0xf == 4)
+        .unwrap();
+    let functions = [padded(OTHER, offset as usize), padded(TRACED, 16)];
+    let mut met = 0;
+    for pad in 0..17 {
+        let mut guest = Guest::new();
+        let kernel = guest.kernel();
+        apply(&guest, "x", &livepatch("x", &[padded(NOTRACE, (pad << 12) + 16)]));
+        apply(&guest, "v1", &livepatch("v1", &functions));
+        guest.ram.take_baseline();
+        let bytes = livepatch_that_replaces("v2", &functions);
+        let planned = plan(&guest, &kernel, &bytes).unwrap();
+        let to = planned.record.functions[1].new;
+        let third = (to.wrapping_sub(site + 5) >> 8) & 0xff;
+        apply(&guest, "v2", &bytes);
+        let found = guest.bytes_at(site, 5);
+        if third == 0x44 {
+            met += 1;
+            assert_eq!(found[0], 0xe9, "pad {pad}");
+        }
+    }
+    assert!(met > 0);
+}
+
+/// The guest has run when the supervisor comes.
+#[test]
+fn a_death_in_the_removal_of_v1_leaves_the_sites_of_v2() {
+    let (guest, kernel) = with_v1();
+    let v1 = registry(&guest, &kernel).entries[0].record().unwrap().clone();
+    let counter = v1.registration.as_ref().unwrap().module + REFERENCES;
+    let counter = kernel.space.translate(&guest.ram, Gva(counter)).unwrap().gpa.0;
+    let unused = guest.ram.u64_at(counter);
+    guest.ram.put_u64(counter, unused + 1);
+    let file = v2();
+    open(&guest)
+        .apply(
+            PatchFile {
+                name: "v2",
+                bytes: &file,
+            },
+            &OPTIONS,
+        )
+        .unwrap();
+    guest.ram.put_u64(counter, unused);
+    let live = kernel.live(&guest.ram);
+    let planned = guest_core::plan::discard(&live, &registry(&guest, &kernel))
+        .unwrap()
+        .unwrap();
+    let journal = journal(&live, &planned).unwrap();
+    let record = registry(&guest, &kernel).records().next().unwrap().clone();
+    assert_eq!(record.id, "v2");
+    let mut bad = Vec::new();
+    for write in 0..planned.atomic.len() as u64 {
+        for fault in [Fault::Death(write), Fault::TornDeath(write)] {
+            let guest = guest.clone();
+            guest.ram.set_fault(Some(fault));
+            commit_plan(&guest, &kernel, &planned).unwrap_err();
+            guest.ram.set_fault(None);
+            roll_back(&guest.ram, &mut Stopped::new(&guest), &journal, true).unwrap();
+            let lost: Vec<_> = record
+                .changes
+                .iter()
+                .filter(|c| !c.is_made(&guest.ram).unwrap())
+                .map(|c| c.what())
+                .collect();
+            if !lost.is_empty() {
+                bad.push(format!("{fault:?}: {lost:?}"));
+            }
+        }
+    }
+    assert!(bad.is_empty(), "{bad:#?}");
+}
+
+/// A released function with an ftrace site: where its jump is still there, so is the bit that keeps ftrace from it.
+#[test]
+fn a_death_in_a_replacement_never_leaves_a_jump_in_an_enabled_site() {
+    let mut start = Guest::new();
+    let kernel = start.kernel();
+    apply(&start, "v1", &cumulative("v1", &[TRACED, OTHER]));
+    start.ram.take_baseline();
+    let v1 = registry(&start, &kernel).entries[0].record().unwrap().clone();
+    let planned = plan(&start, &kernel, &cumulative("v2", &[TRACED, NOTRACE])).unwrap();
+    let journal = journal(&kernel.live(&start.ram), &planned).unwrap();
+    let writes = (planned.staged.len() + planned.atomic.len()) as u64;
+    let mut bad = Vec::new();
+    for write in 0..writes {
+        for fault in [Fault::Death(write), Fault::TornDeath(write)] {
+            let guest = start.clone();
+            guest.ram.set_fault(Some(fault));
+            commit_plan(&guest, &kernel, &planned).unwrap_err();
+            guest.ram.set_fault(None);
+            roll_back(&guest.ram, &mut Stopped::new(&guest), &journal, true).unwrap();
+            let jump = guest.bytes_at(place(&guest, OTHER), 1) == [0xe9];
+            let flag = v1
+                .changes
+                .iter()
+                .find(|c| c.what() == "ftrace flags of vfs_read")
+                .unwrap();
+            if jump && !flag.is_made(&guest.ram).unwrap() {
+                bad.push(format!("{fault:?}"));
+            }
+        }
+    }
+    assert!(bad.is_empty(), "{writes} writes: {bad:?}");
+}
+
+/// Both die in a replacement, and then the recovery dies after the guest has run.
+#[test]
+fn a_death_in_the_recovery_of_a_replacement_leaves_v1_whole() {
+    let (start, kernel) = with_v1();
+    let planned = plan(&start, &kernel, &v2()).unwrap();
+    let writes = (planned.staged.len() + planned.atomic.len()) as u64;
+    let mut bad = Vec::new();
+    for write in 0..writes {
+        let cut = start.clone();
+        cut.ram.set_fault(Some(Fault::Death(write)));
+        commit_plan(&cut, &kernel, &planned).unwrap_err();
+        cut.ram.set_fault(None);
+        let live = kernel.live(&cut.ram);
+        let Some(recovery) = guest_core::plan::recovery(&live, &registry(&cut, &kernel)).unwrap() else {
+            continue;
+        };
+        let journal = journal(&live, &recovery).unwrap();
+        for second in 0..(recovery.staged.len() + recovery.atomic.len()) as u64 {
+            let guest = cut.clone();
+            guest.ram.set_fault(Some(Fault::TornDeath(second)));
+            commit_plan(&guest, &kernel, &recovery).unwrap_err();
+            guest.ram.set_fault(None);
+            roll_back(&guest.ram, &mut Stopped::new(&guest), &journal, true).unwrap();
+            open(&guest).recover().unwrap();
+            let (now, lead) = (patches(&guest, &kernel), all_lead_to(&guest, &kernel));
+            let whole = lead_to(["v1", "v1", ""]);
+            if now == in_force(&["v1"]) && lead != whole {
+                bad.push(format!("{write}, {second}: {lead:?}"));
+            }
+        }
+    }
+    assert!(bad.is_empty(), "{bad:#?}");
+}

@@ -27,7 +27,8 @@ pub fn roll_back(
     let commit = CutOff { memory, journal };
     let (redirects, mark) = (journal.redirects(), journal.applying_to_reverting());
     if mark.is_some_and(|mark| is_complete(memory, &[mark])) {
-        // Its sites were restored before.
+        // A failure may have come between.
+        commit.restore_sites(writer)?;
         return Ok(false);
     }
     match Ending::of(commit.written()?, redirects, has_run) {
@@ -121,19 +122,16 @@ impl<'a> CutOff<'a> {
         Ok(is_free)
     }
 
-    /// Writes the old bytes into the sites. The code of a first apply may have run then: the registry says so first.
+    /// Writes the old bytes into the sites. The code of a first apply may have run then: the registry says so before, and that the patches are
+    /// in force that it was replacing.
     fn restore_sites(&self, writer: &mut dyn WriteCode) -> Result<(), CommitError> {
-        let mut writes = Vec::with_capacity(self.journal.sites.len());
-        if let Some(mark) = self.journal.applying_to_reverting() {
-            writes.push((mark.gpa(), mark.completed(self.memory)?));
-        }
-        for change in self.journal.sites.iter().rev() {
-            let bytes = change.restored(self.memory)?;
-            if bytes != change.current(self.memory)? {
-                writes.push((change.gpa(), bytes));
-            }
-        }
-        Ok(writer.write(&writes)?)
+        let (data, code): (Vec<_>, Vec<_>) = self.journal.sites.iter().rev().partition(|change| change.is_data());
+        let restored = |change: &Change| Ok((change.gpa(), change.restored(self.memory)?));
+        let mark = self.journal.applying_to_reverting();
+        let marked = mark.iter().map(|mark| Ok((mark.gpa(), mark.completed(self.memory)?)));
+        let data = data.into_iter().map(restored);
+        let writes = data.chain(marked).chain(code.into_iter().map(restored));
+        Ok(writer.write(&writes.collect::<Result<Vec<_>, ChangeError>>()?)?)
     }
 }
 

@@ -149,6 +149,8 @@ impl<E: 'static> PatchError<E> {
             // A recovery that is in force has undone the patch's change.
             Effect::InForce if operation == Operation::Recover => Effect::AsBefore,
             Effect::AsBefore if operation == Operation::Recover => Effect::HalfPatched,
+            // Nothing leads to what is removed.
+            Effect::InForce if operation == Operation::Discard => Effect::AsBefore,
             effect => effect,
         };
         Self::NotResumed {
@@ -171,6 +173,11 @@ impl<E: 'static> PatchError<E> {
         match self {
             Self::Afterwards { source } => match source.guest_state() {
                 GuestState::AsBefore => GuestState::InForce,
+                GuestState::Paused {
+                    change: Effect::AsBefore,
+                } => GuestState::Paused {
+                    change: Effect::InForce,
+                },
                 worse => worse,
             },
             Self::Commit { source, .. } => source.effect().into(),

@@ -16,7 +16,7 @@ use crate::commit::{self, CommitOptions, Committed, Model};
 use crate::kernel::guard::{self, Guard};
 use crate::kernel::{Kernel, Live};
 use crate::plan::{self, ApplyOptions, Plan};
-use crate::registry::{Cave, Record, Registry, cave};
+use crate::registry::{Cave, Record, Registry, SLOTS, cave};
 use crate::text::chain;
 use crate::transaction::Operation;
 use crate::vcpu::Registers;
@@ -217,16 +217,18 @@ impl<V: Vmm> Guest<V> {
     fn discard_replaced(&mut self) -> Result<(u64, Option<String>), PatchError<V::Error>> {
         let options = commit_options(Model::CleanCut, REMOVAL_TIME_MAX);
         let mut pause_us_max = 0;
-        loop {
+        // A guest that changes the registry meanwhile does not keep vmpatch here.
+        for _ in 0..SLOTS {
             match change::discard(self, options) {
                 Ok(Some(removed)) => pause_us_max = pause_us_max.max(removed.pause_us_max),
-                Ok(None) => return Ok((pause_us_max, None)),
+                Ok(None) => break,
                 Err(failure) if failure.guest_state() == GuestState::AsBefore => {
                     return Ok((pause_us_max, Some(chain(&failure))));
                 }
                 Err(failure) => return Err(failure),
             }
         }
+        Ok((pause_us_max, None))
     }
 
     /// Wipes what is not in force.

@@ -191,15 +191,14 @@ impl Part<'_> {
             recorded,
             mut must_be_quiescent,
         } = redirects::plan(live, self.symbols, registry, self.note, &linked.functions, self.others)?;
-        self.replaced.require_untraced(live, &functions)?;
         must_be_quiescent.extend(self.replaced.replacements(live)?);
-        let Released { flags, jumps } = self.replaced.released(&functions);
+        let Released { jumps, flags } = self.replaced.released(live, &functions)?;
         let orders = registry.all_records().map(|record| record.order);
         let span = |start: Gva, len| Span { start: start.0, len };
         let record = Record {
             id: self.id.to_owned(),
             digest: self.digest.to_owned(),
-            order: orders.max().unwrap_or(0) + 1,
+            order: orders.max().unwrap_or(0).saturating_add(1),
             model: options.model.clone(),
             applied_at: options.now,
             functions,
@@ -223,9 +222,9 @@ impl Part<'_> {
         }
         let states = self.replaced.state_changes(registry, State::Applied, State::Replaced);
         let sites = [changes.as_slice(), &states].concat();
-        atomic.extend(flags);
         atomic.extend(changes);
         atomic.extend(jumps);
+        atomic.extend(flags);
         atomic.extend(states);
         atomic.push(registry.state_change(placement.slot, State::Applying, State::Applied));
         Ok(Placed::Planned(Box::new(Plan {

@@ -1,6 +1,6 @@
 //! Plans the redirects of a patch, from each old function to its new one.
 
-use super::stack::{self, Holder};
+use super::stack::{Holder, Holders};
 use super::{Refusal, removal, targets, verify_code};
 use crate::addr::Gva;
 use crate::change::Change;
@@ -46,17 +46,18 @@ pub(super) fn plan(
     others: HeldByOthers,
 ) -> Result<Redirects, Refusal> {
     let own = livepatch::held(live)?;
+    let holders = Holders::of(registry.records());
     let mut redirects = Redirects::default();
     for function in functions {
         let targets::Target { at, len, parts } = targets::find(live, symbols, function)?;
-        let holders = stack::holders(registry.records(), at);
+        let holders = holders.at(at.0);
         verify_code::check(live, note, function, at, holders.first())?;
-        let redirected = match holders.as_slice() {
+        let redirected = match holders {
             [] => free(live, function, (at, len), &own)?,
             [bottom, .., top] => held(live, function, (bottom, top), others, &own)?,
             [only] => held(live, function, (only, only), others, &own)?,
         };
-        for Holder { record, function } in holders {
+        for Holder { record, function, .. } in holders {
             let parts = removal::replacements_among(live, record, std::slice::from_ref(function))?;
             redirects.must_be_quiescent.extend(parts);
         }
@@ -115,7 +116,7 @@ fn held(
     let changes = top.led_to(function.new)?;
     let recorded = match others {
         HeldByOthers::Cover => changes.clone(),
-        HeldByOthers::Replace => bottom.and_then(&changes),
+        HeldByOthers::Replace => bottom.and_then(top, &changes)?,
         HeldByOthers::Refuse => {
             let (function, id) = (function.old_name.clone(), top.record.id.clone());
             return Err(Refusal::Held { function, id });

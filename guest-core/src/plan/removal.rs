@@ -2,7 +2,7 @@
 
 use super::replace::{Replaced, Restored};
 use super::{Plan, RevertError, guard, registration, targets};
-use crate::addr::Gva;
+use crate::addr::{Gpa, Gva};
 use crate::change::{Change, ChangeError};
 use crate::kernel::livepatch::{self, Held};
 use crate::kernel::{KernelError, Live, ftrace, modules, sites, tracers};
@@ -11,6 +11,7 @@ use crate::reads::Preconditions;
 use crate::registry::{Entry, FILLER, PatchedFunction, Record, Redirect, Registry, State};
 use crate::transaction::recovery::{Keep, Sites};
 use crate::unwind::OldFunction;
+use std::collections::BTreeSet;
 use std::ops::Range;
 
 /// A patch that is taken out of force.
@@ -28,27 +29,20 @@ type Code = (Vec<Change>, Vec<OldFunction>, Range<Gva>);
 impl Removal<'_> {
     /// What the sites hold.
     pub fn sites(&self) -> Result<Sites, KernelError> {
-        let mut is_new = !self.record.changes.is_empty();
-        for change in &self.record.changes {
+        let changes = Replaced::cut_off_by(self.registry, self.entry).redirected_by(self.record)?;
+        let mut is_new = !changes.is_empty();
+        for change in &changes {
             is_new &= change.is_made_now(self.live).map_err(unreadable)?;
         }
         if is_new {
             return Ok(Sites::New);
         }
-        for function in &self.record.functions {
-            if self.has_jump(function)? {
+        for jump in changes.iter().filter(|change| !change.is_of_bits()) {
+            if restored(self.live, jump)?.is_some() {
                 return Ok(Sites::Mixed);
             }
         }
         Ok(Sites::Old)
-    }
-
-    /// True where the function's site holds the jump, or a part of it.
-    fn has_jump(&self, function: &PatchedFunction) -> Result<bool, KernelError> {
-        let mut changes = self.record.changes.iter();
-        let jump = changes.find(|change| change.gpa().0 == function.jump);
-        let restored = jump.map(|jump| jump.restoration(self.live, jump.what())).transpose();
-        Ok(restored.map_err(unreadable)?.flatten().is_some())
     }
 
     /// Plans the removal in one pause, from the state that the registry has then. The sites of a patch in force must hold what a commit wrote.
@@ -66,11 +60,16 @@ impl Removal<'_> {
         } = *self;
         let in_force = entry.state == State::Applied;
         guard::require_survival::<RevertError>(live)?;
-        self.require_untraced(in_force)?;
         let replaced = Replaced::cut_off_by(registry, entry);
+        // Where another patch has replaced it, the sites are that one's or the guest's.
+        let sites = match entry.state {
+            State::Replaced => Vec::new(),
+            _ => replaced.redirected_by(record)?,
+        };
+        self.require_untraced(&sites, in_force)?;
         let mut atomic = match in_force {
             true => self.sites_in_force(),
-            false => self.restored_sites(&replaced.redirected_by(record)?)?,
+            false => self.restored_sites(&sites)?,
         };
         let Restored { changes, original } = replaced.restored(live, registry, record)?;
         atomic.extend(changes);
@@ -86,7 +85,7 @@ impl Removal<'_> {
         Ok(Plan {
             staged: Vec::new(),
             atomic,
-            sites: record.changes.clone(),
+            sites,
             requires: Preconditions::default(),
             must_be_quiescent,
             unreferenced,
@@ -172,10 +171,20 @@ impl Removal<'_> {
         Ok((changes, vec![text], record.registered_memory()))
     }
 
-    /// Requires that no tracer was started on an old function since it was redirected in its site.
-    fn require_untraced(&self, in_force: bool) -> Result<(), RevertError> {
-        for function in &self.record.functions {
-            if in_force || self.has_jump(function)? {
+    /// Requires that no tracer was started on a function whose ftrace record these changes of `sites` have disabled.
+    fn require_untraced(&self, sites: &[Change], in_force: bool) -> Result<(), RevertError> {
+        let places: BTreeSet<Gpa> = sites.iter().map(Change::gpa).collect();
+        let own = |change: &Change| places.contains(&change.gpa());
+        for (function, changes) in self.record.changes_by_function() {
+            let (bits, jumps): (Vec<_>, Vec<_>) = changes.iter().partition(|change| change.is_of_bits());
+            if bits.is_empty() || !changes.iter().any(own) {
+                continue;
+            }
+            let mut has_jump = in_force;
+            for jump in jumps {
+                has_jump = has_jump || restored(self.live, jump)?.is_some();
+            }
+            if has_jump {
                 require_untraced(self.live, function)?;
             }
         }

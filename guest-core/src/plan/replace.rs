@@ -1,13 +1,15 @@
 //! Replaces patches by one: in the pause that redirects the new patch's functions, those that it does not carry get the kernel's code back.
 //! Then no function leads to the old patches' code, and it is [removed](super::discard) in a pause of its own.
 
-use super::stack::{self, Holder};
-use super::{Refusal, removal};
+use super::stack::Holders;
+use super::{Refusal, RevertError, removal};
 use crate::addr::Gva;
 use crate::change::Change;
 use crate::kernel::{KernelError, Live};
+use crate::redirect::RedirectError;
 use crate::registry::{Entry, PatchedFunction, Record, Registry, State};
 use crate::unwind::OldFunction;
+use std::collections::BTreeSet;
 
 /// The patches that a patch replaces, oldest first.
 #[derive(Debug, Default)]
@@ -15,13 +17,13 @@ pub(super) struct Replaced<'r> {
     patches: Vec<(&'r Entry, &'r Record)>,
 }
 
-/// Changes that give functions what they were before, in front of and among those that redirect others.
+/// Changes that give functions the kernel's code back.
 #[derive(Debug, Default)]
 pub(super) struct Released {
-    /// Of ftrace records. They come before any jump is written.
-    pub flags: Vec<Change>,
     /// Of jumps.
     pub jumps: Vec<Change>,
+    /// Of ftrace records. They come behind all jumps: a site without a jump may be disabled, one with a jump must be.
+    pub flags: Vec<Change>,
 }
 
 /// Changes that put patches in force again.
@@ -39,8 +41,8 @@ impl<'r> Replaced<'r> {
         Self::those(registry, |entry, _| entry.state == State::Applied)
     }
 
-    /// Those that the patch of an entry was replacing when its apply was cut off. A patch in [`State::Reverting`] has replaced what is
-    /// [`State::Replaced`]: only a supervisor that ends its apply leaves it in that state beside patches in force.
+    /// Those that the patch of an entry was replacing when its apply was cut off. A supervisor that ends an apply leaves the new patch in
+    /// [`State::Reverting`] and the others in force; in a revert, what the patch has replaced is [`State::Replaced`] or gone.
     pub fn cut_off_by(registry: &'r Registry, entry: &Entry) -> Self {
         let was_in_force = |other: &Entry| match entry.state {
             State::Applying => matches!(other.state, State::Applied | State::Replaced),
@@ -75,45 +77,28 @@ impl<'r> Replaced<'r> {
         self.patches.iter().map(|(_, record)| *record)
     }
 
-    /// Requires that the guest traces none of the functions that are given back.
-    pub fn require_untraced(&self, live: &Live<'_>, carried: &[PatchedFunction]) -> Result<(), Refusal> {
-        for record in self.records() {
-            let mut released = record
-                .functions
-                .iter()
-                .filter(|function| !is_carried(carried, function));
-            let untraced = released.try_for_each(|function| removal::require_untraced(live, function));
-            untraced.map_err(|source| Refusal::Replaced {
-                id: record.id.clone(),
+    /// Gives the kernel's code back to the functions that are not `carried` by the new patch.
+    ///
+    /// # Errors
+    ///
+    /// The guest traces one of them, or one does not lead to the patch's code any more.
+    pub fn released(&self, live: &Live<'_>, carried: &[PatchedFunction]) -> Result<Released, Refusal> {
+        let carried = olds(carried);
+        let mut released = Released::default();
+        for (bottom, top) in Holders::of(self.records()).ends() {
+            if carried.contains(&top.function.old) {
+                continue;
+            }
+            top.require_in_place(live)?;
+            removal::require_untraced(live, top.function).map_err(|source| Refusal::Replaced {
+                id: top.record.id.clone(),
                 source: Box::new(source),
             })?;
+            released.jumps.extend(top.led_back(bottom)?);
+            let flags = bottom.flags().map(|flag| flag.undone().of_data());
+            released.flags.extend(flags);
         }
-        Ok(())
-    }
-
-    /// Gives the kernel's code back to the functions that are not `carried` by the new patch.
-    pub fn released(&self, carried: &[PatchedFunction]) -> Released {
-        let mut released = Released::default();
-        for record in self.records() {
-            for function in record
-                .functions
-                .iter()
-                .filter(|function| !is_carried(carried, function))
-            {
-                let holders = stack::holders(self.records(), Gva(function.old));
-                // Each function once: where its bottom holder is met.
-                let (Some(bottom), Some(top)) = (holders.first(), holders.last()) else {
-                    continue;
-                };
-                if bottom.record.order == record.order {
-                    released.jumps.extend(top.led_back(bottom));
-                    released
-                        .flags
-                        .extend(bottom.flags().map(|flag| flag.undone().of_data()));
-                }
-            }
-        }
-        released
+        Ok(released)
     }
 
     /// The new functions and their split parts: what must be quiescent where the functions lead elsewhere.
@@ -133,17 +118,38 @@ impl<'r> Replaced<'r> {
             .collect()
     }
 
-    /// Plans to put these patches in force again where `by`, whose apply was cut off, had begun to release their functions.
-    pub fn restored(&self, live: &Live<'_>, registry: &Registry, by: &Record) -> Result<Restored, KernelError> {
-        let Released { flags, jumps } = self.released(&by.functions);
+    /// Plans to put these patches in force again where `by`, whose apply was cut off, had begun to release their functions. A function in
+    /// whose place the guest has written something else stays as it is.
+    ///
+    /// # Errors
+    ///
+    /// The guest traces one of them, or cannot be read.
+    pub fn restored(&self, live: &Live<'_>, registry: &Registry, by: &Record) -> Result<Restored, RevertError> {
+        let carried = olds(&by.functions);
         let mut restored = Restored::default();
-        for change in jumps.iter().chain(&flags) {
-            restored.changes.extend(removal::restored(live, change)?);
-        }
-        if !restored.changes.is_empty() {
-            let released = self.records().flat_map(|record| &record.functions);
-            let released = released.filter(|function| !is_carried(&by.functions, function));
-            restored.original = released.map(original).collect();
+        for (bottom, top) in Holders::of(self.records()).ends() {
+            if carried.contains(&top.function.old) {
+                continue;
+            }
+            let mut jumps = Vec::new();
+            for jump in top.led_back(bottom).map_err(contradiction)? {
+                jumps.extend(removal::restored(live, &jump)?);
+            }
+            if jumps.is_empty() && !top.is_in_place(live) {
+                continue;
+            }
+            let mut flags = Vec::new();
+            for flag in bottom.flags() {
+                flags.extend(removal::restored(live, &flag.undone().of_data())?);
+            }
+            if !flags.is_empty() {
+                removal::require_untraced(live, top.function)?;
+            }
+            if !jumps.is_empty() {
+                restored.original.push(original(top.function));
+            }
+            restored.changes.extend(jumps);
+            restored.changes.extend(flags);
         }
         let states = self.state_changes(registry, State::Replaced, State::Applied);
         restored.changes.extend(states);
@@ -153,27 +159,31 @@ impl<'r> Replaced<'r> {
     /// The changes of functions and their ftrace records by which `record` leads its functions to its code, from where these patches lead
     /// them.
     pub fn redirected_by(&self, record: &Record) -> Result<Vec<Change>, KernelError> {
-        let mut changes = Vec::new();
-        for function in &record.functions {
-            match stack::holders(self.records(), Gva(function.old)).last() {
-                Some(top) => changes.extend(led_to(top, Gva(function.new))?),
-                None => changes.extend_from_slice(record.changes_of(function)),
+        if self.is_empty() {
+            return Ok(record.changes.clone());
+        }
+        let holders = Holders::of(self.records());
+        let mut redirected = Vec::new();
+        for (function, changes) in record.changes_by_function() {
+            match holders.at(function.old).last() {
+                Some(top) => redirected.extend(top.led_to(Gva(function.new)).map_err(contradiction)?),
+                None => redirected.extend_from_slice(changes),
             }
         }
-        Ok(changes)
+        Ok(redirected)
     }
 }
 
-fn led_to(top: &Holder<'_>, new: Gva) -> Result<Vec<Change>, KernelError> {
-    top.led_to(new).map_err(|error| KernelError::Disagrees {
+fn contradiction(error: RedirectError) -> KernelError {
+    KernelError::Disagrees {
         what: "the record of a replaced patch",
         found: error.to_string(),
         expected: "a jump in reach".to_owned(),
-    })
+    }
 }
 
-fn is_carried(carried: &[PatchedFunction], function: &PatchedFunction) -> bool {
-    carried.iter().any(|one| one.old == function.old)
+fn olds(functions: &[PatchedFunction]) -> BTreeSet<u64> {
+    functions.iter().map(|function| function.old).collect()
 }
 
 /// The kernel's own function.

@@ -7,6 +7,7 @@ use crate::change::Change;
 use crate::kernel::Live;
 use crate::redirect::{JUMP_BYTES, RedirectError, jump_bytes};
 use crate::registry::{PatchedFunction, Record};
+use std::collections::{BTreeMap, BTreeSet};
 
 /// A patch that holds a function.
 #[derive(Debug, Clone, Copy)]
@@ -15,45 +16,71 @@ pub(super) struct Holder<'r> {
     pub record: &'r Record,
     /// The function, as the patch's record has it.
     pub function: &'r PatchedFunction,
+    /// The changes of its code and of its ftrace record.
+    changes: &'r [Change],
 }
 
-/// Those of `records` that hold the function at `old`, oldest first: the last one's code runs.
-pub(super) fn holders<'r>(records: impl IntoIterator<Item = &'r Record>, old: Gva) -> Vec<Holder<'r>> {
-    let holder = |record: &'r Record| {
-        let mut functions = record.functions.iter();
-        let function = functions.find(|function| function.old == old.0)?;
-        Some(Holder { record, function })
-    };
-    let mut holders: Vec<_> = records.into_iter().filter_map(holder).collect();
-    holders.sort_by_key(|holder| holder.record.order);
-    holders
+/// The holders of each function, oldest first: the last one's code runs.
+#[derive(Debug, Default)]
+pub(super) struct Holders<'r>(BTreeMap<u64, Vec<Holder<'r>>>);
+
+impl<'r> Holders<'r> {
+    /// The holders among `records`.
+    pub fn of(records: impl IntoIterator<Item = &'r Record>) -> Self {
+        let mut records: Vec<_> = records.into_iter().collect();
+        records.sort_by_key(|record| record.order);
+        let mut holders = Self::default();
+        for record in records {
+            for (function, changes) in record.changes_by_function() {
+                holders.0.entry(function.old).or_default().push(Holder {
+                    record,
+                    function,
+                    changes,
+                });
+            }
+        }
+        holders
+    }
+
+    /// Those of the function at `old`.
+    pub fn at(&self, old: u64) -> &[Holder<'r>] {
+        self.0.get(&old).map_or(&[], Vec::as_slice)
+    }
+
+    /// The bottom and the top holder of each function.
+    pub fn ends(&self) -> impl Iterator<Item = (&Holder<'r>, &Holder<'r>)> {
+        self.0
+            .values()
+            .filter_map(|holders| Some((holders.first()?, holders.last()?)))
+    }
 }
 
 /// A function of `record` that a later one of `records` holds, too, and that one's name.
 pub(super) fn covered<'r>(records: impl IntoIterator<Item = &'r Record>, record: &Record) -> Option<(String, &'r str)> {
-    records
-        .into_iter()
-        .filter(|later| later.order > record.order)
-        .find_map(|later| {
-            let is_shared = |function: &&PatchedFunction| record.functions.iter().any(|own| own.old == function.old);
-            let shared = later.functions.iter().find(is_shared)?;
-            Some((shared.name.clone(), later.id.as_str()))
-        })
+    let own: BTreeSet<u64> = record.functions.iter().map(|function| function.old).collect();
+    let mut later = records.into_iter().filter(|later| later.order > record.order);
+    later.find_map(|later| {
+        let shared = later.functions.iter().find(|function| own.contains(&function.old))?;
+        Some((shared.name.clone(), later.id.as_str()))
+    })
 }
 
 impl<'r> Holder<'r> {
+    /// True where the function leads to this patch's code.
+    pub fn is_in_place(&self, live: &Live<'_>) -> bool {
+        self.jumps().all(|jump| matches!(jump.is_made_now(live), Ok(true)))
+    }
+
     /// Requires that the function leads to this patch's code.
     pub fn require_in_place(&self, live: &Live<'_>) -> Result<(), Refusal> {
-        for jump in self.jumps() {
-            if !matches!(jump.is_made_now(live), Ok(true)) {
-                return Err(Refusal::NotActive {
-                    id: self.record.id.clone(),
-                    function: self.function.name.clone(),
-                    found: "not its jump".to_owned(),
-                });
-            }
+        if self.is_in_place(live) {
+            return Ok(());
         }
-        Ok(())
+        Err(Refusal::NotActive {
+            id: self.record.id.clone(),
+            function: self.function.name.clone(),
+            found: "not its jump".to_owned(),
+        })
     }
 
     /// The changes that lead the function from this patch's code to `new`.
@@ -71,16 +98,19 @@ impl<'r> Holder<'r> {
     }
 
     /// The changes that lead the function from this patch's code to what `bottom` has found in its place.
-    pub fn led_back(&self, bottom: &Holder<'_>) -> Vec<Change> {
+    pub fn led_back(&self, bottom: &Holder<'_>) -> Result<Vec<Change>, RedirectError> {
+        self.require_alike(bottom)?;
         let both = self.jumps().zip(bottom.jumps());
-        both.map(|(top, bottom)| top.followed_by(bottom.old_bytes().to_vec()))
-            .collect()
+        Ok(both
+            .map(|(top, bottom)| top.followed_by(bottom.old_bytes().to_vec()))
+            .collect())
     }
 
-    /// What is to be undone to give the function, which `changes` lead elsewhere, what this patch has found in its place.
-    pub fn and_then(&self, changes: &[Change]) -> Vec<Change> {
+    /// What is to be undone to give the function, which `top` holds and `changes` lead elsewhere, what this patch has found in its place.
+    pub fn and_then(&self, top: &Holder<'_>, changes: &[Change]) -> Result<Vec<Change>, RedirectError> {
+        top.require_alike(self)?;
         let jumps = self.jumps().zip(changes).map(|(first, then)| then.after(first));
-        jumps.chain(self.flags().cloned()).collect()
+        Ok(jumps.chain(self.flags().cloned()).collect())
     }
 
     /// Puts what this patch has found in the jump's place into `code`, a copy of the function's code from `start` on.
@@ -95,18 +125,21 @@ impl<'r> Holder<'r> {
 
     /// The changes of the function's ftrace record.
     pub fn flags(&self) -> impl Iterator<Item = &'r Change> {
-        self.record
-            .changes_of(self.function)
-            .iter()
-            .filter(|change| change.is_of_bits())
+        self.changes.iter().filter(|change| change.is_of_bits())
     }
 
     /// The changes of the function's code: one, or two where the jump crosses a page boundary.
     fn jumps(&self) -> impl Iterator<Item = &'r Change> {
-        self.record
-            .changes_of(self.function)
-            .iter()
-            .filter(|change| !change.is_of_bits())
+        self.changes.iter().filter(|change| !change.is_of_bits())
+    }
+
+    /// Requires that another patch has its jump in the same bytes.
+    fn require_alike(&self, other: &Holder<'_>) -> Result<(), RedirectError> {
+        let place = |jump: &Change| (jump.gpa(), jump.len());
+        match self.jumps().map(place).eq(other.jumps().map(place)) {
+            true => Ok(()),
+            false => Err(self.no_jump(format!("another place than that of {}", other.record.id))),
+        }
     }
 
     /// Guest-virtual address of the jump, from where it leads.
@@ -117,11 +150,15 @@ impl<'r> Holder<'r> {
                 let distance = i64::from(i32::from_le_bytes([a, b, c, d])).cast_unsigned();
                 Ok(Gva(self.function.new.wrapping_sub(distance).wrapping_sub(JUMP_BYTES)))
             }
-            other => Err(RedirectError::NoJump {
-                name: self.function.name.clone(),
-                id: self.record.id.clone(),
-                found: crate::change::hex::encode(other),
-            }),
+            other => Err(self.no_jump(crate::change::hex::encode(other))),
+        }
+    }
+
+    fn no_jump(&self, found: String) -> RedirectError {
+        RedirectError::NoJump {
+            name: self.function.name.clone(),
+            id: self.record.id.clone(),
+            found,
         }
     }
 }

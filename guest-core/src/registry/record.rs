@@ -6,6 +6,7 @@ use crate::guest_module::ModuleRegistration;
 use crate::paging::PAGE_SIZE;
 use crate::text::is_plain;
 use serde::{Deserialize, Serialize};
+use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 
 /// Where the jump of a redirected function is.
@@ -132,15 +133,22 @@ impl Record {
         }
     }
 
-    /// The changes of one of its functions.
-    pub(crate) fn changes_of(&self, function: &PatchedFunction) -> &[Change] {
-        let starts = |at: u64| self.changes.iter().position(|change| change.gpa().0 == at);
-        let Some(first) = starts(function.jump) else { return &[] };
-        let others = self.functions.iter().filter_map(|other| starts(other.jump));
-        let end = others.filter(|start| *start > first).min();
-        self.changes
-            .get(first..end.unwrap_or(self.changes.len()))
-            .unwrap_or_default()
+    /// Its functions, each with its changes. Those of a function begin with its jump, and end where another one's begin.
+    pub(crate) fn changes_by_function(&self) -> Vec<(&PatchedFunction, &[Change])> {
+        let mut places = BTreeMap::new();
+        for (index, change) in self.changes.iter().enumerate() {
+            places.entry(change.gpa().0).or_insert(index);
+        }
+        let start = |function: &PatchedFunction| places.get(&function.jump).copied();
+        let starts: BTreeSet<usize> = self.functions.iter().filter_map(start).collect();
+        let with_changes = self.functions.iter().map(|function| {
+            let changes = start(function).and_then(|first| {
+                let end = starts.range(first + 1..).next().copied();
+                self.changes.get(first..end.unwrap_or(self.changes.len()))
+            });
+            (function, changes.unwrap_or_default())
+        });
+        with_changes.collect()
     }
 
     /// The module's name in the guest while the patch is reverted and its code kept. The patch's own name is free then.

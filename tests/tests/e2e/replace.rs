@@ -116,7 +116,7 @@ fn one_bare_command_brings_a_guest_from_one_version_to_the_next() {
     assert_eq!(names(&bare()), [("test_v1", "applied")]);
     put(2);
     for state in ["applied", "already applied"] {
-        assert_eq!(names(&bare()), [("test-v1", "superseded"), ("test_v2", state)]);
+        assert_eq!(names(&bare()), [("test_v2", state), ("test-v1", "superseded")]);
         assert_eq!(version(&guest), "v2, getppid own");
     }
     fs::remove_dir_all(&folder).unwrap();

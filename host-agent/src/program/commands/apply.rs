@@ -16,7 +16,7 @@ use host_agent::session::{Access, Changed, PatchError, Session};
 use std::path::{Path, PathBuf};
 
 /// The state of a patch that is in the guest already.
-const ALREADY: &str = "already applied";
+pub(super) const ALREADY: &str = "already applied";
 
 /// Applies modules one after another; the first that fails ends it, and those before it stay: the report says which.
 pub fn apply(options: &Options, files: &[PathBuf]) -> Result<(Patches, Option<Failure>), Failure> {

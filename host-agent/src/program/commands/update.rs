@@ -1,6 +1,6 @@
 //! The bare command: brings a guest up to date from the patch directory.
 
-use super::apply::{apply_one, not_done, pending, refused};
+use super::apply::{ALREADY, apply_one, not_done, pending, refused};
 use super::steps::{APPLY, so_far};
 use super::target::target;
 use crate::program::cli::Options;
@@ -32,32 +32,15 @@ pub fn update(options: &Options) -> Result<(Patches, Option<Failure>), Failure> 
     let sandbox = options.sandbox.sandbox();
     let (mut session, upgrade_due) = Session::open_divided(&target, Access::Change, sandbox, upgrade_due)?;
     session.tidy()?;
-    let mut patches = Vec::new();
-    let (mut first, mut stopped) = (None, None);
-    let mut failed = 0;
-    let mut wanted = 0;
-    let (files, superseded) = newest(&session, files);
-    patches.extend(superseded);
-    for (bytes, path) in files {
-        let path = path.as_path();
-        match consider(&mut session, options, path, bytes) {
-            Ok(Some(patch)) => {
-                wanted += 1;
-                patches.push(patch);
-            }
-            Ok(None) => {}
-            Err(error) => {
-                wanted += 1;
-                failed += 1;
-                first.get_or_insert(exit_code::of(&error));
-                patches.push(not_done(path, APPLY.after(&error), Some(error.chain().join(": "))));
-                if error.guest_state() != GuestState::AsBefore {
-                    stopped = Some(error);
-                    break;
-                }
-            }
-        }
-    }
+    let mut batch = Batch::default();
+    batch.apply_all(&mut session, options, files);
+    let Batch {
+        patches,
+        first,
+        stopped,
+        failed,
+        wanted,
+    } = batch;
     let incomplete = first.map(|code| Failure::Incomplete {
         failed,
         all: wanted,
@@ -89,23 +72,73 @@ fn upgrade_due(vm: &Identity) -> Result<Option<String>, Failure> {
 /// A file of the patch directory that was read.
 type Read = (Result<Vec<u8>, FileError>, PathBuf);
 
-/// The files from the last one on that replaces all other patches of this kernel, and what the report says of those before it.
-fn newest(session: &Session, files: Vec<Read>) -> (Vec<Read>, Vec<Patch>) {
-    let Some(last) = files.iter().rposition(|file| replaces_others(session, file)) else {
-        return (files, Vec::new());
-    };
-    let mut older = files;
-    let newest = older.split_off(last);
-    let by = newest
-        .first()
-        .map(|(_, path)| module_file::stem(path))
-        .unwrap_or_default();
-    let of_this_kernel = older
-        .iter()
-        .filter(|file| with_module(file, |module| is_of(session, module)));
-    let superseded =
-        of_this_kernel.map(|(_, path)| not_done(path, SUPERSEDED, Some(format!("{by} replaces all others"))));
-    (newest, superseded.collect())
+/// What was done with the modules so far.
+#[derive(Default)]
+struct Batch {
+    patches: Vec<Patch>,
+    /// The exit code of the first failure.
+    first: Option<u8>,
+    /// The failure after which the guest must not be changed any more.
+    stopped: Option<Failure>,
+    failed: usize,
+    wanted: usize,
+}
+
+impl Batch {
+    /// Applies the modules, oldest first. Where the newest one that replaces all others is in force, there is no place for those before it; where it
+    /// is not, the one before it is tried.
+    fn apply_all(&mut self, session: &mut Session, options: &Options, files: Vec<Read>) {
+        let (mut older, mut newer) = (files, Vec::new());
+        while let Some(at) = older.iter().rposition(|file| replaces_others(session, file)) {
+            let mut behind = older.split_off(at);
+            let newest = behind.remove(0);
+            behind.append(&mut newer);
+            newer = behind;
+            let by = module_file::stem(&newest.1);
+            if self.apply(session, options, newest) {
+                self.supersede(session, std::mem::take(&mut older), &by);
+            }
+        }
+        for file in older.into_iter().chain(newer) {
+            self.apply(session, options, file);
+        }
+    }
+
+    /// Applies one file. Gives true where it is in force.
+    fn apply(&mut self, session: &mut Session, options: &Options, (bytes, path): Read) -> bool {
+        if self.stopped.is_some() {
+            return false;
+        }
+        match consider(session, options, &path, bytes) {
+            Ok(Some(patch)) => {
+                self.wanted += 1;
+                let in_force = [APPLY.done, ALREADY].contains(&patch.state.as_str());
+                self.patches.push(patch);
+                in_force
+            }
+            Ok(None) => false,
+            Err(error) => {
+                self.wanted += 1;
+                self.failed += 1;
+                self.first.get_or_insert(exit_code::of(&error));
+                let reason = error.chain().join(": ");
+                self.patches.push(not_done(&path, APPLY.after(&error), Some(reason)));
+                if error.guest_state() != GuestState::AsBefore {
+                    self.stopped = Some(error);
+                }
+                false
+            }
+        }
+    }
+
+    /// Says of the modules for this kernel that a newer one has taken their place.
+    fn supersede(&mut self, session: &Session, older: Vec<Read>, by: &str) {
+        let of_this_kernel = |file: &&Read| with_module(file, |module| is_of(session, module));
+        let superseded = older.iter().filter(of_this_kernel);
+        let reason = || Some(format!("{by} replaces all others"));
+        let superseded = superseded.map(|(_, path)| not_done(path, SUPERSEDED, reason()));
+        self.patches.extend(superseded);
+    }
 }
 
 /// True where a file is a module for the guest's kernel that replaces all other patches. What cannot be read is dealt with in its turn.
