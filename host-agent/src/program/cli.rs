@@ -373,17 +373,29 @@ mod tests {
                     "--timeout",
                     "--model",
                     "--pause",
+                    "--sandbox",
                     "--patches",
                 ][..],
             ),
             (
                 &["apply"],
-                &["--domain", "--qmp", "--pid", "--timeout", "--model", "--pause"],
+                &[
+                    "--domain",
+                    "--qmp",
+                    "--pid",
+                    "--timeout",
+                    "--model",
+                    "--pause",
+                    "--sandbox",
+                ],
             ),
-            (&["revert"], &["--domain", "--qmp", "--pid", "--timeout", "--pause"]),
-            (&["status"], &["--domain", "--qmp", "--pid"]),
+            (
+                &["revert"],
+                &["--domain", "--qmp", "--pid", "--timeout", "--pause", "--sandbox"],
+            ),
+            (&["status"], &["--domain", "--qmp", "--pid", "--sandbox"]),
             (&["upgrade"], &["--domain", "--qmp"]),
-            (&["domains"], &[]),
+            (&["domains"], &["--sandbox"]),
         ] {
             let help = help(words);
             for name in OF_SOME {
