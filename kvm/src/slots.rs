@@ -26,6 +26,8 @@ const IN_CHANGE: u64 = 1 << 63;
 const LOG_DIRTY_PAGES: u32 = 1;
 const READONLY: u32 = 1 << 1;
 const GUEST_MEMFD: u32 = 1 << 2;
+/// KVM's own: the slot is going to be deleted or moved (`KVM_MEMSLOT_INVALID`, include/linux/kvm_host.h).
+const INVALID: u32 = 1 << 16;
 
 /// A range of the guest's addresses that memory of the process stands behind.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -101,7 +103,9 @@ impl From<BtfError> for SlotsError {
 pub struct Slots {
     memory: Box<dyn KernelMemory + Send>,
     layout: Layout,
-    /// Where the kernel has the VM, and the memory of its process.
+    /// The process, and where the kernel has it, the VM, and the memory of both.
+    pid: i32,
+    task: u64,
     vm: u64,
     mm: u64,
     generation: u64,
@@ -125,6 +129,11 @@ impl Slots {
         let layout = Layout::of(&host_kernel::types("kvm")?)?;
         let kcore = Kcore::open()?;
         let own = kcore.own_task()?;
+        // In another PID namespace, the kernel has other processes by these numbers.
+        let tgid = usize::try_from(layout.tgid).map_or(0, |at| host_kernel::word(&own, at)) & u64::from(u32::MAX);
+        if tgid != u64::from(std::process::id()) {
+            return Err(SlotsError::NoTask { pid });
+        }
         let leader = usize::try_from(layout.group_leader).map_or(0, |at| host_kernel::word(&own, at));
         let task = layout.task(&kcore, leader, pid)?;
         let (vm, mm) = layout.vm(&kcore, task, pid, descriptor)?;
@@ -133,6 +142,8 @@ impl Slots {
         Ok(Self {
             memory,
             layout,
+            pid,
+            task,
             vm,
             mm,
             generation,
@@ -145,15 +156,21 @@ impl Slots {
         &self.slots
     }
 
-    /// True where KVM has the same slots as when they were read: each change has a new generation.
+    /// True where KVM has the same slots as when they were read, each change of which has a new generation, and the process has executed no other
+    /// program since.
     ///
     /// # Errors
     ///
     /// The host's kernel can't be read any more.
     pub fn are_current(&self) -> Result<bool, SlotsError> {
         let memory = self.memory.as_ref();
+        let Layout {
+            tgid, task_mm, kvm_mm, ..
+        } = self.layout;
+        let is_same_process = memory.half(self.task.wrapping_add(tgid))?.cast_signed() == self.pid
+            && memory.word(self.task.wrapping_add(task_mm))? == self.mm;
         let (_, generation) = self.layout.generation(memory, self.vm)?;
-        Ok(generation == self.generation && memory.word(self.vm + self.layout.kvm_mm)? == self.mm)
+        Ok(is_same_process && generation == self.generation && memory.word(self.vm.wrapping_add(kvm_mm))? == self.mm)
     }
 
     /// Reads them again. Gives the slots as they are now.
@@ -278,6 +295,10 @@ impl Layout {
         for _ in 0..TRIES {
             let (set, generation) = self.generation(memory, vm)?;
             found = self.tree(memory, set);
+            let is_going = |slots: &Vec<Slot>| slots.iter().any(|slot| slot.flags & INVALID != 0);
+            if found.as_ref().is_ok_and(is_going) {
+                continue;
+            }
             if generation & IN_CHANGE == 0 && self.generation(memory, vm)? == (set, generation) {
                 return found.map(|slots| (generation, slots));
             }

@@ -71,7 +71,10 @@ fn program(binary: Option<&Binary>, called: Option<&[u8]>) -> String {
     let called = called.map(|word| Path::new(OsStr::from_bytes(word)));
     let path = binary.map(|binary| binary.path.as_path()).or(called);
     let name = path.and_then(Path::file_name).unwrap_or_default();
-    name.to_string_lossy().into_owned()
+    // Its user chooses the name: nothing in it may move the cursor of an operator's terminal.
+    let is_plain = |c: char| c.is_alphanumeric() || c.is_ascii_graphic() || c == ' ';
+    let shown = |c| if is_plain(c) { c } else { '?' };
+    name.to_string_lossy().chars().map(shown).collect()
 }
 
 #[cfg(test)]
@@ -87,6 +90,7 @@ mod tests {
         assert_eq!(program(Some(&binary), Some(b"vmm")), "alioth");
         assert_eq!(program(None, Some(b"./vmm")), "vmm");
         assert_eq!(program(None, None), "");
+        assert_eq!(program(None, Some(b"\x1b[2Jvmm")), "?[2Jvmm");
     }
 
     #[test]

@@ -15,9 +15,9 @@ use guest_core::machine::{MachineError, Paused};
 use guest_core::{Gpa, Hva, PhysMemory, Registers};
 use kvm::{ArmError, Armed, FindError, PauseError, Slot, Slots, SlotsError, Vm};
 use nix::errno::Errno;
-use std::cell::RefCell;
-use std::io;
+use std::cell::{Cell, RefCell};
 use std::time::{Duration, Instant};
+use std::{fs, io};
 
 /// How long the vCPUs' threads are looked for.
 const FIND_TIME_MAX: Duration = Duration::from_secs(1);
@@ -29,12 +29,17 @@ const READ_WAIT: Duration = Duration::from_millis(2);
 /// An address that is RAM in every PC: where the kernel's old place was. The slot that holds it tells what is done with all RAM.
 const IN_RAM: u64 = 0x10_0000;
 
+/// What the link of a descriptor of userfaultfd(2) leads to.
+const USERFAULTFD: &str = "anon_inode:[userfaultfd]";
+
 /// A guest under KVM without a monitor.
 pub(super) struct Monitorless {
     route: Route,
     identity: Identity,
     memory: GuestRam,
     slots: RefCell<Slots>,
+    /// RAM was not where it was when it was opened. It may come back.
+    has_moved: Cell<bool>,
 }
 
 /// Why a guest is not reached without a monitor.
@@ -65,8 +70,14 @@ pub(super) enum MonitorlessError {
     #[error("process {pid} has no RAM of a guest that can be read")]
     NoRam { pid: i32 },
     /// RAM has come, gone or moved.
-    #[error("the guest's RAM is not where it was when vmpatch began")]
+    #[error("the guest's RAM is not where it was when vmpatch began; run it again")]
     OtherRam,
+    /// Who reads or writes a page that is not there waits for the program, without end.
+    #[error("process {pid} fills in the guest's memory itself (userfaultfd: a restore or a migration on demand)")]
+    HandlesFaults { pid: i32 },
+    /// The process's descriptors can't be read.
+    #[error("reading the descriptors of process {pid}")]
+    Descriptors { pid: i32, source: io::Error },
     /// The threads could not be stopped.
     #[error("stopping the vCPUs' threads for their registers")]
     Pause(#[from] PauseError),
@@ -86,6 +97,9 @@ impl Monitorless {
             return Err(MonitorlessError::Ended { pid });
         }
         Vm::count_vcpus(pid)?;
+        if handles_faults(pid)? {
+            return Err(MonitorlessError::HandlesFaults { pid });
+        }
         let slots = Slots::of(pid)?;
         let memory = ram::open(pid, &regions(pid, slots.list())?)?;
         // Its number was not given to another process meanwhile.
@@ -105,6 +119,7 @@ impl Monitorless {
             },
             memory,
             slots: RefCell::new(slots),
+            has_moved: Cell::new(false),
         })
     }
 
@@ -119,9 +134,10 @@ impl Monitorless {
     /// Makes sure of the slots where they have changed: a device's memory may have been mapped elsewhere.
     fn check_slots(&self) -> Result<(), MonitorlessError> {
         let mut slots = self.slots.borrow_mut();
-        if slots.are_current()? {
+        if !self.has_moved.get() && slots.are_current()? {
             return Ok(());
         }
+        self.has_moved.set(true);
         let now = regions(self.identity.pid, slots.read_again()?)?;
         let places = |regions: &[RamRegion]| {
             regions
@@ -130,11 +146,11 @@ impl Monitorless {
                 .collect()
         };
         let (now, then): (Vec<_>, Vec<_>) = (places(&now), places(&self.memory.found()));
-        if now == then {
-            Ok(())
-        } else {
-            Err(MonitorlessError::OtherRam)
+        if now != then {
+            return Err(MonitorlessError::OtherRam);
         }
+        self.has_moved.set(false);
+        Ok(())
     }
 
     fn read_registers(&self) -> Result<Vec<Registers>, MonitorlessError> {
@@ -147,6 +163,19 @@ impl Monitorless {
         })?;
         Ok(paused.registers().to_vec())
     }
+}
+
+/// Whether a process has a descriptor by which it handles page faults of its own memory.
+fn handles_faults(pid: i32) -> Result<bool, MonitorlessError> {
+    let failed = |source| MonitorlessError::Descriptors { pid, source };
+    for descriptor in fs::read_dir(format!("/proc/{pid}/fd")).map_err(failed)? {
+        // One that was closed meanwhile leads nowhere.
+        let link = fs::read_link(descriptor.map_err(failed)?.path());
+        if link.is_ok_and(|link| link.as_os_str() == USERFAULTFD) {
+            return Ok(true);
+        }
+    }
+    Ok(false)
 }
 
 /// The slots that hold what the guest can write and this process can read. A device's memory can't be read so, nor can a slot of which the
@@ -187,7 +216,8 @@ impl PausedByThreads for Monitorless {
 
     fn is_ram_in_place(&self) -> Result<bool, ReachError> {
         let are_current = self.slots.borrow().are_current();
-        are_current.map_err(|error| mean(error.into()))
+        let are_current = are_current.map_err(|error| mean(error.into()))?;
+        Ok(are_current && !self.has_moved.get())
     }
 }
 
@@ -215,13 +245,19 @@ impl Hypervisor for Monitorless {
 
     /// KVM logs what the guest writes while it is migrated, or saved bit by bit. What only reads the guest's memory does not show.
     fn activity(&self) -> Result<Activity, ReachError> {
+        if handles_faults(self.identity.pid).map_err(mean)? {
+            return Ok(Activity::Busy(
+                "a restore or a migration on demand (userfaultfd)".to_owned(),
+            ));
+        }
         let slot = self.slots.borrow().now_at(IN_RAM).map_err(|error| mean(error.into()))?;
         Ok(match slot {
+            None => Activity::Busy("its memory: no slot of KVM holds what is RAM in every PC".to_owned()),
             Some(slot) if slot.is_logged() => Activity::Busy(
                 "a migration or a snapshot: KVM logs which pages the guest writes, and a write from outside is in no such log"
                     .to_owned(),
             ),
-            _ => Activity::Unknown,
+            Some(_) => Activity::Unknown,
         })
     }
 
@@ -299,7 +335,8 @@ fn mean(error: MonitorlessError) -> ReachError {
         Find(FindError::NoVm { .. } | FindError::NoVcpus { .. } | FindError::SeveralVms { .. }) => Meaning::Permanent,
         Arm(ArmError::InUse { .. }) => Meaning::Permanent,
         Ram(RamError::Process { pid, .. }) => Meaning::Forbidden { memory_of: Some(*pid) },
-        Find(_) | Arm(_) | OtherRam | Pause(_) => Meaning::MayPass,
+        Descriptors { .. } => Meaning::Gone,
+        Find(_) | Arm(_) | OtherRam | HandlesFaults { .. } | Pause(_) => Meaning::MayPass,
     };
     ReachError::new(meaning, error)
 }
@@ -307,6 +344,13 @@ fn mean(error: MonitorlessError) -> ReachError {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// Whoever may use it has it in a descriptor, whatever it is registered for.
+    #[test]
+    fn a_process_without_a_descriptor_of_userfaultfd_handles_no_faults() {
+        assert!(!handles_faults(std::process::id().cast_signed()).unwrap());
+        assert!(matches!(handles_faults(-1), Err(MonitorlessError::Descriptors { .. })));
+    }
 
     #[test]
     fn what_can_not_be_reached_without_a_monitor_is_refused_by_name() {
