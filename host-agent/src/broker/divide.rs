@@ -8,19 +8,28 @@ use crate::domains::process;
 use crate::hypervisor::Hypervisor;
 use crate::hypervisor::ram::GuestRam;
 use crate::lock::DomainLock;
-use crate::sandbox::{Missing, Sandbox, SandboxError, User, restrict};
+use crate::sandbox::{Missing, Sandbox, SandboxError, User, restrict, wait_for_children};
+use caps::{CapSet, Capability};
 use nix::errno::Errno;
 use nix::sys::signal::{Signal, kill};
-use nix::sys::wait::{WaitStatus, waitpid};
-use nix::unistd::{ForkResult, Pid, fork};
+use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
+use nix::unistd::{ForkResult, Pid, fork, geteuid};
 use std::error::Error;
 use std::fs;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
+use std::time::{Duration, Instant};
 
 /// Exit codes of a worker that a signal ended: nothing was begun; the guest may not be as before.
 const EXIT_FAILED: i32 = 1;
 const EXIT_NOT_AS_BEFORE: i32 = 6;
+
+/// How long a worker that was killed may take to be dead where the supervisor waits for this process.
+const DEAD_WITHIN: Duration = Duration::from_secs(2);
+/// How long the last message may take then: standard error may be blocked.
+const SPOKEN_WITHIN: Duration = Duration::from_millis(200);
+/// Pause between two looks.
+const WAIT: Duration = Duration::from_millis(1);
 
 /// A VM, by this process's own means or by a broker's.
 pub(crate) enum Divided {
@@ -59,6 +68,7 @@ pub(crate) fn divide(
             return Ok(Divided::Whole { vm, lock });
         }
     };
+    wait_for_children().map_err(|error| SandboxError::Divide(error.into()))?;
     let broker = Pid::this();
     // SAFETY: this process has one thread, as `prepare` has made sure, so that the child has all that it needs: no lock is held by a thread
     // that the child does not have.
@@ -100,6 +110,10 @@ fn prepare(vm: &dyn Hypervisor) -> Result<Prepared, Box<dyn Error + Send + Sync>
     if threads != 1 {
         return Err(format!("this process has {threads} threads").into());
     }
+    // Another user's process is not root's to end without that.
+    if geteuid().is_root() && !caps::has_cap(None, CapSet::Effective, Capability::CAP_KILL)? {
+        return Err("this process has not the capability CAP_KILL".into());
+    }
     let pid = vm.identity().pid;
     let user = User {
         user: process::user(pid).ok_or("the host does not tell the user of the guest's process")?,
@@ -121,18 +135,28 @@ fn tell(missing: Vec<Missing>, sandbox: Sandbox) -> Result<(), SandboxError> {
 
 /// Ends with the worker.
 fn end(vm: Box<dyn Hypervisor>, lock: Option<DomainLock>, ended: &Ended, worker: Pid) -> ! {
-    if ended.is_cut_off || ended.in_commit {
+    if ended.cut_off.is_some() || ended.in_commit {
         // It asks for nothing more.
         let _ = kill(worker, Signal::SIGKILL);
     }
-    if !ended.in_commit {
-        drop(vm);
+    if ended.in_commit {
+        // The VM is not dropped: the supervisor takes over when this process has ended, and nothing must keep it from that.
+        let status = wait_for(worker, Some(DEAD_WITHIN));
+        let said = last_words(ended, status);
+        let speaker = std::thread::spawn(move || tracing::error!("{said}"));
+        let began = Instant::now();
+        while !speaker.is_finished() && began.elapsed() < SPOKEN_WITHIN {
+            std::thread::sleep(WAIT);
+        }
+        drop(lock);
+        std::process::exit(EXIT_NOT_AS_BEFORE)
     }
-    let status = wait_for(worker);
+    drop(vm);
+    let status = wait_for(worker, None);
     let code = match status {
-        Some(WaitStatus::Exited(_, code)) if !ended.in_commit => code,
+        Some(WaitStatus::Exited(_, code)) if ended.cut_off.is_none() => code,
         other => {
-            tracing::error!("the process that reads the guest has ended: {}", said(other));
+            tracing::error!("{}", last_words(ended, other));
             if ended.has_changed {
                 EXIT_NOT_AS_BEFORE
             } else {
@@ -141,14 +165,27 @@ fn end(vm: Box<dyn Hypervisor>, lock: Option<DomainLock>, ended: &Ended, worker:
         }
     };
     drop(lock);
-    // Where a commit is under way, the VM is not dropped: the supervisor takes over when this process has ended.
     std::process::exit(code)
 }
 
-fn wait_for(worker: Pid) -> Option<WaitStatus> {
+fn last_words(ended: &Ended, status: Option<WaitStatus>) -> String {
+    let cut_off = ended
+        .cut_off
+        .as_ref()
+        .map_or(String::new(), |why| format!(" (it was answered no more: {why})"));
+    format!("the process that reads the guest has ended: {}{cut_off}", said(status))
+}
+
+/// Waits until the worker is dead, or no longer than `limit`.
+fn wait_for(worker: Pid, limit: Option<Duration>) -> Option<WaitStatus> {
+    let began = Instant::now();
+    let flags = limit.map(|_| WaitPidFlag::WNOHANG);
     loop {
-        match waitpid(worker, None) {
+        match waitpid(worker, flags) {
             Err(Errno::EINTR) => {}
+            Ok(WaitStatus::StillAlive) if limit.is_some_and(|limit| began.elapsed() < limit) => {
+                std::thread::sleep(WAIT)
+            }
             status => return status.ok(),
         }
     }

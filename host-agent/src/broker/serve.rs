@@ -35,8 +35,8 @@ pub(super) struct Ended {
     pub(super) in_commit: bool,
     /// There was a commit.
     pub(super) has_changed: bool,
-    /// The worker lives, and is not answered any more.
-    pub(super) is_cut_off: bool,
+    /// Why the worker is not answered any more, though it lives.
+    pub(super) cut_off: Option<String>,
 }
 
 /// The worker asked for what was not its turn, asked no more, or asked for what it may not.
@@ -56,13 +56,11 @@ pub(super) fn serve(served: &Served<'_>, channel: &mut Channel) -> Ended {
     let mut ended = Ended {
         in_commit: false,
         has_changed: false,
-        is_cut_off: false,
+        cut_off: None,
     };
     let Err(error) = requests(served, channel, &mut ended);
     if !matches!(error, Broken::Gone) {
-        ended.is_cut_off = true;
-        let said = chain(&error).join(": ");
-        tracing::warn!("the process that reads the guest is answered no more: {said}");
+        ended.cut_off = Some(chain(&error).join(": "));
     }
     ended
 }
@@ -185,13 +183,18 @@ impl Commit<'_> {
                 Request::Pause if self.journal.is_none() => return Err(Broken::Turn("a pause without a journal")),
                 Request::Pause => match machine.pause().and_then(|mut paused| Ok((paused.registers()?, paused))) {
                     Ok((registers, paused)) => {
-                        answer::<_, MachineTold>(channel, Ok(registers))?;
+                        let elapsed = paused.elapsed();
+                        answer::<_, MachineTold>(channel, Ok((registers, elapsed)))?;
                         channel.set_patience(Some(SILENT_IN_PAUSE_MAX))?;
                         self.pause(paused, channel)?;
                         channel.set_patience(None)?;
                     }
                     Err(error) => answer::<(), _>(channel, Err(MachineTold::from(error)))?,
                 },
+                // A worker that panics ends without a word: its commit is the supervisor's.
+                Request::End if self.journal.is_some() => {
+                    return Err(Broken::Turn("the end of a commit that is under way"));
+                }
                 Request::End => return Ok(Done::End),
                 Request::TakeOver => return Ok(Done::TakeOver),
                 _ => return Err(Broken::Turn("what belongs to a pause")),

@@ -182,8 +182,9 @@ impl Machine for BrokeredMachine<'_> {
     /// Both processes hold back a terminal's requests to stop: each is in the way of the guest.
     fn pause(&mut self) -> Result<Box<dyn Paused + '_>, MachineError> {
         let stops = StopsHeldBack::begin();
-        let began = Instant::now();
-        let registers = self.memory.machine("pausing the guest", &Request::Pause)?;
+        let (registers, elapsed): (_, Duration) = self.memory.machine("pausing the guest", &Request::Pause)?;
+        let now = Instant::now();
+        let began = now.checked_sub(elapsed).unwrap_or(now);
         let guest = BrokeredPause {
             memory: self.memory,
             registers,
@@ -204,7 +205,7 @@ impl Supervised for BrokeredMachine<'_> {
 
 impl Drop for BrokeredMachine<'_> {
     fn drop(&mut self) {
-        if self.is_open {
+        if self.is_open && !std::thread::panicking() {
             self.memory.in_commit.store(false, Ordering::Relaxed);
             let _ = self.memory.ask::<(), Told>(&Request::End);
         }
@@ -248,7 +249,7 @@ impl Paused for BrokeredPause<'_> {
 
 impl Drop for BrokeredPause<'_> {
     fn drop(&mut self) {
-        if self.is_open {
+        if self.is_open && !std::thread::panicking() {
             let _ = self.memory.ask::<(), Told>(&Request::Abandon);
         }
     }

@@ -1,5 +1,6 @@
 //! Work in a process of its own.
 
+use nix::sys::signal::{SigHandler, Signal, signal};
 use nix::sys::wait::waitpid;
 use nix::unistd::{ForkResult, dup2_stdout, fork, pipe};
 use serde::Serialize;
@@ -20,6 +21,7 @@ pub fn in_own_process<T: Serialize + DeserializeOwned>(work: impl FnOnce() -> T)
     if fs::read_dir("/proc/self/task")?.count() != 1 {
         return Err(io::Error::other("this process has more than one thread"));
     }
+    wait_for_children()?;
     let (answer, answers) = pipe()?;
     // SAFETY: this process has one thread, so that the child has all that it needs: no lock is held by a thread that the child does not have.
     match unsafe { fork() }? {
@@ -41,6 +43,12 @@ pub fn in_own_process<T: Serialize + DeserializeOwned>(work: impl FnOnce() -> T)
             Ok(serde_json::from_slice(&bytes)?)
         }
     }
+}
+
+/// Has the kernel keep what becomes of this process's children: who started it may have told it not to (`SIGCHLD` ignored).
+pub(crate) fn wait_for_children() -> nix::Result<()> {
+    // SAFETY: the default action is no code of this process.
+    unsafe { signal(Signal::SIGCHLD, SigHandler::SigDfl) }.map(drop)
 }
 
 fn tell<T: Serialize>(answer: &T) -> io::Result<()> {

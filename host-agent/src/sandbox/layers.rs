@@ -95,7 +95,13 @@ pub enum SandboxError {
 pub fn restrict(keep: &[RawFd], user: User, parent: Option<Pid>) -> Vec<Missing> {
     let layers: [(Layer, TakeOn<'_>); 4] = [
         (Layer::Descriptors, &|| close_others(keep)),
-        (Layer::User, &|| become_user(user).and_then(|()| end_with(parent))),
+        (Layer::User, &|| {
+            let user = become_user(user);
+            // Also where it stays the user that it is.
+            end_with(parent)?;
+            prctl::set_dumpable(false)?;
+            user
+        }),
         (Layer::Landlock, &reach_nothing),
         (Layer::Seccomp, &call_little),
     ];

@@ -3,7 +3,8 @@
 //! The layers do not depend on one another: one that the host lacks, or that has a flaw, leaves the others:
 //!
 //! - **descriptors**: all are closed that are not named;
-//! - **user**: another user and group, no further groups, no capability, and none by a program that is started (`no_new_privs`);
+//! - **user**: another user and group, no further groups, no capability, and none by a program that is started (`no_new_privs`); no core dump,
+//!   which would hold the guest's memory, and last where the guest is paused;
 //! - **landlock**: no file, no port, no process outside ([`landlock(7)`](https://docs.kernel.org/userspace-api/landlock.html), Linux 5.13);
 //! - **seccomp**: a list of the system calls that are needed; all others fail with EPERM, which ends no process and keeps no guest paused.
 
@@ -12,6 +13,7 @@ mod child;
 mod layers;
 
 pub use child::in_own_process;
+pub(crate) use child::wait_for_children;
 pub use layers::{Layer, Missing, SandboxError, User, restrict};
 
 /// Whether the process that reads a guest gives up its rights.
