@@ -5,13 +5,16 @@
 //! file of the process itself in `/proc` is locked, too: it is the same for all who may read the guest's memory.
 
 use crate::domains::process;
+use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use std::env;
 use std::ffi::OsStr;
 use std::fs::{self, DirBuilder, File, OpenOptions, TryLockError};
 use std::io::{self, ErrorKind, Read, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 use thiserror::Error;
@@ -179,11 +182,18 @@ impl DomainLock {
         Ok(self.file.try_clone()?.into())
     }
 
-    /// The same for the lock of the process's own file, which a child inherits that is started while this lives. None where there is none.
-    pub fn inherited(&self) -> io::Result<Option<OwnedFd>> {
-        // Without close-on-exec.
-        let copied = self.process.as_ref().map(nix::unistd::dup);
-        Ok(copied.transpose()?)
+    /// Has `child` inherit the lock of the process's own file, too, where there is one. No other child does, whoever starts it meanwhile.
+    pub fn bequeath(&self, child: &mut Command) -> io::Result<()> {
+        let Some(process) = &self.process else { return Ok(()) };
+        let copy = process.try_clone()?;
+        // SAFETY: fcntl(2) may be called between fork and exec. The descriptor is open there, as the closure owns it.
+        unsafe {
+            child.pre_exec(move || {
+                fcntl(&copy, FcntlArg::F_SETFD(FdFlag::empty()))?;
+                Ok(())
+            });
+        }
+        Ok(())
     }
 
     /// The QEMU process, and when it started, in clock ticks since the host's boot: both say which process it is for good.

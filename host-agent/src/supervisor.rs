@@ -109,8 +109,9 @@ impl Supervisor {
     pub fn start(program: &Path, route: &Route, lock: &DomainLock) -> io::Result<Self> {
         let (ours, theirs) = UnixStream::pair()?;
         ours.set_read_timeout(Some(ANSWER_TIME_MAX))?;
-        let _inherited = lock.inherited()?;
-        let child = Command::new(program)
+        let mut command = Command::new(program);
+        lock.bequeath(&mut command)?;
+        let child = command
             .arg("supervise")
             .arg(route.to_argument())
             .stdin(Stdio::from(OwnedFd::from(theirs)))

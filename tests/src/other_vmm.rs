@@ -3,6 +3,7 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use images::build::hand_written::Applied;
@@ -67,7 +68,9 @@ impl Files {
     ///
     /// If they can't be made.
     pub fn place(host: &HostBox, kernel: Kernel) -> Self {
-        let folder = std::env::temp_dir().join(format!("vmpatch-other-vmm-{}", std::process::id()));
+        static NUMBER: AtomicU32 = AtomicU32::new(0);
+        let number = NUMBER.fetch_add(1, Ordering::Relaxed);
+        let folder = std::env::temp_dir().join(format!("vmpatch-other-vmm-{}-{number}", std::process::id()));
         fs::create_dir_all(&folder).expect("a folder can be made");
         let script = folder.join("beats");
         fs::write(&script, SCRIPT).expect("a file can be written");

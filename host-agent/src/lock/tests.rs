@@ -71,10 +71,13 @@ fn a_lock_excludes_those_who_keep_their_files_in_another_folder() {
     let lock = DomainLock::take((target.pid(), 0), &one).unwrap();
     let is_held = || matches!(DomainLock::take((target.pid(), 0), &other), Err(LockError::Held { .. }));
     assert!(is_held());
-    let inherited = lock.inherited().unwrap().unwrap();
-    drop(lock);
+    let mut command = Command::new("sleep");
+    lock.bequeath(&mut command).unwrap();
+    let mut child = command.arg("600").spawn().unwrap();
+    drop((command, lock));
     assert!(is_held(), "a supervisor still has it");
-    drop(inherited);
+    child.kill().unwrap();
+    child.wait().unwrap();
     let begun = Instant::now();
     while is_held() {
         assert!(begun.elapsed() < Duration::from_secs(60));

@@ -42,8 +42,9 @@ impl Watcher {
         lock: &DomainLock,
     ) -> io::Result<Self> {
         let (ours, theirs) = UnixStream::pair()?;
-        let _inherited = lock.inherited()?;
-        let child = Command::new(vmpatch)
+        let mut command = Command::new(vmpatch);
+        lock.bequeath(&mut command)?;
+        let child = command
             .arg("watch-move")
             .args([spec.old.to_string(), was_running.to_string()])
             .arg(socket)

@@ -37,7 +37,13 @@ fn a_thread_that_runs_a_nested_guest_is_inside_the_functions_that_led_there() {
     for _ in 0..TRIES {
         let refused = vmpatch.run(&["apply", "--timeout", "2", &module]).expect(4);
         let complaint = refused.complaint();
-        let is_named = complaint.contains("runs a nested guest") || complaint.contains("is inside __x64_sys_ioctl");
+        // The last of many looks may have met it where it enters or leaves its guest, whose code is not unwound.
+        let reasons = [
+            "runs a nested guest",
+            "is inside __x64_sys_ioctl",
+            "is not unwound from the entry code",
+        ];
+        let is_named = reasons.iter().any(|reason| complaint.contains(reason));
         assert!(is_named, "{complaint}");
     }
     assert_eq!(states(&vmpatch.status()), []);
