@@ -193,7 +193,7 @@ fn a_patch_that_replaces_all_others_takes_their_place_and_they_are_gone() {
     }
 }
 
-/// vmpatch dies at a write, also in the middle of one, and perhaps its supervisor dies with it, or comes after the guest has run. Whoever comes
+/// vmpatch dies at a write, also in the middle of one, and perhaps its supervisor dies with it, or comes after the guest has run. Who comes
 /// next finds v1 or v2 in force, wholly, and can go on.
 #[test]
 fn a_death_at_any_write_of_a_replacement_leaves_one_of_the_two_in_force() {

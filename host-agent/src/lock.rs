@@ -182,7 +182,7 @@ impl DomainLock {
         Ok(self.file.try_clone()?.into())
     }
 
-    /// Has `child` inherit the lock of the process's own file, too, where there is one. No other child does, whoever starts it meanwhile.
+    /// Has `child` inherit the lock of the process's own file, too, where there is one. No other child that is started meanwhile does.
     pub fn bequeath(&self, child: &mut Command) -> io::Result<()> {
         let Some(process) = &self.process else { return Ok(()) };
         let copy = process.try_clone()?;

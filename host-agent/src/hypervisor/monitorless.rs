@@ -345,7 +345,7 @@ fn mean(error: MonitorlessError) -> ReachError {
 mod tests {
     use super::*;
 
-    /// Whoever may use it has it in a descriptor, whatever it is registered for.
+    /// userfaultfd(2) gives a descriptor, whatever it is registered for.
     #[test]
     fn a_process_without_a_descriptor_of_userfaultfd_handles_no_faults() {
         assert!(!handles_faults(std::process::id().cast_signed()).unwrap());
