@@ -72,8 +72,8 @@ pub struct Journal {
     pub staged: Vec<Change>,
     /// Changes made in one pause. The last one is the patch's state in the registry.
     pub atomic: Vec<Change>,
-    /// The changes of a patch that is in force in functions and their ftrace records: a jump for each function. Some commits make them, some undo
-    /// them.
+    /// The changes of functions and their ftrace records that lead to the patch's code, and of the states of patches that it replaces. Some
+    /// commits make them, some undo them. Where nobody has checked the stacks, the supervisor restores what was there before them.
     #[serde(default)]
     pub sites: Vec<Change>,
     /// The guest's locks that must be free in the pause.

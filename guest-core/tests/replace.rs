@@ -239,16 +239,22 @@ fn a_death_at_any_write_of_a_replacement_leaves_one_of_the_two_in_force() {
     assert!(counts.iter().all(|count| *count > 3), "{counts:?}");
 }
 
-/// The replaced patch's code is removed in a pause of its own. Until then it is nobody's.
-#[test]
-fn a_replaced_patch_that_can_not_be_removed_yet_is_removed_by_the_next_vmpatch() {
-    let (guest, kernel) = with_v1();
-    let v1 = registry(&guest, &kernel).entries[0].record().unwrap().clone();
-    // The guest holds a reference to v1's module.
+/// Has the guest hold a reference to the module of v1, its only patch. Gives where the references are counted, and the count before.
+fn refer_to_v1(guest: &Guest, kernel: &Kernel) -> (u64, u64) {
+    let registry = registry(guest, kernel);
+    let v1 = registry.entries[0].record().unwrap();
     let counter = v1.registration.as_ref().unwrap().module + REFERENCES;
     let counter = kernel.space.translate(&guest.ram, Gva(counter)).unwrap().gpa.0;
     let unused = guest.ram.u64_at(counter);
     guest.ram.put_u64(counter, unused + 1);
+    (counter, unused)
+}
+
+/// The replaced patch's code is removed in a pause of its own. Until then it is nobody's.
+#[test]
+fn a_replaced_patch_that_can_not_be_removed_yet_is_removed_by_the_next_vmpatch() {
+    let (guest, kernel) = with_v1();
+    let (counter, unused) = refer_to_v1(&guest, &kernel);
     let mut opened = open(&guest);
     let file = v2();
     let applied = opened
@@ -316,11 +322,7 @@ fn the_removal_of_v1_leaves_the_jump_of_v2_whatever_its_bytes_are() {
 #[test]
 fn a_death_in_the_removal_of_v1_leaves_the_sites_of_v2() {
     let (guest, kernel) = with_v1();
-    let v1 = registry(&guest, &kernel).entries[0].record().unwrap().clone();
-    let counter = v1.registration.as_ref().unwrap().module + REFERENCES;
-    let counter = kernel.space.translate(&guest.ram, Gva(counter)).unwrap().gpa.0;
-    let unused = guest.ram.u64_at(counter);
-    guest.ram.put_u64(counter, unused + 1);
+    let (counter, unused) = refer_to_v1(&guest, &kernel);
     let file = v2();
     open(&guest)
         .apply(

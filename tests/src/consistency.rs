@@ -42,7 +42,7 @@ pub fn run(cycles: u64) {
 
     let options = session::options(TIMEOUT);
     let mut session = session::open(&guest).unwrap();
-    session.tidy().unwrap();
+    session.recover().unwrap();
     let start = Instant::now();
     let mut tries = [0; 2];
     for cycle in 0..cycles {

@@ -3,7 +3,7 @@
 use super::{Guest, PatchError, Vmm};
 use crate::commit::{CommitError, CommitOptions, Committed, NotSafe};
 use crate::plan::{self, Plan};
-use crate::registry::{Entry, Record, State};
+use crate::registry::{Entry, Record, SLOTS, State};
 use crate::text::chain;
 use crate::transaction::{Clock, Driver, End, Ended, Engine, LeftInGuest, Operation, Transient, drive};
 use std::error::Error;
@@ -67,8 +67,12 @@ pub(super) fn recover<V: Vmm>(
 ) -> Result<Vec<Record>, PatchError<V::Error>> {
     let plan = &mut |guest: &Guest<V>| plan::recovery(&guest.live(), &guest.registry).map_err(PatchError::from);
     let mut removed = Vec::new();
-    while let Some((record, _)) = commit_some(guest, Operation::Recover, CUT_OFF, options, plan)? {
-        removed.push(record);
+    // Each patch once: a guest that writes the registry meanwhile does not keep vmpatch here.
+    for _ in 0..SLOTS {
+        match commit_some(guest, Operation::Recover, CUT_OFF, options, plan)? {
+            Some((record, _)) => removed.push(record),
+            None => break,
+        }
     }
     Ok(removed)
 }

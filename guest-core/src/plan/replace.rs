@@ -49,11 +49,12 @@ impl<'r> Replaced<'r> {
             State::Reverting => other.state == State::Applied,
             _ => false,
         };
-        let names = entry.record.as_ref().map(|record| record.replaces.as_slice());
-        let names = names.unwrap_or_default();
-        Self::those(registry, |entry, other| {
-            was_in_force(entry) && names.contains(&other.id)
-        })
+        let Some(by) = entry.record() else {
+            return Self::default();
+        };
+        // A later patch of such a name is another one.
+        let is_named = |other: &Record| other.order < by.order && by.replaces.contains(&other.id);
+        Self::those(registry, |entry, other| was_in_force(entry) && is_named(other))
     }
 
     fn those(registry: &'r Registry, is_one: impl Fn(&Entry, &Record) -> bool) -> Self {

@@ -76,10 +76,11 @@ impl<'r> Holder<'r> {
         if self.is_in_place(live) {
             return Ok(());
         }
+        let found = self.jumps().find_map(|jump| jump.verify(live.memory).err());
         Err(Refusal::NotActive {
             id: self.record.id.clone(),
             function: self.function.name.clone(),
-            found: "not its jump".to_owned(),
+            found: found.map_or_else(|| "a jump that changes".to_owned(), |error| error.to_string()),
         })
     }
 

@@ -197,7 +197,7 @@ impl Session {
     }
 
     /// Takes out patches whose commit was cut off as vmpatch was killed, gives their records, and wipes what they and others have left.
-    pub fn tidy(&mut self) -> Result<Vec<Record>, PatchError> {
+    pub fn recover(&mut self) -> Result<Vec<Record>, PatchError> {
         let removed = self.guest.recover()?;
         for record in &removed {
             tracing::warn!(

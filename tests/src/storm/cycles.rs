@@ -203,7 +203,7 @@ impl<'a> Cycles<'a> {
 
     fn session(&self) -> std::result::Result<Session, Failed> {
         let mut session = session::open(self.scene.guest)?;
-        session.tidy()?;
+        session.recover()?;
         Ok(session)
     }
 

@@ -45,7 +45,7 @@ fn modules_and_patches_come_and_go_at_the_same_time() {
 
     let options = session::options(TIMEOUT);
     let mut session = session::open(&guest).unwrap();
-    session.tidy().unwrap();
+    session.recover().unwrap();
     let (start, seconds) = (Instant::now(), number(SECONDS).unwrap_or(SECONDS_SHORT));
     let (mut cycles, mut pauses, mut pause_us_max) = (0, 0, 0);
     while start.elapsed() < Duration::from_secs(seconds) {

@@ -22,7 +22,7 @@ pub(super) const ALREADY: &str = "already applied";
 pub fn apply(options: &Options, files: &[PathBuf]) -> Result<(Patches, Option<Failure>), Failure> {
     let modules = read(files)?;
     let mut session = open(options, Access::Change)?;
-    session.tidy()?;
+    session.recover()?;
     let mut steps = Steps::new(APPLY);
     for (path, bytes) in modules {
         steps.step(not_done(path, APPLY.not_done, None), || {

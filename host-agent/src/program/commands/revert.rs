@@ -16,7 +16,7 @@ use host_agent::session::{Access, Changed, PatchError, Session};
 /// the report says what was done before.
 pub fn revert(options: &Options, ids: &[String]) -> Result<(Patches, Option<Failure>), Failure> {
     let mut session = open(options, Access::Change)?;
-    let removed = session.tidy()?;
+    let removed = session.recover()?;
     let in_force = all(&session);
     let (done, left) = done_by_recovery(ids, &removed, &in_force);
     let ids = if ids.is_empty() { in_force } else { left };

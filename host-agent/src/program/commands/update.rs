@@ -31,7 +31,7 @@ pub fn update(options: &Options) -> Result<(Patches, Option<Failure>), Failure> 
     let files: Vec<_> = files.into_iter().map(|path| (module_file::read(&path), path)).collect();
     let sandbox = options.sandbox.sandbox();
     let (mut session, upgrade_due) = Session::open_divided(&target, Access::Change, sandbox, upgrade_due)?;
-    session.tidy()?;
+    session.recover()?;
     let mut batch = Batch::default();
     batch.apply_all(&mut session, options, files);
     let Batch {
