@@ -13,7 +13,7 @@ pub(super) fn check_state(pair: &Pair) -> Result<(), UpgradeError> {
     };
     let reason = match state.as_str() {
         "postmigrate" => {
-            "all of it was sent to another process once; if it is to go on in this one, QMP `cont` lets it"
+            "all of it was sent to another process once; if it has never run there, QMP `cont` lets it go on in this one"
         }
         _ => "only one that runs, or is paused by its operator, is moved",
     };

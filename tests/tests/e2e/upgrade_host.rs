@@ -141,6 +141,32 @@ fn what_the_new_program_lacks_is_named_before_the_guest_is_touched() {
     assert!(guest.is_running());
 }
 
+/// Handing memory over works forwards only.
+#[test]
+fn a_guest_moves_back_into_an_older_qemu_by_a_copy() {
+    let older = qemu::bookworm().unwrap_or_else(|error| panic!("{error}"));
+    let older = older.display().to_string();
+    let mut config = kit::guest(Kernel::CLOUD_6_1).cpu("qemu64").ram(Ram::Private);
+    config.machine = "pc-q35-7.2".to_owned();
+    let mut guest = Guest::boot(config).unwrap_or_else(|error| panic!("{error}"));
+    let _keeper = Keeper::of(&guest);
+    let vmpatch = Vmpatch::on(&guest);
+    let upgrade = ["upgrade", "--qemu", &older];
+    let answer = vmpatch
+        .run(&[&upgrade[..], &["--method", "cpr-transfer"]].concat())
+        .expect(3);
+    assert!(
+        answer.complaint().contains("it does not work backwards, from QEMU "),
+        "{answer}"
+    );
+    let report = vmpatch.run(&[&upgrade[..], &["--json"]].concat()).expect(0).json();
+    assert_eq!(report["method"], "precopy");
+    guest
+        .follow(u32::try_from(report["new"]["pid"].as_u64().unwrap()).unwrap())
+        .unwrap();
+    assert_eq!(guest.text(&["echo", "here"]).unwrap().trim(), "here");
+}
+
 #[test]
 fn a_qemu_that_was_started_through_the_loader_is_refused() {
     let place = Place::new();

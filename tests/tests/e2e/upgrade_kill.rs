@@ -1,20 +1,21 @@
 //! A vmpatch that is killed at any step of a move, a guest that its operator has paused, a disk that somebody else takes: the guest is
-//! in exactly one process, as it was, and the next command says in which.
+//! in exactly one process, as it was, and the next command says in which. Where it can go on in none, vmpatch says so, and lets none run it.
 //!
 //! The guest works all the while, and somebody talks to it: what was lost or done twice would show at the end.
 
 use std::fs::{File, OpenOptions};
+use std::path::Path;
 use std::process::Child;
 use std::sync::LazyLock;
 use std::thread::sleep;
 use std::time::Duration;
 
 use e2e::bed::assert_healthy;
-use e2e::cut::{Call, Side, run_to};
+use e2e::cut::{Call, Side, let_go, run_to};
 use e2e::kit::{self, Modules};
 use e2e::load::{Outfit, Talk};
 use e2e::monitor::Monitor;
-use e2e::moving::{INSTALLED, Keeper, processes_of, temporary_names, wait_for};
+use e2e::moving::{INSTALLED, Keeper, processes_of, successors, temporary_names, wait_for};
 use e2e::probe::{Seen, see};
 use e2e::processes;
 use e2e::report::states;
@@ -25,6 +26,7 @@ use images::kernel::Kernel;
 use nix::fcntl::{FcntlArg, fcntl};
 use nix::libc;
 use nix::sys::signal::Signal;
+use serde_json::json;
 
 static MODULE: LazyLock<String> = LazyLock::new(|| Modules::of(&Kernel::CLOUD_6_1).applied(Applied::Pair));
 
@@ -213,6 +215,67 @@ fn a_guest_that_was_paused_stays_so_and_one_whose_disk_is_taken_waits_for_it() {
     stage.is_in_one_process("running", &answer.to_string());
     assert_eq!(stage.guest.pid(), old);
     stage.end();
+}
+
+/// The new process could not have the disk, and the old one does not get it again within the time that vmpatch waits.
+#[test]
+fn a_guest_whose_disk_stays_taken_is_told_as_paused_and_goes_on_once_the_disk_is_free() {
+    let mut stage = Stage::new();
+    let old = stage.guest.pid();
+    let lock = hold_disk(&stage.outfit.disk());
+    let line = ["upgrade", "--qemu", INSTALLED, "--method", "precopy", "--json"];
+    let answer = stage.vmpatch.run(&line).expect(6);
+    let report = answer.json();
+    assert_eq!(report["guest_state"], "paused", "{answer}");
+    let complaint = report["error"].as_str().unwrap();
+    let words = format!("the guest stands in the old process (pid {old}), and has never run in the new one");
+    assert!(complaint.starts_with(&words), "{answer}");
+    assert!(
+        answer.stderr.contains("hint: ") && answer.stderr.contains("QMP `cont`"),
+        "{answer}"
+    );
+    wait_for(|| (processes_of(stage.guest.name()) == [old]).then_some(()));
+    let mut monitor = Monitor::second(&stage.guest);
+    assert!(monitor.call("cont", json!({})).is_err(), "the disk is taken");
+    drop(lock);
+    monitor.cont();
+    drop(monitor);
+    stage.is_in_one_process("running", &answer.to_string());
+    assert_eq!(stage.guest.pid(), old);
+    stage.end();
+}
+
+/// The disks have changed since, so the old process must not run the guest.
+#[test]
+fn a_guest_whose_new_process_has_run_it_and_ends_is_told_as_lost_and_is_not_run_again() {
+    let stage = Stage::new();
+    let line = ["--method", "precopy", "--json"];
+    let child = stage.start(&line);
+    run_to(&child, COMMITTING, 1, Side::Behind);
+    let new = successors(stage.guest.name());
+    let [new] = new[..] else { panic!("{new:?}") };
+    let second = stage.guest.qmp_paths()[1].display().to_string();
+    Monitor::connect(Path::new(&format!("{second}~vmpatch")))
+        .unwrap()
+        .cont();
+    processes::kill(new, Signal::SIGKILL);
+    let_go(&child);
+    let answer = stage.finish(child).expect(6);
+    let report = answer.json();
+    assert_eq!(report["guest_state"], "lost", "{answer}");
+    let complaint = report["error"].as_str().unwrap();
+    assert!(
+        complaint.contains("must not go on, as its disks have changed"),
+        "{answer}"
+    );
+    assert!(!answer.stderr.contains("`cont` lets it go on"), "{answer}");
+    // The watcher has ended, too, as it has the same standard error.
+    assert_eq!(processes_of(stage.guest.name()), [stage.guest.pid()], "{answer}");
+    assert_eq!(temporary_names(&stage.guest), [""; 0], "{answer}");
+    for line in [&["upgrade", "--qemu", INSTALLED][..], &["revert", "--all"]] {
+        stage.vmpatch.run(line).expect(3);
+    }
+    assert_eq!(Monitor::second(&stage.guest).run_state(), "postmigrate", "{answer}");
 }
 
 /// Holds the image as somebody who reads it and wants it to stay as it is, for as long as the result is there.
