@@ -66,7 +66,19 @@ pub struct HostBox {
 impl HostBox {
     /// Boots a box and returns when it has KVM.
     pub fn start() -> Result<Self, Error> {
-        let guest = Guest::boot(config()?)?;
+        Self::start_with(config()?)
+    }
+
+    /// The same for one with that many huge pages of 1 GiB, which a host can only set aside for certain as it boots.
+    pub fn start_with_gigabyte_pages(count: u32) -> Result<Self, Error> {
+        // Not all memory is free in whole pages of that size.
+        let memory_mib = MEMORY_MIB + (count + 1) * 1024;
+        let words = format!("hugepagesz=1G hugepages={count}");
+        Self::start_with(config()?.memory_mib(memory_mib).append(&words))
+    }
+
+    fn start_with(config: GuestConfig) -> Result<Self, Error> {
+        let guest = Guest::boot(config)?;
         if !guest.run(&["test", "-c", "/dev/kvm"])?.status.success() {
             let log = guest.text(&["sh", "-c", "dmesg | grep -i -e kvm -e svm"])?;
             return Err(Error::NoKvm { log });
