@@ -16,7 +16,7 @@ use images::guest::{Guest, GuestConfig};
 use images::kernel::Kernel;
 use serde_json::{Value, json};
 
-/// How long a guest may take to let go of what is unplugged.
+/// How long a guest may take to use what is plugged in, and to let go of what is unplugged.
 const UNPLUG_LIMIT: Duration = Duration::from_secs(30);
 
 static MODULES: LazyLock<Modules> = LazyLock::new(|| Modules::of(&Kernel::CLOUD_6_1));
@@ -31,12 +31,13 @@ struct Patched {
 
 impl Patched {
     fn new(words: &str) -> Self {
-        Self::with_memory_online_as("online", words)
+        Self::with_memory_online_as("online", &[], words)
     }
 
-    /// With memory that is plugged in used like that.
-    fn with_memory_online_as(state: &str, words: &str) -> Self {
-        let mut config = kit::guest(Kernel::CLOUD_6_1).append(&format!("memhp_default_state={state}"));
+    /// With memory that is plugged in used like that, and with drivers.
+    fn with_memory_online_as(state: &str, drivers: &[&str], words: &str) -> Self {
+        let config = kit::guest(Kernel::CLOUD_6_1).append(&format!("memhp_default_state={state}"));
+        let mut config = drivers.iter().fold(config, |config, driver| config.module(driver));
         // Its PCI bus takes devices while it runs.
         config.machine = "pc".to_owned();
         let guest = Guest::boot(words.split(' ').fold(config, GuestConfig::qemu_arg)).unwrap();
@@ -86,6 +87,16 @@ impl Patched {
         bed::assert_healthy(&self.guest);
     }
 
+    /// Waits until the guest has that file.
+    #[track_caller]
+    fn wait_for_file(&self, path: &str) {
+        let start = Instant::now();
+        while !self.guest.run(&["test", "-e", path]).unwrap().status.success() {
+            assert!(start.elapsed() < UNPLUG_LIMIT, "no {path}");
+            thread::sleep(Duration::from_millis(100));
+        }
+    }
+
     /// The guest's RAM in MiB.
     fn total_mib(&self) -> u64 {
         let text = self.guest.text(&["grep", "MemTotal", "/proc/meminfo"]).unwrap();
@@ -103,9 +114,13 @@ impl Patched {
     }
 }
 
+/// The drivers of memory that is plugged in.
+const MEMORY_DRIVERS: [&str; 5] = ["virtio_mem", "virtio_balloon", "virtio_pmem", "nfit", "nd_pmem"];
+
 #[test]
 fn memory() {
-    let mut patched = Patched::new("-m slots=4,maxmem=4G -device virtio-balloon-pci,id=balloon");
+    let words = "-m slots=4,maxmem=4G -device virtio-balloon-pci,id=balloon";
+    let mut patched = Patched::with_memory_online_as("online", &MEMORY_DRIVERS, words);
     let before = patched.total_mib();
 
     patched.backend("ram", "unused", 32);
@@ -126,23 +141,24 @@ fn memory() {
     patched.backend("memfd", "grown", 512);
     let device = json!({"driver": "virtio-mem-pci", "memdev": "grown", "id": "vm0", "requested-size": 256 << 20});
     patched.call("device_add", device);
+    patched.wait_for_mib("virtio-mem", |mib| mib >= before + 400);
     patched.still_works("device_add of virtio-mem");
-    patched.call(
-        "qom-set",
-        json!({"path": "/machine/peripheral/vm0", "property": "requested-size", "value": 128 << 20}),
-    );
-    patched.still_works("a smaller virtio-mem");
 
     patched.backend("ram", "pm", 64);
     patched.call(
         "device_add",
         json!({"driver": "virtio-pmem-pci", "memdev": "pm", "id": "pm0"}),
     );
+    patched.wait_for_file("/dev/pmem0");
     patched.still_works("device_add of virtio-pmem");
 
-    patched.call("balloon", json!({"value": 200 << 20}));
+    let all = patched.total_mib();
+    patched.call("balloon", json!({"value": 312 << 20}));
+    patched.wait_for_mib("a balloon", |mib| mib <= all - 150);
     patched.still_works("a balloon");
-    patched.call("balloon", json!({"value": 256 << 20}));
+    patched.call("balloon", json!({"value": 512 << 20}));
+    patched.wait_for_mib("no balloon", |mib| mib == all);
+    patched.still_works("no balloon");
 
     patched.call("object-del", json!({"id": "unused"}));
     patched.still_works("object-del");
@@ -151,22 +167,47 @@ fn memory() {
 #[test]
 fn memory_that_goes_again() {
     let words = "-m slots=4,maxmem=4G -machine nvdimm=on";
-    let mut patched = Patched::with_memory_online_as("online_movable", words);
+    let mut patched = Patched::with_memory_online_as("online_movable", &MEMORY_DRIVERS, words);
     let before = patched.total_mib();
-    for (driver, kind) in [("pc-dimm", "ram"), ("pc-dimm", "memfd"), ("nvdimm", "memfd")] {
+    for kind in ["ram", "memfd"] {
         patched.backend(kind, "plugged", 256);
-        patched.call("device_add", json!({"driver": driver, "memdev": "plugged", "id": "d0"}));
-        if driver == "pc-dimm" {
-            patched.wait_for_mib("a DIMM", |mib| mib >= before + 200);
-        }
-        patched.still_works(&format!("device_add of {driver}, {kind}"));
-        if driver == "pc-dimm" {
-            patched.unplug("d0");
-            patched.still_works(&format!("device_del of {driver}, {kind}"));
-            patched.call("object-del", json!({"id": "plugged"}));
-            patched.still_works("object-del of what it had");
-        }
+        patched.call(
+            "device_add",
+            json!({"driver": "pc-dimm", "memdev": "plugged", "id": "d0"}),
+        );
+        patched.wait_for_mib("a DIMM", |mib| mib >= before + 200);
+        patched.still_works(&format!("device_add of a DIMM, {kind}"));
+        patched.unplug("d0");
+        patched.still_works(&format!("device_del of a DIMM, {kind}"));
+        patched.call("object-del", json!({"id": "plugged"}));
+        patched.still_works("object-del of what it had");
     }
+
+    let request =
+        |mib: u64| json!({"path": "/machine/peripheral/vm0", "property": "requested-size", "value": mib << 20});
+    patched.backend("memfd", "elastic", 512);
+    let device = json!({"driver": "virtio-mem-pci", "memdev": "elastic", "id": "vm0", "requested-size": 256 << 20});
+    patched.call("device_add", device);
+    patched.wait_for_mib("virtio-mem", |mib| mib >= before + 200);
+    patched.call("qom-set", request(128));
+    patched.wait_for_mib("a smaller virtio-mem", |mib| mib <= before + 128);
+    patched.still_works("a smaller virtio-mem");
+    patched.call("qom-set", request(0));
+    patched.wait_for_mib("an empty virtio-mem", |mib| mib <= before);
+    patched.still_works("an empty virtio-mem");
+    patched.unplug("vm0");
+    patched.still_works("device_del of virtio-mem");
+    patched.call("object-del", json!({"id": "elastic"}));
+    patched.still_works("object-del of what virtio-mem had");
+
+    // QEMU takes this one out of no guest.
+    patched.backend("memfd", "nv", 256);
+    patched.call("device_add", json!({"driver": "nvdimm", "memdev": "nv", "id": "nv0"}));
+    patched.wait_for_file("/dev/pmem0");
+    patched.still_works("device_add of an NVDIMM");
+    let refusal = patched.monitor.call("device_del", json!({"id": "nv0"})).unwrap_err();
+    assert!(refusal.contains("unplug is not supported"), "{refusal}");
+    patched.still_works("device_del of an NVDIMM, refused");
 }
 
 #[test]
