@@ -1,13 +1,18 @@
 /*
  * An ordinary module whose functions livepatches replace: its parameter value is
- * what vmpatch_target_get() says when it is read.
+ * what vmpatch_target_get() says when it is read, after so many milliseconds as
+ * its parameter delay says.
  */
+#include <linux/delay.h>
 #include <linux/jump_label.h>
 #include <linux/kernel.h>
 #include <linux/module.h>
 #include <linux/moduleparam.h>
 
 static int vmpatch_target_secret = 7;
+
+static unsigned int vmpatch_target_delay;
+module_param_named(delay, vmpatch_target_delay, uint, 0444);
 
 noinline int vmpatch_target_exported(void);
 noinline int vmpatch_target_exported(void)
@@ -28,8 +33,15 @@ noinline int vmpatch_target_branch(void)
 }
 EXPORT_SYMBOL_GPL(vmpatch_target_branch);
 
+static noinline bool vmpatch_target_wait(void)
+{
+	return msleep_interruptible(vmpatch_target_delay) != 0;
+}
+
 static int vmpatch_target_get(char *buffer, const struct kernel_param *param)
 {
+	if (vmpatch_target_delay && vmpatch_target_wait())
+		return -EINTR;
 	return sprintf(buffer, "%d\n", READ_ONCE(vmpatch_target_secret) + 1);
 }
 

@@ -15,6 +15,8 @@ const RELA_BYTES: usize = 24;
 /// A member of a section header: its offset and bytes.
 #[derive(Clone, Copy, Debug)]
 pub enum Header {
+    /// `sh_name`, in the low half; in the high half `sh_type`.
+    Name = 0,
     /// `sh_flags`.
     Flags = 8,
     /// `sh_size`.

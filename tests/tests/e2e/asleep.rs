@@ -9,6 +9,7 @@ use e2e::kit::{self, Modules};
 use e2e::probe::{Seen, see};
 use e2e::report::{redirects, states};
 use e2e::sleeper::Sleeper;
+use e2e::spoil::{Header, Spoiled};
 use e2e::vmpatch::Vmpatch;
 use images::build::hand_written::Applied;
 use images::guest::Guest;
@@ -183,4 +184,51 @@ fn tasks_asleep_are_seen_and_in_the_way_of_nothing_else_on_6_12_with_preempt_rt(
 #[test]
 fn tasks_asleep_are_seen_and_in_the_way_of_nothing_else_on_7_2() {
     tasks_asleep_are_seen_and_in_the_way_of_nothing_else(Kernel::CLOUD_7_2);
+}
+
+/// A task of which nothing tells where its stack goes on, and which has an address in the old function on it.
+#[test]
+fn a_task_asleep_in_a_module_without_orc_is_named_with_that_module() {
+    const VALUE: &str = "/sys/module/vmpatch_target/parameters/value";
+    let modules = Modules::of(&Kernel::CLOUD_6_1);
+    let guest = bed::lend(kit::guest(Kernel::CLOUD_6_1));
+    let vmpatch = Vmpatch::on(&guest);
+    // Without the dot in front, the guest does not find the tables.
+    let target = [".orc_unwind", ".orc_unwind_ip"]
+        .iter()
+        .fold(Spoiled::of(&modules.target().to_string_lossy()), |target, section| {
+            target.header(section, Header::Name, |name| name + 1)
+        });
+    guest.push("/tmp/vmpatch_target.ko", target.bytes(), 0o644).unwrap();
+    guest
+        .text(&["insmod", "/tmp/vmpatch_target.ko", "delay=3600000"])
+        .unwrap();
+    let reader = guest.spawn(&["cat", VALUE]).unwrap();
+    let (pid, start) = (reader.pid().to_string(), Instant::now());
+    let sleeps = || {
+        let stat = guest.text(&["cat", &format!("/proc/{pid}/stat")]).unwrap();
+        stat.contains("(cat) S ")
+    };
+    while !sleeps() {
+        assert!(start.elapsed() < PROGRAM_LIMIT, "it never sleeps");
+    }
+
+    let module = modules.applied(Applied::Module);
+    let refused = vmpatch.run(&["apply", "--timeout", "1", &module]).expect(4);
+    let complaint = refused.complaint();
+    assert!(
+        complaint.contains(&format!("cat (pid {pid})"))
+            && complaint.contains("is in the module vmpatch_target, which has no ORC table"),
+        "{complaint}"
+    );
+    vmpatch.apply(&modules.applied(Applied::Pair));
+    vmpatch.revert_all();
+
+    guest.text(&["kill", &pid]).unwrap();
+    reader.wait(PROGRAM_LIMIT).unwrap();
+    vmpatch.apply(&module);
+    assert_eq!(guest.text(&["cat", VALUE]).unwrap(), "7030");
+    vmpatch.revert_all();
+    guest.text(&["rmmod", "vmpatch_target"]).unwrap();
+    assert_healthy(&guest);
 }
