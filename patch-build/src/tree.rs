@@ -290,8 +290,8 @@ impl Tree {
         let make = self.make_args(&self.search_path, &output);
         args.push("env");
         args.extend(make.iter().map(String::as_str));
-        // One at a time: lines of several at once would get into one another.
-        args.extend(["-j1", "-n", "-k", "vmlinux", "modules"]);
+        // What is said of one file stays together.
+        args.extend(["-Otarget", "-n", "-k", "vmlinux", "modules"]);
         let said = command::output("sh", &args, &self.source)?;
         let complaints = fs::read(&complaints).map_err(cache::Error::io("read", &complaints))?;
         fs::remove_dir_all(&dry).map_err(io("remove"))?;
