@@ -151,23 +151,32 @@ fn reads(tree: &Tree, plan: &Plan, changed: &[&str], may_be_included: bool, prog
             .map(|planned| index.read(planned, changed))
             .collect()
     };
-    let reads = read();
+    let mut reads = read();
     let made = tree.folder().join(MADE);
-    let unknown: Vec<&str> = plan
-        .objects
-        .iter()
-        .zip(&reads)
-        .filter(|(planned, read)| read.unknown && planned.is_of_running_kernel())
-        .map(|(planned, _)| planned.object.as_str())
-        .collect();
-    if unknown.is_empty() || !may_be_included || (tree.is_fixed() && made.exists()) {
+    if !may_be_included || (tree.is_fixed() && made.exists()) {
         return reads;
     }
-    progress("making the files that the kernel's build makes for single objects");
-    compile::make(tree, &unknown, progress);
+    // Objects are compiled only where what one includes is made of others: the vDSO's images.
+    for compiles in [false, true] {
+        let all = plan.objects.iter().zip(&reads);
+        let unknown: Vec<&str> = all
+            .filter(|(planned, read)| read.to_be_made && planned.is_of_running_kernel())
+            .map(|(planned, _)| planned.object.as_str())
+            .collect();
+        if unknown.is_empty() {
+            break;
+        }
+        progress("making the files that the kernel's build makes for single objects");
+        if compiles {
+            compile::make(tree, &unknown, progress);
+        } else {
+            compile::make_inputs(tree, &unknown);
+        }
+        reads = read();
+    }
     // Without this note they are made once more.
     drop(fs::write(made, ""));
-    read()
+    reads
 }
 
 /// What a search goes by.

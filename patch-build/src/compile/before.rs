@@ -90,6 +90,17 @@ pub fn planned(tree: &Tree, planned: &[&Planned], progress: &dyn Fn(&str)) -> Re
     Ok(units)
 }
 
+/// Makes what objects (by the names that make knows) are made of, as far as that can be made without compiling objects.
+///
+/// A rule of the build compares an object's command with the one before, and then does what `rule_cc_o_c` says, for assembly `rule_as_o_S`
+/// (scripts/Makefile.build of 6.1, scripts/Makefile.lib of 7.2): here nothing, once all is there that the object is made of. The build's
+/// own programs are compiled by other rules.
+pub fn make_inputs(tree: &Tree, objects: &[&str]) {
+    let mut goals = vec!["-k", "rule_cc_o_c=@:", "rule_as_o_S=@:"];
+    goals.extend(objects.iter().filter(|object| !object.contains("..")));
+    drop(tree.make(tree.search_path(), &goals));
+}
+
 /// Makes objects (by the names that make knows) as far as they can be made; what can't has no object.
 pub fn make(tree: &Tree, objects: &[&str], progress: &dyn Fn(&str)) {
     let names: Vec<String> = objects.iter().map(|name| (*name).to_owned()).collect();

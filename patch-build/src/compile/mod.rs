@@ -14,7 +14,7 @@ use std::path::PathBuf;
 use crate::cache;
 use crate::command as host;
 pub use after::after;
-pub use before::{as_shipped, before, make, planned};
+pub use before::{as_shipped, before, make, make_inputs, planned};
 use command::SavedCommand;
 pub use complaint::Complaint;
 pub use same::changed_code;

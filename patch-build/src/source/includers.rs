@@ -19,6 +19,8 @@ pub struct Read {
     pub changed: BTreeSet<String>,
     /// Something may be read that could not be followed; so any file may.
     pub unknown: bool,
+    /// Something may be read that the build has yet to make. Implies `unknown`.
+    pub to_be_made: bool,
 }
 
 /// Numbers of files, each once.
@@ -85,6 +87,18 @@ struct Found {
     files: Vec<usize>,
     /// To a file that the build has yet to make.
     to_be_made: bool,
+    /// Nobody knows where.
+    lost: bool,
+}
+
+impl Found {
+    /// Nowhere that is known.
+    fn lost() -> Self {
+        Self {
+            lost: true,
+            ..Self::default()
+        }
+    }
 }
 
 /// Where a compiler looks for headers.
@@ -121,8 +135,10 @@ impl<'a> Index<'a> {
         let key = *self.searched.entry(search.clone()).or_insert(key);
         let root = if planned.made { self.tree } else { self.source };
         let own = root.join(&planned.source);
+        let is_there = own.exists();
         let mut read = Read {
-            unknown: !own.exists(),
+            unknown: !is_there,
+            to_be_made: !is_there,
             ..Read::default()
         };
         let mut wanted = vec![self.number(own)];
@@ -147,18 +163,24 @@ impl<'a> Index<'a> {
                     defining.push((file, Rc::clone(&lines)));
                 }
                 let found = self.leads(&search, key, file, &lines);
-                read.unknown |= found.to_be_made;
+                read.to_be_made |= found.to_be_made;
                 wanted.extend(found.files.iter().filter(|file| !seen.has(**file)));
             }
+            // A file that is read later may define one of them.
+            let (mut is_lost, mut to_be_made) = (false, false);
             for name in &macros {
                 let found = self.behind_macro(&search, key, name, &defining);
-                read.unknown |= found.to_be_made || found.files.is_empty();
+                to_be_made |= found.to_be_made;
+                is_lost |= found.lost || found.files.is_empty();
                 wanted.extend(found.files.into_iter().filter(|file| !seen.has(*file)));
             }
             if wanted.is_empty() {
+                read.to_be_made |= to_be_made;
+                read.unknown |= is_lost;
                 break;
             }
         }
+        read.unknown |= read.to_be_made;
         for file in changed {
             let number = self.numbers.get(&self.source.join(file));
             if number.is_some_and(|number| seen.has(*number)) {
@@ -181,6 +203,7 @@ impl<'a> Index<'a> {
         let mut all = Found::default();
         let mut add = |found: Found| {
             all.to_be_made |= found.to_be_made;
+            all.lost |= found.lost;
             all.files.extend(found.files);
         };
         if name == "TRACE_INCLUDE" {
@@ -208,22 +231,16 @@ impl<'a> Index<'a> {
                 is_known &= !files.is_empty();
                 add(Found {
                     files,
-                    to_be_made: false,
+                    ..Found::default()
                 });
             }
-            add(Found {
-                files: Vec::new(),
-                to_be_made: !is_known,
-            });
+            all.lost |= !is_known;
             return all;
         }
         for (file, value) in values(name) {
             let found = named(&value).map(|named| self.find(search, key, file, &named));
-            let found = found.filter(|found| !found.files.is_empty());
-            add(found.unwrap_or(Found {
-                files: Vec::new(),
-                to_be_made: true,
-            }));
+            let found = found.filter(|found| found.to_be_made || !found.files.is_empty());
+            add(found.unwrap_or_else(Found::lost));
         }
         all
     }
@@ -445,6 +462,16 @@ mod tests {
 
         /// The sources of the objects that may read one of those files, and those for which that is unknown.
         fn reading(&self, objects: &[(&str, &str)], made: &str, changed: &[&str]) -> (Vec<String>, Vec<String>) {
+            let all = self.reads(objects, made, changed);
+            let sources = |wanted: fn(&Read) -> bool| -> Vec<String> {
+                let wanted = all.iter().filter(|(_, read)| wanted(read));
+                wanted.map(|(source, _)| source.clone()).collect()
+            };
+            (sources(|read| !read.changed.is_empty()), sources(|read| read.unknown))
+        }
+
+        /// What each object may read.
+        fn reads(&self, objects: &[(&str, &str)], made: &str, changed: &[&str]) -> Vec<(String, Read)> {
             let source = self.0.join("source");
             let mut text: String = made.split_whitespace().map(|file| format!("made\t{file}\n")).collect();
             for (file, flags) in objects {
@@ -462,17 +489,9 @@ mod tests {
             let plan = Plan::parse(&text, &source);
             let tree = self.0.join("tree");
             let mut index = Index::new(&source, &tree, &plan);
-            let (mut reading, mut unknown) = (Vec::new(), Vec::new());
-            for planned in &plan.objects {
-                let read = index.read(planned, changed);
-                if !read.changed.is_empty() {
-                    reading.push(planned.source.clone());
-                }
-                if read.unknown {
-                    unknown.push(planned.source.clone());
-                }
-            }
-            (reading, unknown)
+            let all = plan.objects.iter();
+            all.map(|planned| (planned.source.clone(), index.read(planned, changed)))
+                .collect()
         }
     }
 
@@ -590,6 +609,20 @@ mod tests {
         let objects = [("a/x.c", "-I ./a"), ("a/gone.c", ""), ("a/there.c", "-I SRC/a")];
         let (reading, unknown) = made.reading(&objects, "a/made.h a/gone.c a/there.c", &["a/z.h"]);
         assert_eq!(unknown, ["a/x.c", "a/gone.c"]);
+        let to_be_made = |file: &str, text: &str| {
+            fs::write(made.0.join("source/a/x.c"), text).unwrap();
+            let (_, read) = made
+                .reads(&[(file, "-I ./a")], "a/made.h a/gone.c", &["a/z.h"])
+                .remove(0);
+            (read.unknown, read.to_be_made)
+        };
+        assert_eq!(
+            to_be_made("a/x.c", "#define MADE \"made.h\"\n#include MADE\n"),
+            (true, true)
+        );
+        assert_eq!(to_be_made("a/gone.c", ""), (true, true));
+        assert_eq!(to_be_made("a/x.c", "#include NOBODY_KNOWS\n"), (true, false));
+        assert_eq!(to_be_made("a/x.c", "#include \"z.h\"\n"), (false, false));
         assert!(reading.is_empty() || reading == ["a/there.c"], "{reading:?}");
     }
 
