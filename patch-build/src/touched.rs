@@ -205,6 +205,9 @@ impl Search<'_> {
         for planned in &others {
             self.outside(planned, is_changed(planned), &running, &mut touched)?;
         }
+        if !maybe.is_empty() && self.tree.is_fixed() {
+            self.try_out(&certain)?;
+        }
         let differ = compile::changed_code(self.tree, &maybe, &self.change.files, self.progress)?;
         let maybe = maybe
             .into_iter()
@@ -226,6 +229,24 @@ impl Search<'_> {
             .collect();
         self.left_out(&read, &mut touched)?;
         Ok(touched)
+    }
+
+    /// Compiles the changed files before and after, which is kept: what does not compile is told before all that reads a changed header is
+    /// looked at.
+    fn try_out(&self, certain: &[&Planned]) -> Result<(), Error> {
+        let own: Vec<&Planned> = certain
+            .iter()
+            .copied()
+            .filter(|planned| planned.is_named_after_source() && shared(planned).is_none())
+            .collect();
+        let mut units = Vec::new();
+        for unit in compile::planned(self.tree, &own, self.progress)? {
+            if missing(&unit, self.facts)?.is_none() {
+                units.push(unit);
+            }
+        }
+        compile::after(self.tree, units, &self.change.files, self.progress)?;
+        Ok(())
     }
 
     /// Compiles what is to be compared.

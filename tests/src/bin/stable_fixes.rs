@@ -167,7 +167,10 @@ fn build(update: &Update, name: &str, diff: &str, folder: &Path) -> Outcome {
             let risks: BTreeSet<&str> = findings.iter().map(|finding| finding.risk.name()).collect();
             Outcome::Refused(risks.into_iter().collect::<Vec<_>>().join(", "))
         }
-        Err(request::Error::Compile(error @ compile::Error::After { .. })) => {
+        Err(
+            request::Error::Compile(error @ compile::Error::After { .. })
+            | request::Error::Touched(touched::Error::Compile(error @ compile::Error::After { .. })),
+        ) => {
             eprintln!("{name}: {}", chain(&error));
             Outcome::NotAlone
         }
