@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use images::guest::Guest;
 
-/// How long a transition may take: seconds on a guest at rest, more where the host is busy.
+/// How long loading, and a transition, may take: seconds on a guest at rest, more where the host is busy.
 const TRANSITION_LIMIT: Duration = Duration::from_secs(180);
 
 /// Loads a module into the guest's kernel. Error: what the guest said.
@@ -18,7 +18,7 @@ pub fn insert(guest: &Guest, module: &str) -> Result<(), String> {
     guest
         .push("/tmp/own.ko", &bytes, 0o644)
         .expect("the module can be brought into the guest");
-    let loaded = guest.text(&["insmod", "/tmp/own.ko"]);
+    let loaded = guest.command(&["insmod", "/tmp/own.ko"]).limit(TRANSITION_LIMIT).text();
     loaded.map(drop).map_err(|error| error.to_string())
 }
 

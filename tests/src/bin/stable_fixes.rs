@@ -1,9 +1,9 @@
 //! Builds real fixes out of Debian's stable updates, chosen by a rule ([`e2e::stable`]), and tries each module that comes of it: applied
 //! from outside and reverted, then loaded by the guest itself and turned off. Writes a table.
 //!
-//! usage: cargo run --release -p e2e --bin stable_fixes [COUNT [UPDATE]...]
+//! usage: cargo run --release -p e2e --bin stable_fixes [COUNT [UPDATE[=FROM]]...]
 //!
-//! COUNT fixes that change code of the kernel, for each of the updates (6.1, 6.12, 7.2).
+//! COUNT fixes that change code of the kernel, for each of the updates (6.1, 6.12, 7.2); with FROM, from that file of an update's order on.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::error::Error;
@@ -57,11 +57,16 @@ fn run() -> Result<()> {
     let folder = std::env::temp_dir().join(format!("vmpatch-stable-{}", std::process::id()));
     fs::create_dir_all(&folder)?;
     let mut sums = BTreeMap::new();
-    for update in UPDATES
-        .iter()
-        .filter(|update| labels.is_empty() || labels.iter().any(|label| label == update.label))
-    {
-        one_update(update, count, &folder, &mut sums)?;
+    let from = |update: &Update| -> Option<usize> {
+        labels.iter().find_map(|word| match word.split_once('=') {
+            None => (word == update.label).then_some(0),
+            Some((label, from)) => from.parse().ok().filter(|_| label == update.label),
+        })
+    };
+    for update in &UPDATES {
+        if let Some(from) = from(update).or(labels.is_empty().then_some(0)) {
+            one_update(update, count, from, &folder, &mut sums)?;
+        }
     }
     fs::remove_dir_all(&folder)?;
     println!();
@@ -87,12 +92,18 @@ enum Outcome {
     },
 }
 
-fn one_update(update: &Update, count: usize, folder: &Path, sums: &mut BTreeMap<String, usize>) -> Result<()> {
+fn one_update(
+    update: &Update,
+    count: usize,
+    from: usize,
+    folder: &Path,
+    sums: &mut BTreeMap<String, usize>,
+) -> Result<()> {
     let sources = Sources::of(update)?;
     eprintln!("{}: {} files differ", update.label, sources.files.len());
     let mut guest = Bench::new(update);
     let mut done = 0;
-    for (number, file) in sources.files.iter().enumerate() {
+    for (number, file) in sources.files.iter().enumerate().skip(from) {
         if done == count {
             break;
         }
