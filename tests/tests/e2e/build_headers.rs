@@ -1,6 +1,6 @@
 //! Files that `vmpatch build` leaves out of a change of a header, compiled all the same: nothing of them may differ.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 
 use e2e::rules::Edit;
@@ -54,6 +54,51 @@ const CHANGES: [(Edit, &str); 4] = [
 const READERS: usize = 16;
 /// How many of those that are left out are compiled.
 const COMPILED: usize = 3;
+
+/// How many files are compiled to see what the compiler reads for them.
+const ASKED: usize = 16;
+
+#[test]
+fn the_compiler_reads_nothing_that_is_not_known_to_be_read() {
+    let quiet = |_: &str| {};
+    let cache = Cache::from_env().unwrap();
+    let target = Target::package(&cache, UPDATES[0].kernel, &quiet).unwrap();
+    let tree = Tree::prepare(&cache, &target, &quiet).unwrap();
+    let names = Modules::new(target.modules.clone()).names().unwrap();
+    let plan = Plan::of(&tree, &target.release, &names, &quiet).unwrap();
+    let mut objects: Vec<&Planned> = plan
+        .objects
+        .iter()
+        .filter(|planned| planned.is_of_running_kernel() && planned.is_named_after_source() && !planned.made)
+        .filter(|planned| planned.source.ends_with(".c"))
+        .collect();
+    objects.sort_by_cached_key(|planned| Sha256::digest(&planned.source).to_vec());
+    compile::planned(&tree, &objects[..ASKED], &quiet).unwrap();
+    // Others may have notes of earlier builds.
+    let mut index = Index::new(tree.source(), tree.folder(), &plan);
+    let mut compared = 0;
+    for planned in objects {
+        let (folder, name) = planned.object.rsplit_once('/').unwrap();
+        let note = tree.folder().join(folder).join(format!(".{name}.cmd"));
+        let Ok(note) = fs::read_to_string(note) else {
+            continue;
+        };
+        let rule = note.split_once("\ndeps_").map_or("", |(_, rule)| rule);
+        let files: BTreeSet<String> = rule
+            .lines()
+            .take_while(|line| !line.contains(": $(deps_"))
+            .filter_map(|line| fs::canonicalize(line.trim().trim_end_matches('\\').trim_end()).ok())
+            .filter_map(|path| Some(path.strip_prefix(tree.source()).ok()?.to_str()?.to_owned()))
+            .collect();
+        let files: Vec<&str> = files.iter().map(String::as_str).collect();
+        let read = index.read(planned, &files);
+        let missed: Vec<&&str> = files.iter().filter(|file| !read.changed.contains(**file)).collect();
+        assert!(read.unknown || missed.is_empty(), "{}: {missed:?}", planned.source);
+        compared += usize::from(!read.unknown && !files.is_empty());
+    }
+    println!("{compared} objects were compared");
+    assert!(compared >= ASKED / 2, "{compared}");
+}
 
 #[test]
 fn a_file_that_is_left_out_compiles_to_what_it_was() {
