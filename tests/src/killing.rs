@@ -2,6 +2,7 @@
 //!
 //! The module that is applied has two functions that see whether the other one is of their own age, so that a half patch shows.
 
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::path::Path;
 use std::process::Child;
 use std::thread::sleep;
@@ -11,6 +12,7 @@ use host_agent::hypervisor::Route;
 use images::build::hand_written::Applied;
 use images::kernel::Kernel;
 use nix::sys::signal::Signal;
+use serde_json::json;
 
 use crate::bed::{self, Lent};
 use crate::cut::{self, Call, Side};
@@ -174,7 +176,12 @@ impl Stage {
     /// What the guest is like now: it runs, is wholly old or wholly new, and vmpatch sees the same.
     pub fn look(&mut self, context: &str) -> Seen {
         assert_eq!(self.monitor.run_state(), "running", "{context}");
-        let seen = see(&self.guest, PROGRAM);
+        let looked = catch_unwind(AssertUnwindSafe(|| see(&self.guest, PROGRAM)));
+        let seen = looked.unwrap_or_else(|panic| {
+            eprintln!("{context}");
+            self.tell_where_the_guest_is();
+            resume_unwind(panic)
+        });
         let status = self.vmpatch.status();
         match &states(&status)[..] {
             [] => assert_eq!(seen, Seen::Flawed, "{context}: {status}"),
@@ -192,6 +199,29 @@ impl Stage {
             _ => panic!("{context}: {status}"),
         }
         seen
+    }
+
+    /// Where the vCPUs of a guest are that does not answer: three times, with the code there.
+    fn tell_where_the_guest_is(&mut self) {
+        for _ in 0..3 {
+            for line in ["info status", "info registers -a"] {
+                let told = self
+                    .monitor
+                    .call("human-monitor-command", json!({ "command-line": line }));
+                let told = told.map_or_else(|error| error, |text| text.as_str().unwrap_or_default().to_owned());
+                let is_of_interest = |line: &&str| {
+                    ["VM", "CPU", "RIP", "RAX", "RSP"]
+                        .iter()
+                        .any(|word| line.contains(word))
+                };
+                told.lines().filter(is_of_interest).for_each(|line| eprintln!("{line}"));
+            }
+            sleep(Duration::from_secs(1));
+        }
+        let code = self
+            .monitor
+            .call("human-monitor-command", json!({ "command-line": "x/40xb $pc-16" }));
+        eprintln!("{code:?}");
     }
 
     /// Kills the command, looks, and has the next one of the same kind work. Gives what the guest was like in between.
