@@ -172,6 +172,10 @@ mod tests {
 
     #[test]
     fn a_count_beyond_the_table_or_beyond_reason_is_refused() {
+        let (mut elf, _) = klp_build();
+        elf.named(OBJECTS).size -= 8;
+        let error = patch(&elf).unwrap_err().to_string();
+        assert!(error.contains("a whole number of 64 bytes"), "{error}");
         let (mut elf, objects) = klp_build();
         elf.patch_bytes(objects, 64 + 56, &[3]);
         let error = patch(&elf).unwrap_err().to_string();

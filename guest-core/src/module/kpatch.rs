@@ -232,6 +232,9 @@ mod tests {
             error.contains("kpatch_patch_func.name at .kpatch.funcs+0x28 is null"),
             "{error}"
         );
+        elf.relocation(funcs, 40, R_X86_64_64, 2, 1 << 24);
+        let error = patch(&elf).unwrap_err().to_string();
+        assert!(error.contains("kpatch_patch_func.name"), "{error}");
     }
 
     #[test]

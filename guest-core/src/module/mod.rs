@@ -18,6 +18,8 @@
 
 mod alternatives;
 mod branches;
+#[cfg(test)]
+mod damaged;
 mod descriptor;
 mod elf;
 mod error;

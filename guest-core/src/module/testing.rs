@@ -62,15 +62,15 @@ const TEXT_FLAGS: u64 = SHF_ALLOC.0 | SHF_EXECINSTR.0;
 const DATA_FLAGS: u64 = SHF_ALLOC.0 | SHF_WRITE.0;
 
 /// A section header to be.
-struct TestSection {
-    name: &'static str,
+pub(super) struct TestSection {
+    pub name: &'static str,
     kind: u32,
-    flags: u64,
-    align: u64,
-    size: u64,
-    data: Vec<u8>,
+    pub flags: u64,
+    pub align: u64,
+    pub size: u64,
+    pub data: Vec<u8>,
     /// Offset, type, symbol, addend.
-    relocations: Vec<(u64, u32, usize, i64)>,
+    pub relocations: Vec<(u64, u32, usize, i64)>,
 }
 
 /// An ELF file in parts. Section 0 and symbol 0 are there already.
@@ -222,6 +222,21 @@ impl TestElf {
         self.relocation(init, code.len() as u64 + 1, R_X86_64_PLT32, enable, -4);
         let this = self.section(".gnu.linkonce.this_module", DATA_FLAGS, &[0; 64]);
         self.relocation(this, 8, R_X86_64_64, entry, 0);
+    }
+
+    /// A section, to be altered.
+    pub fn named(&mut self, name: &str) -> &mut TestSection {
+        self.sections.iter_mut().find(|section| section.name == name).unwrap()
+    }
+
+    /// Gives a symbol another name.
+    pub fn rename(&mut self, name: &str, other: &str) {
+        self.symbols.iter_mut().find(|symbol| symbol.0 == name).unwrap().0 = other.into();
+    }
+
+    /// Says that a symbol is in another section.
+    pub fn symbol_in(&mut self, name: &str, section: u16) {
+        self.symbols.iter_mut().find(|symbol| symbol.0 == name).unwrap().2 = section;
     }
 
     pub fn set_align(&mut self, section: u16, align: u64) {
