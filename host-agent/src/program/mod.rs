@@ -110,9 +110,9 @@ fn carry_out(cli: &Cli, progress: &Progress) -> Result<(), Ended> {
             socket,
             taps,
         }) => {
-            let settled = upgrade::watch::watch(*old, *was_running, socket, taps).map_err(Failure::from)?;
-            if let Some(settled) = settled {
-                say_killed(&settled.to_string());
+            let recovered = upgrade::watch::watch(*old, *was_running, socket, taps).map_err(Failure::from)?;
+            if let Some(recovered) = recovered {
+                say_killed(&recovered.to_string());
             }
             Ok(())
         }

@@ -1,9 +1,9 @@
 //! Why a guest was not moved into another QEMU. Unless said otherwise, it runs on in the old one, as before.
 
+use super::argv::Refused;
 use super::binary::BinaryError;
 use super::identity::IdentityError;
-use super::line::Refused;
-use super::origin::OriginError;
+use super::process_context::ProcessContextError;
 use crate::domains::DomainError;
 use crate::lock::LockError;
 use crate::outcome::{GuestState, Reason};
@@ -44,7 +44,7 @@ pub enum UpgradeError {
     Line(#[from] Refused),
     /// What the process runs as can't be found out, or not be taken over.
     #[error(transparent)]
-    Origin(#[from] OriginError),
+    ProcessContext(#[from] ProcessContextError),
     /// The guest can't be moved as it is.
     #[error("{what}: {reason}")]
     Unfit {
@@ -203,7 +203,7 @@ impl UpgradeError {
             Self::Libvirt { .. }
             | Self::Binary(_)
             | Self::Line(_)
-            | Self::Origin(_)
+            | Self::ProcessContext(_)
             | Self::Unfit { .. }
             | Self::Differs { .. } => Reason::Refused,
             Self::Domain(_) | Self::Lock(_) | Self::Overtaken { .. } | Self::UnderWay { .. } => Reason::Unreachable,

@@ -2,7 +2,7 @@
 //! that it inherits from its starter, and hands itself over to the new program.
 
 use super::descriptor;
-use super::origin::{Origin, resource};
+use super::process_context::{ProcessContext, resource};
 use crate::domains::process;
 use nix::sched::{CpuSet, sched_setaffinity};
 use nix::sys::resource::{RLIM_INFINITY, getrlimit, setrlimit};
@@ -27,7 +27,7 @@ pub(super) struct Spec {
     /// Its working folder.
     pub(super) folder: PathBuf,
     /// What it runs as.
-    pub(super) origin: Origin,
+    pub(super) process_context: ProcessContext,
     /// The old process.
     pub(super) old: i32,
     /// What tells later that it was started for that ([`process::MARKER`]).
@@ -69,17 +69,17 @@ pub fn launch() -> Result<(), LaunchError> {
 }
 
 fn become_it(spec: &Spec) -> Result<(), LaunchError> {
-    let Origin { cgroups, limits, .. } = &spec.origin;
+    let ProcessContext { cgroups, limits, .. } = &spec.process_context;
     // First what needs the rights of whoever started vmpatch.
     setsid()
         .map_err(io::Error::from)
         .map_err(LaunchError::at("leaving the terminal"))?;
     join_cgroups(cgroups)?;
-    fs::write("/proc/self/oom_score_adj", &spec.origin.oom_score_adj).map_err(LaunchError::at(format!(
+    fs::write("/proc/self/oom_score_adj", &spec.process_context.oom_score_adj).map_err(LaunchError::at(format!(
         "setting oom_score_adj to {}",
-        spec.origin.oom_score_adj
+        spec.process_context.oom_score_adj
     )))?;
-    run_on(&spec.origin.processors)?;
+    run_on(&spec.process_context.processors)?;
     for (name, soft, hard) in limits {
         limit(name, *soft, *hard)?;
     }
@@ -87,13 +87,13 @@ fn become_it(spec: &Spec) -> Result<(), LaunchError> {
         "taking over descriptors {:?} of process {}",
         spec.descriptors, spec.old
     )))?;
-    umask(Mode::from_bits_truncate(spec.origin.umask));
-    become_user(&spec.origin)?;
+    umask(Mode::from_bits_truncate(spec.process_context.umask));
+    become_user(&spec.process_context)?;
     let bytes = |bytes: &Vec<u8>| OsString::from_vec(bytes.clone());
     let cause = Command::new(&spec.program)
         .args(spec.arguments.iter().map(bytes))
         .env_clear()
-        .envs(variables(&spec.origin.environment))
+        .envs(variables(&spec.process_context.environment))
         .env(process::MARKER, &spec.marker)
         .env(process::TAPS, &spec.taps)
         .current_dir(&spec.folder)
@@ -110,12 +110,20 @@ fn variables(environment: &[Vec<u8>]) -> impl Iterator<Item = (&OsStr, &OsStr)> 
     })
 }
 
-fn become_user(origin: &Origin) -> Result<(), LaunchError> {
-    let ([uid, euid, suid], [gid, egid, sgid]) = (origin.users.map(Uid::from_raw), origin.groups.map(Gid::from_raw));
+fn become_user(process_context: &ProcessContext) -> Result<(), LaunchError> {
+    let ([uid, euid, suid], [gid, egid, sgid]) = (
+        process_context.users.map(Uid::from_raw),
+        process_context.groups.map(Gid::from_raw),
+    );
     if Uid::effective() == euid && Gid::effective() == egid && !Uid::effective().is_root() {
         return Ok(());
     }
-    let others: Vec<Gid> = origin.other_groups.iter().copied().map(Gid::from_raw).collect();
+    let others: Vec<Gid> = process_context
+        .other_groups
+        .iter()
+        .copied()
+        .map(Gid::from_raw)
+        .collect();
     setgroups(&others)
         .and_then(|()| setresgid(gid, egid, sgid))
         .and_then(|()| setresuid(uid, euid, suid))

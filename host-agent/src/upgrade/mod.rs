@@ -1,46 +1,52 @@
-//! Moving a running guest into another QEMU of the same host, patches intact.
+//! Moves a running guest into another QEMU process on the same host. Its patches stay in place.
 //!
-//! The way of a move: [`prepare`] finds out whether it can be done and how, and changes nothing ([`files`] and [`named`] see that
-//! names still lead to what the old process has); [`line`] makes the new process's command line; [`successor`] starts it, [`launch`] being what it is until it becomes QEMU; [`compare`] demands that both make
-//! the same machine; QEMU moves the guest, which then stands in both; [`identity`] demands that what arrived is what was sent.
-//! Only then is it let run in the new process, which takes over the old one's [`names`](crate::domains::names), and the old one is
-//! ended. Until then every failure leaves the guest in the old process; [`watch`] and [`settle`] see to it where vmpatch itself
-//! is killed.
+//! The steps of a move:
+//! - [`prepare`] finds out whether the guest can be moved, and how. It changes nothing. [`files`] and [`named`] check that the names on the command line
+//!   still lead to the files that the old process has.
+//! - [`argv`] makes the new process's command line.
+//! - [`successor`] starts the new process; [`launch`] is what runs in it until it becomes QEMU.
+//! - [`compare`] requires that both QEMUs make the same machine.
+//! - QEMU migrates the guest, which is then paused in both processes.
+//! - [`identity`] requires that the guest that arrived is the one that was sent.
+//! - The guest is resumed in the new process, which takes over the old one's [`names`](crate::domains::names); [`finish`] ends the old one.
+//!
+//! Until the guest is resumed in the new process, every failure leaves it in the old one. Where vmpatch is killed, [`watch`] and [`recovery`] bring the
+//! move to one of its two ends.
 
-mod arrived;
+mod argv;
 pub mod binary;
+mod channels;
 mod compare;
 mod descriptor;
-pub mod due;
 mod error;
 mod files;
+mod finish;
 mod fit;
-mod folder;
 mod identity;
 pub mod launch;
-mod line;
 mod method;
 mod named;
-mod origin;
 mod owner;
 mod prepare;
+mod process_context;
+mod recovery;
 mod rights;
 mod run;
-mod settle;
 mod signals;
 mod successor;
 mod tap;
+pub mod update_check;
 pub mod watch;
 
-pub use arrived::{Arrived, Qemu, Upgraded};
+pub use argv::Refused;
 pub use binary::BinaryError;
 pub use error::UpgradeError;
+pub use finish::{Arrived, Qemu, Upgraded};
 pub use identity::IdentityError;
-pub use line::Refused;
-pub use origin::OriginError;
 pub use prepare::refuse_libvirts;
+pub use process_context::ProcessContextError;
+pub use recovery::{Recovered, recover, resume_cut_off};
 pub use run::run;
-pub use settle::{Settled, resume_cut_off, settle};
 
 use qmp::migrate::Method;
 use std::path::PathBuf;

@@ -1,7 +1,7 @@
 //! Acting with the rights of the user that a QEMU runs as: its command line names files, that user may exchange folders on the way to them
 //! for links, and vmpatch may be root.
 
-use super::origin::{Origin, OriginError};
+use super::process_context::{ProcessContext, ProcessContextError};
 use nix::libc;
 use nix::unistd::{Gid, Uid, setfsgid, setfsuid};
 use std::io;
@@ -19,8 +19,8 @@ pub(super) struct Owner {
 
 impl Owner {
     /// Of the process `pid`.
-    pub(super) fn of(pid: i32) -> Result<Self, OriginError> {
-        Ok(Self::from(&Origin::rights_of(pid)?))
+    pub(super) fn of(pid: i32) -> Result<Self, ProcessContextError> {
+        Ok(Self::from(&ProcessContext::rights_of(pid)?))
     }
 
     /// Does `work` with no more rights to files than that user has. Only root can, so anybody else does it with their own.
@@ -66,13 +66,13 @@ impl Owner {
     }
 }
 
-impl From<&Origin> for Owner {
-    fn from(origin: &Origin) -> Self {
-        let ([_, user, _], [_, group, _]) = (origin.users, origin.groups);
+impl From<&ProcessContext> for Owner {
+    fn from(process_context: &ProcessContext) -> Self {
+        let ([_, user, _], [_, group, _]) = (process_context.users, process_context.groups);
         Self {
             user: Uid::from_raw(user),
             group: Gid::from_raw(group),
-            others: origin.other_groups.clone(),
+            others: process_context.other_groups.clone(),
         }
     }
 }

@@ -1,15 +1,15 @@
 //! All that can be known before the new process is started: whether the guest can be moved, and how.
 
 use super::UpgradeOptions;
+use super::argv::{self, Context, Rewritten};
 use super::binary::{self, Version};
 use super::error::UpgradeError;
 use super::files::{self, OpenFiles};
 use super::fit;
 use super::identity::Identity;
-use super::line::{self, Context, Rewritten};
 use super::method;
 use super::named;
-use super::origin::{self, Origin};
+use super::process_context::{self, ProcessContext};
 use crate::domains::names::Name;
 use crate::domains::{self, Domain};
 use crate::hypervisor::Accelerator;
@@ -59,7 +59,7 @@ pub(super) struct Prepared {
     /// The files that the old process has open.
     pub(super) files: OpenFiles,
     /// What the new process runs as.
-    pub(super) origin: Origin,
+    pub(super) process_context: ProcessContext,
     /// How the memory gets there.
     pub(super) method: Method,
     /// The guest must stand while it is copied.
@@ -116,11 +116,11 @@ pub(super) fn prepare(target: &Target, wanted: &UpgradeOptions) -> Result<Prepar
             .unwrap_or_default(),
         new_program: program.clone(),
         data: wanted.data_dirs.clone(),
-        taps: origin::taps(pid),
+        taps: process_context::taps(pid),
         generation: facts.generation.clone(),
     };
-    let line = line::rewrite(&words, &context)?;
-    let arguments = line::arguments(&words);
+    let line = argv::rewrite(&words, &context)?;
+    let arguments = argv::arguments(&words);
     fit::check_networks(&facts)?;
     fit::check_bonds(&facts, &arguments)?;
     let mut warnings = Vec::new();
@@ -163,7 +163,7 @@ pub(super) fn prepare(target: &Target, wanted: &UpgradeOptions) -> Result<Prepar
         folder,
         names,
         files,
-        origin: Origin::of(pid)?,
+        process_context: ProcessContext::of(pid)?,
         method,
         standing,
         warnings,

@@ -1,19 +1,19 @@
 //! The move itself.
 
 use super::UpgradeOptions;
-use super::arrived::{self, Done, Upgraded};
 use super::binary;
+use super::channels::ChannelFolder;
 use super::compare;
 use super::error::UpgradeError;
 use super::files::{self, OpenFiles};
-use super::folder::ChannelFolder;
+use super::finish::{self, Done, Upgraded};
 use super::identity;
 use super::launch::Spec;
 use super::method;
 use super::owner::Owner;
 use super::prepare::{Prepared, is_same, prepare};
+use super::recovery;
 use super::rights;
-use super::settle;
 use super::signals::Wish;
 use super::successor::Successor;
 use super::tap::Taps;
@@ -76,7 +76,7 @@ pub fn run(target: &Target, wanted: &UpgradeOptions) -> Result<Upgraded, Upgrade
     let result = match journey.go(&mut new, &mut watcher, check) {
         Ok(done) => {
             let has_moved = done.is_some();
-            arrived::finish(journey.prepared, &new, done).map_err(|error| match has_moved {
+            finish::finish(journey.prepared, &new, done).map_err(|error| match has_moved {
                 true => UpgradeError::Moved {
                     source: Box::new(error),
                 },
@@ -129,7 +129,7 @@ impl Move {
             program: self.prepared.program.clone(),
             arguments,
             folder: self.prepared.folder.clone(),
-            origin: self.prepared.origin.clone(),
+            process_context: self.prepared.process_context.clone(),
             old: old.pid,
             marker: process::marker(old.pid, old.start_time, self.was_running),
             descriptors: line.descriptors.clone(),
@@ -156,7 +156,7 @@ impl Move {
             Ok(resumed_at_us) => {
                 let total = begun.elapsed();
                 tracing::debug!(guest = self.prepared.shown, "taking over the names");
-                settle::take_over(new.pid, &self.owner(), &self.prepared.names)?;
+                recovery::take_over(new.pid, &self.owner(), &self.prepared.names)?;
                 Ok(Some(Done {
                     resumed_at_us,
                     total,
@@ -256,7 +256,7 @@ impl Move {
         let stands = sent.map_err(stranded)? == Status::Completed
             || (self.limits.standing && pair.source_state().map_err(stranded)? == RunState::Paused);
         if stands && self.was_running {
-            pair.take_back(settle::TAKE_BACK_TIME_MAX).map_err(stranded)?;
+            pair.take_back(recovery::TAKE_BACK_TIME_MAX).map_err(stranded)?;
         }
         Ok(())
     }
@@ -264,12 +264,12 @@ impl Move {
     /// Ends the new process, with its temporary names.
     fn discard(&self, new: &mut Successor) {
         new.end();
-        settle::remove_temporary(&self.owner(), &self.prepared.names);
+        recovery::remove_temporary(&self.owner(), &self.prepared.names);
     }
 
     /// Whom the guest's files belong to.
     fn owner(&self) -> Owner {
-        Owner::from(&self.prepared.origin)
+        Owner::from(&self.prepared.process_context)
     }
 
     /// After `cont` failed in the new process. Disks and network may have seen a guest that ran, so the old one must not go on

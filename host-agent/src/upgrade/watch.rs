@@ -3,7 +3,7 @@
 
 use super::error::UpgradeError;
 use super::launch::Spec;
-use super::settle::{self, Settled};
+use super::recovery::{self, Recovered};
 use crate::domains;
 use crate::lock::DomainLock;
 use crate::supervisor;
@@ -74,7 +74,7 @@ impl Watcher {
 
 /// The watcher's side: `vmpatch watch-move OLD RUNNING SOCKET TAPS`, with the worker's socket as standard input. Says where the
 /// guest is, where it had to bring the move to an end.
-pub fn watch(old: i32, was_running: bool, socket: &Path, taps: &str) -> Result<Option<Settled>, UpgradeError> {
+pub fn watch(old: i32, was_running: bool, socket: &Path, taps: &str) -> Result<Option<Recovered>, UpgradeError> {
     supervisor::ignore_requests_to_end();
     let mut told = Vec::new();
     // Ends where the worker does.
@@ -86,21 +86,21 @@ pub fn watch(old: i32, was_running: bool, socket: &Path, taps: &str) -> Result<O
     }
     let survey = domains::all()?;
     let found = survey.iter().find(|domain| domain.pid == old);
-    let settled = match (found, survey.successor_of(old)) {
-        (Some(domain), Some(new)) => settle::settle(domain, &new.domain, was_running)?,
+    let recovered = match (found, survey.successor_of(old)) {
+        (Some(domain), Some(new)) => recovery::recover(domain, &new.domain, was_running)?,
         // The new process is gone, too: where the guest has not run there, it can go on here.
         (Some(_), None) if !told.contains(&COMMITTING) => go_on(old, socket, was_running, taps)?,
         _ => return Ok(None),
     };
-    Ok(Some(settled))
+    Ok(Some(recovered))
 }
 
-fn go_on(old: i32, socket: &Path, was_running: bool, taps: &str) -> Result<Settled, UpgradeError> {
-    settle::set_back(old, taps);
+fn go_on(old: i32, socket: &Path, was_running: bool, taps: &str) -> Result<Recovered, UpgradeError> {
+    recovery::set_back(old, taps);
     let mut pair = Pair::new(socket, CONNECT_TIME_MAX)?;
     let sent = pair.cancel(CONNECT_TIME_MAX)?;
     if was_running && (sent == Status::Completed || pair.source_state()? == RunState::Paused) {
-        pair.take_back(settle::TAKE_BACK_TIME_MAX)?;
+        pair.take_back(recovery::TAKE_BACK_TIME_MAX)?;
     }
-    Ok(Settled::InOld)
+    Ok(Recovered::InOld)
 }

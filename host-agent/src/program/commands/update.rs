@@ -13,7 +13,7 @@ use host_agent::hypervisor::Identity;
 use host_agent::module_file::{self, FileError};
 use host_agent::outcome::GuestState;
 use host_agent::session::{Access, Session};
-use host_agent::upgrade::due::due;
+use host_agent::upgrade::update_check::update_due;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
@@ -66,7 +66,7 @@ fn upgrade_due(vm: &Identity) -> Result<Option<String>, Failure> {
     let survey = domains::all()?;
     let domain = survey.iter().find(|domain| domain.pid == vm.pid);
     let program = domain.and_then(|domain| domain.binary.as_ref());
-    Ok(due(version, vm.pid, program).map(|due| due.to_string()))
+    Ok(update_due(version, vm.pid, program).map(|due| due.to_string()))
 }
 
 /// A file of the patch directory that was read.

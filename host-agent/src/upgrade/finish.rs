@@ -1,9 +1,9 @@
-//! After the move: the guest is looked at in its new process, and the old one ended.
+//! The end of a move: checks the guest in its new process, and ends the old one.
 
 use super::binary::Version;
 use super::error::UpgradeError;
 use super::prepare::Prepared;
-use super::settle;
+use super::recovery;
 use super::successor::Successor;
 use crate::hypervisor::Route;
 use crate::session::Session;
@@ -37,7 +37,7 @@ pub struct Upgraded {
     pub machine: String,
     /// How its memory got there.
     pub method: Method,
-    /// How many pieces of the kernel and its patches are compared before the guest runs.
+    /// How many ranges of the kernel and its patches are compared before the guest runs.
     pub compared: usize,
     /// What the operator should know.
     pub warnings: Vec<String>,
@@ -47,7 +47,7 @@ pub struct Upgraded {
 
 /// A guest in its new process.
 pub struct Arrived {
-    /// It is locked, and understood.
+    /// A session with it, which holds its lock.
     pub session: Session,
     /// How long it was paused, by the times at which the two QEMUs stopped and resumed it.
     pub downtime: Option<Duration>,
@@ -57,7 +57,7 @@ pub struct Arrived {
     pub transferred: u64,
 }
 
-/// What a move was like.
+/// Figures of a move.
 pub(super) struct Done {
     /// How it arrived.
     pub(super) arrival: Arrival,
@@ -69,8 +69,12 @@ pub(super) struct Done {
     pub(super) transferred: u64,
 }
 
-/// Looks at the guest in its new process, ends the old one, and says how it was. Where it was not to be moved, says how it would
-/// have been.
+/// Checks the guest in its new process, ends the old one, and reports the move. `done` is `None` where the guest was only to be checked: then the
+/// report says what would be done.
+///
+/// # Errors
+///
+/// The guest is not the one that was sent, or the old process can't be ended.
 pub(super) fn finish(prepared: Prepared, new: &Successor, done: Option<Done>) -> Result<Upgraded, UpgradeError> {
     let mut upgraded = planned(&prepared);
     let Some(done) = done else { return Ok(upgraded) };
@@ -94,7 +98,7 @@ pub(super) fn finish(prepared: Prepared, new: &Successor, done: Option<Done>) ->
     let session = Session::open(&target)?;
     identity.confirm(&session)?;
     tracing::debug!(guest = shown, "ending process {}", old.pid);
-    settle::end_old(&old, new.pid)?;
+    recovery::end_old(&old, new.pid)?;
     // Held until the old process is gone.
     drop(lock);
     let paused = done.resumed_at_us.zip(done.arrival.stopped_at_us);

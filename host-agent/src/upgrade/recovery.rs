@@ -1,11 +1,10 @@
-//! What becomes of a move whose vmpatch was killed: the guest runs on in exactly one process, and the other one is ended.
+//! Recovers a move whose vmpatch was killed: the guest runs on in exactly one process, and the other one is ended.
 //!
-//! All that is needed is found anew: the new process says in its environment which one it takes the guest from, its command line
-//! has its temporary names, and both tell how far the move is. The new one never runs the guest before a vmpatch that has
-//! compared it says so; and once it has run it, the old one never may again.
+//! Nothing is kept on disk. The new process's environment names the old one, its command line has its temporary names, and both processes tell how far
+//! the move is. The new process does not run the guest before a vmpatch has compared it. Once the new process has run the guest, the old one must not.
 
+use super::argv::{self, Context, Rewritten};
 use super::error::UpgradeError;
-use super::line::{self, Context, Rewritten};
 use super::owner::Owner;
 use super::successor;
 use super::tap::Taps;
@@ -23,19 +22,19 @@ const CONNECT_TIME_MAX: Duration = Duration::from_secs(5);
 /// How long giving a move up may take.
 const CANCEL_TIME_MAX: Duration = Duration::from_secs(20);
 
-/// How long it is tried to let the guest run in its old process again: somebody may just have taken one of its disks.
+/// How long a resume in the old process is tried: another process may hold one of the guest's disks for a moment.
 pub(super) const TAKE_BACK_TIME_MAX: Duration = Duration::from_secs(30);
 
-/// Where the guest is.
+/// Where the guest is after the recovery of a move.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Settled {
+pub enum Recovered {
     /// In the old process; the new one was ended.
     InOld,
     /// In the new one; the old one was ended.
     InNew,
 }
 
-impl fmt::Display for Settled {
+impl fmt::Display for Recovered {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::InOld => "the guest was not moved, and is in its old process as before",
@@ -44,9 +43,13 @@ impl fmt::Display for Settled {
     }
 }
 
-/// Brings a move to one of its two ends. Only for one who holds the old process's lock. `was_running`: the guest ran when
-/// the move began.
-pub fn settle(old: &Domain, new: &Domain, was_running: bool) -> Result<Settled, UpgradeError> {
+/// Brings a move to one of its two ends. The caller must hold the old process's lock. `was_running`: the guest ran when the move
+/// began.
+///
+/// # Errors
+///
+/// One of the processes can't be reached or ended, or the guest can't be resumed.
+pub fn recover(old: &Domain, new: &Domain, was_running: bool) -> Result<Recovered, UpgradeError> {
     let names = names_of(new)?;
     let Some((mut pair, name)) = meeting_point(old, new, &names)? else {
         // Names are taken over only once the guest has run in the new process.
@@ -73,28 +76,30 @@ pub fn settle(old: &Domain, new: &Domain, was_running: bool) -> Result<Settled, 
     }
 }
 
-/// Brings a move to an end whose vmpatch was killed, together with the process that watched over it, and says so.
+/// Recovers a move whose vmpatch was killed together with its watcher, and logs a warning.
 ///
-/// Errors: its vmpatch is still at work, or one of [`settle`]'s.
+/// # Errors
+///
+/// Another vmpatch is at work on the guest, or [`recover`] failed.
 pub fn resume_cut_off(old: &Domain, new: &Successor) -> Result<(), UpgradeError> {
-    // While somebody works on it, it was not cut off.
+    // A vmpatch that still works on the move holds the lock.
     let lock = DomainLock::acquire_within(old.pid, LOCK_TIME_MAX)?;
-    // It may have come to its end meanwhile.
+    // The move may have ended meanwhile.
     let survey = domains::all()?;
     if survey
         .successor_of(old.pid)
         .is_some_and(|found| found.domain.pid == new.domain.pid)
     {
-        let settled = settle(old, &new.domain, new.was_running)?;
+        let recovered = recover(old, &new.domain, new.was_running)?;
         let (old, new) = (old.pid, new.domain.pid);
-        tracing::warn!("a move from process {old} to {new} had been cut off: {settled}");
+        tracing::warn!("a move from process {old} to {new} had been cut off: {recovered}");
     }
     drop(lock);
     Ok(())
 }
 
-/// The old process, at the first QMP socket that it still has, and that socket's name. None where the new one has taken
-/// them over.
+/// The old process, at the first QMP socket that it still has, and that socket's name. `None` if the new process has taken over
+/// all of them.
 fn meeting_point<'a>(old: &Domain, new: &Domain, names: &'a [Name]) -> Result<Option<(Pair, &'a Name)>, UpgradeError> {
     let mut taken_over = false;
     let mut problem = None;
@@ -131,19 +136,19 @@ fn names_of(new: &Domain) -> Result<Vec<Name>, UpgradeError> {
         taps: Vec::new(),
         generation: None,
     };
-    let Rewritten { names, .. } = line::rewrite(&words, &context)?;
+    let Rewritten { names, .. } = argv::rewrite(&words, &context)?;
     Ok(names.iter().map(|name| name.in_folder(&folder)).collect())
 }
 
-/// The user of both: they have the same. One that has just ended tells it no more.
+/// The user of both processes, which is the same. A process that has just ended does not tell it.
 fn owner_of(old: &Domain, new: &Domain) -> Result<Owner, UpgradeError> {
     Ok(Owner::of(old.pid).or_else(|_| Owner::of(new.pid))?)
 }
 
-fn forward(old: &Domain, new: &Domain, names: &[Name]) -> Result<Settled, UpgradeError> {
+fn forward(old: &Domain, new: &Domain, names: &[Name]) -> Result<Recovered, UpgradeError> {
     take_over(new.pid, &owner_of(old, new)?, names)?;
     end_old(old, new.pid)?;
-    Ok(Settled::InNew)
+    Ok(Recovered::InNew)
 }
 
 /// The guest runs in the new process `new`: gives it its names, in this order, with the rights of its owner.
@@ -163,7 +168,7 @@ pub(super) fn take_over(new: i32, owner: &Owner, names: &[Name]) -> Result<(), U
     Ok(())
 }
 
-/// Removes the names of a new process that is no more, with the rights of its owner. What can't be removed harms nobody.
+/// Removes the temporary names of a new process that has ended, with the rights of its owner. Names that are left do no harm.
 pub(super) fn remove_temporary(owner: &Owner, names: &[Name]) {
     let _ = owner.act(|| names.iter().for_each(Name::remove_temporary));
 }
@@ -177,7 +182,7 @@ pub(super) fn end_old(old: &Domain, new: i32) -> Result<(), UpgradeError> {
     })
 }
 
-/// Sets the tap devices of the old process to what it needs. That it can't must not keep the guest from running there.
+/// Sets the tap devices to what the old process needs. A failure is ignored, because the guest must run there in any case.
 pub(super) fn set_back(old: i32, taps: &str) {
     if let Ok(taps) = Taps::spelled(old, taps) {
         taps.set_back();
@@ -191,14 +196,14 @@ fn back(
     sent: Status,
     was_running: bool,
     names: &[Name],
-) -> Result<Settled, UpgradeError> {
+) -> Result<Recovered, UpgradeError> {
     let ending = UpgradeError::host(format!("ending the new process (pid {})", new.pid));
     let taps = process::taps(new.pid);
     let owner = owner_of(old, new)?;
     successor::end(new.pid, new.start_time).map_err(ending)?;
     set_back(old.pid, &taps);
     remove_temporary(&owner, names);
-    // A guest that is copied standing was stopped by the vmpatch that was killed.
+    // A guest that is migrated while paused was stopped by the killed vmpatch.
     if was_running && (sent == Status::Completed || pair.source_state()? == RunState::Paused) {
         pair.take_back(TAKE_BACK_TIME_MAX)
             .map_err(|source| UpgradeError::Stranded {
@@ -207,5 +212,5 @@ fn back(
                 source,
             })?;
     }
-    Ok(Settled::InOld)
+    Ok(Recovered::InOld)
 }

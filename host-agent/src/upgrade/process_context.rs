@@ -1,6 +1,7 @@
-//! What a process runs as, beside its command line: `proc_pid_status(5)`, `proc_pid_limits(5)`, `proc_pid_cgroup(5)`.
+//! What a process inherits, beside its command line: users, limits, control groups, environment (`proc_pid_status(5)`, `proc_pid_limits(5)`,
+//! `proc_pid_cgroup(5)`).
 
-use super::line::Tap;
+use super::argv::Tap;
 use crate::domains::process::proc_path;
 use nix::sys::resource::Resource;
 use serde::{Deserialize, Serialize};
@@ -14,20 +15,20 @@ const NAMESPACES: [&str; 6] = ["mnt", "net", "pid", "user", "ipc", "uts"];
 
 /// What a new process takes over from another one.
 #[derive(Debug, Clone, Serialize, Deserialize)]
-pub(super) struct Origin {
+pub(super) struct ProcessContext {
     /// Real, effective and saved user.
     pub(super) users: [u32; 3],
     /// Real, effective and saved group.
     pub(super) groups: [u32; 3],
     /// Further groups.
     pub(super) other_groups: Vec<u32>,
-    /// What permissions its files don't get.
+    /// The umask of its files.
     pub(super) umask: u32,
     /// Soft and hard limits by their names in /proc.
     pub(super) limits: Vec<Limit>,
     /// Its place in each hierarchy of control groups: the controllers, and the path.
     pub(super) cgroups: Vec<(String, String)>,
-    /// Its weight when memory is short.
+    /// Its score for the OOM killer.
     pub(super) oom_score_adj: String,
     /// Processors that it may run on.
     pub(super) processors: Vec<usize>,
@@ -38,9 +39,9 @@ pub(super) struct Origin {
 /// A limit: its name in /proc, the soft and the hard value; None: there is none.
 pub(super) type Limit = (String, Option<u64>, Option<u64>);
 
-/// Why a process's circumstances could not be taken over.
+/// Why a new process can't be given what the old one has.
 #[derive(Debug, thiserror::Error)]
-pub enum OriginError {
+pub enum ProcessContextError {
     /// /proc does not say.
     #[error("reading {path}")]
     Read {
@@ -54,10 +55,10 @@ pub enum OriginError {
     Format {
         /// The file.
         path: PathBuf,
-        /// What stands there.
+        /// What was found.
         found: String,
     },
-    /// It lives in a container.
+    /// It runs in a container.
     #[error("process {pid} is in another {namespace} namespace than vmpatch: run vmpatch in there")]
     Namespace {
         /// The process.
@@ -78,40 +79,40 @@ pub enum OriginError {
     },
 }
 
-impl Origin {
+impl ProcessContext {
     /// Of the process `pid`.
-    pub(super) fn of(pid: i32) -> Result<Self, OriginError> {
+    pub(super) fn of(pid: i32) -> Result<Self, ProcessContextError> {
         same_namespaces(pid)?;
-        let origin = Self::read(pid)?;
-        match origin
+        let process_context = Self::read(pid)?;
+        match process_context
             .services()
             .into_iter()
             .find(|unit| main_process(unit) == Some(pid))
         {
-            Some(unit) => Err(OriginError::MainProcess { pid, unit }),
-            None => Ok(origin),
+            Some(unit) => Err(ProcessContextError::MainProcess { pid, unit }),
+            None => Ok(process_context),
         }
     }
 
     /// Of the process `pid`, but only users, groups and what else its status tells.
-    pub(super) fn rights_of(pid: i32) -> Result<Self, OriginError> {
+    pub(super) fn rights_of(pid: i32) -> Result<Self, ProcessContextError> {
         let path = proc_path(pid, "status");
         match fs::read_to_string(&path) {
-            Ok(text) => parse_status(&text).ok_or_else(|| OriginError::Format {
+            Ok(text) => parse_status(&text).ok_or_else(|| ProcessContextError::Format {
                 path,
                 found: text.chars().take(200).collect(),
             }),
-            Err(source) => Err(OriginError::Read { path, source }),
+            Err(source) => Err(ProcessContextError::Read { path, source }),
         }
     }
 
-    fn read(pid: i32) -> Result<Self, OriginError> {
+    fn read(pid: i32) -> Result<Self, ProcessContextError> {
         let read = |name: &str| {
             let path = proc_path(pid, name);
-            fs::read(&path).map_err(|source| OriginError::Read { path, source })
+            fs::read(&path).map_err(|source| ProcessContextError::Read { path, source })
         };
         let text = |name: &str| read(name).map(|bytes| String::from_utf8_lossy(&bytes).into_owned());
-        let understood = |name: &str, found: &str| OriginError::Format {
+        let understood = |name: &str, found: &str| ProcessContextError::Format {
             path: proc_path(pid, name),
             found: found.chars().take(200).collect(),
         };
@@ -131,7 +132,7 @@ impl Origin {
     }
 }
 
-impl Origin {
+impl ProcessContext {
     /// The systemd services that it is part of.
     fn services(&self) -> Vec<String> {
         let last = |path: &String| path.rsplit('/').next().map(str::to_owned);
@@ -151,13 +152,13 @@ fn main_process(unit: &str) -> Option<i32> {
     String::from_utf8_lossy(&output.stdout).trim().parse().ok()
 }
 
-fn same_namespaces(pid: i32) -> Result<(), OriginError> {
+fn same_namespaces(pid: i32) -> Result<(), ProcessContextError> {
     let link = |pid: &str, name: &str| fs::read_link(format!("/proc/{pid}/ns/{name}"));
     for namespace in NAMESPACES {
         let path = proc_path(pid, &format!("ns/{namespace}"));
-        let theirs = link(&pid.to_string(), namespace).map_err(|source| OriginError::Read { path, source })?;
+        let theirs = link(&pid.to_string(), namespace).map_err(|source| ProcessContextError::Read { path, source })?;
         if link("self", namespace).is_ok_and(|own| own != theirs) {
-            return Err(OriginError::Namespace { pid, namespace });
+            return Err(ProcessContextError::Namespace { pid, namespace });
         }
     }
     Ok(())
@@ -181,7 +182,7 @@ pub(super) fn taps(pid: i32) -> Vec<Tap> {
     taps
 }
 
-fn parse_status(text: &str) -> Option<Origin> {
+fn parse_status(text: &str) -> Option<ProcessContext> {
     let field = |name: &str| {
         let line = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
         line.map(str::trim)
@@ -189,7 +190,7 @@ fn parse_status(text: &str) -> Option<Origin> {
     let numbers =
         |name: &str| -> Option<Vec<u32>> { field(name)?.split_whitespace().map(|n| n.parse().ok()).collect() };
     let three = |name: &str| <[u32; 3]>::try_from(numbers(name)?.get(..3)?).ok();
-    Some(Origin {
+    Some(ProcessContext {
         users: three("Uid")?,
         groups: three("Gid")?,
         other_groups: numbers("Groups")?,
@@ -299,13 +300,13 @@ mod tests {
     fn users_groups_and_processors_are_read() {
         let text = "Name:\tqemu\nUmask:\t0027\nUid:\t64055\t64055\t64055\t64055\nGid:\t103\t103\t103\t103\n\
                     Groups:\t103 105 \nCpus_allowed_list:\t0-1,5\n";
-        let origin = parse_status(text).unwrap();
+        let process_context = parse_status(text).unwrap();
         assert_eq!(
-            (origin.users, origin.groups, origin.umask),
+            (process_context.users, process_context.groups, process_context.umask),
             ([64055; 3], [103; 3], 0o27)
         );
         assert_eq!(
-            (origin.other_groups, origin.processors),
+            (process_context.other_groups, process_context.processors),
             (vec![103, 105], vec![0, 1, 5])
         );
     }
@@ -320,8 +321,8 @@ mod tests {
     #[test]
     fn the_circumstances_of_this_very_process_are_understood() {
         let own = i32::try_from(std::process::id()).unwrap();
-        let origin = Origin::of(own).unwrap();
-        assert!(!origin.limits.is_empty() && !origin.processors.is_empty());
+        let process_context = ProcessContext::of(own).unwrap();
+        assert!(!process_context.limits.is_empty() && !process_context.processors.is_empty());
         assert_eq!(taps(own), []);
     }
 }

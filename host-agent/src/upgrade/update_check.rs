@@ -1,4 +1,4 @@
-//! Whether a guest's QEMU is to be replaced: its file was, or a newer one is installed in its place.
+//! Checks whether a guest should be moved into another QEMU: the program's file was replaced or removed, or a newer version is installed.
 
 use super::binary::{self, Version, spell};
 use super::owner::Owner;
@@ -8,31 +8,31 @@ use std::path::PathBuf;
 
 /// That an upgrade is due, and why.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Due {
+pub struct UpdateDue {
     running: Version,
     installed: Option<Version>,
     program: PathBuf,
 }
 
-/// Looks at the program of the running QEMU `pid`. None where it is the one that is installed, or that can't be told.
-pub fn due(running: Version, pid: i32, program: Option<&Binary>) -> Option<Due> {
+/// Compares the running QEMU `pid` with the program that is installed in its place. `None` if they are the same, or this can't be found out.
+pub fn update_due(running: Version, pid: i32, program: Option<&Binary>) -> Option<UpdateDue> {
     let program = program?;
-    // Its user may have made it.
+    // The program may be the user's own, so it is run with that user's rights.
     let owner = Owner::of(pid).ok()?;
     let installed = binary::version_as(&owner, &program.path).ok();
     judge(running, program, installed)
 }
 
-fn judge(running: Version, program: &Binary, installed: Option<Version>) -> Option<Due> {
+fn judge(running: Version, program: &Binary, installed: Option<Version>) -> Option<UpdateDue> {
     let is_newer = installed.is_some_and(|installed| installed > running);
-    (program.deleted || is_newer).then(|| Due {
+    (program.deleted || is_newer).then(|| UpdateDue {
         running,
         installed,
         program: program.path.clone(),
     })
 }
 
-impl fmt::Display for Due {
+impl fmt::Display for UpdateDue {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let (running, program) = (spell(self.running), self.program.display());
         match self.installed {
