@@ -1,6 +1,6 @@
 //! Finds the guest that is meant, in the one process where it is.
 
-use crate::domains::{self, DomainError, Survey, process};
+use crate::domains::{self, DomainError, Domains, process};
 use crate::hypervisor::Route;
 use crate::outcome::{GuestState, Reason};
 use crate::target::{Selector, Target};
@@ -42,10 +42,10 @@ impl FindError {
 ///
 /// See [`FindError`].
 pub fn find(selector: &Selector) -> Result<Target, FindError> {
-    let survey = domains::all()?;
-    let target = look_up(selector, &survey)?;
-    let old = survey.iter().find(|domain| Some(domain.pid) == target.pid);
-    match old.and_then(|old| Some((old, survey.successor_of(old.pid)?))) {
+    let domains = domains::all()?;
+    let target = look_up(selector, &domains)?;
+    let old = domains.iter().find(|domain| Some(domain.pid) == target.pid);
+    match old.and_then(|old| Some((old, domains.successor_of(old.pid)?))) {
         None => Ok(target),
         Some((old, successor)) => {
             upgrade::resume_cut_off(old, successor)?;
@@ -54,26 +54,26 @@ pub fn find(selector: &Selector) -> Result<Target, FindError> {
     }
 }
 
-fn look_up(selector: &Selector, survey: &Survey) -> Result<Target, FindError> {
+fn look_up(selector: &Selector, domains: &Domains) -> Result<Target, FindError> {
     match selector {
         Selector::QmpSocket(socket) => {
-            if let Some(successor) = survey.successor_at(socket) {
+            if let Some(successor) = domains.successor_at(socket) {
                 return Err(UpgradeError::UnderWay {
                     old: successor.old,
                     new: successor.domain.pid,
                 }
                 .into());
             }
-            let pid = survey.by_qmp(socket).map(|domain| domain.pid);
+            let pid = domains.by_qmp(socket).map(|domain| domain.pid);
             Ok(Target {
                 name: None,
                 pid,
                 route: Route::qmp(socket.clone()),
             })
         }
-        Selector::Name(name) => Ok(Target::of_domain(&survey.find(name)?)?),
+        Selector::Name(name) => Ok(Target::of_domain(&domains.find(name)?)?),
         Selector::Process(pid) => {
-            if let Some(successor) = survey.successors.iter().find(|one| one.domain.pid == *pid) {
+            if let Some(successor) = domains.successors.iter().find(|one| one.domain.pid == *pid) {
                 return Err(UpgradeError::UnderWay {
                     old: successor.old,
                     new: *pid,

@@ -201,7 +201,7 @@ impl DomainLock {
         self.of
     }
 
-    /// The lock's file, in which the holder's pid stands.
+    /// The lock's file, with the holder's pid in it.
     pub fn path(&self) -> &Path {
         &self.path
     }

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 
 /// More bytes than a livepatch module has, compressed or not; what is larger is not read.
 const BYTES_MAX: u64 = 64 << 20;
-/// Most memory for a decompressor's window, in KiB. The kernel's build uses 1 MiB for xz and up to 8 MiB for zstd.
+/// Most memory for a decompressor's dictionary, in KiB. The kernel's build uses 1 MiB for xz and up to 8 MiB for zstd.
 const WINDOW_KIB_MAX: u32 = 16 << 10;
 /// What the names of module files end with.
 const SUFFIXES: [&str; 4] = [".ko", ".ko.gz", ".ko.xz", ".ko.zst"];

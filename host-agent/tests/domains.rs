@@ -181,9 +181,9 @@ fn a_domain_is_found_by_its_socket_however_that_is_spelled() {
     let qemu = scratch.qemu("-name NAME -qmp unix:DIR/q,server=on,wait=off");
     let domain = scratch.domain(1);
     let spelled = scratch.path("../").join(&scratch.name).join("q");
-    let survey = domains::all().unwrap();
-    assert_eq!(survey.by_qmp(&spelled), Some(&domain));
-    assert_eq!(survey.by_qmp(&scratch.path("other")), None);
+    let domains = domains::all().unwrap();
+    assert_eq!(domains.by_qmp(&spelled), Some(&domain));
+    assert_eq!(domains.by_qmp(&scratch.path("other")), None);
     let of_peer = Domain::of_peer(qemu.pid(), &spelled).unwrap();
     assert_eq!(
         (of_peer.pid, of_peer.start_time, of_peer.name.clone()),

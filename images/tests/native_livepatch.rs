@@ -42,7 +42,7 @@ fn run(guest: &Guest, program: &str) -> (Option<i32>, String) {
 }
 
 /// Waits until every task runs what the livepatches in the guest say.
-fn settle(guest: &Guest) {
+fn wait_for_transition(guest: &Guest) {
     let start = Instant::now();
     let in_transition = ["sh", "-c", "grep -q 1 /sys/kernel/livepatch/*/transition"];
     while guest.run(&in_transition).unwrap().status.success() {
@@ -60,7 +60,7 @@ fn load(guest: &Guest, module: &Path) -> Result<(), String> {
     if !output.status.success() {
         return Err(String::from_utf8(output.stderr).unwrap());
     }
-    settle(guest);
+    wait_for_transition(guest);
     Ok(())
 }
 
@@ -138,7 +138,7 @@ fn the_program_pair_notices_a_new_function_beside_an_old_one() {
         guest
             .text(&["sh", "-c", "echo 0 >/sys/kernel/livepatch/$0/enabled", name])
             .unwrap();
-        settle(&guest);
+        wait_for_transition(&guest);
     }
 
     let load_program = guest.spawn(&["/opt/tests/pair", "load", "0", "2"]).unwrap();

@@ -61,7 +61,7 @@ impl QmpAddress {
     }
 }
 
-/// The parameters of the chardev that an old-style device string stands for, as in `-qmp unix:PATH,server=on`.
+/// The parameters of the chardev that an old-style device string means, as in `-qmp unix:PATH,server=on`.
 /// QEMU's `chardev/char.c` (10.0).
 pub(super) fn chardev_of_device(text: &[u8]) -> Params {
     let text = text.strip_prefix(b"mon:").unwrap_or(text);

@@ -1,6 +1,6 @@
 //! Why a domain was not found.
 
-use super::{Domain, Survey};
+use super::{Domain, Domains};
 use std::io;
 use std::path::PathBuf;
 use thiserror::Error;
@@ -75,21 +75,21 @@ pub enum DomainError {
 }
 
 impl DomainError {
-    pub(super) fn none_of_that_name(name: &str, survey: &Survey) -> Self {
+    pub(super) fn none_of_that_name(name: &str, domains: &Domains) -> Self {
         let name_of = |domain: &Domain| match &domain.name {
             Some(name) => name.clone(),
             None => format!("pid {} without a name", domain.pid),
         };
-        let mut running = match list(&survey.domains, name_of) {
+        let mut running = match list(&domains.found, name_of) {
             names if names.is_empty() => "none is running".to_owned(),
             names => format!("running are {names}"),
         };
-        if survey.hidden {
+        if domains.hidden {
             running += "; processes of other users do not show: run vmpatch as root";
-        } else if survey.unreadable > 0 {
+        } else if domains.unreadable > 0 {
             running += &format!(
                 "; {} processes of other users could not be looked at: run vmpatch as root",
-                survey.unreadable
+                domains.unreadable
             );
         }
         Self::NoneOfThatName {

@@ -1,7 +1,7 @@
 //! Guests under KVM that no QEMU runs, or none that is known by its name: found by the descriptors of KVM that their processes hold.
 
 use super::process::{self, Binary, Process, is_gone};
-use super::{DomainError, Survey};
+use super::{DomainError, Domains};
 use kvm::{FindError, Vm};
 use std::collections::BTreeSet;
 use std::ffi::OsStr;
@@ -32,12 +32,12 @@ pub struct KvmGuests {
 }
 
 impl KvmGuests {
-    /// All processes with a VM of KVM that are not in the survey. What a process has open shows to root and to its own user alone.
+    /// All processes with a VM of KVM that are not among the domains. What a process has open shows to root and to its own user alone.
     ///
     /// Errors: [`DomainError::Proc`]. A process that ends while it is read is left out.
-    pub fn beside(survey: &Survey) -> Result<Self, DomainError> {
-        let successors = survey.successors.iter().map(|successor| &successor.domain);
-        let known: BTreeSet<i32> = survey.iter().chain(successors).map(|domain| domain.pid).collect();
+    pub fn beside(domains: &Domains) -> Result<Self, DomainError> {
+        let successors = domains.successors.iter().map(|successor| &successor.domain);
+        let known: BTreeSet<i32> = domains.iter().chain(successors).map(|domain| domain.pid).collect();
         let mut guests = Self::default();
         for pid in process::pids().map_err(DomainError::Proc)? {
             if known.contains(&pid) {
@@ -95,7 +95,7 @@ mod tests {
 
     #[test]
     fn processes_without_a_vm_of_kvm_are_left_out() {
-        let guests = KvmGuests::beside(&Survey::default()).unwrap();
+        let guests = KvmGuests::beside(&Domains::default()).unwrap();
         let own = std::process::id().cast_signed();
         assert!(guests.found.iter().all(|guest| guest.pid != own));
     }

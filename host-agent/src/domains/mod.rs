@@ -166,9 +166,9 @@ pub struct Successor {
 
 /// The domains of this host at one time.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Survey {
+pub struct Domains {
     /// Those found, by rising pid.
-    pub domains: Vec<Domain>,
+    pub found: Vec<Domain>,
     /// Processes that were started to take over the guest of one of them, which still lives.
     pub successors: Vec<Successor>,
     /// How many processes could not be looked at, because they are other users' (/proc mounted with `hidepid=1`).
@@ -177,10 +177,10 @@ pub struct Survey {
     pub hidden: bool,
 }
 
-impl Survey {
+impl Domains {
     /// Those found, by rising pid.
     pub fn iter(&self) -> impl Iterator<Item = &Domain> {
-        self.domains.iter()
+        self.found.iter()
     }
 
     /// The one domain of that name, or of that UUID where none has the name, with a monitor that can be reached.
@@ -188,10 +188,10 @@ impl Survey {
     /// Errors: see [`find`].
     pub fn find(&self, name: &str) -> Result<Domain, DomainError> {
         let named = |domain: &&Domain| domain.name.as_deref() == Some(name);
-        let mut found: Vec<Domain> = self.domains.iter().filter(named).cloned().collect();
+        let mut found: Vec<Domain> = self.found.iter().filter(named).cloned().collect();
         if let (true, Ok(uuid)) = (found.is_empty(), name.parse::<Uuid>()) {
             let is_it = |domain: &&Domain| domain.uuid.as_deref().and_then(|own| own.parse().ok()) == Some(uuid);
-            found = self.domains.iter().filter(is_it).cloned().collect();
+            found = self.found.iter().filter(is_it).cloned().collect();
         }
         match found.as_slice() {
             [] => Err(DomainError::none_of_that_name(name, self)),
@@ -214,7 +214,7 @@ impl Survey {
     /// The domain that was told to listen for QMP at `path`, where one is known: without connecting, so that whoever
     /// is connected there is not disturbed. See [`Domain::of_peer`] for what is known after connecting.
     pub fn by_qmp(&self, path: &Path) -> Option<&Domain> {
-        let mut domains = self.domains.iter();
+        let mut domains = self.found.iter();
         domains.find(|domain| domain.qmp.iter().any(|socket| socket.is_at(path)))
     }
 }
@@ -235,19 +235,19 @@ pub(crate) fn command_line_of(pid: i32) -> io::Result<(Vec<Vec<u8>>, PathBuf)> {
 /// All domains of this host.
 ///
 /// Errors: [`DomainError::Proc`]. A process that ends while it is read is left out.
-pub fn all() -> Result<Survey, DomainError> {
+pub fn all() -> Result<Domains, DomainError> {
     let pids = process::pids().map_err(DomainError::Proc)?;
-    let mut survey = Survey {
+    let mut domains = Domains {
         // There is always a process 1.
         hidden: !pids.contains(&1),
-        ..Survey::default()
+        ..Domains::default()
     };
     let mut processes = Vec::new();
     for pid in pids {
         match Process::read_qemu(pid) {
             Ok(Some(process)) if process.is_qemu() => processes.push(process),
             Ok(_) => {}
-            Err(cause) if cause.kind() == ErrorKind::PermissionDenied => survey.unreadable += 1,
+            Err(cause) if cause.kind() == ErrorKind::PermissionDenied => domains.unreadable += 1,
             Err(cause) => return Err(DomainError::Proc(cause)),
         }
     }
@@ -258,15 +258,15 @@ pub fn all() -> Result<Survey, DomainError> {
         .collect();
     for process in own {
         match process.predecessor() {
-            Some((old, was_running)) => survey.successors.push(Successor {
+            Some((old, was_running)) => domains.successors.push(Successor {
                 old,
                 was_running,
                 domain: Domain::of_process(process),
             }),
-            None => survey.domains.push(Domain::of_process(process)),
+            None => domains.found.push(Domain::of_process(process)),
         }
     }
-    Ok(survey)
+    Ok(domains)
 }
 
 /// Whether a process is a child of one of `others` that still has its parent's command line: QEMU's asynchronous

@@ -59,7 +59,7 @@ impl Params {
         }
     }
 
-    /// Takes a key out, wherever it stands, and gives the value that counted.
+    /// Removes a key, at any place, and gives the value that counted.
     pub(crate) fn remove(&mut self, key: &str) -> Option<Vec<u8>> {
         let found = self.get(key).map(<[u8]>::to_vec);
         self.0.retain(|(name, _)| name != key.as_bytes());

@@ -1,10 +1,10 @@
 //! Command lines in many spellings, and what is said when there is no domain to give.
 
 use super::command_line::{CommandLine, Monitor};
-use super::{Domain, DomainError, QmpAddress, QmpSocket, Survey};
+use super::{Domain, DomainError, Domains, QmpAddress, QmpSocket};
 use std::path::{Path, PathBuf};
 
-/// Reads a command line; words are parted by spaces, `_` stands for a space in a word.
+/// Reads a command line; spaces separate words, `_` is a space in a word.
 fn parse(line: &str) -> CommandLine {
     let words: Vec<String> = line.split(' ').map(|word| word.replace('_', " ")).collect();
     CommandLine::parse(words.iter().map(|word| word.as_bytes()), &|_| None)
@@ -204,16 +204,16 @@ fn unreachable(address: QmpAddress, libvirt: bool) -> QmpSocket {
     }
 }
 
-fn survey(domains: Vec<Domain>) -> Survey {
-    Survey {
-        domains,
-        ..Survey::default()
+fn domains(domains: Vec<Domain>) -> Domains {
+    Domains {
+        found: domains,
+        ..Domains::default()
     }
 }
 
 #[test]
 fn the_one_domain_of_a_name_is_found() {
-    let all = survey(vec![
+    let all = domains(vec![
         domain(Some("vm1"), 1, vec![]),
         domain(
             Some("vm42"),
@@ -228,15 +228,15 @@ fn the_one_domain_of_a_name_is_found() {
 
 #[test]
 fn a_name_that_nobody_has_is_answered_with_those_that_run() {
-    let all = survey(vec![domain(Some("vm1"), 1, vec![]), domain(None, 3, vec![])]);
+    let all = domains(vec![domain(Some("vm1"), 1, vec![]), domain(None, 3, vec![])]);
     let message = all.find("vm42").unwrap_err().to_string();
     assert_eq!(
         message,
         "no running QEMU has the name `vm42`: running are vm1, pid 3 without a name"
     );
-    let hidden = Survey {
+    let hidden = Domains {
         unreadable: 7,
-        ..Survey::default()
+        ..Domains::default()
     };
     let message = hidden.find("vm42").unwrap_err().to_string();
     assert_eq!(
@@ -244,16 +244,16 @@ fn a_name_that_nobody_has_is_answered_with_those_that_run() {
         "no running QEMU has the name `vm42`: none is running; \
          7 processes of other users could not be looked at: run vmpatch as root"
     );
-    let hidden = Survey {
+    let hidden = Domains {
         hidden: true,
-        ..Survey::default()
+        ..Domains::default()
     };
     let message = hidden.find("vm42").unwrap_err().to_string();
     assert!(
         message.ends_with("none is running; processes of other users do not show: run vmpatch as root"),
         "{message}"
     );
-    let many = survey((0..300).map(|pid| domain(Some("vm"), pid, vec![])).collect());
+    let many = domains((0..300).map(|pid| domain(Some("vm"), pid, vec![])).collect());
     assert!(
         many.find("vm42")
             .unwrap_err()
@@ -264,7 +264,7 @@ fn a_name_that_nobody_has_is_answered_with_those_that_run() {
 
 #[test]
 fn two_of_one_name_are_named_with_their_sockets() {
-    let all = survey(vec![
+    let all = domains(vec![
         domain(Some("vm42"), 1, vec![listening("/a")]),
         domain(Some("vm42"), 2, vec![]),
     ]);
@@ -279,7 +279,7 @@ fn two_of_one_name_are_named_with_their_sockets() {
 
 #[test]
 fn a_domain_without_a_usable_socket_says_what_it_has() {
-    let find = |qmp| survey(vec![domain(Some("vm42"), 7, qmp)]).find("vm42").unwrap_err();
+    let find = |qmp| domains(vec![domain(Some("vm42"), 7, qmp)]).find("vm42").unwrap_err();
     let none = find(vec![]);
     assert_eq!(
         none.to_string(),
@@ -301,7 +301,7 @@ fn a_domain_without_a_usable_socket_says_what_it_has() {
         unread: vec![PathBuf::from("/etc/vm42.conf")],
         ..domain(Some("vm42"), 7, vec![])
     };
-    let unread = survey(vec![unread]).find("vm42").unwrap_err();
+    let unread = domains(vec![unread]).find("vm42").unwrap_err();
     assert!(
         unread
             .to_string()

@@ -126,7 +126,7 @@ pub struct Function {
     pub old: Address,
     /// Address of the new function.
     pub new: Address,
-    /// `ftrace`: the jump stands in the ftrace site; `body`: behind it.
+    /// `ftrace`: the jump is in the ftrace site; `body`: behind it.
     pub redirect: Redirect,
     /// `patched`, `original`, `overridden`, `in transition`, or what is there instead.
     pub state: String,

@@ -82,7 +82,7 @@ pub fn upgrade(report: &Upgrade) -> String {
             report.total_ms.unwrap_or(0),
             report
                 .downtime_us
-                .map_or(", standing".to_owned(), |us| format!(", stood for {}", ms(us)))
+                .map_or(", paused".to_owned(), |us| format!(", paused for {}", ms(us)))
         ),
         None => writeln!(
             text,

@@ -36,7 +36,7 @@ pub enum BinaryError {
     },
     /// It did not answer.
     #[error("{path} did not answer `--version` within {} s", ANSWER_TIME_MAX.as_secs())]
-    Mute {
+    Unresponsive {
         /// The program.
         path: PathBuf,
     },
@@ -102,7 +102,7 @@ fn answer(command: &mut Command, path: &Path) -> Result<(String, String), Binary
         if Instant::now() >= end {
             let _ = child.kill();
             let _ = child.wait();
-            return Err(BinaryError::Mute { path: path.to_owned() });
+            return Err(BinaryError::Unresponsive { path: path.to_owned() });
         }
         std::thread::sleep(POLL);
     }

@@ -9,8 +9,23 @@ use std::collections::BTreeSet;
 const CHANGED_LATER: &str = "it was changed after the old one's start, which its command line does not tell";
 
 /// Compares what matters to the guest.
+///
+/// # Errors
+///
+/// The first difference.
 pub(super) fn same_machine(old: &Facts, new: &Facts) -> Result<(), UpgradeError> {
-    let differs = |what, old: String, new: String, reason| Err(UpgradeError::Differs { what, old, new, reason });
+    same_size(old, new)?;
+    same_devices(old, new)?;
+    same_settings(old, new)?;
+    same_cpu(old, new)
+}
+
+fn differs(what: &'static str, old: String, new: String, reason: &'static str) -> Result<(), UpgradeError> {
+    Err(UpgradeError::Differs { what, old, new, reason })
+}
+
+/// Compares machine type, number of vCPUs and amount of RAM.
+fn same_size(old: &Facts, new: &Facts) -> Result<(), UpgradeError> {
     if old.machine != new.machine {
         let reason = "it does not know the old one's";
         return differs("machine type", old.machine.clone(), new.machine.clone(), reason);
@@ -26,6 +41,11 @@ pub(super) fn same_machine(old: &Facts, new: &Facts) -> Result<(), UpgradeError>
     if old.ram != new.ram {
         return differs("amount of RAM", old.ram.to_string(), new.ram.to_string(), CHANGED_LATER);
     }
+    Ok(())
+}
+
+/// Compares devices, what they are connected to, and their memory.
+fn same_devices(old: &Facts, new: &Facts) -> Result<(), UpgradeError> {
     let only = |these: &BTreeSet<String>, others: &BTreeSet<String>| {
         let some: Vec<_> = these.difference(others).cloned().collect();
         if some.is_empty() {
@@ -58,6 +78,11 @@ pub(super) fn same_machine(old: &Facts, new: &Facts) -> Result<(), UpgradeError>
             return differs("size of a block of memory", format!("{name} {size}"), new, reason);
         }
     }
+    Ok(())
+}
+
+/// Compares what was set through QMP, and the generation ID.
+fn same_settings(old: &Facts, new: &Facts) -> Result<(), UpgradeError> {
     if let Some((what, old, new)) = lost(&old.settings, &new.settings).next() {
         let new = new.map_or("none".to_owned(), |new| new.value.to_string());
         let reason = "it was set through QMP, and can't be set in the new one";
@@ -72,6 +97,11 @@ pub(super) fn same_machine(old: &Facts, new: &Facts) -> Result<(), UpgradeError>
             CHANGED_LATER,
         );
     }
+    Ok(())
+}
+
+/// Requires that the new CPU has all features of the old one.
+fn same_cpu(old: &Facts, new: &Facts) -> Result<(), UpgradeError> {
     match lost_features(old, new).as_slice() {
         [] => Ok(()),
         lost => Err(UpgradeError::unfit(

@@ -75,7 +75,7 @@ pub enum UpgradeError {
     },
     /// The new process did not do its part.
     #[error("the new process (pid {pid}) did not answer: {messages}")]
-    Mute {
+    Unresponsive {
         /// The process.
         pid: i32,
         /// What it wrote.
@@ -120,7 +120,7 @@ pub enum UpgradeError {
         source: Box<UpgradeError>,
     },
     /// Neither process can be made to run the guest.
-    #[error("the guest stands in the old process (pid {old}), and has never run in the new one (pid {new})")]
+    #[error("the guest is paused in the old process (pid {old}), and has never run in the new one (pid {new})")]
     Stranded {
         /// The old process.
         old: i32,
@@ -131,8 +131,8 @@ pub enum UpgradeError {
     },
     /// The new process ran the guest, and ended.
     #[error(
-        "the new process (pid {new}) ended after the guest had begun to run there; in the old one (pid {old}) it stands as it \
-         was before, and must not go on, as its disks have changed since"
+        "the new process (pid {new}) ended after the guest had begun to run there; in the old one (pid {old}) it is paused as \
+         before, and must not go on, as its disks have changed since"
     )]
     Lost {
         /// The old process.
@@ -208,7 +208,7 @@ impl UpgradeError {
             | Self::Differs { .. } => Reason::Refused,
             Self::Domain(_) | Self::Lock(_) | Self::Overtaken { .. } | Self::UnderWay { .. } => Reason::Unreachable,
             Self::Ended { .. }
-            | Self::Mute { .. }
+            | Self::Unresponsive { .. }
             | Self::Migrate(_)
             | Self::Memory(_)
             | Self::Ram(_)

@@ -14,7 +14,7 @@ const IMAGE_LEN: usize = 4096;
 /// Bytes read at one time.
 const CHUNK: usize = 64 << 10;
 
-/// A place in guest memory, and what stands there.
+/// A range of guest memory, and its bytes.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Place {
     what: String,
@@ -22,17 +22,17 @@ struct Place {
     bytes: Vec<u8>,
 }
 
-/// A guest as it was before the move. None of these bytes changes while the domain is locked.
+/// What identifies a guest before the move. None of these bytes changes while the domain is locked.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Identity {
     /// The kernel's banner.
     pub(super) banner: String,
     places: Vec<Place>,
-    /// What its patches changed, and of which patch that is; a guest that has undone one since counts as well.
+    /// Changes of its patches, each with the patch's name. They are compared also if the guest has undone one since.
     changes: Vec<(String, Change)>,
 }
 
-/// Why a guest is not taken for the one that was sent.
+/// Why a guest is not the one that was sent.
 #[derive(Debug, thiserror::Error)]
 pub enum IdentityError {
     /// Its memory can't be reached.
@@ -41,7 +41,7 @@ pub enum IdentityError {
     /// Its memory can't be read.
     #[error("reading {what} in the new process")]
     Read {
-        /// What stands there.
+        /// What is there.
         what: String,
         /// Why.
         source: MemoryError,
@@ -62,10 +62,10 @@ pub enum IdentityError {
         /// The banner now.
         new: String,
     },
-    /// Other bytes stand there.
+    /// The bytes are different.
     #[error("{what} at GPA {gpa:#x} is not the same in the new process")]
     Differs {
-        /// What stands there.
+        /// What is there.
         what: String,
         /// Where.
         gpa: u64,
@@ -89,7 +89,7 @@ impl Identity {
         let there = there.filter(|entry| matches!(entry.state, State::Applied | State::Kept | State::Replaced));
         let records: Vec<_> = there.filter_map(|entry| entry.record.as_ref()).collect();
         for record in &records {
-            // The pool of pages is contiguous in both kinds of memory.
+            // The arena is contiguous in both kinds of memory.
             let offset = record.text.start.wrapping_sub(registry.alias.0);
             let len = usize::try_from(record.text.len).unwrap_or(0);
             wanted.push((

@@ -25,7 +25,7 @@ use std::time::Duration;
 
 /// How long the old QEMU has to greet.
 const CONNECT_TIME_MAX: Duration = Duration::from_secs(3);
-/// The first QEMU seen to lose no writes of an emulated guest that is copied while it runs; see `qmp::migrate::Limits::standing`.
+/// The first QEMU seen to lose no writes of an emulated guest that is copied while it runs; see `qmp::migrate::Limits::paused_throughout`.
 const FIRST_WITHOUT_LOSS: Version = (10, 0, 0);
 
 /// A move that nothing speaks against so far.
@@ -62,44 +62,30 @@ pub(super) struct Prepared {
     pub(super) process_context: ProcessContext,
     /// How the memory gets there.
     pub(super) method: Method,
-    /// The guest must stand while it is copied.
-    pub(super) standing: bool,
+    /// The guest must be paused while it is copied.
+    pub(super) paused_throughout: bool,
     /// What the operator should know.
     pub(super) warnings: Vec<String>,
 }
 
-/// Looks at all of it.
+/// Finds out whether the guest can be moved, and how.
+///
+/// # Errors
+///
+/// It can't be moved.
 pub(super) fn prepare(target: &Target, wanted: &UpgradeOptions) -> Result<Prepared, UpgradeError> {
     let program =
         std::path::absolute(&wanted.qemu).map_err(UpgradeError::host(format!("finding {}", wanted.qemu.display())))?;
     let version = binary::version(&program)?;
-    let session = Session::open(target).map_err(overtaken)?;
-    session.refuse_if_busy()?;
-    let (shown, release, pid) = (
-        session.shown(),
-        session.kernel().release.clone(),
-        session.identity().pid,
-    );
-    let is_emulated = session.identity().accelerator == Accelerator::Tcg;
-    let identity = Identity::of(&session)?;
-    tracing::info!(guest = shown, "{} places to compare", identity.len());
-    // QEMU serves one client per socket.
-    let lock = session.into_lock()?;
-    let socket = match target.route.qmp_socket() {
-        Some(socket) => socket.to_owned(),
-        None => {
-            return Err(UpgradeError::unfit(
-                shown,
-                "only a guest that is reached by a QMP socket can be moved",
-            ));
-        }
-    };
-    let old = Domain::of_peer(pid, &socket)?;
-    if old.is_libvirts() {
-        return Err(UpgradeError::Libvirt {
-            domain: old.to_string(),
-        });
-    }
+    let Understood {
+        shown,
+        release,
+        pid,
+        is_emulated,
+        identity,
+        lock,
+    } = understand(target)?;
+    let (socket, old) = domain_of(target, pid, &shown)?;
     tracing::debug!(guest = shown, "looking at process {pid}");
     let pair = Pair::new(&socket, CONNECT_TIME_MAX)?;
     let facts = pair.source_facts()?;
@@ -123,13 +109,6 @@ pub(super) fn prepare(target: &Target, wanted: &UpgradeOptions) -> Result<Prepar
     let arguments = argv::arguments(&words);
     fit::check_networks(&facts)?;
     fit::check_bonds(&facts, &arguments)?;
-    let mut warnings = Vec::new();
-    if version < facts.version {
-        let (new, old) = (binary::spell(version), binary::spell(facts.version));
-        warnings.push(format!(
-            "{new} is older than {old}, from which the guest comes: QEMU promises the other direction only"
-        ));
-    }
     let ram = pair.source_ram(pid)?;
     let mut names: Vec<Name> = line.names.iter().map(|name| name.in_folder(&folder)).collect();
     names.sort_by_key(|name| is_same(&name.own, &socket));
@@ -141,13 +120,8 @@ pub(super) fn prepare(target: &Target, wanted: &UpgradeOptions) -> Result<Prepar
     if method == Method::Precopy {
         method::check_room(&ram)?;
     }
-    let standing = method == Method::Precopy && is_emulated && facts.version < FIRST_WITHOUT_LOSS;
-    if standing {
-        warnings.push(format!(
-            "QEMU {} loses what an emulated guest writes while it is copied: the guest stands for all of the copy",
-            binary::spell(facts.version)
-        ));
-    }
+    let paused_throughout = method == Method::Precopy && is_emulated && facts.version < FIRST_WITHOUT_LOSS;
+    let warnings = warnings(version, facts.version, paused_throughout);
     Ok(Prepared {
         old,
         socket,
@@ -165,9 +139,64 @@ pub(super) fn prepare(target: &Target, wanted: &UpgradeOptions) -> Result<Prepar
         files,
         process_context: ProcessContext::of(pid)?,
         method,
-        standing,
+        paused_throughout,
         warnings,
     })
+}
+
+/// What is read in the guest itself.
+struct Understood {
+    shown: String,
+    release: String,
+    pid: i32,
+    is_emulated: bool,
+    identity: Identity,
+    lock: DomainLock,
+}
+
+fn understand(target: &Target) -> Result<Understood, UpgradeError> {
+    let session = Session::open(target).map_err(overtaken)?;
+    session.refuse_if_busy()?;
+    let shown = session.shown();
+    let identity = Identity::of(&session)?;
+    tracing::info!(guest = shown, "{} places to compare", identity.len());
+    Ok(Understood {
+        shown,
+        release: session.kernel().release.clone(),
+        pid: session.identity().pid,
+        is_emulated: session.identity().accelerator == Accelerator::Tcg,
+        identity,
+        // QEMU serves one client per socket.
+        lock: session.into_lock()?,
+    })
+}
+
+/// The guest's QMP socket, and its process as a domain.
+fn domain_of(target: &Target, pid: i32, shown: &str) -> Result<(PathBuf, Domain), UpgradeError> {
+    let Some(socket) = target.route.qmp_socket() else {
+        let reason = "only a guest that is reached by a QMP socket can be moved";
+        return Err(UpgradeError::unfit(shown, reason));
+    };
+    let old = Domain::of_peer(pid, socket)?;
+    match old.is_libvirts() {
+        true => Err(UpgradeError::Libvirt {
+            domain: old.to_string(),
+        }),
+        false => Ok((socket.to_owned(), old)),
+    }
+}
+
+fn warnings(new: Version, old: Version, paused_throughout: bool) -> Vec<String> {
+    let [new_text, old_text] = [new, old].map(binary::spell);
+    let older = (new < old).then(|| {
+        format!(
+            "{new_text} is older than {old_text}, from which the guest comes: QEMU promises the other direction only"
+        )
+    });
+    let paused = paused_throughout.then(|| {
+        format!("QEMU {old_text} loses what an emulated guest writes while it is copied: the guest is paused for all of the copy")
+    });
+    [older, paused].into_iter().flatten().collect()
 }
 
 /// One who waited for the lock of a process whose guest another one has moved meanwhile finds its socket in other hands, or nobody.
@@ -187,11 +216,11 @@ fn overtaken(error: OpenError) -> UpgradeError {
 ///
 /// It is libvirt's.
 pub fn refuse_libvirts(selector: &Selector) -> Result<(), UpgradeError> {
-    let survey = domains::all()?;
+    let domains = domains::all()?;
     let found = match selector {
-        Selector::QmpSocket(socket) => survey.by_qmp(socket),
-        Selector::Name(name) => survey.iter().find(|domain| domain.name.as_ref() == Some(name)),
-        Selector::Process(pid) => survey.iter().find(|domain| domain.pid == *pid),
+        Selector::QmpSocket(socket) => domains.by_qmp(socket),
+        Selector::Name(name) => domains.iter().find(|domain| domain.name.as_ref() == Some(name)),
+        Selector::Process(pid) => domains.iter().find(|domain| domain.pid == *pid),
     };
     match found.filter(|domain| domain.is_libvirts()) {
         Some(domain) => Err(UpgradeError::Libvirt {

@@ -23,7 +23,7 @@ const CONNECT_TIME_MAX: Duration = Duration::from_secs(5);
 const CANCEL_TIME_MAX: Duration = Duration::from_secs(20);
 
 /// How long a resume in the old process is tried: another process may hold one of the guest's disks for a moment.
-pub(super) const TAKE_BACK_TIME_MAX: Duration = Duration::from_secs(30);
+pub(super) const RESUME_TIME_MAX: Duration = Duration::from_secs(30);
 
 /// Where the guest is after the recovery of a move.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -85,8 +85,8 @@ pub fn resume_cut_off(old: &Domain, new: &Successor) -> Result<(), UpgradeError>
     // A vmpatch that still works on the move holds the lock.
     let lock = DomainLock::acquire_within(old.pid, LOCK_TIME_MAX)?;
     // The move may have ended meanwhile.
-    let survey = domains::all()?;
-    if survey
+    let domains = domains::all()?;
+    if domains
         .successor_of(old.pid)
         .is_some_and(|found| found.domain.pid == new.domain.pid)
     {
@@ -205,7 +205,7 @@ fn back(
     remove_temporary(&owner, names);
     // A guest that is migrated while paused was stopped by the killed vmpatch.
     if was_running && (sent == Status::Completed || pair.source_state()? == RunState::Paused) {
-        pair.take_back(TAKE_BACK_TIME_MAX)
+        pair.resume_source(RESUME_TIME_MAX)
             .map_err(|source| UpgradeError::Stranded {
                 old: old.pid,
                 new: new.pid,

@@ -99,7 +99,7 @@ impl Move {
             limits: Limits {
                 downtime_ms: wanted.downtime_ms,
                 bandwidth: wanted.bandwidth,
-                standing: prepared.standing && was_running,
+                paused_throughout: prepared.paused_throughout && was_running,
                 time_max: wanted.time_max,
             },
             was_running,
@@ -171,7 +171,7 @@ impl Move {
         }
     }
 
-    /// Until the guest is in both processes, stands, and is the same; None where that is not wanted.
+    /// Migrates the guest: afterwards it is paused in both processes, and the same in both. `None` where it is only to be checked.
     fn arrive(&mut self, new: &mut Successor, check: bool) -> Result<Option<Arrival>, UpgradeError> {
         let hands_over = self.hands_over(check);
         let Self {
@@ -228,7 +228,7 @@ impl Move {
         Ok(Some(arrival))
     }
 
-    /// The guest's first instruction in the new process. Errors: it may have run there, see [`Pair::has_run`].
+    /// Resumes the guest in the new process. After an error it may have run there, see [`Pair::has_run`].
     fn let_run(&mut self, arrival: &Arrival, watcher: &mut Watcher) -> Result<Option<u64>, UpgradeError> {
         watcher
             .committing()
@@ -240,23 +240,23 @@ impl Move {
         }
     }
 
-    /// The guest runs on in the old process, or stands there if it stood, and the new one is gone. Only where the guest has not
-    /// run there.
+    /// Ends the new process; the guest goes on in the old one, or stays paused there if it was paused before the move. The guest must not have
+    /// run in the new process.
     fn abandon(&mut self, new: &mut Successor) -> Result<(), UpgradeError> {
         let sent = self.prepared.pair.cancel(CANCEL_TIME_MAX);
         self.discard(new);
         self.taps.set_back();
         let pair = &mut self.prepared.pair;
-        // A guest of which the old process does not say that it runs may stand there.
+        // If the old process does not say that the guest runs, it may be paused there.
         let stranded = |source| UpgradeError::Stranded {
             old: self.prepared.old.pid,
             new: new.pid,
             source,
         };
-        let stands = sent.map_err(stranded)? == Status::Completed
-            || (self.limits.standing && pair.source_state().map_err(stranded)? == RunState::Paused);
-        if stands && self.was_running {
-            pair.take_back(recovery::TAKE_BACK_TIME_MAX).map_err(stranded)?;
+        let is_paused = sent.map_err(stranded)? == Status::Completed
+            || (self.limits.paused_throughout && pair.source_state().map_err(stranded)? == RunState::Paused);
+        if is_paused && self.was_running {
+            pair.resume_source(recovery::RESUME_TIME_MAX).map_err(stranded)?;
         }
         Ok(())
     }
@@ -267,7 +267,7 @@ impl Move {
         recovery::remove_temporary(&self.owner(), &self.prepared.names);
     }
 
-    /// Whom the guest's files belong to.
+    /// The user who owns the guest's files.
     fn owner(&self) -> Owner {
         Owner::from(&self.prepared.process_context)
     }
@@ -312,7 +312,7 @@ impl Move {
         }
         match (new.end_within(END_TIME_MAX), error) {
             (Some(end), _) => self.lacking_machine().unwrap_or(end),
-            (None, UpgradeError::Migrate(source @ MigrateError::Destination(_))) => UpgradeError::Mute {
+            (None, UpgradeError::Migrate(source @ MigrateError::Destination(_))) => UpgradeError::Unresponsive {
                 pid: new.pid,
                 messages: new.messages(),
                 source,

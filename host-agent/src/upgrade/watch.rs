@@ -1,5 +1,5 @@
-//! What makes a SIGKILL of vmpatch harmless while a guest moves: `vmpatch watch-move` stands beside it in a process group of
-//! its own, with the domain's lock, and brings the move to an end where its worker does not.
+//! The watcher, which recovers a move whose vmpatch was killed: `vmpatch watch-move` runs in a process group of its own, holds the domain's lock,
+//! and recovers the move if its worker ends without doing so.
 
 use super::error::UpgradeError;
 use super::launch::Spec;
@@ -18,9 +18,9 @@ use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
-/// Told before the guest is let run in the new process.
+/// The message that the guest is about to be resumed in the new process.
 const COMMITTING: u8 = b'c';
-/// Told when the move has come to an end, whichever.
+/// The message that the move has ended, either way.
 const OVER: u8 = b'o';
 /// How long the old QEMU has to greet.
 const CONNECT_TIME_MAX: Duration = Duration::from_secs(5);
@@ -58,22 +58,26 @@ impl Watcher {
         Ok(Self { child, socket: ours })
     }
 
-    /// From here on the guest may have run in the new process.
+    /// Tells the watcher that from now on the guest may have run in the new process.
     pub(super) fn committing(&mut self) -> io::Result<()> {
         self.socket.write_all(&[COMMITTING])
     }
 
-    /// Nothing is to be brought to an end any more.
+    /// Tells the watcher that the move has ended, and waits for the watcher's end.
     pub(super) fn over(mut self) {
-        // One that is gone already watches over nothing.
+        // A watcher that has ended already is not needed.
         let _ = self.socket.write_all(&[OVER]);
         let _ = self.socket.shutdown(Shutdown::Both);
         let _ = self.child.wait();
     }
 }
 
-/// The watcher's side: `vmpatch watch-move OLD RUNNING SOCKET TAPS`, with the worker's socket as standard input. Says where the
-/// guest is, where it had to bring the move to an end.
+/// The watcher's side: `vmpatch watch-move OLD RUNNING SOCKET TAPS`, with the worker's socket as standard input. Gives the guest's process if
+/// the move had to be recovered.
+///
+/// # Errors
+///
+/// The move could not be recovered.
 pub fn watch(old: i32, was_running: bool, socket: &Path, taps: &str) -> Result<Option<Recovered>, UpgradeError> {
     supervisor::ignore_requests_to_end();
     let mut told = Vec::new();
@@ -84,23 +88,24 @@ pub fn watch(old: i32, was_running: bool, socket: &Path, taps: &str) -> Result<O
     if told.contains(&OVER) {
         return Ok(None);
     }
-    let survey = domains::all()?;
-    let found = survey.iter().find(|domain| domain.pid == old);
-    let recovered = match (found, survey.successor_of(old)) {
+    let domains = domains::all()?;
+    let found = domains.iter().find(|domain| domain.pid == old);
+    let recovered = match (found, domains.successor_of(old)) {
         (Some(domain), Some(new)) => recovery::recover(domain, &new.domain, was_running)?,
-        // The new process is gone, too: where the guest has not run there, it can go on here.
+        // The new process is gone, too. If the guest has not run there, it can go on in the old one.
         (Some(_), None) if !told.contains(&COMMITTING) => go_on(old, socket, was_running, taps)?,
         _ => return Ok(None),
     };
     Ok(Some(recovered))
 }
 
+/// Resumes the guest in the old process, where the new one is gone.
 fn go_on(old: i32, socket: &Path, was_running: bool, taps: &str) -> Result<Recovered, UpgradeError> {
     recovery::set_back(old, taps);
     let mut pair = Pair::new(socket, CONNECT_TIME_MAX)?;
     let sent = pair.cancel(CONNECT_TIME_MAX)?;
     if was_running && (sent == Status::Completed || pair.source_state()? == RunState::Paused) {
-        pair.take_back(recovery::TAKE_BACK_TIME_MAX)?;
+        pair.resume_source(recovery::RESUME_TIME_MAX)?;
     }
     Ok(Recovered::InOld)
 }

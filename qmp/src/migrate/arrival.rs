@@ -115,7 +115,7 @@ impl<'a> Watch<'a> {
         match event.name.as_str() {
             "STOP" => {
                 self.stopped_at_us = event.at_us;
-                if self.limits.standing {
+                if self.limits.paused_throughout {
                     return Ok(());
                 }
                 // The stop of the migration has another state. This one is a command of another client, and is kept.

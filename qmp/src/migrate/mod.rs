@@ -55,7 +55,7 @@ pub struct Limits {
     pub bandwidth: Option<u64>,
     /// True if the guest is paused during the whole copy. With TCG, QEMU 7.2 loses what a guest writes while it is copied (seen: a busy guest crashes in
     /// the new process, also from 7.2.22 to itself; 10.0.2 loses nothing).
-    pub standing: bool,
+    pub paused_throughout: bool,
     /// Longest time from the first byte to the last.
     pub time_max: Duration,
 }

@@ -18,7 +18,7 @@ const OPEN_RETRY_MS: u64 = 3;
 /// Interval between two queries of a migration that is being cancelled, in milliseconds.
 const CANCEL_POLL_MS: u64 = 10;
 /// Interval between two attempts to resume a guest in its old QEMU, in milliseconds.
-const TAKE_BACK_RETRY_MS: u64 = 100;
+const RESUME_RETRY_MS: u64 = 100;
 /// Bandwidth for "no limit", in bytes a second. QEMU's own default is one gigabit.
 const NO_LIMIT: u64 = 1 << 40;
 
@@ -217,7 +217,7 @@ impl Pair {
                 .execute_as("migrate-set-parameters", json!({"max-bandwidth": bandwidth}))
                 .await?;
             let uri = stream::pass(source, ours).await?;
-            if limits.standing {
+            if limits.paused_throughout {
                 source.execute(qapi::qmp::stop {}).await?;
             }
             let _: Value = source.execute_as("migrate", json!({"uri": uri})).await?;
@@ -316,14 +316,14 @@ impl Pair {
 
     /// Resumes the guest in the old QEMU, where it is paused: because all had been sent, or for the copy. The new QEMU must never have resumed it, and its
     /// process, with its locks of the disks, must have ended. Repeats attempts for `within` while QEMU refuses: another process may still hold a disk.
-    pub fn take_back(&mut self, within: Duration) -> Result<(), MigrateError> {
+    pub fn resume_source(&mut self, within: Duration) -> Result<(), MigrateError> {
         let end = Instant::now() + within;
         let source = &self.source;
         let run = async {
             loop {
                 match source.execute(qapi::qmp::cont {}).await {
                     Err(CommandError::Refused { .. }) if Instant::now() < end => {
-                        sleep(Duration::from_millis(TAKE_BACK_RETRY_MS)).await;
+                        sleep(Duration::from_millis(RESUME_RETRY_MS)).await;
                     }
                     result => return result.map(drop),
                 }

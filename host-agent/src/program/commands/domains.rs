@@ -15,8 +15,8 @@ use host_agent::target::Target;
 /// Every QEMU process that can be seen, with what is in it as far as it can be reached; then every other process that runs a guest under KVM.
 pub fn domains(options: &Options) -> Result<Vec<DomainLine>, Failure> {
     let sandbox = options.sandbox.sandbox();
-    let survey = domains::all()?;
-    let line = |domain: &Domain| match survey.successor_of(domain.pid) {
+    let domains = domains::all()?;
+    let line = |domain: &Domain| match domains.successor_of(domain.pid) {
         None => apart(domain, sandbox),
         Some(successor) => DomainLine {
             error: Some(format!(
@@ -26,14 +26,14 @@ pub fn domains(options: &Options) -> Result<Vec<DomainLine>, Failure> {
             ..empty(domain)
         },
     };
-    let others = KvmGuests::beside(&survey)?;
+    let others = KvmGuests::beside(&domains)?;
     if others.unreadable > 0 {
         tracing::warn!(
             "{} processes of other users were not looked at, and may run guests under KVM: run vmpatch as root",
             others.unreadable
         );
     }
-    let mut lines: Vec<DomainLine> = survey.iter().map(line).collect();
+    let mut lines: Vec<DomainLine> = domains.iter().map(line).collect();
     lines.extend(others.found.iter().map(other));
     Ok(lines)
 }

@@ -63,8 +63,8 @@ pub fn update(options: &Options) -> Result<(Patches, Option<Failure>), Failure> 
 /// Whether the guest's QEMU was replaced on the host since it started.
 fn upgrade_due(vm: &Identity) -> Result<Option<String>, Failure> {
     let Some(version) = vm.version else { return Ok(None) };
-    let survey = domains::all()?;
-    let domain = survey.iter().find(|domain| domain.pid == vm.pid);
+    let domains = domains::all()?;
+    let domain = domains.iter().find(|domain| domain.pid == vm.pid);
     let program = domain.and_then(|domain| domain.binary.as_ref());
     Ok(update_due(version, vm.pid, program).map(|due| due.to_string()))
 }

@@ -122,7 +122,7 @@ fn of_upgrade(error: &UpgradeError) -> Option<&'static str> {
             "`virsh managedsave` and `virsh start` bring it up in the installed QEMU, with a pause; `virsh migrate --live` moves it \
              to a host that has it",
         ),
-        UpgradeError::Ended { .. } | UpgradeError::Mute { .. } => Some(
+        UpgradeError::Ended { .. } | UpgradeError::Unresponsive { .. } => Some(
             "`upgrade --check` starts the new process without touching the guest; --data-dir names its firmware's folder",
         ),
         UpgradeError::Stranded { .. } => Some(

@@ -1,7 +1,7 @@
 //! The new process's command line, made from the old one's.
 //!
 //! Options: QEMU's `qemu-options.hx`, `chardev/char.c`, `net/net.c` (7.2 and 10.0). An option that is not known here is carried over
-//! as it stands: it made this machine once. What can't serve two processes is changed, or refused by its name.
+//! unchanged, because it made this machine once. What two processes can't use at a time is changed, or refused by name.
 
 mod character;
 mod keyed;
@@ -21,7 +21,7 @@ use words::Word;
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("`-{option}` can't be carried over to another process: {reason}")]
 pub struct Refused {
-    /// The option, as it stands on the command line.
+    /// The option, as on the command line.
     pub option: String,
     /// Why, and what to do.
     pub reason: String,
@@ -203,7 +203,7 @@ impl Rewriter<'_> {
         Ok(())
     }
 
-    /// The machine type as it runs: an alias such as `q35` stands for another one in another QEMU.
+    /// The machine type as it runs: an alias such as `q35` means another one in another QEMU.
     fn machine(&mut self, text: &[u8]) -> Vec<u8> {
         let mut params = Params::parse(text, Some("type"));
         if params.get("type").is_some() {
