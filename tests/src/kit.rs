@@ -98,7 +98,16 @@ impl Modules {
 
     /// One that replaces each of these system calls.
     pub fn many(&self, functions: &[String]) -> String {
-        text(hand_written::many(&self.tree, functions).expect("the module builds"))
+        text(hand_written::many(&self.tree, "test-many", functions).expect("the module builds"))
+    }
+
+    /// One for each of these system calls, which replaces that one.
+    pub fn one_each(&self, functions: &[String]) -> Vec<String> {
+        let module = |(number, function): (usize, &String)| {
+            let name = format!("test-one-{number}");
+            text(hand_written::many(&self.tree, &name, std::slice::from_ref(function)).expect("the module builds"))
+        };
+        functions.iter().enumerate().map(module).collect()
     }
 
     /// That version, from 1 to 3, of a patch that replaces all others.

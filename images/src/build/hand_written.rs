@@ -102,8 +102,8 @@ pub fn selftest(tree: &KernelTree) -> Result<PathBuf, Error> {
         .build(tree)
 }
 
-/// Builds a module `test_many` that replaces each of these system calls by a function of its own. Returns the `.ko` in the cache.
-pub fn many(tree: &KernelTree, functions: &[String]) -> Result<PathBuf, Error> {
+/// Builds a module of that name that replaces each of these system calls by a function of its own. Returns the `.ko` in the cache.
+pub fn many(tree: &KernelTree, name: &str, functions: &[String]) -> Result<PathBuf, Error> {
     let mut text = "#include \"livepatch.h\"\n\nstatic unsigned long calls;\n".to_owned();
     let mut patches = Vec::new();
     for (index, function) in functions.iter().enumerate() {
@@ -115,7 +115,7 @@ pub fn many(tree: &KernelTree, functions: &[String]) -> Result<PathBuf, Error> {
         patches.push(format!("PATCH({function}, livepatch_{index})"));
     }
     let _ = write!(text, "\nLIVEPATCH({});\n", patches.join(",\n\t"));
-    Module::new("test-many").source("many", text).build(tree)
+    Module::new(name).source("many", text).build(tree)
 }
 
 /// Builds `test_v1`, `test_v2` or `test_v3`, a version of a patch that replaces all others: `__x64_sys_sysinfo`, and in the first one
@@ -148,7 +148,7 @@ pub enum Applied {
     KlpBuild,
     /// `vmpatch_target_get` of the module [`target`], with a variable and an exported function of that module.
     Module,
-    /// `vmpatch_target_branch` of the module [`target`], in which a static key's branch stands behind the ftrace site.
+    /// `vmpatch_target_branch` of the module [`target`], which has a static key's branch behind its ftrace site.
     ModuleBranch,
     /// `__x64_sys_pause`, and `vmpatch_target_get` of the module [`target`].
     ModuleAndImage,

@@ -1,8 +1,9 @@
-//! The benchmark: how long a guest is paused, and how long an operator waits. One run on one guest; every figure stands beside
+//! The benchmark: how long a guest is paused, and how long an operator waits. One run on one guest; every figure is beside
 //! what it is compared with, taken in the same run, turn by turn: the pause beside a bare one for several numbers of tasks, and
 //! that of modules with more to do beside that of a module with one function and little else.
 //!
-//! With `--against`, only whole `vmpatch apply` processes: this vmpatch and another one, turn by turn.
+//! With `--against`, this vmpatch and another one, turn by turn, by their command lines alone: the pause beside a bare one, whole `vmpatch apply`
+//! processes (cold), and what a further module takes in a process that has found the kernel (warm).
 //!
 //! usage: cargo run --release -p e2e --bin bench [CYCLES]
 //!        cargo run --release -p e2e --bin bench -- --against PROGRAM [RUNS]
@@ -11,7 +12,7 @@ use guest_core::guest::Changed;
 use std::collections::BTreeMap;
 use std::error::Error;
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, Stdio};
 use std::time::{Duration, Instant};
 
@@ -25,7 +26,7 @@ use images::build::Cve;
 use images::build::hand_written::Applied;
 use images::guest::Guest;
 use images::kernel::Kernel;
-use serde_json::json;
+use serde_json::{Value, json};
 
 /// The guest's name.
 const NAME: &str = "vmbench";
@@ -39,6 +40,8 @@ const KIND_CYCLES_MAX: usize = 100;
 const PROCESSES: usize = 11;
 /// The same of each of two programs that are compared, unless the command line says otherwise.
 const COMPARED_RUNS_DEFAULT: usize = 25;
+/// Modules of the bare command, of which the first one bears the cost of finding the kernel.
+const WARM_MODULES: usize = 9;
 /// Functions of the big module.
 const MANY: usize = 300;
 /// For each apply and revert.
@@ -74,16 +77,82 @@ fn run() -> Result<()> {
     }
 }
 
-/// Whole processes of this vmpatch and of another one on one guest, turn by turn.
+/// A program that is compared, and what was measured of it.
+struct Compared<'p> {
+    name: &'static str,
+    program: &'p Path,
+    folders: &'p [Folder; 2],
+    pauses: Vec<u64>,
+    /// `apply` of one module.
+    cold: Vec<u64>,
+    /// The bare command, with one module and with several.
+    bare: [Vec<u64>; 2],
+    own_kib: u64,
+    mapped_kib: u64,
+}
+
+/// A patch directory, removed when dropped.
+struct Folder(PathBuf);
+
+impl Folder {
+    fn of(modules: &[String]) -> Result<Self> {
+        let path = std::env::temp_dir().join(format!("vmpatch-bench-{}-{}", std::process::id(), modules.len()));
+        fs::create_dir_all(&path)?;
+        for (number, module) in modules.iter().enumerate() {
+            fs::copy(module, path.join(format!("{number}.ko")))?;
+        }
+        Ok(Self(path))
+    }
+
+    fn path(&self) -> Result<&str> {
+        Ok(self.0.to_str().ok_or("the temporary folder's name is not UTF-8")?)
+    }
+}
+
+impl Drop for Folder {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.0);
+    }
+}
+
+impl Compared<'_> {
+    /// A whole `apply`, then the bare command with one module and with several; each is reverted again.
+    fn round(&mut self, module: &str) -> Result<()> {
+        let whole = self.run(&["apply", module])?;
+        self.cold.push(whole.us);
+        self.own_kib = self.own_kib.max(whole.own_kib);
+        self.mapped_kib = self.mapped_kib.max(whole.mapped_kib);
+        for (index, folder) in self.folders.iter().enumerate() {
+            let whole = self.run(&["--patches", folder.path()?])?;
+            self.bare[index].push(whole.us);
+        }
+        Ok(())
+    }
+
+    fn run(&mut self, args: &[&str]) -> Result<Whole> {
+        let (whole, pauses) = whole_process(self.program, args)?;
+        self.pauses.extend(pauses);
+        Ok(whole)
+    }
+
+    /// What a further module takes in a process that has found the kernel, by the medians.
+    fn warm(&self) -> u64 {
+        let [one, several] = [0, 1].map(|index| Figures::of(self.bare[index].clone()).p50);
+        several.saturating_sub(one) / (WARM_MODULES as u64 - 1)
+    }
+}
+
+/// This vmpatch and another one on one guest, turn by turn.
 fn compare(other: &Path, runs: usize) -> Result<()> {
     let kernel = Kernel::CLOUD_6_1;
-    let module = Modules::of(&kernel).cve(Cve::Y2026N52928);
-    let programs = [other, vmpatch::program()?];
+    let modules = Modules::of(&kernel);
+    let module = modules.cve(Cve::Y2026N52928);
+    let this = vmpatch::program()?;
     let guest = Guest::boot(kit::guest(kernel).name(NAME).memory_mib(MEMORY_MIB))?;
-    println!(
-        "{}, 2 vCPUs, shared RAM; `vmpatch apply`, whole process, {runs} runs each in turn",
-        guest.kernel_release()
-    );
+    let mut monitor = Monitor::second(&guest);
+    let several = modules.one_each(&never_called(&guest)?[..WARM_MODULES]);
+    let folders = [Folder::of(&several[..1])?, Folder::of(&several)?];
+    println!("{}, 2 vCPUs, shared RAM, {runs} rounds", guest.kernel_release());
     println!(
         "  time: µs, p50 / p99 / max; memory at the most: KiB, its own and guest RAM\n  other: {}",
         other.display()
@@ -93,38 +162,69 @@ fn compare(other: &Path, runs: usize) -> Result<()> {
         let wanted = tasks.to_string();
         let sleepers = guest.spawn(&["/opt/tasks", &wanted])?;
         sleepers.wait_for_stdout("sleeping", START_LIMIT)?;
-        let mut times = [const { Vec::new() }; 2];
-        let mut memory = [(0, 0); 2];
+        let mut bare = Vec::new();
+        let mut both = [("other", other), ("this", this)].map(|(name, program)| Compared {
+            name,
+            program,
+            folders: &folders,
+            pauses: Vec::new(),
+            cold: Vec::new(),
+            bare: Default::default(),
+            own_kib: 0,
+            mapped_kib: 0,
+        });
         for _ in 0..runs {
-            for ((program, times), memory) in programs.iter().zip(&mut times).zip(&mut memory) {
-                let whole = whole_process(program, &module)?;
-                times.push(whole.us);
-                *memory = (memory.0.max(whole.own_kib), memory.1.max(whole.mapped_kib));
+            bare.push(stop_and_cont(&mut monitor)?);
+            for compared in &mut both {
+                compared.round(&module)?;
             }
         }
-        let [other, this] = times.map(Figures::of);
-        let [(other_own, other_mapped), (this_own, this_mapped)] = memory;
-        let &mut (other_first, this_first) = firsts.get_or_insert((other.p50, this.p50));
         println!("\n{tasks} tasks");
-        let row = |name: &str, figures: Figures, first: u64, own: u64, mapped: u64| {
-            let growth = ratio(figures.p50, first);
-            println!(
-                "  {name:<8}{figures}   {growth:.2} × {} tasks; {own} and {mapped} KiB",
-                TASKS[0]
-            );
-        };
-        row("other", other, other_first, other_own, other_mapped);
-        row("this", this, this_first, this_own, this_mapped);
-        println!(
-            "  this / other: time {:.2} ×, own memory {:.2} ×, with guest RAM {:.2} ×",
-            ratio(this.p50, other.p50),
-            ratio(this_own, other_own),
-            ratio(this_own + this_mapped, other_own + other_mapped)
-        );
+        tell(&both, Figures::of(bare), &mut firsts);
         sleepers.kill()?;
         sleepers.wait(START_LIMIT)?;
     }
     Ok(())
+}
+
+/// Prints what was measured of both, and the ratios. `firsts` is the time of a whole `apply` of each with the fewest tasks.
+fn tell(both: &[Compared<'_>; 2], bare: Figures, firsts: &mut Option<[u64; 2]>) {
+    let cold = both.each_ref().map(|compared| Figures::of(compared.cold.clone()));
+    let pause = both.each_ref().map(|compared| Figures::of(compared.pauses.clone()));
+    let firsts = firsts.get_or_insert(cold.map(|figures| figures.p50));
+    println!("  {:<28}{bare}", "bare QMP stop + cont");
+    for (compared, pause) in both.iter().zip(pause) {
+        let beside = ratio(pause.p50, bare.p50);
+        println!(
+            "  {:<28}{pause}   {beside:.2} × bare",
+            format!("pause: {}", compared.name)
+        );
+    }
+    for ((compared, cold), first) in both.iter().zip(cold).zip(*firsts) {
+        let growth = ratio(cold.p50, first);
+        let (own, mapped) = (compared.own_kib, compared.mapped_kib);
+        println!(
+            "  {:<28}{cold}   {growth:.2} × {} tasks; {own} and {mapped} KiB",
+            format!("whole apply (cold): {}", compared.name),
+            TASKS[0]
+        );
+    }
+    for compared in both {
+        println!(
+            "  {:<28}{:>7}",
+            format!("a further module (warm): {}", compared.name),
+            compared.warm()
+        );
+    }
+    let [other, this] = both;
+    println!(
+        "  this / other: pause {:.2} ×, cold {:.2} ×, warm {:.2} ×, own memory {:.2} ×, with guest RAM {:.2} ×",
+        ratio(pause[1].p50, pause[0].p50),
+        ratio(cold[1].p50, cold[0].p50),
+        ratio(this.warm(), other.warm()),
+        ratio(this.own_kib, other.own_kib),
+        ratio(this.own_kib + this.mapped_kib, other.own_kib + other.mapped_kib)
+    );
 }
 
 fn measure(cycles: usize) -> Result<()> {
@@ -258,7 +358,7 @@ fn beside_one_function(guest: &Guest, monitor: &mut Monitor, kinds: &[(&str, Str
     Ok(())
 }
 
-/// How long a guest stands that is stopped and let go again at once.
+/// How long a guest is paused that is stopped and resumed at once.
 fn stop_and_cont(monitor: &mut Monitor) -> Result<u64> {
     let start = Instant::now();
     monitor.call("stop", json!({}))?;
@@ -270,7 +370,7 @@ fn stop_and_cont(monitor: &mut Monitor) -> Result<u64> {
 fn processes(program: &Path, module: &str) -> Result<()> {
     let (mut cold, mut own_kib, mut mapped_kib) = (Vec::new(), 0, 0);
     for _ in 0..PROCESSES {
-        let whole = whole_process(program, module)?;
+        let (whole, _) = whole_process(program, &["apply", module])?;
         cold.push(whole.us);
         own_kib = own_kib.max(whole.own_kib);
         mapped_kib = mapped_kib.max(whole.mapped_kib);
@@ -290,11 +390,12 @@ struct Whole {
     mapped_kib: u64,
 }
 
-/// Applies the module, and reverts it again.
-fn whole_process(program: &Path, module: &str) -> Result<Whole> {
+/// Runs vmpatch, and reverts what it has applied. Gives the lengths of the pauses of both, too.
+fn whole_process(program: &Path, args: &[&str]) -> Result<(Whole, Vec<u64>)> {
     let (mut own_kib, mut mapped_kib) = (0, 0);
     let start = Instant::now();
-    let mut child = command(program, &["apply", module]).spawn()?;
+    // The report is shorter than what a pipe holds.
+    let mut child = command(program, args).spawn()?;
     while child.try_wait()?.is_none() {
         let (own, mapped) = resident_kib(child.id());
         own_kib = own_kib.max(own);
@@ -302,23 +403,37 @@ fn whole_process(program: &Path, module: &str) -> Result<Whole> {
         std::thread::sleep(SAMPLE);
     }
     let us = micros(start.elapsed());
-    let reverted = command(program, &["revert", "--all"]).status()?;
-    if !child.wait()?.success() || !reverted.success() {
-        return Err(format!("{} failed", program.display()).into());
+    let applied = child.wait_with_output()?;
+    let reverted = command(program, &["revert", "--all"]).output()?;
+    if !applied.status.success() || !reverted.status.success() {
+        let said = String::from_utf8_lossy(&applied.stdout);
+        return Err(format!("{} {args:?} failed: {said}", program.display()).into());
     }
-    Ok(Whole {
+    let whole = Whole {
         us,
         own_kib,
         mapped_kib,
-    })
+    };
+    Ok((
+        whole,
+        [pauses_of(&applied.stdout)?, pauses_of(&reverted.stdout)?].concat(),
+    ))
+}
+
+/// The lengths of the pauses that a report in JSON tells of.
+fn pauses_of(report: &[u8]) -> Result<Vec<u64>> {
+    let report: Value = serde_json::from_slice(report)?;
+    let patches = report["patches"].as_array().ok_or("a report without patches")?;
+    let pause = |patch: &Value| patch["pause"]["pause_us_max"].as_u64();
+    Ok(patches.iter().filter_map(pause).collect())
 }
 
 fn command(program: &Path, args: &[&str]) -> Command {
     let mut command = Command::new(program);
     command
-        .args(["--domain", NAME])
+        .args(["--json", "--domain", NAME])
         .args(args)
-        .stdout(Stdio::null())
+        .stdout(Stdio::piped())
         .stderr(Stdio::null());
     command
 }
