@@ -46,7 +46,7 @@ fn a_write_that_fails_anywhere_leaves_the_guest_as_it_was() {
     }
 }
 
-/// vmpatch dies at a write, also in the middle of one; its supervisor takes back what was not complete.
+/// vmpatch dies at a write, also in the middle of one; its supervisor rolls back what was not complete.
 #[test]
 fn a_death_at_any_write_is_made_harmless_by_the_supervisor() {
     let (sound, kernel) = (Guest::new(), Guest::new().kernel());
@@ -117,7 +117,7 @@ fn a_revert_whose_vmpatch_and_supervisor_died_at_any_write_can_be_made_again() {
     }
 }
 
-/// Any writes fail, in applying as in taking back, some of them halfway; what is left to do is taken back later.
+/// Any writes fail, of the commit and of its rollback, some of them halfway; what is left is rolled back later.
 #[test]
 fn whatever_writes_fail_the_guest_is_as_before_once_it_is_taken_back() {
     let (sound, kernel) = (Guest::new(), Guest::new().kernel());
@@ -368,7 +368,7 @@ fn a_guest_that_changed_since_the_plan_is_left_alone() {
     assert!(guest.ram.differences() == before);
 }
 
-/// What the guest wrote where a change was still to be made is the guest's: undoing must not put back what was there
+/// What the guest wrote where a change was still to be made is the guest's: a rollback must not restore what was there
 /// when the plan was made.
 #[test]
 fn undoing_leaves_alone_what_the_guest_wrote_meanwhile() {

@@ -43,7 +43,7 @@ fn disagreement(guest: &Guest) -> &'static str {
     }
 }
 
-/// The guest's own page directory of the kernel window.
+/// The guest's own page directory of the top 2 GiB, where kernels are mapped.
 const DIRECTORY: u64 = DATA + 0x3000;
 
 /// A guest whose symbol `name` leads elsewhere.
@@ -253,7 +253,7 @@ fn a_page_table_shared_by_the_whole_window_does_not_make_a_larger_image() {
     assert_eq!(find(&guest).unwrap().image.len(), 12 << 20);
 }
 
-/// Every page of the window is mapped where the image's distance says, so that all of it is one image.
+/// Every page of the top 2 GiB is mapped where the image's distance says, so that all of it is one image.
 fn map_everything(guest: &Guest, bits: impl Fn(u64) -> u64) {
     let first = gpa(IMAGE).wrapping_sub(IMAGE - IMAGE_RANGE.start.0) & 0x000f_ffff_ffff_f000;
     for index in 0..512 {

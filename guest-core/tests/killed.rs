@@ -195,7 +195,7 @@ fn what_the_supervisor_leaves_is_wholly_old_or_new_once_the_next_vmpatch_has_rec
             }
             let is_apply = case.name.starts_with("apply");
             let is_applied = states == [State::Applied];
-            // A revert that is not complete may be taken back; a recovery ends without the patch.
+            // A revert that is not complete may be rolled back; a recovery ends without the patch.
             match complete {
                 true => assert_eq!(is_applied, is_apply, "{name}"),
                 false if case.name.starts_with("revert") => assert!(is_applied, "{name}"),

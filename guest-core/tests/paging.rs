@@ -7,7 +7,7 @@ use guest_core::paging::{AddressSpace, Translation};
 use guest_core::{Gpa, Gva, MemoryError, PhysMemory};
 use std::ops::Range;
 
-/// The kernel window's start; its entry is 511 in the top table and 510 in the one below.
+/// The start of the addresses where kernels are mapped; its entry is 511 in the top table and 510 in the one below.
 const IMAGE_RANGE_START: Gva = Gva(0xffff_ffff_8000_0000);
 const TOP: u64 = 0x1000;
 const UPPER: u64 = 0x2000;

@@ -348,7 +348,7 @@ fn a_piece_that_is_given_back_already_is_not_given_back_again() {
     let known = plan.record.registration.unwrap();
     let mark = physical(&guest, &kernel, known.module) + 752;
     assert_eq!(guest.ram.u64_at(mark) & 0xffff_ffff, 24);
-    // As where vmpatch was killed in the pause of a revert, when the piece was no longer the patch's.
+    // As where vmpatch was killed in the pause of a revert, when the memory was no longer the patch's.
     guest.ram.put(mark, &[0; 4]);
     take_out(&guest, &kernel, "fix");
     assert_eq!(

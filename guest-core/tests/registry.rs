@@ -1,4 +1,4 @@
-//! The registry in the guest: laid, found again, and not believed where the guest wrote it.
+//! The registry in the guest: written, found again, and refused where the guest has written into it.
 
 mod common;
 
@@ -204,7 +204,7 @@ fn a_registry_taken_away_leaves_the_guest_as_it_was() {
     assert!(guest.ram.differences().is_empty());
 }
 
-/// Laying and taking away stop at each change, as where vmpatch is killed; the next one finishes the work.
+/// Staging and removal stop at each change, as where vmpatch is killed; the next one finishes the work.
 #[test]
 fn a_registry_half_laid_or_half_taken_away_is_taken_away_by_the_next() {
     let (sound, kernel) = (Guest::new(), Guest::new().kernel());

@@ -29,7 +29,7 @@ const GUEST_MEMFD: u32 = 1 << 2;
 /// KVM's own: the slot is going to be deleted or moved (`KVM_MEMSLOT_INVALID`, include/linux/kvm_host.h).
 const INVALID: u32 = 1 << 16;
 
-/// A range of the guest's addresses that memory of the process stands behind.
+/// A range of guest addresses that is backed by memory of the process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Slot {
     /// First address, guest-physical.

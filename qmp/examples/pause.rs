@@ -14,7 +14,7 @@ const PAUSES: usize = 200;
 const UNUSED: [Gpa; 4] = [Gpa(0x7_0000), Gpa(0x7_0100), Gpa(0x7_0200), Gpa(0x7_0300)];
 const BYTES: [u8; 5] = [0; 5];
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
-/// Before each pause, so that the guest settles.
+/// Before each pause, so that the guest does its usual work again.
 const REST: Duration = Duration::from_millis(10);
 
 fn main() -> Result<(), Failure> {

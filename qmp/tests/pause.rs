@@ -276,7 +276,7 @@ fn a_qemu_that_goes_silent_in_the_pause_runs_its_guest_when_it_is_back() {
     assert_eq!(machine.run_state().unwrap(), RunState::Running);
 }
 
-/// QEMU is silent while the first packets are with it, and back when the bytes are to be put back.
+/// QEMU is silent while the first packets are with it, and answers again when the bytes are to be restored.
 #[test]
 fn after_a_write_that_failed_nothing_is_on_its_way_and_the_guest_still_stopped() {
     let qemu = Qemu::start(&["-M", "q35"]);

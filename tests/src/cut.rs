@@ -31,7 +31,7 @@ const BETWEEN_OWN: &[u8] = b"part";
 const NONE: u64 = u64::MAX;
 /// Standard error: descriptors above it are sockets and files of the program's own.
 const STDERR: u64 = 2;
-/// What stands for the result before a system call has one: -ENOSYS.
+/// The result register before a system call has returned: -ENOSYS.
 const NO_RESULT: u64 = (-38_i64).cast_unsigned();
 
 /// A system call of the program's first thread.
@@ -41,7 +41,7 @@ pub enum Call {
     Tell(u8),
     /// It tells its supervisor what it is about to change.
     Watch,
-    /// It tells its supervisor that nothing is to be taken back any more.
+    /// It tells its supervisor that nothing is left to roll back.
     Release,
     /// It connects to QEMU's GDB stub, which pauses the guest.
     Pause,

@@ -295,7 +295,7 @@ fn send(socket: &UdpSocket, end: &AtomicBool) -> u64 {
     let (start, mut sent) = (Instant::now(), 0_u64);
     let mut next = BEAT;
     while !end.load(Ordering::Relaxed) {
-        // A guest that stands is no failure of the sender.
+        // A paused guest is no failure of the sender.
         sent += u64::from(socket.send(&sent.to_be_bytes()).is_ok());
         thread::sleep(next.saturating_sub(start.elapsed()));
         next += BEAT;

@@ -45,7 +45,7 @@ impl Keeper {
     pub fn of(guest: &Guest) -> Self {
         use std::os::unix::process::CommandExt;
         let mut shell = Command::new("sh");
-        // The name stands in no command line but QEMU's, and Ctrl-C ends the test alone.
+        // The name is in no command line but QEMU's, and Ctrl-C ends the test alone.
         shell.args(["-c", KEEPER]).env("NAME", guest.name()).process_group(0);
         Self(shell.stdin(Stdio::piped()).spawn().expect("there is a shell"))
     }

@@ -12,7 +12,7 @@ use crate::monitor::Monitor;
 use crate::report::address;
 
 const PAGE: u64 = 4096;
-/// Where the kernel window begins: image, modules, fixmap (Documentation/arch/x86/x86_64/mm.rst).
+/// Where the kernel's own addresses begin: image, modules, fixmap (Documentation/arch/x86/x86_64/mm.rst).
 const KERNEL_WINDOW: u64 = 0xffff_ffff_8000_0000;
 /// Bits of a page-table entry that the processor sets by itself: accessed, dirty.
 const SET_BY_CPU: u64 = 0x60;
@@ -123,13 +123,13 @@ impl KernelPlace {
             .collect()
     }
 
-    /// The page tables of the kernel window: each page's address, and its entries without what the processor sets.
+    /// The page tables of the kernel's own addresses: each page's address, and its entries without what the processor sets.
     pub fn page_tables(&self, ram: &Ram) -> BTreeMap<u64, Vec<u64>> {
         let mut tables = BTreeMap::new();
         let mut level = self.levels;
         let mut pages = vec![self.root];
         while level > 0 {
-            // Above the level whose entries map a gigabyte each, only the last entry leads to the kernel window.
+            // Above the level whose entries map a gigabyte each, only the last entry leads to them.
             let (first, keep) = match level {
                 4.. => (511, false),
                 3 => (entry_index(KERNEL_WINDOW, 3), true),

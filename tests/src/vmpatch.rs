@@ -258,7 +258,7 @@ impl Vmpatch {
         line(&self.words(args))
     }
 
-    /// What stands behind the program's name.
+    /// What comes behind the program's name.
     fn words<'a>(&'a self, args: &[&'a str]) -> Vec<&'a str> {
         let target = self.target.iter().map(String::as_str);
         target.chain(args.iter().copied()).collect()

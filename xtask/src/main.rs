@@ -41,7 +41,7 @@ fn is_e2e_module(name: &str) -> bool {
     name != "main" && folder.join(format!("{name}.rs")).is_file()
 }
 
-/// The commands that one of ours stands for: all of them must succeed.
+/// The cargo commands of one of ours: all of them must succeed.
 fn commands(name: &str, arguments: &[String]) -> Option<Vec<Vec<String>>> {
     let words = |line: &str| line.split_whitespace().map(str::to_owned).collect::<Vec<_>>();
     let packages = |names: &[&str]| {

@@ -31,13 +31,25 @@ const EXAMPLES: [&str; 12] = [
     "x.patch",
 ];
 
+/// What prose begins with in the lines of a file: nothing in a document, in code the mark of a comment. `None` for a file without prose.
+fn comment_mark(path: &str) -> Option<&'static str> {
+    match path.rsplit('.').next() {
+        Some("md") => Some(""),
+        Some("rs" | "c" | "h") => Some("//"),
+        Some("sh" | "toml") => Some("#"),
+        _ => None,
+    }
+}
+
+/// True for a file that has prose.
+pub fn is_prose(path: &str) -> bool {
+    comment_mark(path).is_some()
+}
+
 /// The parts of a file that are prose: a document as a whole, of code its comments.
 pub fn prose(path: &str, text: &str) -> Vec<(usize, String)> {
-    let comment = match path.rsplit('.').next() {
-        Some("md") => "",
-        Some("rs" | "c" | "h") => "//",
-        Some("sh" | "toml") => "#",
-        _ => return Vec::new(),
+    let Some(comment) = comment_mark(path) else {
+        return Vec::new();
     };
     let lines = text.lines().enumerate().map(|(at, line)| (at + 1, line));
     lines

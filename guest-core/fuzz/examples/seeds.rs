@@ -52,7 +52,7 @@ fn keep(target: &str, name: &str, data: &[u8]) {
     fs::write(folder.join(name), data).expect("an input written");
 }
 
-/// Tables at 0, 0x1000 and 0x2000 that map 16 MiB of the kernel window, the interrupt table at 0x3000; and tables that
+/// Tables at 0, 0x1000 and 0x2000 that map 16 MiB of the kernel's part of the address space, the interrupt table at 0x3000; and tables that
 /// name themselves.
 fn page_tables() {
     let window = 0xffff_ffff_8000_0000_u64;

@@ -16,7 +16,7 @@ thread_local! {
     });
 }
 
-/// Parses, lays out and links against a sound guest; then plans to apply it there.
+/// Parses, places and links against a sound guest; then plans to apply it there.
 pub fn run(data: &[u8]) {
     super::with_sound(|guest, kernel| {
         let live = kernel.live(&guest.ram);

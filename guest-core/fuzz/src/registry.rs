@@ -7,7 +7,7 @@ use guest_core::registry::{Registry, cave};
 
 /// Where the slots start in the registry's page, and their bytes.
 const SLOTS: (u64, usize) = (64, 32);
-/// The pool's first page behind the registry and the page table.
+/// The arena's first page, behind the registry and the page table.
 const RECORDS: u64 = CAVE + 2 * 4096;
 
 thread_local! {
@@ -23,7 +23,7 @@ thread_local! {
     });
 }
 
-/// The input is a number of slots, the slots, and what lies behind them in the pool.
+/// The input is a number of slots, the slots, and what is behind them in the arena.
 pub fn run(data: &[u8]) {
     let Some((slots, rest)) = data.split_first() else {
         return;

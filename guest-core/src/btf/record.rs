@@ -21,7 +21,7 @@ pub(super) enum Kind {
     Union,
     Enum,
     Enum64,
-    /// Typedef, const, volatile, restrict, type tag: stands for the type it refers to.
+    /// Typedef, const, volatile, restrict, type tag: an alias of the type it refers to.
     Alias {
         typedef: bool,
     },

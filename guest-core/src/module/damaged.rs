@@ -394,7 +394,6 @@ fn damaged_relocations_are_refused() {
 
 #[test]
 fn damaged_sections_and_symbols_are_refused() {
-    // The first symbol that the code refers to stands for code that it calls.
     let symbol_in = |index: u16| altered(|elf| elf.symbol_in("__fentry__", index));
     check(&[
         (

@@ -1,4 +1,4 @@
-//! A whole guest: an image of 12 MiB in a kernel window, tables, two CPUs, and RAM behind it.
+//! A whole guest: an image of 12 MiB where kernels are mapped, tables, two CPUs, and RAM behind it.
 //!
 //! | from the image's start | what |
 //! |---|---|

@@ -13,11 +13,11 @@ type Pages = Vec<(u64, Vec<u8>)>;
 pub struct Vm<'a> {
     pub ram: &'a Ram,
     pub vcpus: Vec<Registers>,
-    /// What a supervisor would have to take back.
+    /// What a supervisor would have to roll back.
     pub journal: Option<Journal>,
     /// How often it was stopped.
     pub pauses: u32,
-    /// The supervisor dies with the commit: it can't be told that nothing is left to take back.
+    /// The supervisor dies with the commit: it can't be told that nothing is left to roll back.
     pub supervisor_dies: bool,
     /// The first write fails, and what it was to write comes later: when the writes are drained, or the guest runs.
     pub is_late: bool,
@@ -89,7 +89,7 @@ pub struct Stopped<'a> {
 }
 
 impl<'a> Stopped<'a> {
-    /// A guest that stands already.
+    /// A guest that is paused already.
     pub fn new(guest: &'a Guest) -> Self {
         Self {
             ram: &guest.ram,

@@ -117,7 +117,7 @@ const REPLACE_AT: usize = 24;
 /// Tables of [`livepatch_with_sections`].
 const SITES: &str = "__mcount_loc";
 const PERCPU: &str = ".data..percpu";
-/// `incq %gs:0`, and where its address stands.
+/// `incq %gs:0`, and the offset of its address.
 const COUNT: [u8; 9] = [0x65, 0x48, 0xff, 0x04, 0x25, 0, 0, 0, 0];
 const COUNTED: u64 = 4 + 5 + 5;
 

@@ -17,9 +17,9 @@ enum Type {
     Bytes(u32),
     /// So many bits.
     Bits(u32),
-    /// A pointer to a struct that stands before.
+    /// A pointer to a struct of an earlier row.
     Pointer(&'static str),
-    /// A struct that stands before.
+    /// A struct of an earlier row.
     Struct(&'static str),
     /// An array of one.
     Structs(&'static str, u32),

@@ -11,7 +11,7 @@ use qmp::cpu::info_registers as cpu;
 use qmp::fuzzed;
 use qmp::memory::{devices, gpa2hva, mtree, ramblock as blocks};
 
-/// What stands between the parts of an input that has several.
+/// The separator of the parts of an input that has several.
 const BETWEEN_PARTS: &str = "\u{1}";
 
 /// `x-query-ramblock`, and `gpa2hva`.

@@ -1,5 +1,5 @@
-//! The benchmark of `vmpatch upgrade`: how long a guest stands while it moves into another QEMU, and how long the move takes. Every
-//! figure stands beside that of the same migration by bare QMP, taken in the same run, turn by turn.
+//! The benchmark of `vmpatch upgrade`: how long a guest is paused while it moves into another QEMU, and how long the move takes. Every
+//! figure is beside that of the same migration by bare QMP, taken in the same run, turn by turn.
 //!
 //! Beside what the two QEMUs say of it (STOP to RESUME), a datagram every millisecond to the guest and back shows what somebody at the
 //! other end of a network sees.

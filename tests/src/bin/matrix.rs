@@ -20,7 +20,7 @@ use e2e::vmpatch::Vmpatch;
 use images::guest::{Guest, Ram};
 use images::kernel::Kernel;
 
-/// What the table stands between.
+/// The lines around the table.
 const MARKS: [&str; 2] = [
     "<!-- matrix: written by tests/src/bin/matrix.rs -->",
     "<!-- end of matrix -->",

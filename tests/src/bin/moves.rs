@@ -148,7 +148,7 @@ struct Trip {
     kills: usize,
     /// How long the last whole move took.
     within_ms: u64,
-    /// The guest's clock less the host's, as it should be: it stands while the guest is paused.
+    /// The guest's clock less the host's, as it should be: it does not advance while the guest is paused.
     clock: f64,
 }
 

@@ -19,9 +19,9 @@ pub enum Backing {
     Shared,
 }
 
-/// Where the first piece ends: within what the kernel is unpacked to.
+/// Where the first region ends: within what the kernel is unpacked to.
 const FIRST_END: u64 = 24 << 20;
-/// Where the last piece begins.
+/// Where the last region begins.
 const HIGH: u64 = 4 << 30;
 
 /// The pieces for so many bytes: first address and length.
@@ -30,7 +30,7 @@ fn pieces(len: u64) -> [(u64, u64); 3] {
     [(0, FIRST_END), (FIRST_END, low - FIRST_END), (HIGH, len - low)]
 }
 
-/// Maps RAM of so many bytes, a multiple of 32 MiB, each piece by itself.
+/// Maps RAM of so many bytes, a multiple of 32 MiB, each region by itself.
 pub(super) fn map(len: u64, backing: Backing) -> Result<GuestMemoryMmap> {
     let pieces = pieces(len);
     let file = match backing {
@@ -56,7 +56,7 @@ pub(super) fn map(len: u64, backing: Backing) -> Result<GuestMemoryMmap> {
     Ok(GuestMemoryMmap::from_regions(regions)?)
 }
 
-/// Gives it to the VM, a slot for each piece.
+/// Gives it to the VM, a slot for each region.
 pub(super) fn give(vm: &VmFd, ram: &GuestMemoryMmap) -> Result<()> {
     for (slot, region) in (0..).zip(ram.iter()) {
         let region = kvm_userspace_memory_region {

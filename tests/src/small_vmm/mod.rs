@@ -1,7 +1,7 @@
 //! A small VMM for tests: a program that runs a Linux guest under KVM and is not QEMU. It has a serial console that only speaks, no monitor,
 //! and no disk.
 //!
-//! It maps the guest's RAM piece by piece, lowest first, so that the host's kernel puts each below the one before and shows all of them as
+//! It maps the guest's RAM region by region, lowest first, so that the host's kernel puts each below the one before and shows all of them as
 //! one mapping, in which the guest's addresses stand in the wrong order.
 
 mod boot;

@@ -9,11 +9,11 @@ use super::{Result, Scene, Storm, Work};
 use crate::kit;
 use crate::monitor::Monitor;
 
-/// Bytes of a piece that is plugged in: x86 plugs no less than a section.
+/// Bytes of a DIMM that is plugged in: x86 plugs no less than a section.
 const PIECE_BYTES: u64 = 128 << 20;
 /// How long a guest may take to let memory go.
 const UNPLUG_LIMIT: Duration = Duration::from_secs(60);
-/// How long a piece stays: so that the guest uses it for a while.
+/// How long a DIMM stays: so that the guest uses it for a while.
 const STAY: Duration = Duration::from_millis(500);
 
 /// The guest runs out of it.

@@ -16,7 +16,7 @@ use images::kernel::Kernel;
 use serde_json::Value;
 
 static MODULES: LazyLock<Modules> = LazyLock::new(|| Modules::of(&Kernel::CLOUD_6_1));
-/// Longer than the module's delay of 20 s, in a guest whose clock stands while it is paused, on a busy host.
+/// Longer than the module's delay of 20 s, in a guest whose clock stops while it is paused, on a busy host.
 const FIRED_MAX: Duration = Duration::from_secs(120);
 
 fn guest() -> Lent {

@@ -29,7 +29,7 @@ fn guest() -> Lent {
     bed::lend(kit::guest(Kernel::CLOUD_6_1))
 }
 
-/// Has `apply` refused each file, with its exit code and words, by a guest that stands still: all of its memory is as it was.
+/// Has `apply` refused each file, with its exit code and words, by a paused guest: all of its memory is as it was.
 fn are_refused(files: &[(String, i32, &str)]) {
     let guest = guest();
     let vmpatch = Vmpatch::on(&guest);

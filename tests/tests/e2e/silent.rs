@@ -21,7 +21,7 @@ static MODULE: LazyLock<String> = LazyLock::new(|| Modules::of(&Kernel::CLOUD_6_
 const PROGRAM: &str = "pair";
 /// Longer than vmpatch waits for the answers to its writes, 10 s; it then tries to connect anew, three times for 10 s.
 const BACK_FOR_TAKING_BACK: Duration = Duration::from_secs(12);
-/// So long that the writes can't be taken back in the pause.
+/// So long that the writes can't be rolled back in the pause.
 const BACK_LATER: Duration = Duration::from_secs(44);
 
 /// Runs vmpatch with a QEMU that is silent for that long from when it is to write code.

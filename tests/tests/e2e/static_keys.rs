@@ -59,7 +59,7 @@ fn two_patches_on_one_key_are_taken_out_in_any_order() {
     vmpatch.run(&["apply", &first, &second]).expect(0);
     flip(&guest, "1");
     says(&guest, "on", "off", "on");
-    // The node for the kernel's own branches came with the first patch, and the second stands in front of it.
+    // The node for the kernel's own branches came with the first patch, and the second is in front of it.
     let refused = vmpatch.run(&["revert", "test_static_key"]).expect(3);
     assert!(refused.complaint().contains("sched_schedstats"), "{refused}");
     vmpatch.run(&["revert", "test_static_key_too"]).expect(0);

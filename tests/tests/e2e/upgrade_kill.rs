@@ -202,7 +202,7 @@ fn a_guest_that_was_paused_stays_so_and_one_whose_disk_is_taken_waits_for_it() {
     let old = stage.guest.pid();
     let lock = hold_disk(&stage.outfit.disk());
     let child = stage.start(&["--method", "precopy"]);
-    // The old process has let the disk go, the new one could not have it, and was ended: the guest stands.
+    // The old process has let the disk go, the new one could not have it, and was ended: the guest is paused.
     let mut monitor = Monitor::second(&stage.guest);
     wait_for(|| (monitor.run_state() == "postmigrate").then_some(()));
     wait_for(|| (processes_of(stage.guest.name()) == [old]).then_some(()));

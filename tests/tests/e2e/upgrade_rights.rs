@@ -14,7 +14,7 @@ use nix::unistd::{Gid, Uid, chown};
 
 /// A user that nobody is.
 const USER: u32 = 4711;
-/// What stands in a file of root's.
+/// The text of a file of root's.
 const KEPT: &str = "root's own";
 
 /// A folder of that user's; removed when it is dropped.
