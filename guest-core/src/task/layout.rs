@@ -1,6 +1,6 @@
 //! Offsets of what is needed of a task, from the kernel's own type information.
 
-use crate::btf::BtfError;
+use crate::btf::{BtfError, Member};
 use crate::unwind::{KernelView, SetupError};
 
 /// Sizes of stacks that are accepted, in bytes. The largest is that with KASAN.
@@ -22,6 +22,8 @@ pub(super) struct TaskLayout {
     /// `__state`, or `state` up to 5.13; its low half is enough.
     pub state: u64,
     pub on_cpu: u64,
+    /// The bits that belong to `on_cpu` of the four bytes there: it is an int up to 6.18, and a byte among others in 7.2 and 7.3.
+    pub on_cpu_mask: u32,
     /// `nvcsw`; `nivcsw` is the word behind it.
     pub switches: u64,
     pub stack: u64,
@@ -62,6 +64,7 @@ impl TaskLayout {
             start_time: at("start_time")?,
             state: at("__state").or_else(|_| at("state"))?,
             on_cpu: at("on_cpu")?,
+            on_cpu_mask: mask_of("on_cpu", &task.member("on_cpu")?)?,
             switches,
             stack: at("stack")?,
             sp: at("thread.sp")?,
@@ -71,6 +74,18 @@ impl TaskLayout {
             stack_bytes: stack_bytes(view)?,
             rcu_nesting: task.try_member("rcu_read_lock_nesting").map(|member| member.offset()),
         })
+    }
+}
+
+/// The bits of a member among the four bytes from its first one on.
+fn mask_of(name: &str, member: &Member) -> Result<u32, SetupError> {
+    match (member.bit_field, member.size) {
+        (None, size @ 1..=4) => Ok(u32::MAX >> (32 - 8 * size)),
+        _ => Err(SetupError::NotUnderstood {
+            what: "struct task_struct",
+            found: format!("{name} of {} bytes, {:?} bits", member.size, member.bit_field),
+            expected: "1 to 4 bytes".to_owned(),
+        }),
     }
 }
 
@@ -92,4 +107,25 @@ fn stack_bytes(view: &dyn KernelView) -> Result<u64, SetupError> {
 /// Size of a CPU's interrupt stack, in bytes.
 pub(super) fn irq_stack_bytes(view: &dyn KernelView) -> Result<u64, BtfError> {
     Ok(view.btf().structure("irq_stack")?.size())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::btf::TypeId;
+
+    #[test]
+    fn a_member_has_the_bits_of_its_own_width_and_not_those_behind() {
+        let member = |size, bit_field| Member {
+            bit_offset: 52 * 8,
+            bit_field,
+            type_id: TypeId(1),
+            size,
+            elements: None,
+        };
+        let mask = |size| mask_of("on_cpu", &member(size, None)).ok();
+        assert_eq!([1, 2, 4].map(mask), [Some(0xff), Some(0xffff), Some(u32::MAX)]);
+        assert_eq!([0, 8].map(mask), [None; 2]);
+        assert!(mask_of("on_cpu", &member(4, Some(1))).is_err());
+    }
 }

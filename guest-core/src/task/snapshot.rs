@@ -228,7 +228,11 @@ impl Snapshot<'_> {
         task.state = State::Running;
         let Some(before) = switches(view, task) else { return };
         task.switches = before;
-        let on_cpu = || view.read_u32(task.at.wrapping_add(self.finder.layout.on_cpu));
+        let layout = &self.finder.layout;
+        let on_cpu = || {
+            let word = view.read_u32(task.at.wrapping_add(layout.on_cpu));
+            word.map(|word| word & layout.on_cpu_mask)
+        };
         if on_cpu() != Ok(0) {
             return;
         }
