@@ -28,6 +28,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let options = PatchOptions {
         model: Model::CleanCut,
         timeout: Duration::from_secs(1),
+        grace: Duration::ZERO,
     };
     match guest.apply(PatchFile { name, bytes }, &options) {
         Ok(applied) => println!("applied {} at attempt {}", applied.record.id, applied.committed.tries),

@@ -63,6 +63,9 @@ pub struct Change {
     /// True if no CPU executes the bytes.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     data: bool,
+    /// Bytes that this vmpatch may have written there in place of the new ones, or none: a jump that leads to the same code by another way.
+    #[serde(with = "hex", default, skip_serializing_if = "Vec::is_empty")]
+    via: Vec<u8>,
 }
 
 impl Change {
@@ -78,6 +81,7 @@ impl Change {
             new,
             mask: Vec::new(),
             data: false,
+            via: Vec::new(),
         }
     }
 
@@ -95,6 +99,7 @@ impl Change {
             new: vec![mask],
             mask: vec![mask],
             data: false,
+            via: Vec::new(),
         }
     }
 
@@ -102,6 +107,40 @@ impl Change {
     #[must_use]
     pub fn of_data(self) -> Self {
         Self { data: true, ..self }
+    }
+
+    /// The same change, where `via` may also be in place of the new bytes: restoring the old ones replaces that, too.
+    pub(crate) fn or_via(self, via: Vec<u8>) -> Self {
+        Self { via, ..self }
+    }
+
+    /// The same change, where nothing else may be in place of the new bytes.
+    pub(crate) fn without_via(&self) -> Self {
+        self.clone().or_via(Vec::new())
+    }
+
+    /// The change of the old bytes to those that may be in place of the new ones; `None` where there are none.
+    pub(crate) fn by_way(&self) -> Option<Self> {
+        (!self.via.is_empty()).then(|| Self {
+            new: self.via.clone(),
+            via: self.new.clone(),
+            ..self.clone()
+        })
+    }
+
+    /// The change of what is there now, old, new or in between, to the new bytes; `None` where they are there. For planners.
+    pub(crate) fn completion(&self, live: &Live<'_>) -> Result<Option<Self>, ChangeError> {
+        let now = self.read_for_plan(live)?;
+        if !self.is_ours_in(&now) {
+            self.require(&now, &self.new)?;
+        }
+        let new = self.merged(&now);
+        Ok((now != new).then(|| Self {
+            old: now,
+            new,
+            mask: Vec::new(),
+            ..self.clone()
+        }))
     }
 
     /// True if no CPU executes the bytes.
@@ -185,7 +224,8 @@ impl Change {
 
     /// True if its lengths agree. A change from a record in the guest may be malformed.
     pub fn is_sound(&self) -> bool {
-        self.old.len() == self.new.len() && (self.mask.is_empty() || self.mask.len() == self.old.len())
+        let is_all_or_none = |part: &[u8]| part.is_empty() || part.len() == self.old.len();
+        self.old.len() == self.new.len() && is_all_or_none(&self.mask) && is_all_or_none(&self.via)
     }
 
     /// Requires the old bytes, and gives the bytes to write.
@@ -272,7 +312,10 @@ impl Change {
     fn is_ours_in(&self, now: &[u8]) -> bool {
         let is = |at: usize, now: u8, one: u8| (now ^ one) & self.mask_at(at) == 0;
         let mut bytes = now.iter().zip(&self.old).zip(&self.new).enumerate();
-        bytes.all(|(at, ((&now, &old), &new))| is(at, now, old) || is(at, now, new))
+        bytes.all(|(at, ((&now, &old), &new))| {
+            let via = self.via.get(at);
+            is(at, now, old) || is(at, now, new) || via.is_some_and(|&via| is(at, now, via))
+        })
     }
 
     /// The same as [`Change::restored`] for memory that holds `now`.

@@ -71,6 +71,7 @@ pub mod reads;
 pub mod redirect;
 pub mod registry;
 pub mod task;
+mod trampoline;
 pub mod transaction;
 pub mod unwind;
 pub mod vcpu;

@@ -22,6 +22,7 @@ use std::time::Duration;
 const OPTIONS: PatchOptions = PatchOptions {
     model: Model::CleanCut,
     timeout: Duration::ZERO,
+    grace: Duration::ZERO,
 };
 
 /// What is done to a guest.
@@ -397,7 +398,7 @@ fn after_a_failure_at_any_step_the_guest_is_wholly_old_or_wholly_new() {
                 let told = match state {
                     GuestState::AsBefore => Some(false),
                     GuestState::InForce => Some(true),
-                    GuestState::HalfPatched => None,
+                    GuestState::HalfPatched | GuestState::InTransition => None,
                     GuestState::Paused { change } => match change {
                         Effect::AsBefore => Some(false),
                         Effect::InForce => Some(true),

@@ -4,7 +4,8 @@ mod common;
 
 use common::guest::{FUNCTIONS, Guest, RODATA, heap};
 use common::module::{
-    Function, livepatch, livepatch_against, livepatch_for, livepatch_made_for, livepatch_of_format, livepatch_with_type,
+    Function, livepatch, livepatch_against, livepatch_for, livepatch_made_for, livepatch_of_format,
+    livepatch_with_orc_entries, livepatch_with_type,
 };
 use common::patch::{commit_plan, patched, plan, plan_for, recover, refusal, registry, target, two};
 use guest_core::module::note::{Note, OldCode};
@@ -120,6 +121,18 @@ fn the_n_th_of_several_functions_of_one_name_is_patched() {
     };
     let plan = plan(&guest, &kernel, &livepatch("fix", &[second])).unwrap();
     assert_eq!(plan.record.functions[0].old, FUNCTIONS + 64 * 5);
+}
+
+/// The guest's unwinder would read across the entries.
+#[test]
+fn a_module_with_longer_orc_entries_is_refused() {
+    let guest = Guest::new();
+    let file = livepatch_with_orc_entries("fix", 9, &[Function::returning_one("victim")]);
+    let refused = plan(&guest, &guest.kernel(), &file).unwrap_err();
+    assert!(
+        matches!(refused, Refusal::OrcEntry { module: 9, guest: 6 }),
+        "{refused}"
+    );
 }
 
 #[test]
@@ -353,6 +366,7 @@ fn a_patch_whose_record_is_too_long_for_a_gap_is_laid_as_a_whole_elsewhere() {
         let options = ApplyOptions {
             model: "m".repeat(chars),
             now: 7,
+            in_transition: false,
         };
         let file = livepatch(id, &[Function::returning_one("victim")]);
         let live = kernel.live(&guest.ram);

@@ -19,6 +19,7 @@ use std::time::Duration;
 const OPTIONS: PatchOptions = PatchOptions {
     model: Model::CleanCut,
     timeout: Duration::ZERO,
+    grace: Duration::ZERO,
 };
 /// `module.refcnt` in a guest made by hand.
 const REFERENCES: u64 = 736;

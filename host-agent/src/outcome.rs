@@ -12,6 +12,8 @@ pub enum GuestState {
     InForce,
     /// Of several changes those that were done before the failure are in force, and no other.
     PartlyDone,
+    /// A patch is in transition: some tasks run the old code, all others the new, and none a part of each.
+    InTransition,
     /// Some of a change may be in force.
     HalfPatched,
     /// vmpatch paused it, and it is not known to run again.
@@ -39,6 +41,7 @@ impl From<guest::GuestState> for GuestState {
         match state {
             guest::GuestState::AsBefore => Self::AsBefore,
             guest::GuestState::InForce => Self::InForce,
+            guest::GuestState::InTransition => Self::InTransition,
             guest::GuestState::HalfPatched => Self::HalfPatched,
             guest::GuestState::Paused { change } => Self::Paused { change },
         }

@@ -70,5 +70,6 @@ pub fn options(timeout: Duration) -> PatchOptions {
     PatchOptions {
         model: Model::CleanCut,
         timeout,
+        grace: Duration::ZERO,
     }
 }

@@ -45,6 +45,7 @@ pub fn look(guest: &Guest, kernel: &Kernel) {
         let options = ApplyOptions {
             model: "none".to_owned(),
             now: 0,
+            in_transition: false,
         };
         let _ = apply(&live, &registry, &file, &options);
         let _ = cleanup(&live, &registry);

@@ -44,6 +44,7 @@ pub fn run(data: &[u8]) {
         let options = ApplyOptions {
             model: "none".to_owned(),
             now: 0,
+            in_transition: false,
         };
         REGISTRY.with(|registry| {
             let _ = apply(&live, registry, data, &options);

@@ -5,6 +5,7 @@
 
 mod describe;
 mod effect;
+mod marks;
 mod pacing;
 mod preview;
 mod roll_back;
@@ -14,6 +15,7 @@ pub use effect::Effect;
 pub use roll_back::roll_back;
 
 use self::describe::describe;
+use self::marks::{Decision, Marking};
 use self::pacing::{Pacing, Seen};
 use self::preview::preview;
 use self::roll_back::is_complete;
@@ -23,10 +25,11 @@ use crate::kernel::locks::{Held, Locks};
 use crate::kernel::{KernelError, Live};
 use crate::machine::{Journal, Machine, MachineError, PauseTimes, Paused};
 use crate::memory::PhysMemory;
-use crate::plan::Plan;
+use crate::plan::{Marks, Plan};
 use crate::task::{Quiescence, Snapshot, Verdict};
 use crate::text::chain;
 use crate::unwind::{OldCode, SetupError};
+use crate::vcpu::Registers;
 use std::time::{Duration, Instant};
 
 /// The consistency model: what must hold when the atomic changes are made.
@@ -36,6 +39,9 @@ pub enum Model {
     None,
     /// All tasks are clear of all old functions at one instant (as in kpatch).
     CleanCut,
+    /// As [`Model::CleanCut`], if that is so soon. Else each task is moved over by itself (as in upstream livepatch): those inside an old function run
+    /// the old code until they have left it, all others the new.
+    Hybrid,
 }
 
 impl Model {
@@ -44,6 +50,7 @@ impl Model {
         match self {
             Self::None => "none",
             Self::CleanCut => "clean-cut",
+            Self::Hybrid => "hybrid",
         }
     }
 }
@@ -153,9 +160,10 @@ pub fn commit(
 ) -> Result<Committed, CommitError> {
     let locks = locks(live, plan)?;
     let finder = match options.model {
-        Model::CleanCut => Some(Quiescence::find(live)?),
+        Model::CleanCut | Model::Hybrid => Some(Quiescence::find(live)?),
         Model::None => None,
     };
+    let mut marks = Marking::of(live, &plan.marks)?;
     let mut stacks = match &finder {
         Some(finder) => {
             let old = OldCode::new(plan.must_be_quiescent.clone()).with_data(&plan.unreferenced);
@@ -163,10 +171,17 @@ pub fn commit(
         }
         None => None,
     };
-    let journal = journal_with(live, plan, &locks)?;
-    machine.guard(Some(&journal))?;
+    machine.guard(Some(&journal_with(live, plan, &locks, marks.as_ref())?))?;
     let result = stage(live, &plan.staged).and_then(|()| {
-        try_until(live, machine, plan, options, &locks, &mut stacks).or_else(|error| {
+        let attempts = Attempts {
+            live,
+            plan,
+            options,
+            locks: &locks,
+            stacks: &mut stacks,
+            marks: marks.as_mut(),
+        };
+        attempts.until_safe(machine).or_else(|error| {
             // Staged changes stay where old functions may lead to the new code, and where the supervisor rolls the commit back.
             let is_left = matches!(error, CommitError::HalfDone { .. } | CommitError::NotResumed { .. });
             match is_left || is_complete(live.memory, &plan.atomic) {
@@ -188,16 +203,18 @@ pub fn commit(
 /// # Errors
 ///
 /// The guest's locks cannot be found.
-pub fn journal(live: &Live<'_>, plan: &Plan) -> Result<Journal, KernelError> {
-    journal_with(live, plan, &locks(live, plan)?)
+pub fn journal(live: &Live<'_>, plan: &Plan) -> Result<Journal, CommitError> {
+    let marks = Marking::of(live, &plan.marks)?;
+    Ok(journal_with(live, plan, &locks(live, plan)?, marks.as_ref())?)
 }
 
-fn journal_with(live: &Live<'_>, plan: &Plan, locks: &Locks) -> Result<Journal, KernelError> {
+fn journal_with(live: &Live<'_>, plan: &Plan, locks: &Locks, marks: Option<&Marking>) -> Result<Journal, KernelError> {
     Ok(Journal {
         staged: plan.staged.clone(),
         atomic: plan.atomic.clone(),
         sites: plan.sites.clone(),
         locks: locks.words(live)?,
+        marks: marks.map(Marking::journal).unwrap_or_default(),
     })
 }
 
@@ -237,106 +254,20 @@ fn roll_back_after<T>(memory: &dyn PhysMemory, changes: &[Change], first: Commit
     Err(first)
 }
 
-/// Repeats attempts until one is safe, or the time is over.
-fn try_until(
-    live: &Live<'_>,
-    machine: &mut dyn Machine,
-    plan: &Plan,
-    options: &CommitOptions,
-    locks: &Locks,
-    stacks: &mut Option<Snapshot<'_>>,
-) -> Result<Committed, CommitError> {
-    let start = Instant::now();
-    let (mut tries, mut pause_us_max, mut pacing) = (0, 0, Pacing::default());
-    loop {
-        tries += 1;
-        let (why, seen) = match preview(live, locks, stacks)? {
-            Some(why) => {
-                let seen = if matches!(why, NotSafe::Held(_)) {
-                    Seen::Held
-                } else {
-                    Seen::Asleep
-                };
-                (why, seen)
-            }
-            None => match attempt(live, machine, plan, options, locks, stacks)? {
-                Attempt::Committed(pause) => {
-                    pause_us_max = pause.total_us.max(pause_us_max);
-                    return Ok(Committed {
-                        pause,
-                        tries,
-                        pause_us_max,
-                    });
-                }
-                Attempt::NotSafe(why, pause) => {
-                    pause_us_max = pause.total_us.max(pause_us_max);
-                    let (pause, is_too_long) = (
-                        Duration::from_micros(pause.total_us),
-                        matches!(why, NotSafe::TooLong { .. }),
-                    );
-                    (why, Seen::InPause { pause, is_too_long })
-                }
-            },
-        };
-        let waited = start.elapsed();
-        let wait = pacing.next(seen);
-        if waited + wait > options.timeout {
-            let why_text = describe(live, &why);
-            return Err(CommitError::NotSafe {
-                why,
-                why_text,
-                tries,
-                waited,
-            });
-        }
-        std::thread::sleep(wait);
-    }
+/// The attempts to commit one plan.
+struct Attempts<'a, 's> {
+    live: &'a Live<'a>,
+    plan: &'a Plan,
+    options: &'a CommitOptions,
+    locks: &'a Locks,
+    stacks: &'a mut Option<Snapshot<'s>>,
+    marks: Option<&'a mut Marking>,
 }
 
 /// Result of an attempt.
 enum Attempt {
     Committed(PauseTimes),
     NotSafe(NotSafe, PauseTimes),
-}
-
-/// Pauses the guest once, and resumes it, also after a failure.
-fn attempt(
-    live: &Live<'_>,
-    machine: &mut dyn Machine,
-    plan: &Plan,
-    options: &CommitOptions,
-    locks: &Locks,
-    stacks: &mut Option<Snapshot<'_>>,
-) -> Result<Attempt, CommitError> {
-    let mut paused = machine.pause().map_err(|source| match source.left_paused {
-        true => not_resumed(Effect::AsBefore, None, source),
-        false => source.into(),
-    })?;
-    let done = in_pause(live, paused.as_mut(), plan, options, locks, stacks);
-    let resumed = paused.resume();
-    match (done, resumed) {
-        (Ok(done), Ok(times)) => {
-            let times = PauseTimes {
-                check_us: done.check_us,
-                write_us: done.write_us,
-                ..times
-            };
-            Ok(match done.not_safe {
-                None => Attempt::Committed(times),
-                Some(why) => Attempt::NotSafe(why, times),
-            })
-        }
-        (Ok(done), Err(source)) => {
-            let effect = done.not_safe.map_or(Effect::InForce, |_| Effect::AsBefore);
-            Err(not_resumed(effect, None, source))
-        }
-        (Err(first), Ok(_)) => Err(first),
-        (Err(first), Err(source)) => Err(not_resumed(first.effect(), Some(chain(&first)), source)),
-    }
-}
-
-fn not_resumed(effect: Effect, first: Option<String>, source: MachineError) -> CommitError {
-    CommitError::NotResumed { effect, first, source }
 }
 
 /// Result of a pause.
@@ -349,41 +280,143 @@ struct InPause {
     write_us: u64,
 }
 
-/// Checks locks, preconditions and stacks, and writes the atomic changes where they allow it.
-fn in_pause(
-    live: &Live<'_>,
-    paused: &mut dyn Paused,
-    plan: &Plan,
-    options: &CommitOptions,
-    locks: &Locks,
-    stacks: &mut Option<Snapshot<'_>>,
-) -> Result<InPause, CommitError> {
-    let registers = paused.registers()?;
-    let at_check = Instant::now();
-    let is_over = || paused.elapsed() > options.pause_max;
-    let held = locks.held(live)?;
-    if held.is_none() {
-        plan.requires.check(live.memory)?;
+impl Attempts<'_, '_> {
+    /// Repeats attempts until one is safe, or the time is over.
+    fn until_safe(mut self, machine: &mut dyn Machine) -> Result<Committed, CommitError> {
+        let start = Instant::now();
+        let (mut tries, mut pause_us_max, mut pacing) = (0, 0, Pacing::default());
+        loop {
+            tries += 1;
+            let (why, seen) = match self.preview()? {
+                Some(why) => {
+                    let seen = if matches!(why, NotSafe::Held(_)) {
+                        Seen::Held
+                    } else {
+                        Seen::Asleep
+                    };
+                    (why, seen)
+                }
+                None => match self.attempt(machine)? {
+                    Attempt::Committed(pause) => {
+                        pause_us_max = pause.total_us.max(pause_us_max);
+                        return Ok(Committed {
+                            pause,
+                            tries,
+                            pause_us_max,
+                        });
+                    }
+                    Attempt::NotSafe(why, pause) => {
+                        pause_us_max = pause.total_us.max(pause_us_max);
+                        let (pause, is_too_long) = (
+                            Duration::from_micros(pause.total_us),
+                            matches!(why, NotSafe::TooLong { .. }),
+                        );
+                        (why, Seen::InPause { pause, is_too_long })
+                    }
+                },
+            };
+            let waited = start.elapsed();
+            let wait = pacing.next(seen);
+            if waited + wait > self.options.timeout {
+                let why_text = describe(self.live, &why);
+                return Err(CommitError::NotSafe {
+                    why,
+                    why_text,
+                    tries,
+                    waited,
+                });
+            }
+            std::thread::sleep(wait);
+        }
     }
-    let not_safe = match (held, stacks) {
-        (Some(held), _) => Some(NotSafe::Held(held)),
-        (None, None) => None,
-        (None, Some(snapshot)) => match snapshot.recheck(live, &registers, &is_over)? {
-            Some(verdict) if verdict.is_safe() => None,
-            Some(verdict) => Some(NotSafe::Stacks(verdict)),
-            None => Some(too_long(paused.elapsed(), options)),
-        },
-    };
-    let not_safe = not_safe.or_else(|| is_over().then(|| too_long(paused.elapsed(), options)));
-    let at_write = Instant::now();
-    if not_safe.is_none() {
-        write(live, paused, &plan.atomic)?;
+
+    /// Looks for what blocks while the guest runs.
+    fn preview(&mut self) -> Result<Option<NotSafe>, CommitError> {
+        preview(self.live, self.locks, self.stacks, self.marks.as_deref_mut())
     }
-    Ok(InPause {
-        not_safe,
-        check_us: micros(at_write - at_check),
-        write_us: micros(at_write.elapsed()),
-    })
+
+    /// Pauses the guest once, and resumes it, also after a failure.
+    fn attempt(&mut self, machine: &mut dyn Machine) -> Result<Attempt, CommitError> {
+        if self.marks.as_mut().is_some_and(|marks| marks.take_journal_old()) {
+            let journal = journal_with(self.live, self.plan, self.locks, self.marks.as_deref())?;
+            machine.guard(Some(&journal))?;
+        }
+        let mut paused = machine.pause().map_err(|source| match source.left_paused {
+            true => not_resumed(Effect::AsBefore, None, source),
+            false => source.into(),
+        })?;
+        let done = self.in_pause(paused.as_mut());
+        let resumed = paused.resume();
+        match (done, resumed) {
+            (Ok(done), Ok(times)) => {
+                let times = PauseTimes {
+                    check_us: done.check_us,
+                    write_us: done.write_us,
+                    ..times
+                };
+                Ok(match done.not_safe {
+                    None => Attempt::Committed(times),
+                    Some(why) => Attempt::NotSafe(why, times),
+                })
+            }
+            (Ok(done), Err(source)) => {
+                let effect = done.not_safe.map_or(Effect::InForce, |_| Effect::AsBefore);
+                Err(not_resumed(effect, None, source))
+            }
+            (Err(first), Ok(_)) => Err(first),
+            (Err(first), Err(source)) => Err(not_resumed(first.effect(), Some(chain(&first)), source)),
+        }
+    }
+
+    /// Checks locks, preconditions and stacks, and writes marks and atomic changes where they allow it.
+    fn in_pause(&mut self, paused: &mut dyn Paused) -> Result<InPause, CommitError> {
+        let registers = paused.registers()?;
+        let at_check = Instant::now();
+        let pause_max = self.options.pause_max;
+        let is_over = || paused.elapsed() > pause_max;
+        let mut decision = self.decide(&registers, &is_over)?;
+        if is_over() {
+            decision = Decision::of(Some(too_long(paused.elapsed(), self.options)));
+        }
+        let at_write = Instant::now();
+        decision.write(self.live)?;
+        if decision.not_safe.is_none() {
+            let written = write(self.live, paused, &self.plan.atomic);
+            if written.is_err() && matches!(self.plan.marks, Marks::Set { .. }) {
+                decision.unset(self.live);
+            }
+            written?;
+        }
+        Ok(InPause {
+            not_safe: decision.not_safe,
+            check_us: micros(at_write - at_check),
+            write_us: micros(at_write.elapsed()),
+        })
+    }
+
+    fn decide(&mut self, registers: &[Registers], is_over: &dyn Fn() -> bool) -> Result<Decision, CommitError> {
+        let live = self.live;
+        if let Some(held) = self.locks.held(live)? {
+            return Ok(Decision::of(Some(NotSafe::Held(held))));
+        }
+        self.plan.requires.check(live.memory)?;
+        let Some(snapshot) = self.stacks else {
+            return Ok(Decision::of(None));
+        };
+        let Some(verdict) = snapshot.recheck(live, registers, is_over)? else {
+            // The caller says how long it took.
+            return Ok(Decision::of(Some(NotSafe::Changing)));
+        };
+        match &mut self.marks {
+            Some(marks) => marks.decide(live, snapshot, verdict),
+            None if verdict.is_safe() => Ok(Decision::of(None)),
+            None => Ok(Decision::of(Some(NotSafe::Stacks(verdict)))),
+        }
+    }
+}
+
+fn not_resumed(effect: Effect, first: Option<String>, source: MachineError) -> CommitError {
+    CommitError::NotResumed { effect, first, source }
 }
 
 fn too_long(took: Duration, options: &CommitOptions) -> NotSafe {

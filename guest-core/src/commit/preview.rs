@@ -1,5 +1,6 @@
 //! Looks for what blocks a commit while the guest runs. Where something does, no pause is tried.
 
+use super::marks::Marking;
 use super::{CommitError, NotSafe};
 use crate::kernel::Live;
 use crate::kernel::locks::Locks;
@@ -11,17 +12,22 @@ const WATCHED_FOR: Duration = Duration::from_millis(10);
 /// Time between two checks of the locks.
 const WATCHED_EVERY: Duration = Duration::from_micros(50);
 
-/// Finds a task that sleeps inside a function, or a lock that its owner does not release. The locks are checked last, right before the
-/// pause.
+/// Finds a task that sleeps inside a function, where that makes a pause useless, or a lock that its owner does not release. The locks are
+/// checked last, right before the pause.
 pub(super) fn preview(
     live: &Live<'_>,
     locks: &Locks,
     stacks: &mut Option<Snapshot<'_>>,
+    marks: Option<&mut Marking>,
 ) -> Result<Option<NotSafe>, CommitError> {
     if let Some(snapshot) = stacks {
         snapshot.rescan(live)?;
         let verdict = snapshot.preview(live);
-        if !verdict.blockers.is_empty() {
+        let is_of_use = match marks {
+            Some(marks) => marks.look(live, snapshot, &verdict)?,
+            None => verdict.inside.is_empty(),
+        };
+        if !is_of_use {
             return Ok(Some(NotSafe::Stacks(verdict)));
         }
     }

@@ -34,6 +34,10 @@ pub fn roll_back(
     match Ending::of(commit.written()?, redirects, has_run) {
         Ending::Undo => {
             restore(memory, writer, &journal.atomic)?;
+            // The next vmpatch finds marks by the registry.
+            if commit.has_marks()? {
+                return Ok(false);
+            }
             for change in journal.staged.iter().rev() {
                 change.restore(memory)?;
             }
@@ -90,6 +94,12 @@ impl<'a> CutOff<'a> {
         } else {
             Written::SomeCode
         })
+    }
+
+    /// True where tasks may have got their marks.
+    fn has_marks(&self) -> Result<bool, ChangeError> {
+        let is_unset = |mark: &Change| mark.undone().is_made(self.memory);
+        Ok(!all(&self.journal.marks, is_unset)?)
     }
 
     /// The changes in front of the first code, which are written before it, and the others.

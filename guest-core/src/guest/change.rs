@@ -13,6 +13,8 @@ use std::time::{Duration, Instant};
 const CUT_OFF: &str = "what was cut off";
 /// The same for a removal.
 const REPLACED: &str = "a patch that was replaced";
+/// The same for marks.
+const MARKS: &str = "tasks of a transition that was cut off";
 
 /// Plans, more than once if need be, and changes nothing. `id` is the patch, for messages.
 pub(super) fn plan<E: Error + 'static>(
@@ -103,6 +105,23 @@ pub(super) fn discard<V: Vmm>(
         &mut |guest: &Guest<V>| plan::discard(&guest.live(), &guest.registry).map_err(PatchError::revert(REPLACED));
     let removed = commit_some(guest, Operation::Discard, REPLACED, options, plan)?;
     Ok(removed.map(|(_, committed)| committed))
+}
+
+/// Ends the transition of the patch `id`, where it is under way.
+pub(super) fn finish<V: Vmm>(
+    guest: &mut Guest<V>,
+    id: &str,
+    options: CommitOptions,
+) -> Result<Option<(Record, Committed)>, PatchError<V::Error>> {
+    let plan = &mut |guest: &Guest<V>| plan::finish(&guest.live(), &guest.registry).map_err(PatchError::transition(id));
+    commit_some(guest, Operation::Finish, id, options, plan)
+}
+
+/// Takes away the marks that a transition has left which has ended otherwise.
+pub(super) fn unmark<V: Vmm>(guest: &mut Guest<V>, options: CommitOptions) -> Result<(), PatchError<V::Error>> {
+    let plan =
+        &mut |guest: &Guest<V>| plan::unmark(&guest.live(), &guest.registry).map_err(PatchError::transition(MARKS));
+    commit_some(guest, Operation::Recover, MARKS, options, plan).map(drop)
 }
 
 /// A commit that was left half done.
@@ -238,7 +257,7 @@ fn left_of(id: &str, entries: &[Entry]) -> LeftInGuest {
     let is_it = |entry: &&Entry| !entry.state.is_off() && entry.record().is_some_and(|record| record.id == id);
     match entries.iter().find(is_it).map(|entry| entry.state) {
         None => LeftInGuest::Nothing,
-        Some(State::Applied | State::Reverting) => LeftInGuest::Patch,
+        Some(State::Applied | State::Reverting | State::Transition) => LeftInGuest::Patch,
         Some(_) => LeftInGuest::Unknown,
     }
 }

@@ -3,7 +3,7 @@
 use crate::commit::{CommitError, Effect};
 use crate::kernel::KernelError;
 use crate::kernel::guard::Armed;
-use crate::plan::{RecoveryError, Refusal, RevertError};
+use crate::plan::{NoTransition, RecoveryError, Refusal, RevertError, TransitionError};
 use crate::registry::RegistryError;
 use crate::transaction::{Classify, FailureKind, Operation, Transient};
 
@@ -28,6 +28,8 @@ pub enum GuestState {
     AsBefore,
     /// All that the operation was to change is changed.
     InForce,
+    /// The change is in force for some tasks, and not for others; no task sees a part of it.
+    InTransition,
     /// Some of the change may be in force.
     HalfPatched,
     /// It was paused, and is not known to run again.
@@ -74,6 +76,30 @@ pub enum PatchError<E: 'static> {
         id: String,
         /// Why.
         source: RevertError,
+    },
+    /// A transition can't end.
+    #[error("the transition of {id} can't end")]
+    Transition {
+        /// The patch.
+        id: String,
+        /// Why.
+        source: TransitionError,
+    },
+    /// The patch is in transition: tasks still run the old code, all others the new.
+    #[error("{id} is in transition: some tasks still run the old code")]
+    InTransition {
+        /// The patch.
+        id: String,
+        /// Why it has not ended.
+        source: Box<Self>,
+    },
+    /// The patch was not applied, and could only be at one instant.
+    #[error("the patch can only be applied at one instant ({why})")]
+    OnlyAtOnce {
+        /// Why it can't be in transition.
+        why: NoTransition,
+        /// Why it was not applied.
+        source: Box<Self>,
     },
     /// A patch whose commit was cut off can't be taken out of force.
     #[error(transparent)]
@@ -137,6 +163,12 @@ impl<E: 'static> PatchError<E> {
         move |source| Self::Revert { id, source }
     }
 
+    /// That the transition of the patch `id` can't end.
+    pub(super) fn transition(id: &str) -> impl FnOnce(TransitionError) -> Self {
+        let id = id.to_owned();
+        move |source| Self::Transition { id, source }
+    }
+
     /// That a change was not made.
     pub(super) fn commit(id: String, operation: Operation, source: CommitError) -> Self {
         let source = Box::new(source);
@@ -180,6 +212,11 @@ impl<E: 'static> PatchError<E> {
                 },
                 worse => worse,
             },
+            Self::InTransition { source, .. } => match source.guest_state() {
+                GuestState::AsBefore => GuestState::InTransition,
+                worse => worse,
+            },
+            Self::OnlyAtOnce { source, .. } => source.guest_state(),
             Self::Commit { source, .. } => source.effect().into(),
             Self::NotResumed { runs: true, change, .. } => (*change).into(),
             Self::NotResumed { change, .. } => GuestState::Paused { change: *change },
@@ -189,6 +226,7 @@ impl<E: 'static> PatchError<E> {
             | Self::Refused { .. }
             | Self::Revert { .. }
             | Self::Recovery(_)
+            | Self::Transition { .. }
             | Self::Guard(_)
             | Self::RolledBack { .. } => GuestState::AsBefore,
         }
@@ -203,6 +241,7 @@ impl<E: 'static> Transient for PatchError<E> {
             Self::Kernel(error) => error.transient(),
             Self::Revert { source, .. } => source.transient(),
             Self::Recovery(error) => error.source.transient(),
+            Self::Transition { source, .. } => source.transient(),
             _ => None,
         }
     }

@@ -6,10 +6,12 @@
 mod change;
 mod error;
 mod status;
+mod transition;
 mod vmm;
 
 pub use error::{GuestState, OpenError, PatchError};
 pub use status::{FunctionStatus, PatchStatus, Runs, Status};
+pub use transition::InTransition;
 pub use vmm::{Embedded, ForCommit, Supervised, Vmm};
 
 use crate::commit::{self, CommitOptions, Committed, Model};
@@ -42,6 +44,8 @@ pub struct PatchOptions {
     pub model: Model,
     /// How long a safe moment is waited for.
     pub timeout: Duration,
+    /// With [`Model::Hybrid`]: how long an instant is waited for at which all tasks are clear, before a transition begins.
+    pub grace: Duration,
 }
 
 /// A livepatch module to apply.
@@ -60,6 +64,8 @@ pub struct Changed {
     pub record: Record,
     /// The pause, and the attempts.
     pub committed: Committed,
+    /// True where it was made in a transition: tasks moved over one by one.
+    pub by_task: bool,
     /// Why the code of a patch that this one has replaced is still in the guest, where no function leads to it any more. The next
     /// [`Guest::recover`] tries to remove it again.
     pub left: Option<String>,
@@ -149,7 +155,7 @@ impl<V: Vmm> Guest<V> {
     ///
     /// The module does not fit the guest, or the guest keeps changing.
     pub fn check(&self, file: PatchFile<'_>, options: &PatchOptions) -> Result<Plan, PatchError<V::Error>> {
-        let plan = || self.plan(file, options);
+        let plan = || self.plan(file, options, false);
         change::plan(Operation::Apply, file.name, options.timeout, plan)
     }
 
@@ -169,8 +175,19 @@ impl<V: Vmm> Guest<V> {
     ///
     /// [`PatchError::guest_state`] tells what the guest is like.
     pub fn apply(&mut self, file: PatchFile<'_>, options: &PatchOptions) -> Result<Changed, PatchError<V::Error>> {
+        self.finish_other()?;
+        match options.model {
+            Model::Hybrid => self.apply_hybrid(file, options),
+            Model::CleanCut | Model::None => self.apply_at_once(file, options),
+        }
+    }
+
+    /// Applies `file` at one instant.
+    fn apply_at_once(&mut self, file: PatchFile<'_>, options: &PatchOptions) -> Result<Changed, PatchError<V::Error>> {
         let chosen = commit_options(options.model, options.timeout);
-        let applied = self.change(Operation::Apply, file.name, chosen, |guest| guest.plan(file, options))?;
+        let applied = self.change(Operation::Apply, file.name, chosen, |guest| {
+            guest.plan(file, options, false)
+        })?;
         if applied.record.replaces.is_empty() {
             return Ok(applied);
         }
@@ -193,6 +210,7 @@ impl<V: Vmm> Guest<V> {
     ///
     /// [`PatchError::guest_state`] tells what the guest is like.
     pub fn revert(&mut self, id: &str, options: &PatchOptions) -> Result<Changed, PatchError<V::Error>> {
+        self.finish_other()?;
         let chosen = commit_options(Model::CleanCut, options.timeout);
         let reverted = self.change(Operation::Revert, id, chosen, |guest| guest.plan_revert(id))?;
         self.recover().map_err(PatchError::afterwards)?;
@@ -209,6 +227,7 @@ impl<V: Vmm> Guest<V> {
         self.ready()?;
         let removed = change::recover(self, commit_options(Model::CleanCut, RECOVERY_TIME_MAX))?;
         self.discard_replaced()?;
+        change::unmark(self, commit_options(Model::CleanCut, RECOVERY_TIME_MAX))?;
         self.wipe()?;
         Ok(removed)
     }
@@ -252,13 +271,19 @@ impl<V: Vmm> Guest<V> {
         self.vmm.remove_leftovers().map_err(PatchError::Vmm)
     }
 
-    fn plan(&self, file: PatchFile<'_>, options: &PatchOptions) -> Result<Plan, PatchError<V::Error>> {
+    fn plan(
+        &self,
+        file: PatchFile<'_>,
+        options: &PatchOptions,
+        in_transition: bool,
+    ) -> Result<Plan, PatchError<V::Error>> {
         let now = SystemTime::now()
             .duration_since(UNIX_EPOCH)
             .map_or(0, |since| since.as_secs());
         let chosen = ApplyOptions {
             model: options.model.name().to_owned(),
             now,
+            in_transition,
         };
         plan::apply(&self.live(), &self.registry, file.bytes, &chosen).map_err(|source| PatchError::Refused {
             name: file.name.to_owned(),
@@ -283,6 +308,7 @@ impl<V: Vmm> Guest<V> {
             Ok(Changed {
                 record: plan.record,
                 committed,
+                by_task: false,
                 left: None,
             })
         };

@@ -60,6 +60,8 @@ pub enum Runs {
     LaterPatch(String),
     /// The livepatch's or the patch's, by task: the guest is in a transition.
     Transition,
+    /// The patch's or the one that it replaces, by task: the patch is in transition.
+    ByTask,
     /// Not known: something else is in place of the jump.
     Else(ChangeError),
     /// Not known: the record has no jump for the function.
@@ -70,7 +72,7 @@ impl FunctionStatus<'_> {
     /// True where the jump is in place, or that of a later patch.
     pub fn is_redirected(&self) -> bool {
         match self.runs {
-            Runs::Patch | Runs::OwnLivepatch | Runs::Transition | Runs::LaterPatch(_) => true,
+            Runs::Patch | Runs::OwnLivepatch | Runs::Transition | Runs::ByTask | Runs::LaterPatch(_) => true,
             Runs::Original | Runs::Else(_) | Runs::NoJump => false,
         }
     }
@@ -174,6 +176,7 @@ fn in_site(record: &Record, function: &PatchedFunction, memory: &dyn PhysMemory)
     match (jump.verify(memory), jump.undone().verify(memory)) {
         (Ok(()), _) => Runs::Patch,
         (_, Ok(())) => Runs::Original,
+        _ if jump.by_way().is_some_and(|via| via.verify(memory).is_ok()) => Runs::ByTask,
         (Err(error), _) => Runs::Else(error),
     }
 }

@@ -14,6 +14,7 @@ pub mod livepatch;
 pub mod locks;
 pub mod modules;
 pub mod nops;
+pub mod patch_state;
 pub mod resolve;
 pub mod sites;
 pub mod sysctl;

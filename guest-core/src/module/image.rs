@@ -30,6 +30,8 @@ pub struct Image<'m, 'd> {
     pub(crate) jump_rows: JumpRows,
     /// Calls of `__fentry__` in placed code.
     pub(crate) fentry_sites: Vec<SectionOffset>,
+    /// Offset of the trampolines in the text area, where they have space.
+    pub(crate) trampolines: Option<u64>,
     layout: Layout,
     undefined: Vec<Undefined>,
 }
@@ -97,6 +99,20 @@ impl<'d> PatchModule<'d> {
     ///
     /// A needed section cannot go into the guest.
     pub fn image<'m>(&'m self, patch: &'m Patch, alt_layout: &AltLayout) -> Result<Image<'m, 'd>, ImageError> {
+        self.image_with(patch, alt_layout, 0)
+    }
+
+    /// The same with space for a [trampoline](super::Linked::trampolines) of that many bytes for each function.
+    ///
+    /// # Errors
+    ///
+    /// As [`image`](Self::image).
+    pub(crate) fn image_with<'m>(
+        &'m self,
+        patch: &'m Patch,
+        alt_layout: &AltLayout,
+        trampoline_bytes: u64,
+    ) -> Result<Image<'m, 'd>, ImageError> {
         let alternatives = self.alternatives(alt_layout)?;
         let (fixups, bugs, jump_rows) = (self.rows(FIXUPS)?, self.rows(BUGS)?, self.jump_rows()?);
         let mut selection = Selection::new(self, patch, &alternatives, [&fixups, &bugs], &jump_rows);
@@ -113,7 +129,17 @@ impl<'d> PatchModule<'d> {
                 layout.place(*id, section, *area)?;
             }
         }
+        let functions = patch
+            .objects
+            .iter()
+            .map(|object| object.functions.len() as u64)
+            .sum::<u64>();
+        let trampolines = match trampoline_bytes {
+            0 => None,
+            each => Some(layout.reserve("trampolines", AreaKind::Text, functions.saturating_mul(each), each)?),
+        };
         let mut orc = self.orc_rows(|section| selection.needed.get(&section) == Some(&AreaKind::Text))?;
+        orc.reserve_row(trampolines.is_some());
         orc.place(&mut layout)?;
         let is_text = |section| selection.needed.get(&section) == Some(&AreaKind::Text);
         let (fixups, bugs) = (fixups.place(&mut layout, is_text)?, bugs.place(&mut layout, is_text)?);
@@ -142,6 +168,7 @@ impl<'d> PatchModule<'d> {
             bugs,
             jump_rows,
             fentry_sites,
+            trampolines,
             layout,
             undefined,
         })

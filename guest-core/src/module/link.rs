@@ -64,6 +64,8 @@ pub struct Linked {
     pub sites: Vec<Gva>,
     /// The branches on static keys.
     pub jump_labels: JumpLabels,
+    /// Guest-virtual address of the space for trampolines, in the order of the functions, where the image has it and an ORC entry for it.
+    pub trampolines: Option<Gva>,
 }
 
 /// An old function, and the address of the new one.
@@ -200,6 +202,12 @@ impl<'i, 'd, 'g> Linker<'i, 'd, 'g> {
                 });
             }
         }
+        let has_row = |at: &Gva| orc.rows.iter().any(|(row, _)| row == at);
+        let trampolines = self
+            .image
+            .trampolines
+            .map(|at| self.base(AreaKind::Text).wrapping_add(at));
+        let trampolines = trampolines.filter(has_row);
         let [text, rodata, data, per_cpu, _] = self.buffers.map(|buffer| buffer.bytes);
         Ok(Linked {
             text,
@@ -212,6 +220,7 @@ impl<'i, 'd, 'g> Linker<'i, 'd, 'g> {
             bugs,
             jump_labels,
             sites,
+            trampolines,
         })
     }
 

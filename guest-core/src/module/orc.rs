@@ -21,6 +21,8 @@ const ENTRY_BYTES_MAX: u64 = 16;
 pub(crate) struct OrcRows<'d> {
     rows: Vec<(SectionOffset, &'d [u8])>,
     entry_size: u64,
+    /// True where there is space for the row of trampolines.
+    has_trampolines: bool,
     /// Offsets of the two tables in the read-only area.
     ips: u64,
     entries: u64,
@@ -68,10 +70,15 @@ impl<'d> PatchModule<'d> {
 }
 
 impl OrcRows<'_> {
+    /// Adds a row for trampolines, which comes with the link.
+    pub(crate) fn reserve_row(&mut self, has_trampolines: bool) {
+        self.has_trampolines = has_trampolines;
+    }
+
     /// Reserves space for the tables.
     pub(crate) fn place(&mut self, layout: &mut Layout) -> Result<(), LayoutError> {
-        let count = self.rows.len() as u64;
-        if count > 0 {
+        let count = self.rows.len() as u64 + u64::from(self.has_trampolines);
+        if !self.rows.is_empty() {
             self.ips = layout.reserve(IPS, AreaKind::RoData, count.saturating_mul(4), 4)?;
             self.entries = layout.reserve(ENTRIES, AreaKind::RoData, count.saturating_mul(self.entry_size), 2)?;
         }
@@ -79,7 +86,20 @@ impl OrcRows<'_> {
     }
 }
 
-impl Linker<'_, '_, '_> {
+impl<'d> Linker<'_, 'd, '_> {
+    /// The entry of trampolines: that of the first instruction of a new function, which may begin in the padding in front of it. `None` where
+    /// no row covers that.
+    fn trampoline_row(&self) -> Option<(u64, bool, &'d [u8])> {
+        let image = self.image;
+        let mut functions = image.patch.objects.iter().flat_map(|object| &object.functions);
+        let first = functions.next()?.new;
+        let before = image.orc.rows.iter();
+        let before = before.filter(|(at, _)| at.section == first.section && at.offset <= first.offset);
+        let (_, entry) = before.max_by_key(|(at, _)| at.offset)?;
+        let start = self.base(AreaKind::Text).wrapping_add(image.trampolines?);
+        Some((start.0, true, *entry))
+    }
+
     /// Writes the tables, and gives their rows.
     pub(super) fn write_orc(&mut self) -> Result<OrcTables, LinkError> {
         let image = self.image;
@@ -92,6 +112,7 @@ impl Linker<'_, '_, '_> {
                 .is_some_and(|section| section.size == at.offset);
             rows.push((self.address(*at)?, !ends, *entry));
         }
+        rows.extend(self.trampoline_row());
         rows.sort_by_key(|(address, begins, _)| (*address, *begins));
         let base = self.base(AreaKind::RoData);
         let (ips, entries) = (base.wrapping_add(image.orc.ips), base.wrapping_add(image.orc.entries));

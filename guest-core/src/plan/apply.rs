@@ -3,15 +3,20 @@
 use super::placement::Placement;
 use super::redirects::{self, HeldByOthers, Redirects};
 use super::replace::{Released, Replaced};
-use super::{Plan, Refusal, compatibility, from_reads, guard, partial, reapply, registration, targets, this_module};
+use super::transition::{self, Means, NoTransition};
+use super::{
+    Marks, Plan, Refusal, compatibility, from_reads, guard, partial, reapply, registration, targets, this_module,
+};
 use crate::addr::Gva;
 use crate::guest_module::{self, Description, PreparedModule};
+use crate::kernel::patch_state::{self, NoPatchState};
 use crate::kernel::resolve::GuestSymbols;
 use crate::kernel::{Live, alternatives, livepatch};
-use crate::module::{Bases, GuestContext, Image, JumpLayout, Note, Patch, PatchModule};
+use crate::module::{Bases, GuestContext, Image, JumpLayout, Linked, Note, Patch, PatchModule};
 use crate::paging::PAGE_SIZE;
 use crate::reads::Preconditions;
 use crate::registry::{Orc, Record, Registry, Span, State};
+use crate::trampoline::TRAMPOLINE_BYTES;
 use sha2::{Digest, Sha256};
 
 /// Space for a record in the first attempt, in bytes. The record of a patch with a few functions needs no more.
@@ -24,6 +29,8 @@ pub struct ApplyOptions {
     pub model: String,
     /// Time on the host, in seconds since 1970.
     pub now: u64,
+    /// Begin a transition, in place of an apply at one instant.
+    pub in_transition: bool,
 }
 
 /// Plans the apply of `file`, the bytes of a livepatch module. Reads the guest and changes nothing.
@@ -39,6 +46,9 @@ fn plan(live: &Live<'_>, registry: &Registry, file: &[u8], options: &ApplyOption
     let module = PatchModule::parse(file)?;
     compatibility::check(live, &module)?;
     guard::require_survival::<Refusal>(live)?;
+    if let Some((_, record)) = transition::in_transition(registry) {
+        return Err(Refusal::InTransition { id: record.id.clone() });
+    }
     let mut patch = module.patch(&livepatch::layout(live)?)?;
     let alternatives = alternatives::layout(live)?;
     let digest = crate::change::hex::encode(&Sha256::digest(file));
@@ -58,10 +68,15 @@ fn plan(live: &Live<'_>, registry: &Registry, file: &[u8], options: &ApplyOption
     if replaced.is_empty() {
         let kept = reapply::plan(live, &symbols, registry, (&id, &digest, note.as_ref()), &patch)?;
         if let Some(plan) = kept {
-            return Ok(plan);
+            return match options.in_transition {
+                true => Err(NoTransition::Kept.into()),
+                false => Ok(plan),
+            };
         }
     }
-    let image = module.image(&patch, &alternatives)?;
+    let means = transition::Means::find(live)?;
+    let trampoline_bytes = if means.is_ok() { TRAMPOLINE_BYTES } else { 0 };
+    let image = module.image_with(&patch, &alternatives, trampoline_bytes)?;
     this_module::check_uses(live, &image)?;
     let part = Part {
         live,
@@ -76,6 +91,7 @@ fn plan(live: &Live<'_>, registry: &Registry, file: &[u8], options: &ApplyOption
         note: note.as_ref(),
         others,
         replaced,
+        means: &means,
     };
     // The patch is linked for its addresses, and only the linked patch gives the length of the record.
     let mut record_bytes = RECORD_BYTES_FIRST;
@@ -106,6 +122,8 @@ struct Part<'a> {
     others: HeldByOthers,
     /// The patches that this one replaces.
     replaced: Replaced<'a>,
+    /// What the kernel has for transitions.
+    means: &'a Result<Means, NoPatchState>,
 }
 
 /// Result of an attempt to place a patch.
@@ -151,6 +169,7 @@ impl Part<'_> {
             },
         };
         let mut linked = image.link(&bases, &context)?;
+        compatibility::check_orc_entry(live, &linked.orc)?;
 
         let description = Description {
             name: self.id,
@@ -185,12 +204,28 @@ impl Part<'_> {
             atomic.extend(allocation.take(live, &linked.per_cpu, (data, placement.data(registry)))?);
         }
 
+        let mut redirects = redirects::plan(live, self.symbols, registry, self.note, &linked.functions, self.others)?;
+        let transition = self.transition(&mut linked, text, &mut redirects)?;
         let Redirects {
             functions,
-            changes,
+            mut changes,
             recorded,
             mut must_be_quiescent,
-        } = redirects::plan(live, self.symbols, registry, self.note, &linked.functions, self.others)?;
+            ..
+        } = redirects;
+        let mut marks = Marks::Leave;
+        let mut after = State::Applied;
+        if options.in_transition {
+            transition?;
+            let fields = patch_state::find_unused(live)?.map_err(NoTransition::from)?;
+            let owner = module_at;
+            marks = Marks::Set { fields, owner };
+            after = State::Transition;
+            changes = changes
+                .iter()
+                .map(|change| change.by_way().unwrap_or_else(|| change.clone()))
+                .collect();
+        }
         must_be_quiescent.extend(self.replaced.replacements(live)?);
         let Released { jumps, flags } = self.replaced.released(live, &functions)?;
         let orders = registry.all_records().map(|record| record.order);
@@ -226,7 +261,7 @@ impl Part<'_> {
         atomic.extend(jumps);
         atomic.extend(flags);
         atomic.extend(states);
-        atomic.push(registry.state_change(placement.slot, State::Applying, State::Applied));
+        atomic.push(registry.state_change(placement.slot, State::Applying, after));
         Ok(Placed::Planned(Box::new(Plan {
             staged: placement.stage(registry, &linked, &bytes),
             atomic,
@@ -235,7 +270,34 @@ impl Part<'_> {
             must_be_quiescent,
             unreferenced: Gva(0)..Gva(0),
             patch_code: registry.patch_code(),
+            marks,
             record,
         })))
+    }
+
+    /// Gives the functions their trampolines, in the text of the patch at `text`. Inner errors: the patch can't be in transition.
+    fn transition(
+        &self,
+        linked: &mut Linked,
+        text: Gva,
+        redirects: &mut Redirects,
+    ) -> Result<Result<(), NoTransition>, Refusal> {
+        let means = match self.means {
+            Ok(means) => means,
+            Err(why) => return Ok(Err(why.clone().into())),
+        };
+        if !self.replaced.is_empty() {
+            return Ok(Err(NoTransition::Replaces));
+        }
+        let Some(start) = linked.trampolines else {
+            return Ok(Err(NoTransition::NoOrc));
+        };
+        transition::give_trampolines(means, start, redirects, |at, code| {
+            let offset = usize::try_from(at.0.wrapping_sub(text.0)).unwrap_or(usize::MAX);
+            let space = linked.text.get_mut(offset..offset.saturating_add(code.len()));
+            if let Some(space) = space {
+                space.copy_from_slice(code);
+            }
+        })
     }
 }

@@ -4,7 +4,7 @@ use super::{Refusal, this_module};
 use crate::kernel::resolve::GuestSymbols;
 use crate::kernel::{KernelError, Live, exports, livepatch};
 use crate::memory::VirtMemory;
-use crate::module::PatchModule;
+use crate::module::{OrcTables, PatchModule};
 use crate::text::plain;
 use std::collections::BTreeSet;
 
@@ -154,6 +154,23 @@ fn check_sizes(live: &Live<'_>, module: &PatchModule<'_>) -> Result<(), Refusal>
 /// Requires that module and kernel have the same digest of the ORC format, where both have one. With another format, stacks would be
 /// unwound wrongly through new functions.
 ///
+/// Requires that the module's ORC entries have the length of the kernel's, which reads them.
+pub(super) fn check_orc_entry(live: &Live<'_>, orc: &OrcTables) -> Result<(), Refusal> {
+    let guest = live
+        .kernel
+        .btf
+        .structure("orc_entry")
+        .map_err(KernelError::from)?
+        .size();
+    match orc.rows.is_empty() || orc.entry_size == guest {
+        true => Ok(()),
+        false => Err(Refusal::OrcEntry {
+            module: orc.entry_size,
+            guest,
+        }),
+    }
+}
+
 /// `.orc_header` (arch/x86/include/asm/orc_header.h, since 6.4) is a SHA-1 of the text that describes the format
 /// (scripts/orc_hash.sh), in the kernel image as in each module.
 fn check_orc_header(live: &Live<'_>, module: &PatchModule<'_>) -> Result<(), Refusal> {

@@ -1,6 +1,6 @@
 //! Makes a plan while the guest runs: all that the planner reads becomes a precondition of the commit.
 
-use super::{Plan, Refusal, RevertError};
+use super::{Plan, Refusal, RevertError, TransitionError};
 use crate::guest_module;
 use crate::kernel::locks::Locks;
 use crate::kernel::{KernelError, Live};
@@ -16,6 +16,12 @@ pub(super) trait PlanError: From<KernelError> {
 impl PlanError for KernelError {
     fn is_of_reading(&self) -> bool {
         true
+    }
+}
+
+impl PlanError for TransitionError {
+    fn is_of_reading(&self) -> bool {
+        matches!(self, Self::Kernel(_))
     }
 }
 

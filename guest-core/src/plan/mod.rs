@@ -18,6 +18,7 @@ mod revert;
 mod stack;
 mod targets;
 mod this_module;
+mod transition;
 mod verify_code;
 
 pub use apply::{ApplyOptions, apply};
@@ -25,9 +26,12 @@ pub use cleanup::{RecoveryError, cleanup, discard, recovery, rest};
 pub use compatibility::{Checksums, checksums};
 pub use refusal::Refusal;
 pub use revert::{RevertError, revert};
+pub(crate) use transition::FORK;
+pub use transition::{NoTransition, TransitionError, finish, in_transition, unmark};
 
 use crate::addr::Gva;
 use crate::change::Change;
+use crate::kernel::patch_state::PatchState;
 use crate::reads::Preconditions;
 use crate::registry::Record;
 use crate::unwind::{OldFunction, PatchCode};
@@ -51,6 +55,27 @@ pub struct Plan {
     pub unreferenced: Range<Gva>,
     /// The code of all patches in the guest, which stacks may lead through.
     pub patch_code: Vec<PatchCode>,
+    /// What becomes of the marks of tasks in the same pause.
+    pub marks: Marks,
     /// The record of the patch.
     pub record: Record,
+}
+
+/// What becomes of the marks of tasks, which [run the old code](crate::kernel::patch_state) while a patch is in transition.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Marks {
+    /// Nothing. The plan's functions must be quiescent.
+    Leave,
+    /// Each task inside one of the plan's functions is marked.
+    Set {
+        /// Where the marks are.
+        fields: PatchState,
+        /// What `klp_transition_patch` gets.
+        owner: Gva,
+    },
+    /// The mark of each task that is clear of the plan's functions is taken away. Where all are clear, the plan is committed.
+    Clear {
+        /// Where the marks are.
+        fields: PatchState,
+    },
 }

@@ -2,13 +2,14 @@
 //! to code and variables, and each new copy would take space until the guest reboots.
 
 use super::redirects::{self, HeldByOthers, Redirects};
-use super::{Plan, Refusal, registration};
+use super::{Marks, Plan, Refusal, registration};
 use crate::addr::Gva;
+use crate::change::Change;
 use crate::kernel::Live;
 use crate::kernel::resolve::GuestSymbols;
 use crate::module::{LinkedFunction, Note, Patch};
 use crate::reads::Preconditions;
-use crate::registry::{Record, Registry, State};
+use crate::registry::{PatchedFunction, Record, Registry, State};
 
 /// Plans to apply the kept patch of that name and digest again. `None` where no such patch is kept, or where it does not fit as it is: the
 /// caller then applies a new copy.
@@ -44,7 +45,13 @@ pub(super) fn plan(
         ..
     } = redirects::plan(live, symbols, registry, note, &functions, HeldByOthers::Cover)?;
     // A function that is traced now, but was not then, is redirected at another address than the record says.
-    if functions != record.functions || changes != record.changes {
+    let without_trampoline = |function: &PatchedFunction| PatchedFunction {
+        trampoline: None,
+        ..function.clone()
+    };
+    let recorded: Vec<_> = record.functions.iter().map(without_trampoline).collect();
+    let direct: Vec<_> = record.changes.iter().map(Change::without_via).collect();
+    if functions != recorded || changes != direct {
         return Ok(None);
     }
     let mut atomic: Vec<_> = module.rename(live, id)?.into_iter().collect();
@@ -58,6 +65,7 @@ pub(super) fn plan(
         must_be_quiescent,
         unreferenced: Gva(0)..Gva(0),
         patch_code: registry.patch_code(),
+        marks: Marks::Leave,
         record: record.clone(),
     }))
 }

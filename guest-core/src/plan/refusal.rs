@@ -1,6 +1,6 @@
 //! The reasons for which a patch is refused.
 
-use super::RevertError;
+use super::{NoTransition, RevertError};
 use crate::addr::Gva;
 use crate::btf::BtfError;
 use crate::kernel::KernelError;
@@ -104,6 +104,14 @@ pub enum Refusal {
         /// That of the kernel's.
         guest: String,
     },
+    /// The module's ORC entries have another length than the guest's kernel reads.
+    #[error("the module's ORC entries have {module} bytes, those of the guest's kernel {guest}")]
+    OrcEntry {
+        /// Bytes of an entry in the module.
+        module: u64,
+        /// Bytes of an entry in the guest's kernel.
+        guest: u64,
+    },
     /// The guest's integrity guard would or may stop the guest.
     #[error(transparent)]
     Guard(#[from] Armed),
@@ -144,6 +152,17 @@ pub enum Refusal {
         /// The objects to be patched now.
         objects: String,
     },
+    /// Another patch is in transition.
+    #[error(
+        "{id} is in transition: some tasks still run the old code; wait for its end (vmpatch finish), or revert it"
+    )]
+    InTransition {
+        /// The other patch.
+        id: String,
+    },
+    /// It can't be in transition.
+    #[error("the patch can only be applied at one instant")]
+    NoTransition(#[from] NoTransition),
     /// The guest is loading or unloading a module that the patch needs.
     #[error("the guest is loading or unloading the module {module}")]
     ModuleInTransition {

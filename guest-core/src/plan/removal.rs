@@ -1,7 +1,7 @@
 //! Plans to take a patch out of force: a revert, and the recovery of a commit that was cut off.
 
 use super::replace::{Replaced, Restored};
-use super::{Plan, RevertError, guard, registration, targets};
+use super::{Marks, Plan, RevertError, guard, registration, targets};
 use crate::addr::{Gpa, Gva};
 use crate::change::{Change, ChangeError};
 use crate::kernel::livepatch::{self, Held};
@@ -9,6 +9,7 @@ use crate::kernel::{KernelError, Live, ftrace, modules, sites, tracers};
 use crate::paging::PAGE_SIZE;
 use crate::reads::Preconditions;
 use crate::registry::{Entry, FILLER, PatchedFunction, Record, Redirect, Registry, State};
+use crate::trampoline::TRAMPOLINE_BYTES;
 use crate::transaction::recovery::{Keep, Sites};
 use crate::unwind::OldFunction;
 use std::collections::BTreeSet;
@@ -76,7 +77,7 @@ impl Removal<'_> {
         let keeps = self.keeps(keep)?;
         let (code, mut must_be_quiescent, unreferenced) = match keeps {
             true => self.keep()?,
-            false => self.wipe(in_force || entry.state == State::Replaced)?,
+            false => self.wipe(in_force || matches!(entry.state, State::Replaced | State::Transition))?,
         };
         must_be_quiescent.extend(original);
         atomic.extend(code);
@@ -90,6 +91,7 @@ impl Removal<'_> {
             must_be_quiescent,
             unreferenced,
             patch_code: registry.patch_code(),
+            marks: Marks::Leave,
             record: record.clone(),
         })
     }
@@ -151,7 +153,7 @@ impl Removal<'_> {
     }
 
     /// Wipes the code, and unregisters its module from the guest.
-    fn wipe(&self, in_force: bool) -> Result<Code, RevertError> {
+    fn wipe(&self, is_registered: bool) -> Result<Code, RevertError> {
         let Self { live, record, .. } = *self;
         let id = &record.id;
         let text = whole_text(record);
@@ -164,7 +166,7 @@ impl Removal<'_> {
             registration::require_unused(live, id, module)?;
             registration::require_untraced(live, module)?;
             changes.extend(registration::unlist(live, id, module)?);
-            let doubtful = (!in_force).then(|| record.memory());
+            let doubtful = (!is_registered).then(|| record.memory());
             changes.extend(registration::unregister(live, module, doubtful)?);
             changes.extend(registration::free_per_cpu(live, module)?);
         }
@@ -251,9 +253,19 @@ pub(super) fn replacements_among(
         let at = Gva(function.new);
         let symbol = symbols.iter().find(|symbol| symbol.address == at && symbol.size != 0);
         let name = symbol.map_or(function.name.as_str(), |symbol| symbol.name.as_str());
-        targets::module_parts(&symbols, name, at, function.new_len)
+        let parts = targets::module_parts(&symbols, name, at, function.new_len);
+        parts.into_iter().chain(trampoline_of(function))
     });
     Ok(parts.collect())
+}
+
+/// A function's trampoline.
+pub(super) fn trampoline_of(function: &PatchedFunction) -> Option<OldFunction> {
+    let at = Gva(function.trampoline?);
+    Some(OldFunction {
+        name: format!("the trampoline of {}", function.name),
+        code: at..at.wrapping_add(TRAMPOLINE_BYTES),
+    })
 }
 
 /// All of a patch's code.

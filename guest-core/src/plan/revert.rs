@@ -101,7 +101,7 @@ pub fn revert(live: &Live<'_>, registry: &Registry, id: &str) -> Result<Plan, Re
 
 fn plan(live: &Live<'_>, registry: &Registry, id: &str) -> Result<Plan, RevertError> {
     let with_record = |entry| Option::zip(Some(entry), Entry::record(entry));
-    let is_in_force = |entry: &&Entry| matches!(entry.state, State::Applied | State::Reverting);
+    let is_in_force = |entry: &&Entry| matches!(entry.state, State::Applied | State::Reverting | State::Transition);
     let mut patches = registry.entries.iter().filter(is_in_force).filter_map(with_record);
     let Some((entry, record)) = patches.find(|(_, record)| record.id == id) else {
         let applied = registry.records().map(|record| record.id.clone()).collect();
@@ -129,6 +129,11 @@ fn plan(live: &Live<'_>, registry: &Registry, id: &str) -> Result<Plan, RevertEr
         entry,
         record,
     };
-    let plan = removal.plan(State::Reverting, Keep::IfHandedOut)?;
+    // In a transition, a site may hold old bytes or a jump at any time.
+    let from = match entry.state {
+        State::Transition => State::Transition,
+        _ => State::Reverting,
+    };
+    let plan = removal.plan(from, Keep::IfHandedOut)?;
     Ok(Plan { staged, ..plan })
 }

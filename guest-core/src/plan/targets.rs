@@ -98,7 +98,7 @@ pub(super) fn find(live: &Live<'_>, symbols: &GuestSymbols<'_>, function: &Linke
 
 /// A function of the image and its split parts. Functions that share a name also share the names of their parts. All parts of that name
 /// count, because nothing tells which function they belong to.
-fn image_parts(live: &Live<'_>, name: &str, at: Gva, len: u64) -> Vec<OldFunction> {
+pub(super) fn image_parts(live: &Live<'_>, name: &str, at: Gva, len: u64) -> Vec<OldFunction> {
     let split = live.kernel.symbols.iter().filter(|symbol| is_part(name, symbol.name));
     let split = split.map(|symbol| {
         let end = live

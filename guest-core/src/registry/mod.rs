@@ -6,7 +6,7 @@
 //! | offset | size | what |
 //! |---|---|---|
 //! | 0 | 8 | `VMPATCH\0` |
-//! | 8 | 4 | version of this layout: 4; in 3, no patch replaces or covers another; in 2, no record says what of a patch must stay; in 1, no patch is registered as a module of the guest |
+//! | 8 | 4 | version of this layout: 5; in 4, no patch has trampolines or is in transition; in 3, no patch replaces or covers another; in 2, no record says what of a patch must stay; in 1, no patch is registered as a module of the guest |
 //! | 12 | 4 | CRC-32 of bytes 16 to 64 |
 //! | 16 | 8 | guest-virtual address of this page, in the kernel's text |
 //! | 24 | 8 | guest-virtual address of the arena's alias mapping, 2 MiB |
@@ -37,9 +37,9 @@ use std::ops::Range;
 
 const MAGIC: [u8; 8] = *b"VMPATCH\0";
 /// Version of the layout. Since 2, a record may hold the patch's registration as a module; since 3, it says whether code must stay; since 4,
-/// a patch may replace others, or take functions that others hold.
+/// a patch may replace others, or take functions that others hold; since 5, it may be in transition.
 /// A vmpatch that does not know the version must not revert the patch.
-const VERSION: u32 = 4;
+const VERSION: u32 = 5;
 /// Oldest version that is understood.
 const VERSION_MIN: u32 = 1;
 const HEADER_BYTES: usize = 64;
@@ -142,6 +142,8 @@ pub enum State {
     Reverting = 7,
     /// Another patch has replaced it: no function leads to its code, which must still be wiped or kept.
     Replaced = 8,
+    /// It is in transition: its functions lead to trampolines, and marked tasks run the old code.
+    Transition = 9,
 }
 
 impl State {
@@ -160,6 +162,7 @@ impl State {
             Self::Reapplying,
             Self::Reverting,
             Self::Replaced,
+            Self::Transition,
         ];
         all.into_iter().find(|state| *state as u64 == word)
     }

@@ -41,6 +41,9 @@ pub struct PatchedFunction {
     pub redirect: Redirect,
     /// Guest-physical address of the jump's first byte.
     pub jump: u64,
+    /// Guest-virtual address of the function's trampoline, to which the jump leads while the patch is in transition; `None` where it has none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub trampoline: Option<u64>,
 }
 
 /// A part of a patch, at guest-virtual addresses of the alias mapping.

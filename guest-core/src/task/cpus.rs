@@ -238,6 +238,11 @@ fn stack_range(name: &str, member: &Member) -> Result<Range<u64>, SetupError> {
     })
 }
 
+/// The per-CPU address of `current`.
+pub(crate) fn current(view: &dyn KernelView) -> Result<Gva, SetupError> {
+    first_of(view, &CURRENT)
+}
+
 /// The per-CPU address of the first alternative that the kernel has. An alternative is a symbol, a structure and a member.
 fn first_of(view: &dyn KernelView, alternatives: &[(&str, &str, &str)]) -> Result<Gva, SetupError> {
     for &(symbol, structure, member) in alternatives {

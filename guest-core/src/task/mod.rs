@@ -14,6 +14,7 @@ mod cpus;
 mod in_pause;
 mod layout;
 mod list;
+mod marks;
 mod snapshot;
 mod unlisted;
 mod verdict;
@@ -23,6 +24,8 @@ mod tests;
 
 pub use snapshot::{Quiescence, Snapshot};
 pub use verdict::{Blocker, Unsure, Verdict, Why};
+
+pub(crate) use cpus::current;
 
 use crate::addr::Gva;
 use crate::text::plain;

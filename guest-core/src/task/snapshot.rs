@@ -259,6 +259,9 @@ impl Snapshot<'_> {
     /// Adds a task with its state to a verdict.
     pub(super) fn report(&self, view: &dyn KernelView, at: Gva, state: &State, verdict: &mut Verdict) {
         let id = || TaskId::read(view, &self.finder.layout, at);
+        if let State::Inside(function, _) = state {
+            verdict.inside.push((at, function.clone()));
+        }
         match state {
             State::Inside(function, stack) if verdict.blockers.len() < Verdict::NAMED_MAX => {
                 verdict.blockers.push(Blocker {

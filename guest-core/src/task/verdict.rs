@@ -123,6 +123,8 @@ pub struct Verdict {
     pub blockers: Vec<Blocker>,
     /// Tasks that may be inside an old function; at most [`Verdict::NAMED_MAX`].
     pub unsure: Vec<Unsure>,
+    /// All tasks inside an old function, each with the name of the innermost one.
+    pub inside: Vec<(Gva, String)>,
 }
 
 impl Verdict {

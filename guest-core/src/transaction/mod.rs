@@ -30,6 +30,8 @@ pub enum Operation {
     Revert,
     /// Recover it: undo an apply that was cut off, or finish a revert that was cut off.
     Recover,
+    /// End its transition.
+    Finish,
     /// Remove it, as another patch has replaced it.
     Discard,
     /// Wipe what a revert has left of it.
@@ -43,6 +45,7 @@ impl fmt::Display for Operation {
             Self::Apply => "applying",
             Self::Revert => "reverting",
             Self::Recover => "recovering",
+            Self::Finish => "ending the transition of",
             Self::Discard => "removing",
             Self::Wipe => "wiping what is left of",
         })

@@ -6,7 +6,7 @@
 //! | state | sites | rest |
 //! |---|---|---|
 //! | `Staging`, `Reverted` | – | wipe: the guest can't reach the patch |
-//! | `Applied`, `Kept` | – | nothing |
+//! | `Applied`, `Kept`, `Transition` | – | nothing |
 //! | `Applying` | all old | remove |
 //! | `Applying` | a jump | remove; keep code that the guest may use |
 //! | `Reapplying` | – | remove; keep the code |
@@ -85,7 +85,7 @@ impl Rest {
     pub const fn of(state: State, sites: Sites) -> Self {
         match (state, sites) {
             (State::Staging | State::Reverted, _) => Self::Wipe,
-            (State::Applied | State::Kept, _) => Self::Nothing,
+            (State::Applied | State::Kept | State::Transition, _) => Self::Nothing,
             (State::Replaced, _) => Self::Discard,
             (State::Applying, Sites::Old) => Self::Remove(Keep::Never),
             (State::Applying, _) => Self::Remove(Keep::IfUsed),
@@ -150,6 +150,7 @@ mod tests {
             (State::Reverting, Remove(IfHandedOut), Remove(IfHandedOut), Reinstate),
             (State::Reverted, Wipe, Wipe, Wipe),
             (State::Kept, Nothing, Nothing, Nothing),
+            (State::Transition, Nothing, Nothing, Nothing),
             (State::Replaced, Discard, Discard, Discard),
             (State::Reapplying, Remove(Always), Remove(Always), Remove(Always)),
         ] {

@@ -3,7 +3,7 @@
 use crate::change::ChangeError;
 use crate::commit::CommitError;
 use crate::kernel::KernelError;
-use crate::plan::{Refusal, RevertError};
+use crate::plan::{Refusal, RevertError, TransitionError};
 
 /// An error that a guest or VMM may have caused by changing something at that moment.
 pub trait Transient {
@@ -54,6 +54,15 @@ impl Transient for Refusal {
                 Some(guest_keeps(&format!("loading or unloading the module {module}")))
             }
             _ => None,
+        }
+    }
+}
+
+impl Transient for TransitionError {
+    fn transient(&self) -> Option<String> {
+        match self {
+            Self::Kernel(error) => error.transient(),
+            Self::NoFields(_) | Self::Tasks(_) => None,
         }
     }
 }

@@ -336,11 +336,17 @@ impl Build {
             ("ftrace_ops_list", LISTS + 0x800),
             // an int: what is behind it is no part of it
             ("system_state", 0xdead_0000_0000_0003),
+            ("klp_transition_patch", 0),
+            ("klp_target_state", u64::MAX),
+            ("klp_transition_work", 0),
         ];
         for (index, (name, word)) in words.into_iter().enumerate() {
             let at = WORDS + 16 * index as u64;
             self.name('D', name, at);
             self.put_u64(at, word);
+            if name == "klp_target_state" {
+                self.livepatch_code(at);
+            }
         }
         self.put(WORDS + 0x1000, text.as_bytes());
         self.name('D', "ftrace_list_end", LISTS + 0x800);
@@ -369,6 +375,20 @@ impl Build {
         self.name('D', "init_task", tasks::INIT_TASK);
         self.name('d', "kprobe_table", LISTS + 0x2000);
         self.name('D', "boot_cpu_data", LISTS + 0x3000);
+    }
+
+    /// `klp_update_patch_state`, which clears flag 9 and stores the word at `target` in `patch_state`; and `copy_process`.
+    fn livepatch_code(&mut self, target: u64) {
+        let at = IMAGE + 0x800;
+        self.name('T', "klp_update_patch_state", at);
+        self.name('T', "copy_process", at + 0x100);
+        let distance = target.wrapping_sub(at + 14) as u32;
+        let code = [
+            &[0xf0, 0x48, 0x0f, 0xba, 0x37, 9, 0x73, 0x0c, 0x8b, 5][..],
+            &distance.to_le_bytes(),
+            &[0x89, 0x87, 56, 0, 0, 0, 0xc3],
+        ];
+        self.put(at, &code.concat());
     }
 
     /// Per-CPU symbols are offsets in old kernels, addresses in newer ones.

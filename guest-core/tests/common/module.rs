@@ -34,6 +34,7 @@ const ALLOC: u64 = 2;
 const WRITE: u64 = 1;
 const EXEC: u64 = 4;
 const R_64: u64 = 1;
+const R_PC32: u64 = 2;
 const R_PLT32: u64 = 4;
 const R_32S: u64 = 11;
 // Sizes of `struct klp_patch`, `klp_object` and `klp_func` as in `types.rs`.
@@ -106,6 +107,18 @@ pub fn livepatch_with_sections(name: &str, functions: &[&'static str]) -> Vec<u8
     make(name, VERMAGIC, &functions, &[(SITES, &sites), (PERCPU, &[7; 24])])
 }
 
+/// A module called `name` whose functions can be unwound.
+pub fn livepatch_with_orc(name: &str, functions: &[Function]) -> Vec<u8> {
+    let (ips, entries) = (vec![0; 4 * functions.len()], [8, 0, 0, 0, 5, 2].repeat(functions.len()));
+    make(name, VERMAGIC, functions, &[(ORC_IPS, &ips), (".orc_unwind", &entries)])
+}
+
+/// The same with entries of that many bytes.
+pub fn livepatch_with_orc_entries(name: &str, bytes: usize, functions: &[Function]) -> Vec<u8> {
+    let (ips, entries) = (vec![0; 4 * functions.len()], vec![0; bytes * functions.len()]);
+    make(name, VERMAGIC, functions, &[(ORC_IPS, &ips), (".orc_unwind", &entries)])
+}
+
 /// A module called `name` that replaces all other patches.
 pub fn livepatch_that_replaces(name: &str, functions: &[Function]) -> Vec<u8> {
     make(name, VERMAGIC, functions, &[(REPLACE, &[1])])
@@ -117,6 +130,8 @@ const REPLACE_AT: usize = 24;
 /// Tables of [`livepatch_with_sections`].
 const SITES: &str = "__mcount_loc";
 const PERCPU: &str = ".data..percpu";
+/// Table of [`livepatch_with_orc`].
+const ORC_IPS: &str = ".orc_unwind_ip";
 /// `incq %gs:0`, and the offset of its address.
 const COUNT: [u8; 9] = [0x65, 0x48, 0xff, 0x04, 0x25, 0, 0, 0, 0];
 const COUNTED: u64 = 4 + 5 + 5;
@@ -166,6 +181,7 @@ fn make(name: &str, vermagic: &str, functions: &[Function], more: &[(&str, &[u8]
     let this_module = elf.symbol("__this_module", 0x11, 5, 0, 1024);
     let enable = elf.symbol("klp_enable_patch", 0x10, 0, 0, 0);
     let has_duties = more.iter().any(|(name, _)| *name == SITES);
+    let has_orc = more.iter().any(|(name, _)| *name == ORC_IPS);
     let calls = if has_duties { elf.symbol("calls", 1, 8, 8, 8) } else { 0 };
     elf.relocation(3, 0, R_64, this_module, 0);
     elf.relocation(3, 8, R_64, 3, PATCH);
@@ -189,6 +205,9 @@ fn make(name: &str, vermagic: &str, functions: &[Function], more: &[(&str, &[u8]
         if has_duties {
             elf.relocation(7, 8 * index as u64, R_64, 1, start + 4);
             elf.relocation(1, start + COUNTED, R_32S, calls, 0);
+        }
+        if has_orc {
+            elf.relocation(7, 4 * index as u64, R_PC32, 1, start);
         }
         if let Some((offset, further)) = function.this_module {
             elf.relocation(1, start + offset, R_32S, this_module, further);

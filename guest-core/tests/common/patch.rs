@@ -27,6 +27,7 @@ pub fn plan(guest: &Guest, kernel: &Kernel, file: &[u8]) -> Result<Plan, Refusal
     let options = ApplyOptions {
         model: "clean-cut".to_owned(),
         now: 7,
+        in_transition: false,
     };
     let before = guest.ram.differences();
     let planned = apply(&kernel.live(&guest.ram), &registry(guest, kernel), file, &options);

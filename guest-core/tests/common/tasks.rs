@@ -6,6 +6,8 @@ use super::guest::{DATA, FUNCTIONS, Guest, VMALLOC, heap, per_cpu_area};
 pub const INIT_TASK: u64 = DATA + 0x5_0000;
 /// The function at which tasks start; its ORC entry says that the stack ends there.
 pub const START: u64 = FUNCTIONS + 64 * 9;
+/// `task_struct.patch_state`.
+pub const PATCH_STATE: u64 = 56;
 /// Bytes of a stack.
 pub const STACK: u64 = 0x4000;
 
@@ -79,6 +81,7 @@ pub fn write(guest: &Guest, task: Task, comm: &str, returns: &[u64]) {
     }
     guest.put_u64(task.stack, 0x57ac_6e9d);
     guest.put_u64(task.at + 32, task.stack);
+    guest.put(task.at + PATCH_STATE, &u32::MAX.to_le_bytes());
     guest.put(task.at + 80, &task.pid.to_le_bytes());
     guest.put(task.at + 84, &task.pid.to_le_bytes());
     guest.put_u64(task.at + 128, 1000 + u64::from(task.pid));

@@ -212,6 +212,7 @@ const STRUCTS: &[(&str, u32, &[Member])] = &[
         ],
     ),
     ("thread_struct", 64, &[("sp", 24, U64)]),
+    ("thread_info", 16, &[("flags", 0, U64)]),
     ("llist_head", 8, &[("first", 0, U64)]),
     (
         "ftrace_ret_stack",
@@ -229,7 +230,9 @@ const STRUCTS: &[(&str, u32, &[Member])] = &[
         &[
             ("__state", 24, U32),
             ("stack", 32, U64),
+            ("thread_info", 0, Struct("thread_info")),
             ("on_cpu", 52, U32),
+            ("patch_state", 56, U32),
             ("tasks", 64, Struct("list_head")),
             ("pid", 80, U32),
             ("tgid", 84, U32),

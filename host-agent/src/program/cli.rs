@@ -38,16 +38,16 @@ pub fn parse() -> Cli {
 }
 
 /// Options that every command takes, and that act on some.
-const OF_SOME: [&str; 8] = [
-    "domain", "qmp", "pid", "timeout", "model", "pause", "sandbox", "patches",
+const OF_SOME: [&str; 9] = [
+    "domain", "qmp", "pid", "timeout", "model", "grace", "pause", "sandbox", "patches",
 ];
 
 /// Which of them act on a command.
 fn acting(command: &str) -> &'static [&'static str] {
     match command {
-        "apply" => &["domain", "qmp", "pid", "timeout", "model", "pause", "sandbox"],
+        "apply" => &["domain", "qmp", "pid", "timeout", "model", "grace", "pause", "sandbox"],
         "check" => &["domain", "qmp", "pid", "timeout", "model", "sandbox"],
-        "revert" => &["domain", "qmp", "pid", "timeout", "pause", "sandbox"],
+        "revert" | "finish" => &["domain", "qmp", "pid", "timeout", "pause", "sandbox"],
         "status" | "inspect" => &["domain", "qmp", "pid", "sandbox"],
         "domains" => &["sandbox"],
         "upgrade" => &["domain", "qmp"],
@@ -105,6 +105,9 @@ pub struct Options {
     /// When it is safe to switch functions; revert always waits for clean-cut
     #[arg(long, value_enum, default_value_t = ModelName::CleanCut, global = true)]
     pub model: ModelName,
+    /// With --model hybrid, how long an instant is waited for at which all tasks are clear
+    #[arg(long, value_name = "MILLISECONDS", default_value_t = 100, global = true)]
+    pub grace: u64,
     /// How the guest's vCPUs are paused
     #[arg(long, value_enum, default_value_t = PauseName::Auto, global = true)]
     pub pause: PauseName,
@@ -135,6 +138,7 @@ impl Options {
         PatchOptions {
             model: self.model.model(),
             timeout: Duration::from_secs_f64(self.timeout),
+            grace: Duration::from_millis(self.grace),
         }
     }
 }
@@ -188,6 +192,8 @@ impl SandboxName {
 pub enum ModelName {
     /// every task's stack is clear of the old functions at one instant
     CleanCut,
+    /// the same, if that is so within --grace; else task by task: those inside an old function run the old code until they have left it
+    Hybrid,
     /// at once, whatever runs: only for changes that may be mixed with the old code
     None,
 }
@@ -197,6 +203,7 @@ impl ModelName {
     pub fn model(self) -> Model {
         match self {
             Self::CleanCut => Model::CleanCut,
+            Self::Hybrid => Model::Hybrid,
             Self::None => Model::None,
         }
     }
@@ -231,6 +238,8 @@ pub enum Command {
         #[arg(long)]
         all: bool,
     },
+    /// Go on with a patch that is in transition, until no task runs the old code
+    Finish,
     /// Move the running guest into another QEMU of this host, its patches intact
     Upgrade(UpgradeOptions),
     /// Show what was found in the guest: kernel, addresses, caves, sources
@@ -372,6 +381,7 @@ mod tests {
                     "--pid",
                     "--timeout",
                     "--model",
+                    "--grace",
                     "--pause",
                     "--sandbox",
                     "--patches",
@@ -385,6 +395,7 @@ mod tests {
                     "--pid",
                     "--timeout",
                     "--model",
+                    "--grace",
                     "--pause",
                     "--sandbox",
                 ],

@@ -87,6 +87,10 @@ fn carry_out(cli: &Cli, progress: &Progress) -> Result<(), Ended> {
             let is_shown = failure.is_none() || report.changed();
             show(report, failure, is_shown)
         }
+        Some(Command::Finish) => {
+            let (report, failure) = commands::finish(options)?;
+            show(report, failure, true)
+        }
         Some(Command::Status) => show(commands::status(options)?, None, true),
         Some(Command::Inspect) => printer.print(&commands::inspect(options)?, text::inspection),
         Some(Command::Domains) => printer.print(&commands::domains(options)?, |lines| text::domains(lines)),

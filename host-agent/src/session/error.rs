@@ -190,9 +190,11 @@ impl PatchError {
 fn reason_of(error: &guest::PatchError<HostError>) -> Reason {
     use guest::PatchError::*;
     match error {
-        Afterwards { source } => reason_of(source),
+        Afterwards { source } | InTransition { source, .. } | OnlyAtOnce { source, .. } => reason_of(source),
         Vmm(error) => error.reason(),
-        Kernel(_) | Registry(_) | Refused { .. } | Revert { .. } | Recovery(_) | Guard(_) => Reason::Refused,
+        Kernel(_) | Registry(_) | Refused { .. } | Revert { .. } | Recovery(_) | Transition { .. } | Guard(_) => {
+            Reason::Refused
+        }
         Commit { source, .. } => match **source {
             CommitError::NotSafe { .. } => Reason::NotSafe,
             ref error if will_not(error) => Reason::Refused,

@@ -14,13 +14,14 @@ use crate::lock::{DomainLock, LOCK_TIME_MAX, LockError};
 use crate::module_file;
 use crate::sandbox::Sandbox;
 use crate::target::Target;
-use guest_core::guest::{Guest, PatchFile, Status, Vmm};
+use guest_core::guest::{Guest, InTransition, PatchFile, Status, Vmm};
 use guest_core::kernel::Live;
 use guest_core::kernel::guard::Guard;
-use guest_core::plan::Plan;
+use guest_core::plan::{Plan, TransitionError};
 use guest_core::registry::{Cave, Record, Registry};
 use guest_core::{Kernel, PhysMemory, Registers};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 /// A guest, its kernel and its patches, locked and with a supervisor beside each change.
 pub struct Session {
@@ -194,6 +195,16 @@ impl Session {
     /// as that code is gone afterwards.
     pub fn revert(&mut self, id: &str, options: &PatchOptions) -> Result<Changed, PatchError> {
         Ok(self.guest.revert(id, options)?)
+    }
+
+    /// Ends the transition that is under way, as soon as no task runs the old code; `None` where none is.
+    pub fn finish(&mut self, timeout: Duration) -> Result<Option<Changed>, PatchError> {
+        Ok(self.guest.finish(timeout)?)
+    }
+
+    /// The patch that is in transition, and which tasks run the old code; `None` where none is.
+    pub fn in_transition(&self) -> Result<Option<InTransition>, TransitionError> {
+        self.guest.in_transition()
     }
 
     /// Takes out patches whose commit was cut off as vmpatch was killed, gives their records, and wipes what they and others have left.

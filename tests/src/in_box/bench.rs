@@ -36,6 +36,7 @@ pub(super) fn options() -> PatchOptions {
     PatchOptions {
         model: Model::CleanCut,
         timeout: TIMEOUT,
+        grace: Duration::ZERO,
     }
 }
 

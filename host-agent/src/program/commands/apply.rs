@@ -2,7 +2,7 @@
 
 use super::describe::{describe, used};
 use super::status;
-use super::steps::{APPLY, Steps};
+use super::steps::{APPLY, IN_TRANSITION, Steps};
 use super::target::open;
 use crate::program::cli::{ModelName, Options};
 use crate::program::failure::Failure;
@@ -29,12 +29,24 @@ pub fn apply(options: &Options, files: &[PathBuf]) -> Result<(Patches, Option<Fa
             apply_one(&mut session, options, path, &bytes).or_else(|failure| pending(path, &failure).ok_or(failure))
         });
     }
+    say_who_runs_old_code(&mut steps.patches, &session);
     let report = Patches {
         guest: Guest::of(&session),
         patches: steps.patches,
         upgrade_due: None,
     };
     Ok((report, steps.failure))
+}
+
+/// Says of a patch in transition what the guest says of it.
+pub(super) fn say_who_runs_old_code(patches: &mut [Patch], session: &Session) {
+    for patch in patches.iter_mut().filter(|patch| patch.state == IN_TRANSITION) {
+        let file = patch.file.take();
+        if let Some(shown) = status::patches_in_transition(session).into_iter().next() {
+            *patch = shown;
+        }
+        patch.file = file;
+    }
 }
 
 /// The files are read before the guest, whose reader can open none.
@@ -150,6 +162,7 @@ pub(super) fn apply_one(session: &mut Session, options: &Options, path: &Path, b
         record,
         committed,
         left,
+        ..
     } = match session.apply(path, bytes, &options.patching()) {
         Ok(applied) => applied,
         Err(failure) => return already_applied(session, path, failure.into()),

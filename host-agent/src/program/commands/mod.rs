@@ -3,6 +3,7 @@
 mod apply;
 mod describe;
 mod domains;
+mod finish;
 mod inspect;
 mod revert;
 mod status;
@@ -13,6 +14,7 @@ mod upgrade;
 
 pub use apply::{apply, check};
 pub use domains::domains;
+pub use finish::finish;
 pub use inspect::inspect;
 pub use revert::revert;
 pub use status::status;

@@ -83,7 +83,7 @@ fn all(session: &Session) -> Vec<String> {
         .registry()
         .entries
         .iter()
-        .filter(|entry| entry.state == State::Applied)
+        .filter(|entry| matches!(entry.state, State::Applied | State::Transition))
         .filter_map(|entry| entry.record.as_ref())
         .collect();
     records.sort_by_key(|record| std::cmp::Reverse(record.order));

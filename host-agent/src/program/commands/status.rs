@@ -1,17 +1,25 @@
 //! `status`: what the guest itself says, nothing else.
 
 use super::describe::{CODE_KEPT, describe, describe_reverted};
+use super::steps::IN_TRANSITION;
 use super::target::open;
 use crate::program::cli::Options;
 use crate::program::failure::Failure;
 use crate::program::report::{Guest, Patch, Patches};
-use guest_core::guest::{FunctionStatus, PatchStatus, Runs, Status};
+use guest_core::Gva;
+use guest_core::guest::{FunctionStatus, InTransition, PatchStatus, Runs, Status};
 use guest_core::kernel::KernelError;
 use guest_core::plan::Refusal;
 use guest_core::registry::{Redirect, State};
+use guest_core::task::TaskId;
 use guest_core::transaction::recovery::Rest;
+use host_agent::chain::chain;
 use host_agent::session::{Access, Session};
 
+/// Most tasks that are named which run the old code.
+const OLD_TASKS_MAX: usize = 16;
+/// Most frames that are shown of each of them.
+const FRAMES_MAX: usize = 8;
 /// Another patch has replaced the patch.
 const REPLACED: &str = "replaced, code not removed yet";
 
@@ -28,7 +36,63 @@ pub fn status(options: &Options) -> Result<Patches, Failure> {
 /// All patches of a guest, oldest first.
 pub(in crate::program) fn patches(session: &Session) -> Vec<Patch> {
     let status = session.status();
-    status.patches.iter().map(|patch| shown(&status, patch)).collect()
+    let shown = |patch: &PatchStatus<'_>| {
+        let mut report = shown(&status, patch);
+        if patch.state == State::Transition {
+            report.warnings.extend(old_tasks(session));
+        }
+        report
+    };
+    status.patches.iter().map(shown).collect()
+}
+
+/// The patch of a guest that is in transition.
+pub(super) fn patches_in_transition(session: &Session) -> Vec<Patch> {
+    let mut patches = patches(session);
+    patches.retain(|patch| patch.state == IN_TRANSITION);
+    patches
+}
+
+/// How many tasks run the old code of a patch in transition, and who they are.
+fn old_tasks(session: &Session) -> Vec<String> {
+    let transition = match session.in_transition() {
+        Ok(Some(transition)) => transition,
+        Ok(None) => return Vec::new(),
+        Err(error) => return vec![format!("the tasks that run the old code can't be read: {error}")],
+    };
+    let (tasks, marked) = (transition.tasks, &transition.marked);
+    let mut said = vec![format!(
+        "in transition: {} of {tasks} tasks still run the old code; vmpatch finish waits for them",
+        marked.len()
+    )];
+    let named = marked.iter().take(OLD_TASKS_MAX);
+    said.extend(named.map(|task| format!("{task} runs the old code{}", place(session, &transition, task))));
+    if marked.len() > OLD_TASKS_MAX {
+        said.push(format!("and {} tasks more", marked.len() - OLD_TASKS_MAX));
+    }
+    said
+}
+
+/// Where a task is that runs the old code.
+fn place(session: &Session, transition: &InTransition, task: &TaskId) -> String {
+    let is_it = |other: &TaskId| other.at == task.at;
+    if let Some(blocker) = transition.inside.iter().find(|blocker| is_it(&blocker.task)) {
+        let frames = blocker.stack.iter().take(FRAMES_MAX);
+        let stack: Vec<_> = frames.map(|frame| symbol(session, frame.ip)).collect();
+        return format!(" inside {} ({})", blocker.function, stack.join(" < "));
+    }
+    let mut unsure = transition.unsure.iter();
+    match unsure.find(|unsure| unsure.task.as_ref().is_some_and(is_it)) {
+        Some(unsure) => format!(": {}", chain(&unsure.why).join(": ")),
+        None => String::new(),
+    }
+}
+
+fn symbol(session: &Session, at: Gva) -> String {
+    match session.kernel().symbols.containing(at) {
+        Some((symbol, _)) => format!("{}+{:#x}", symbol.name, at.0.wrapping_sub(symbol.address.0)),
+        None => at.to_string(),
+    }
 }
 
 fn shown(status: &Status<'_>, of: &PatchStatus<'_>) -> Patch {
@@ -136,7 +200,7 @@ fn function_state(runs: &Runs) -> String {
         Runs::Patch => "patched".to_owned(),
         Runs::Original => "original".to_owned(),
         Runs::OwnLivepatch | Runs::LaterPatch(_) => "overridden".to_owned(),
-        Runs::Transition => "in transition".to_owned(),
+        Runs::Transition | Runs::ByTask => IN_TRANSITION.to_owned(),
         Runs::NoJump => "unknown".to_owned(),
         Runs::Else(error) => error.to_string(),
     }
@@ -151,6 +215,7 @@ fn state_name(status: &PatchStatus<'_>) -> &'static str {
         (State::Reverted, _) => "reverted",
         (State::Kept, _) => CODE_KEPT,
         (State::Replaced, _) => REPLACED,
+        (State::Transition, _) => IN_TRANSITION,
     }
 }
 

@@ -7,6 +7,8 @@ use host_agent::outcome::GuestState;
 
 /// What the report says of a patch that was not tried, as an earlier one failed.
 const NOT_TRIED: &str = "not tried";
+/// A patch that some tasks run, while others run the old code.
+pub(super) const IN_TRANSITION: &str = "in transition";
 
 /// How the states of a patch are called that is to be dealt with.
 #[derive(Debug, Clone, Copy)]
@@ -36,6 +38,7 @@ impl Names {
             | GuestState::Paused {
                 change: Effect::InForce,
             } => self.done,
+            GuestState::InTransition => IN_TRANSITION,
             GuestState::HalfPatched
             | GuestState::Paused {
                 change: Effect::HalfPatched,

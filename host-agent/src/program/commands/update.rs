@@ -1,6 +1,6 @@
 //! The bare command: brings a guest up to date from the patch directory.
 
-use super::apply::{ALREADY, apply_one, not_done, pending, refused};
+use super::apply::{ALREADY, apply_one, not_done, pending, refused, say_who_runs_old_code};
 use super::steps::{APPLY, so_far};
 use super::target::target;
 use crate::program::cli::Options;
@@ -32,15 +32,17 @@ pub fn update(options: &Options) -> Result<(Patches, Option<Failure>), Failure> 
     let sandbox = options.sandbox.sandbox();
     let (mut session, upgrade_due) = Session::open_divided(&target, Access::Change, sandbox, upgrade_due)?;
     session.recover()?;
+    session.finish(options.patching().timeout)?;
     let mut batch = Batch::default();
     batch.apply_all(&mut session, options, files);
     let Batch {
-        patches,
+        mut patches,
         first,
         stopped,
         failed,
         wanted,
     } = batch;
+    say_who_runs_old_code(&mut patches, &session);
     let incomplete = first.map(|code| Failure::Incomplete {
         failed,
         all: wanted,

@@ -9,6 +9,7 @@ pub fn name(state: GuestState) -> &'static str {
         GuestState::AsBefore => Effect::AsBefore.name(),
         GuestState::InForce => Effect::InForce.name(),
         GuestState::PartlyDone => "partly done",
+        GuestState::InTransition => "in transition",
         GuestState::HalfPatched => Effect::HalfPatched.name(),
         GuestState::Paused { .. } => "paused",
         GuestState::Lost => "lost",
@@ -29,6 +30,9 @@ pub fn sentence(state: GuestState) -> Option<String> {
         GuestState::AsBefore => return None,
         GuestState::InForce => "the change is in force".to_owned(),
         GuestState::PartlyDone => "what is reported as done is in force, and nothing else".to_owned(),
+        GuestState::InTransition => {
+            "it runs, and is valid: each task runs either the old code or the new; wait on with vmpatch finish, or revert the patch".to_owned()
+        }
         GuestState::HalfPatched => "it may be half patched".to_owned(),
         GuestState::Paused { change } => format!("paused, and not known to run again; the change is {change}"),
         GuestState::Lost => "it can go on in neither process".to_owned(),

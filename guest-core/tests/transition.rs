@@ -1,0 +1,326 @@
+//! Transitions, in guests made by hand: how one begins, ends, is reverted, and is cut off at every write.
+
+mod common;
+
+use common::guest::{FUNCTIONS, Guest};
+use common::machine::{Stopped, Vm};
+use common::module::{Function, livepatch_with_orc};
+use common::patch::{registry, target};
+use common::ram::{Fault, Ram};
+use common::tasks::{PATCH_STATE, START, Task, idle, process, write};
+use guest_core::Kernel;
+use guest_core::commit::{CommitError, CommitOptions, Model, commit, journal, roll_back};
+use guest_core::guest::{Embedded, Guest as Opened, GuestState, PatchError, PatchFile, PatchOptions};
+use guest_core::plan::{self, ApplyOptions, Plan};
+use guest_core::registry::State;
+use std::time::Duration;
+
+const OPTIONS: PatchOptions = PatchOptions {
+    model: Model::Hybrid,
+    timeout: Duration::ZERO,
+    grace: Duration::ZERO,
+};
+const COMMIT: CommitOptions = CommitOptions {
+    model: Model::Hybrid,
+    timeout: Duration::ZERO,
+    pause_max: Duration::from_secs(1),
+};
+const PATCHED: [&str; 2] = ["victim", "vfs_read"];
+/// The flag's byte and bit: flag 9 of the first word.
+const FLAG: (u64, u8) = (1, 2);
+
+fn module() -> Vec<u8> {
+    livepatch_with_orc("fix", &PATCHED.map(Function::returning_one))
+}
+
+fn open(guest: &Guest) -> Opened<Embedded<&Ram, Vm<'_>>> {
+    Opened::open(Embedded {
+        memory: &guest.ram,
+        machine: Vm::new(guest),
+    })
+    .unwrap()
+}
+
+/// Has a process sleep in the first function, or not any more.
+fn sleep_inside(guest: &Guest, is_inside: bool) {
+    let inside = guest.symbol(PATCHED[0]) + 0x20;
+    let returns = [FUNCTIONS + 16, inside, START + 1];
+    let returns = if is_inside { &returns[..] } else { &returns[2..] };
+    // What it was marked with is its own.
+    let marks = guest.bytes_at(process(1).at + PATCH_STATE, 4);
+    write(guest, process(1), "stuck", returns);
+    guest.put(process(1).at + PATCH_STATE, &marks);
+}
+
+/// A guest with such a process, as the state that differences are told from.
+fn with_sleeper() -> (Guest, Kernel) {
+    let mut guest = Guest::new();
+    let kernel = guest.kernel();
+    sleep_inside(&guest, true);
+    guest.ram.take_baseline();
+    (guest, kernel)
+}
+
+fn tasks() -> Vec<Task> {
+    (0..4).map(process).chain((0..2).map(idle)).collect()
+}
+
+fn is_marked(guest: &Guest, task: Task) -> bool {
+    let is_marked = guest.bytes_at(task.at + PATCH_STATE, 4) != [0xff; 4];
+    let flag = guest.bytes_at(task.at + FLAG.0, 1)[0] & FLAG.1 != 0;
+    assert!(is_marked || !flag, "a flag without a mark");
+    is_marked
+}
+
+fn marked(guest: &Guest) -> Vec<u32> {
+    let marked = tasks().into_iter().filter(|task| is_marked(guest, *task));
+    marked.map(|task| task.pid).collect()
+}
+
+fn owner(guest: &Guest) -> u64 {
+    guest.u64_at(guest.symbol("klp_transition_patch"))
+}
+
+fn states(guest: &Guest, kernel: &Kernel) -> Vec<State> {
+    registry(guest, kernel)
+        .entries
+        .iter()
+        .map(|entry| entry.state)
+        .collect()
+}
+
+/// Where a function leads.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Leads {
+    Old,
+    New,
+    Trampoline,
+}
+
+fn leads(guest: &Guest, kernel: &Kernel) -> [Leads; 2] {
+    let registry = registry(guest, kernel);
+    PATCHED.map(|name| {
+        let site = guest.symbol(name) + 4;
+        if guest.bytes_at(site, 1) != [0xe9] {
+            assert_eq!(guest.bytes_at(site, 5), Guest::new().bytes_at(site, 5));
+            return Leads::Old;
+        }
+        let record = registry.entries[0].record().unwrap();
+        let function = record.functions.iter().find(|one| one.name == name).unwrap();
+        match target(guest, site) {
+            to if to == function.new => Leads::New,
+            to => {
+                assert_eq!(Some(to), function.trampoline);
+                Leads::Trampoline
+            }
+        }
+    })
+}
+
+fn begin(guest: &Guest) {
+    let bytes = module();
+    let mut opened = open(guest);
+    let file = PatchFile {
+        name: "fix",
+        bytes: &bytes,
+    };
+    let failure = opened.apply(file, &OPTIONS).unwrap_err();
+    assert!(matches!(failure, PatchError::InTransition { .. }), "{failure}");
+    assert_eq!(failure.guest_state(), GuestState::InTransition);
+}
+
+fn begun() -> (Guest, Kernel) {
+    let (mut guest, kernel) = with_sleeper();
+    begin(&guest);
+    guest.ram.take_baseline();
+    (guest, kernel)
+}
+
+#[test]
+fn only_the_task_inside_is_marked_and_the_transition_ends_when_it_has_left() {
+    let (guest, kernel) = with_sleeper();
+    begin(&guest);
+    assert_eq!(states(&guest, &kernel), [State::Transition]);
+    assert_eq!(leads(&guest, &kernel), [Leads::Trampoline; 2]);
+    assert_eq!(marked(&guest), [process(1).pid]);
+    assert_ne!(owner(&guest), 0);
+    let told = open(&guest).in_transition().unwrap().unwrap();
+    assert_eq!((told.id.as_str(), told.tasks, told.marked.len()), ("fix", 6, 1));
+    assert_eq!(told.inside[0].function, PATCHED[0]);
+    // Whoever comes next leaves it as it is.
+    open(&guest).recover().unwrap();
+    assert_eq!(marked(&guest), [process(1).pid]);
+
+    sleep_inside(&guest, false);
+    let finished = open(&guest).finish(Duration::ZERO).unwrap().unwrap();
+    assert!(finished.by_task);
+    assert_eq!(states(&guest, &kernel), [State::Applied]);
+    assert_eq!(leads(&guest, &kernel), [Leads::New; 2]);
+    assert_eq!((marked(&guest), owner(&guest)), (vec![], 0));
+    assert!(open(&guest).finish(Duration::ZERO).unwrap().is_none());
+
+    open(&guest).revert("fix", &OPTIONS).unwrap();
+    assert_eq!(leads_old(&guest), [true; 2]);
+    assert!(states(&guest, &kernel).is_empty());
+}
+
+fn leads_old(guest: &Guest) -> [bool; 2] {
+    PATCHED.map(|name| guest.bytes_at(guest.symbol(name) + 4, 1) != [0xe9])
+}
+
+/// A task that has left, and never returns to user mode, loses its mark while another one still sleeps inside.
+#[test]
+fn a_marked_task_that_has_left_loses_its_mark_although_another_one_is_inside() {
+    let (guest, kernel) = with_sleeper();
+    write(
+        &guest,
+        process(2),
+        "stuck",
+        &[guest.symbol(PATCHED[1]) + 0x20, START + 1],
+    );
+    begin(&guest);
+    assert_eq!(marked(&guest), [process(1).pid, process(2).pid]);
+    sleep_inside(&guest, false);
+    let failure = open(&guest).finish(Duration::ZERO).unwrap_err();
+    assert_eq!(failure.guest_state(), GuestState::InTransition);
+    assert_eq!(marked(&guest), [process(2).pid]);
+    assert_eq!(leads(&guest, &kernel), [Leads::Trampoline; 2]);
+}
+
+#[test]
+fn a_patch_in_transition_is_reverted_and_nothing_of_it_is_left() {
+    let (guest, kernel) = with_sleeper();
+    begin(&guest);
+    let bytes = livepatch_with_orc("other", &[Function::returning_one("kfree")]);
+    let file = PatchFile {
+        name: "other",
+        bytes: &bytes,
+    };
+    let refused = open(&guest).apply(file, &OPTIONS).unwrap_err();
+    assert!(matches!(refused, PatchError::Refused { .. }), "{refused}");
+    open(&guest).revert("fix", &OPTIONS).unwrap();
+    assert!(states(&guest, &kernel).is_empty());
+    assert_eq!((marked(&guest), owner(&guest)), (vec![], 0));
+    assert!(guest.ram.differences().is_empty());
+}
+
+/// The guest's own transition, also one that has ended a moment ago, keeps vmpatch from beginning one.
+#[test]
+fn the_guests_own_transition_comes_first() {
+    for (word, value) in [
+        ("klp_transition_patch", 0xffff_8880_0100_0000),
+        ("klp_target_state", 1),
+        ("klp_transition_work", 1),
+    ] {
+        let (guest, _) = with_sleeper();
+        guest.put_u64(guest.symbol(word), value);
+        let bytes = module();
+        let file = PatchFile {
+            name: "fix",
+            bytes: &bytes,
+        };
+        let failure = open(&guest).apply(file, &OPTIONS).unwrap_err();
+        let said = failure.to_string();
+        assert!(said.contains("own is in transition"), "{said}");
+        assert_eq!((failure.guest_state(), marked(&guest)), (GuestState::AsBefore, vec![]));
+    }
+}
+
+fn planned(guest: &Guest, kernel: &Kernel) -> Plan {
+    let options = ApplyOptions {
+        model: "hybrid".to_owned(),
+        now: 7,
+        in_transition: true,
+    };
+    plan::apply(&kernel.live(&guest.ram), &registry(guest, kernel), &module(), &options).unwrap()
+}
+
+fn finishing(guest: &Guest, kernel: &Kernel) -> Plan {
+    let plan = plan::finish(&kernel.live(&guest.ram), &registry(guest, kernel));
+    plan.unwrap().unwrap()
+}
+
+fn commit_faulty(guest: &Guest, kernel: &Kernel, plan: &Plan, fault: Fault) -> Result<(), CommitError> {
+    guest.ram.set_fault(Some(fault));
+    let result = commit(&kernel.live(&guest.ram), &mut Vm::new(guest), plan, &COMMIT);
+    guest.ram.set_fault(None);
+    result.map(drop)
+}
+
+/// vmpatch dies at a write, also in the middle of one, and perhaps its supervisor, too. Gives how often the guest came to be in each state.
+fn deaths(start: &Guest, kernel: &Kernel, plan: &Plan, check: impl Fn(&Guest, &str) -> usize) -> [u32; 2] {
+    let journal = journal(&kernel.live(&start.ram), plan).unwrap();
+    let mut counts = [0; 2];
+    for write in 0.. {
+        let mut died = false;
+        // A registry that is being created is not looked at here.
+        let is_staged = write < plan.staged.len() as u64;
+        let torn = (!is_staged).then_some(Fault::TornDeath(write));
+        for fault in [Some(Fault::Death(write)), torn].into_iter().flatten() {
+            for supervisor in [None, Some(false), Some(true)] {
+                let at = format!("{fault:?}, the supervisor: {supervisor:?}");
+                let guest = start.clone();
+                if commit_faulty(&guest, kernel, plan, fault).is_ok() {
+                    continue;
+                }
+                died = true;
+                if let Some(has_run) = supervisor {
+                    roll_back(&guest.ram, &mut Stopped::new(&guest), &journal, has_run).unwrap();
+                }
+                open(&guest).recover().unwrap();
+                counts[check(&guest, &at)] += 1;
+            }
+        }
+        if !died {
+            return counts;
+        }
+    }
+    counts
+}
+
+#[test]
+fn a_death_at_any_write_of_a_begin_leaves_all_old_or_a_whole_transition() {
+    let (guest, kernel) = with_sleeper();
+    let plan = planned(&guest, &kernel);
+    let counts = deaths(&guest, &kernel, &plan, |guest, at| {
+        let states = states(guest, &kernel);
+        if states.is_empty() {
+            assert_eq!((marked(guest), owner(guest)), (vec![], 0), "{at}");
+            assert!(guest.ram.differences().is_empty(), "{at}");
+            begin(guest);
+            return 0;
+        }
+        assert_eq!(states, [State::Transition], "{at}");
+        assert_eq!(leads(guest, &kernel), [Leads::Trampoline; 2], "{at}");
+        assert_eq!(marked(guest), [process(1).pid], "{at}");
+        open(guest).revert("fix", &OPTIONS).unwrap();
+        assert!(guest.ram.differences().is_empty(), "{at}");
+        1
+    });
+    assert!(counts[0] > 3 && counts[1] > 0, "{counts:?}");
+}
+
+#[test]
+fn a_death_at_any_write_of_an_end_leaves_a_transition_that_can_end() {
+    let (mut guest, kernel) = begun();
+    sleep_inside(&guest, false);
+    guest.ram.take_baseline();
+    let plan = finishing(&guest, &kernel);
+    let counts = deaths(&guest, &kernel, &plan, |guest, at| {
+        let states = states(guest, &kernel);
+        let leads = leads(guest, &kernel);
+        if states == [State::Applied] {
+            assert_eq!(leads, [Leads::New; 2], "{at}");
+            assert_eq!((marked(guest), owner(guest)), (vec![], 0), "{at}");
+            return 1;
+        }
+        assert_eq!(states, [State::Transition], "{at}");
+        // Where a jump was changed, nobody is marked: all is new.
+        assert!(!leads.contains(&Leads::New) || marked(guest).is_empty(), "{at}");
+        open(guest).finish(Duration::ZERO).unwrap().unwrap();
+        assert_eq!(self::leads(guest, &kernel), [Leads::New; 2], "{at}");
+        assert_eq!((marked(guest), owner(guest)), (vec![], 0), "{at}");
+        0
+    });
+    assert!(counts[0] > 3 && counts[1] > 0, "{counts:?}");
+}

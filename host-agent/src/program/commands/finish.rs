@@ -1,0 +1,32 @@
+//! `finish`: goes on with a patch that is in transition.
+
+use super::describe::describe;
+use super::status;
+use super::steps::APPLY;
+use super::target::open;
+use crate::program::cli::Options;
+use crate::program::failure::Failure;
+use crate::program::report::{Guest, Patches, Pause};
+use host_agent::session::{Access, Changed};
+
+/// Waits until no task runs the old code of the patch that is in transition. Where none is, there is nothing to do.
+pub fn finish(options: &Options) -> Result<(Patches, Option<Failure>), Failure> {
+    let mut session = open(options, Access::Change)?;
+    session.recover()?;
+    let finished = session.finish(options.patching().timeout);
+    let (patches, failure) = match finished {
+        Ok(None) => (Vec::new(), None),
+        Ok(Some(Changed { record, committed, .. })) => {
+            let mut patch = describe(&record, None, APPLY.done, "patched");
+            patch.pause = Some(Pause::from(&committed));
+            (vec![patch], None)
+        }
+        Err(failure) => (status::patches_in_transition(&session), Some(failure.into())),
+    };
+    let report = Patches {
+        guest: Guest::of(&session),
+        patches,
+        upgrade_due: None,
+    };
+    Ok((report, failure))
+}
