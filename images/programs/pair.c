@@ -7,12 +7,14 @@
  *                            SIGTERM, if SECONDS is 0; the status is 0 unless a
  *                            call found a mix, or was lost: it began and gave no
  *                            result
+ *   pair rusage SECONDS TASKS  the same with getrusage() and the module rusage_pair
  */
 #include "result.h"
 
 #include <signal.h>
 #include <stdatomic.h>
 #include <sys/mman.h>
+#include <sys/resource.h>
 #include <sys/sysinfo.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -35,6 +37,17 @@ static int one_call(struct sysinfo *info)
 	return info->bufferram == NEW_CALLEE * PAGE ? MIXED : OLD;
 }
 
+static int one_rusage(void)
+{
+	struct rusage usage;
+
+	if (getrusage(RUSAGE_SELF, &usage))
+		cannot_tell("getrusage");
+	if (usage.ru_maxrss == NEW_CALLER)
+		return usage.ru_ixrss || usage.ru_idrss ? MIXED : NEW;
+	return usage.ru_utime.tv_sec == (long)NEW_CALLEE ? MIXED : OLD;
+}
+
 static int say(const struct sysinfo *info, int kind)
 {
 	static const int status[] = { FLAWED, FIXED, UNKNOWN };
@@ -55,18 +68,18 @@ static void end(int signal)
 	ended = 1;
 }
 
-static void call_until_the_end(_Atomic unsigned long *totals)
+static void call_until_the_end(_Atomic unsigned long *totals, int rusage)
 {
 	struct sysinfo info;
 
 	while (!ended) {
 		totals[BEGUN]++;
-		totals[one_call(&info)]++;
+		totals[rusage ? one_rusage() : one_call(&info)]++;
 	}
 	_exit(0);
 }
 
-static int load(unsigned int seconds, int tasks)
+static int load(unsigned int seconds, int tasks, int rusage)
 {
 	struct sigaction action = { .sa_handler = end };
 	_Atomic unsigned long *totals;
@@ -84,7 +97,7 @@ static int load(unsigned int seconds, int tasks)
 		if (pid < 0)
 			cannot_tell("fork");
 		if (pid == 0)
-			call_until_the_end(totals);
+			call_until_the_end(totals, rusage);
 	}
 	puts("started");
 	fflush(stdout);
@@ -104,9 +117,11 @@ int main(int argc, char **argv)
 {
 	struct sysinfo info;
 
-	if (argc == 4 && !strcmp(argv[1], "load")) {
+	int rusage = argc == 4 && !strcmp(argv[1], "rusage");
+
+	if (rusage || (argc == 4 && !strcmp(argv[1], "load"))) {
 		setpgid(0, 0);
-		return load(atoi(argv[2]), atoi(argv[3]));
+		return load(atoi(argv[2]), atoi(argv[3]), rusage);
 	}
 	return say(&info, one_call(&info));
 }

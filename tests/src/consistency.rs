@@ -4,7 +4,8 @@
 //! call finds: old, new, or mixed. The cycles run in this process, through vmpatch's own library: as many of them through the
 //! program would start it twice as often.
 
-use guest_core::guest::Changed;
+use guest_core::commit::Model;
+use guest_core::guest::{Changed, PatchOptions};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -26,30 +27,43 @@ const PROGRAM_LIMIT: Duration = Duration::from_secs(30);
 /// Time for one safe moment; the default of the command line is made for guests that do not call the function all the time.
 const TIMEOUT: Duration = Duration::from_secs(60);
 
-/// Applies and reverts that often.
+/// Applies and reverts that often, with that model.
 ///
 /// # Panics
 ///
 /// If a call found a mix or was lost, an apply or a revert failed, or too few calls were made between them to tell.
-pub fn run(cycles: u64) {
+pub fn run(cycles: u64, model: Model) {
     // With QEMU's HPET as clock, which sysinfo() asks, both vCPUs would nearly always stand in that one access.
     let guest = bed::lend(kit::guest(Kernel::CLOUD_6_1).append("tsc=reliable clocksource=tsc"));
-    let module = Modules::of(&Kernel::CLOUD_6_1).applied(Applied::Pair);
+    let modules = Modules::of(&Kernel::CLOUD_6_1);
+    // Only functions with ftrace sites can be in transition.
+    let (module, load) = match model {
+        Model::Hybrid => (modules.rusage_pair(), "rusage"),
+        Model::CleanCut | Model::None => (modules.applied(Applied::Pair), "load"),
+    };
     let bytes = std::fs::read(&module).unwrap();
     assert_eq!(see(&guest, "pair"), Seen::Flawed);
-    let load = guest.spawn(&["/opt/pair", "load", "0", TASKS]).unwrap();
+    let load = guest.spawn(&["/opt/pair", load, "0", TASKS]).unwrap();
     load.wait_for_stdout("started", PROGRAM_LIMIT).unwrap();
 
-    let options = session::options(TIMEOUT);
+    let options = PatchOptions {
+        model,
+        ..session::options(TIMEOUT)
+    };
     let mut session = session::open(&guest).unwrap();
     session.recover().unwrap();
     let start = Instant::now();
-    let mut tries = [0; 2];
+    let (mut tries, mut by_task) = ([0; 2], 0);
     for cycle in 0..cycles {
         let applied = session.apply(Path::new(&module), &bytes, &options);
-        let Changed { record, committed, .. } =
-            applied.unwrap_or_else(|error| panic!("cycle {cycle}: {:?}", chain(&error)));
+        let Changed {
+            record,
+            committed,
+            by_task: is_by_task,
+            ..
+        } = applied.unwrap_or_else(|error| panic!("cycle {cycle}: {:?}", chain(&error)));
         tries[0] += committed.tries;
+        by_task += u64::from(is_by_task);
         let reverted = session.revert(&record.id, &options);
         let Changed { committed, .. } = reverted.unwrap_or_else(|error| panic!("cycle {cycle}: {:?}", chain(&error)));
         tries[1] += committed.tries;
@@ -63,7 +77,9 @@ pub fn run(cycles: u64) {
     guest.text(&["kill", &load.pid().to_string()]).unwrap();
     let output = load.wait(PROGRAM_LIMIT).unwrap();
     let calls = Calls::of(&String::from_utf8_lossy(&output.stdout)).unwrap_or_else(|| panic!("{output:?}"));
-    println!("{cycles} cycles in {took:?}, {tries:?} pauses; {calls:?}");
+    println!("{cycles} cycles in {took:?}, {tries:?} pauses, {by_task} of the applies task by task; {calls:?}");
+    // A vCPU is inside in many pauses.
+    assert!(model != Model::Hybrid || by_task > cycles / 20, "{by_task}");
     assert_eq!((calls.mixed, calls.lost), (0, 0), "{calls:?}");
     assert!(output.status.success(), "{output:?}");
     let calls_min = cycles / 10;

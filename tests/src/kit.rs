@@ -115,6 +115,11 @@ impl Modules {
         text(hand_written::version(&self.tree, version).expect("the module builds"))
     }
 
+    /// Two functions with ftrace sites that see whether the other one is of their own age.
+    pub fn rusage_pair(&self) -> String {
+        text(hand_written::rusage_pair(&self.tree).expect("the module builds"))
+    }
+
     /// With the init and exit of kpatch-build itself.
     pub fn kpatch_hook(&self) -> String {
         text(hand_written::kpatch_hook(&self.tree).expect("the module builds"))

@@ -127,6 +127,15 @@ pub fn version(tree: &KernelTree, version: u32) -> Result<PathBuf, Error> {
         .build(tree)
 }
 
+/// Builds `test_rusage_pair`: `getrusage` and `thread_group_cputime_adjusted`, which see whether the other one is of their own age, and have ftrace
+/// sites. Returns the `.ko` in the cache.
+pub fn rusage_pair(tree: &KernelTree) -> Result<PathBuf, Error> {
+    Module::new("test-rusage-pair")
+        .source("rusage_pair", text!("rusage_pair"))
+        .allow_undefined()
+        .build(tree)
+}
+
 /// A module that is to be applied. Its effect is seen by the program [`Applied::program`] (see [`super::programs`]).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Applied {

@@ -9,6 +9,7 @@ use e2e::consistency;
 use e2e::storm::cycles::{Cycle, Length, Outcomes};
 use e2e::storm::run::{self, Plan, Report};
 use e2e::storm::{self, Storm, table};
+use guest_core::commit::Model;
 use images::kernel::Kernel;
 
 /// Between two lines that say how far it is.
@@ -62,7 +63,7 @@ fn storms() -> String {
 fn main() -> ExitCode {
     let cli = Cli::parse();
     if let Some(cycles) = cli.consistency {
-        consistency::run(cycles);
+        consistency::run(cycles, Model::CleanCut);
         return ExitCode::SUCCESS;
     }
     let mut chosen: Vec<&dyn Storm> = Vec::new();

@@ -18,6 +18,7 @@ mod formats;
 mod guards;
 mod host_box;
 mod hotplug;
+mod hybrid;
 mod killed;
 mod known;
 mod libvirt;
