@@ -15,7 +15,7 @@ fn launched(redirection: &str, script: &str) -> String {
         "program": "/bin/sh",
         "arguments": [bytes("-c"), bytes(script)],
         "folder": "/",
-        "origin": {
+        "process_context": {
             "users": id(user),
             "groups": id(group),
             "other_groups": [],

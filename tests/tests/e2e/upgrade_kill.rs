@@ -228,7 +228,7 @@ fn a_guest_whose_disk_stays_taken_is_told_as_paused_and_goes_on_once_the_disk_is
     let report = answer.json();
     assert_eq!(report["guest_state"], "paused", "{answer}");
     let complaint = report["error"].as_str().unwrap();
-    let words = format!("the guest stands in the old process (pid {old}), and has never run in the new one");
+    let words = format!("the guest is paused in the old process (pid {old}), and has never run in the new one");
     assert!(complaint.starts_with(&words), "{answer}");
     assert!(
         answer.stderr.contains("hint: ") && answer.stderr.contains("QMP `cont`"),
