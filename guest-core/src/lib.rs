@@ -14,7 +14,7 @@
 //! | know when it is safe | [`unwind`]: one stack; [`task`]: every stack of the guest |
 //! | commit | [`commit`]: stage, pause, check, write, read back, resume, or restore |
 //! | try again, recover, or end | [`transaction`]: decided without clock or guest |
-//! | all of it, for embedders | [`guest`]: open a guest, check, apply, revert, status, recover |
+//! | all of it, for embedders | [`guest`]: open a guest, check, apply, revert, finish, status, recover |
 //!
 //! An embedder gives guest memory by guest-physical address ([`PhysMemory`]) and the vCPUs' registers ([`Registers`]); to change a guest,
 //! also a machine that can pause ([`machine::Machine`]). `examples/memory_dump.rs` reads a guest from a file, `examples/embedder.rs`

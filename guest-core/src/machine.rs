@@ -79,7 +79,7 @@ pub struct Journal {
     /// The guest's locks that must be free in the pause.
     #[serde(default)]
     pub locks: Vec<LockWord>,
-    /// The marks of tasks that the pause may set or take away. They are not rolled back: what is left of them is harmless, and the next
+    /// The marks of tasks that the pause may set or take away, by address. They are not rolled back: what is left of them is harmless, and the next
     /// process takes it away.
     #[serde(default)]
     pub marks: Vec<Change>,
@@ -89,18 +89,25 @@ impl Journal {
     /// True where a write is part of this commit or of its rollback: all bytes are within one change, and each is its old or its new one, or as
     /// it is in memory. For a process that makes the writes of another one that is not trusted.
     pub fn permits(&self, memory: &dyn PhysMemory, at: Gpa, bytes: &[u8]) -> bool {
-        let mut changes = self.staged.iter().chain(&self.atomic).chain(&self.marks);
+        let behind = self.marks.partition_point(|mark| mark.gpa() <= at);
+        let mark = behind.checked_sub(1).and_then(|index| self.marks.get(index));
+        let mut changes = mark.into_iter().chain(&self.staged).chain(&self.atomic);
         changes.any(|change| change.permits(memory, at, bytes))
     }
 
-    /// True where the commit leads the guest into new code: it ends with a patch in force.
+    /// True where the commit leads the guest into new code: it ends with a patch in force, or in transition.
     pub(crate) fn redirects(&self) -> bool {
-        self.atomic.last().is_some_and(|state| {
-            // The end of a transition writes jumps over jumps to the same code: nothing is to be restored.
-            let from = |one: State| state.undone().sets_word(one as u64);
-            let to = |one: State| state.sets_word(one as u64);
-            to(State::Transition) || to(State::Applied) && !from(State::Transition)
-        })
+        self.goes_to(State::Transition) || self.goes_to(State::Applied) && !self.ends_transition()
+    }
+
+    /// True where the commit ends a transition: it writes jumps over jumps to the same code.
+    pub(crate) fn ends_transition(&self) -> bool {
+        let from = |state: &Change| state.undone().sets_word(State::Transition as u64);
+        self.goes_to(State::Applied) && self.atomic.last().is_some_and(from)
+    }
+
+    fn goes_to(&self, state: State) -> bool {
+        self.atomic.last().is_some_and(|last| last.sets_word(state as u64))
     }
 
     /// For a first apply: the change of its state to [`State::Reverting`].

@@ -2,17 +2,17 @@
 
 mod common;
 
-use common::guest::{FUNCTIONS, Guest};
+use common::guest::{FUNCTIONS, Guest, gpa, per_cpu_area};
 use common::machine::{Stopped, Vm};
 use common::module::{Function, livepatch_with_orc};
 use common::patch::{registry, target};
 use common::ram::{Fault, Ram};
-use common::tasks::{PATCH_STATE, START, Task, idle, process, write};
-use guest_core::Kernel;
+use common::tasks::{PATCH_STATE, STACK, START, Task, idle, process, write};
 use guest_core::commit::{CommitError, CommitOptions, Model, commit, journal, roll_back};
 use guest_core::guest::{Embedded, Guest as Opened, GuestState, PatchError, PatchFile, PatchOptions};
 use guest_core::plan::{self, ApplyOptions, Plan};
 use guest_core::registry::State;
+use guest_core::{Gpa, Kernel};
 use std::time::Duration;
 
 const OPTIONS: PatchOptions = PatchOptions {
@@ -25,6 +25,8 @@ const COMMIT: CommitOptions = CommitOptions {
     timeout: Duration::ZERO,
     pause_max: Duration::from_secs(1),
 };
+/// Index of RSP among the general registers.
+const RSP: usize = 4;
 const PATCHED: [&str; 2] = ["victim", "vfs_read"];
 /// The flag's byte and bit: flag 9 of the first word.
 const FLAG: (u64, u8) = (1, 2);
@@ -45,11 +47,14 @@ fn open(guest: &Guest) -> Opened<Embedded<&Ram, Vm<'_>>> {
 fn sleep_inside(guest: &Guest, is_inside: bool) {
     let inside = guest.symbol(PATCHED[0]) + 0x20;
     let returns = [FUNCTIONS + 16, inside, START + 1];
-    let returns = if is_inside { &returns[..] } else { &returns[2..] };
-    // What it was marked with is its own.
-    let marks = guest.bytes_at(process(1).at + PATCH_STATE, 4);
-    write(guest, process(1), "stuck", returns);
-    guest.put(process(1).at + PATCH_STATE, &marks);
+    write_marked(guest, process(1), if is_inside { &returns } else { &returns[2..] });
+}
+
+/// Writes a stack, and leaves the mark.
+fn write_marked(guest: &Guest, task: Task, returns: &[u64]) {
+    let mark = guest.bytes_at(task.at + PATCH_STATE, 4);
+    write(guest, task, "stuck", returns);
+    guest.put(task.at + PATCH_STATE, &mark);
 }
 
 /// A guest with such a process, as the state that differences are told from.
@@ -168,6 +173,21 @@ fn leads_old(guest: &Guest) -> [bool; 2] {
     PATCHED.map(|name| guest.bytes_at(guest.symbol(name) + 4, 1) != [0xe9])
 }
 
+#[test]
+fn the_same_apply_again_goes_on_with_the_transition() {
+    let (guest, kernel) = with_sleeper();
+    begin(&guest);
+    begin(&guest);
+    sleep_inside(&guest, false);
+    let bytes = module();
+    let file = PatchFile {
+        name: "fix",
+        bytes: &bytes,
+    };
+    assert!(open(&guest).apply(file, &OPTIONS).unwrap().by_task);
+    assert_eq!(states(&guest, &kernel), [State::Applied]);
+}
+
 /// A task that has left, and never returns to user mode, loses its mark while another one still sleeps inside.
 #[test]
 fn a_marked_task_that_has_left_loses_its_mark_although_another_one_is_inside() {
@@ -185,6 +205,65 @@ fn a_marked_task_that_has_left_loses_its_mark_although_another_one_is_inside() {
     assert_eq!(failure.guest_state(), GuestState::InTransition);
     assert_eq!(marked(&guest), [process(2).pid]);
     assert_eq!(leads(&guest, &kernel), [Leads::Trampoline; 2]);
+}
+
+/// The counts of a task that was switched to are those of before: only the CPU tells that it runs, and where.
+#[test]
+fn a_marked_task_that_begins_to_run_right_before_the_pause_keeps_its_mark() {
+    let (guest, kernel) = with_sleeper();
+    let inside = guest.symbol(PATCHED[1]) + 0x20;
+    write(&guest, process(2), "worker", &[inside, START + 1]);
+    begin(&guest);
+    write_marked(&guest, process(2), &[START + 1]);
+    let plan = finishing(&guest, &kernel);
+    let mut vm = Vm::new(&guest);
+    let current = per_cpu_area(1) + 0x1400;
+    vm.last_write = Some((Gpa(gpa(current)), process(2).at));
+    vm.vcpus[1].rip = inside;
+    vm.vcpus[1].general[RSP] = process(2).stack + STACK - 0x100;
+    let failure = commit(&kernel.live(&guest.ram), &mut vm, &plan, &COMMIT).unwrap_err();
+    assert!(matches!(failure, CommitError::NotSafe { .. }), "{failure}");
+    assert_eq!(vm.pauses, 1);
+    assert_eq!(marked(&guest), [process(1).pid, process(2).pid]);
+}
+
+/// The apply of a patch in transition that was cut off while it was reverted is not completed.
+#[test]
+fn a_revert_that_is_cut_off_is_finished_and_not_turned_into_an_apply() {
+    let (guest, kernel) = begun();
+    let plan = plan::revert(&kernel.live(&guest.ram), &registry(&guest, &kernel), "fix").unwrap();
+    // A word of the guest's lists is one store.
+    let counts = deaths(&guest, &kernel, &plan, false, |guest, at| {
+        let states = states(guest, &kernel);
+        if states == [State::Transition] {
+            assert_eq!(leads(guest, &kernel), [Leads::Trampoline; 2], "{at}");
+            return 0;
+        }
+        assert!(states.is_empty(), "{at}: {states:?}");
+        assert_eq!((marked(guest), owner(guest)), (vec![], 0), "{at}");
+        assert_eq!(leads_old(guest), [true; 2], "{at}");
+        1
+    });
+    assert!(counts.iter().all(|count| *count > 0), "{counts:?}");
+}
+
+/// All of an end was written but its last word, and the guest has begun a transition of its own since.
+#[test]
+fn the_end_of_a_transition_leaves_the_guests_own_marks() {
+    let (guest, kernel) = begun();
+    sleep_inside(&guest, false);
+    open(&guest).finish(Duration::ZERO).unwrap().unwrap();
+    let entry = &registry(&guest, &kernel).entries[0];
+    let back = registry(&guest, &kernel).state_change(entry.slot, State::Applied, State::Transition);
+    back.make(&guest.ram).unwrap();
+    guest.put_u64(guest.symbol("klp_transition_patch"), 0xffff_ffff_c000_1000);
+    guest.put(process(2).at + PATCH_STATE, &[0; 4]);
+    open(&guest).finish(Duration::ZERO).unwrap().unwrap();
+    assert_eq!(states(&guest, &kernel), [State::Applied]);
+    assert_eq!(
+        (marked(&guest), owner(&guest)),
+        (vec![process(2).pid], 0xffff_ffff_c000_1000)
+    );
 }
 
 #[test]
@@ -247,15 +326,15 @@ fn commit_faulty(guest: &Guest, kernel: &Kernel, plan: &Plan, fault: Fault) -> R
     result.map(drop)
 }
 
-/// vmpatch dies at a write, also in the middle of one, and perhaps its supervisor, too. Gives how often the guest came to be in each state.
-fn deaths(start: &Guest, kernel: &Kernel, plan: &Plan, check: impl Fn(&Guest, &str) -> usize) -> [u32; 2] {
+/// vmpatch dies at a write, where `torn` also in the middle of one, and perhaps its supervisor, too. Gives how often the guest came to be in each state.
+fn deaths(start: &Guest, kernel: &Kernel, plan: &Plan, torn: bool, check: impl Fn(&Guest, &str) -> usize) -> [u32; 2] {
     let journal = journal(&kernel.live(&start.ram), plan).unwrap();
     let mut counts = [0; 2];
     for write in 0.. {
         let mut died = false;
         // A registry that is being created is not looked at here.
         let is_staged = write < plan.staged.len() as u64;
-        let torn = (!is_staged).then_some(Fault::TornDeath(write));
+        let torn = (torn && !is_staged).then_some(Fault::TornDeath(write));
         for fault in [Some(Fault::Death(write)), torn].into_iter().flatten() {
             for supervisor in [None, Some(false), Some(true)] {
                 let at = format!("{fault:?}, the supervisor: {supervisor:?}");
@@ -282,7 +361,7 @@ fn deaths(start: &Guest, kernel: &Kernel, plan: &Plan, check: impl Fn(&Guest, &s
 fn a_death_at_any_write_of_a_begin_leaves_all_old_or_a_whole_transition() {
     let (guest, kernel) = with_sleeper();
     let plan = planned(&guest, &kernel);
-    let counts = deaths(&guest, &kernel, &plan, |guest, at| {
+    let counts = deaths(&guest, &kernel, &plan, true, |guest, at| {
         let states = states(guest, &kernel);
         if states.is_empty() {
             assert_eq!((marked(guest), owner(guest)), (vec![], 0), "{at}");
@@ -306,7 +385,7 @@ fn a_death_at_any_write_of_an_end_leaves_a_transition_that_can_end() {
     sleep_inside(&guest, false);
     guest.ram.take_baseline();
     let plan = finishing(&guest, &kernel);
-    let counts = deaths(&guest, &kernel, &plan, |guest, at| {
+    let counts = deaths(&guest, &kernel, &plan, true, |guest, at| {
         let states = states(guest, &kernel);
         let leads = leads(guest, &kernel);
         if states == [State::Applied] {

@@ -24,8 +24,8 @@ pub(super) struct Marking {
     journaled: BTreeMap<Gva, Mark>,
     /// True where the journal was given without some of them.
     is_journal_old: bool,
-    /// The tasks of the last look.
-    known: BTreeSet<Gva>,
+    /// The tasks of the last look, each with its start time, which tells it from a later one at that address.
+    known: BTreeSet<(Gva, u64)>,
     /// Those of them that were marked.
     marked: BTreeSet<Gva>,
 }
@@ -72,7 +72,7 @@ impl Marking {
         }))
     }
 
-    /// What the journal names of marks.
+    /// What the journal names of marks, by address.
     pub fn journal(&self) -> Vec<Change> {
         let owner = match &self.kind {
             Kind::Set(owner) => Some(owner.clone()),
@@ -82,7 +82,9 @@ impl Marking {
             .journaled
             .values()
             .flat_map(|mark| [mark.state.clone(), mark.flag.clone()]);
-        owner.into_iter().chain(marks).collect()
+        let mut all: Vec<_> = owner.into_iter().chain(marks).collect();
+        all.sort_by_key(Change::gpa);
+        all
     }
 
     /// True once after the journal's marks have become more.
@@ -92,15 +94,10 @@ impl Marking {
 
     /// Looks, while the guest runs, which marks a pause may have to change. Gives true where a pause may do something, although `verdict` finds tasks asleep inside.
     pub fn look(&mut self, live: &Live<'_>, snapshot: &Snapshot<'_>, verdict: &Verdict) -> Result<bool, CommitError> {
-        self.known = snapshot.tasks().collect();
+        self.known = snapshot.births().collect();
         self.marked = match self.kind {
             Kind::Set(_) => BTreeSet::new(),
-            Kind::Clear => self
-                .known
-                .iter()
-                .copied()
-                .filter(|task| self.is_marked(live, *task))
-                .collect(),
+            Kind::Clear => snapshot.tasks().filter(|task| self.is_marked(live, *task)).collect(),
         };
         match self.kind {
             Kind::Set(_) => {
@@ -134,7 +131,7 @@ impl Marking {
     ) -> impl Iterator<Item = &'v (Gva, String)> {
         inside
             .iter()
-            .filter(|(task, function)| function != FORK || marked.contains(task))
+            .filter(|(task, function)| !function.starts_with(FORK) || marked.contains(task))
     }
 
     /// Decides in the pause. What the journal does not name is left for the next pause.
@@ -180,13 +177,14 @@ impl Marking {
         snapshot: &Snapshot<'_>,
         verdict: Verdict,
     ) -> Result<Decision, CommitError> {
-        let born = snapshot.tasks().filter(|task| !self.known.contains(task));
-        let marked = born.chain(self.marked.iter().copied());
+        let born = snapshot.births().filter(|birth| !self.known.contains(birth));
+        let marked = born.map(|(task, _)| task).chain(self.marked.iter().copied());
         let marked: BTreeSet<Gva> = marked.filter(|task| self.is_marked(live, *task)).collect();
         let is_end = verdict.unsure.is_empty() && self.blockers(&verdict.inside, &marked).next().is_none();
         let (mut changes, mut unnamed) = (Vec::new(), Vec::new());
+        let is_inside = |task: &Gva| verdict.inside.iter().any(|(inside, _)| inside == task);
         for task in marked {
-            if !is_end && !snapshot.is_clear(task) {
+            if !is_end && (is_inside(&task) || !snapshot.is_clear(task)) {
                 continue;
             }
             match self.journaled.get(&task) {

@@ -24,7 +24,7 @@ use crate::change::{Change, ChangeError};
 use crate::kernel::locks::{Held, Locks};
 use crate::kernel::{KernelError, Live};
 use crate::machine::{Journal, Machine, MachineError, PauseTimes, Paused};
-use crate::memory::PhysMemory;
+use crate::memory::{PhysMemory, VirtMemory};
 use crate::plan::{Marks, Plan};
 use crate::task::{Quiescence, Snapshot, Verdict};
 use crate::text::chain;
@@ -184,6 +184,7 @@ pub fn commit(
         attempts.until_safe(machine).or_else(|error| {
             // Staged changes stay where old functions may lead to the new code, and where the supervisor rolls the commit back.
             let is_left = matches!(error, CommitError::HalfDone { .. } | CommitError::NotResumed { .. });
+            let is_left = is_left || has_begun(live, &plan.marks);
             match is_left || is_complete(live.memory, &plan.atomic) {
                 true => Err(error),
                 false => roll_back_after(live.memory, &plan.staged, error),
@@ -196,6 +197,14 @@ pub fn commit(
         let _ = machine.guard(None);
     }
     result
+}
+
+/// True where a begin may have left marks, which the next vmpatch finds by the patch's record.
+fn has_begun(live: &Live<'_>, marks: &Marks) -> bool {
+    match marks {
+        Marks::Set { fields, .. } => live.read_u64(fields.owner) != Ok(0),
+        Marks::Leave | Marks::Clear { .. } => false,
+    }
 }
 
 /// What a supervisor is told of the commit of `plan`.
@@ -379,13 +388,20 @@ impl Attempts<'_, '_> {
             decision = Decision::of(Some(too_long(paused.elapsed(), self.options)));
         }
         let at_write = Instant::now();
-        decision.write(self.live)?;
-        if decision.not_safe.is_none() {
-            let written = write(self.live, paused, &self.plan.atomic);
-            if written.is_err() && matches!(self.plan.marks, Marks::Set { .. }) {
-                decision.unset(self.live);
+        let written = decision.write(self.live).and_then(|()| match decision.not_safe {
+            Some(_) => Ok(()),
+            None => write(self.live, paused, &self.plan.atomic),
+        });
+        match written {
+            // Trampolines may be there: without its mark, a task in the old code would be led to the new.
+            Err(error @ CommitError::HalfDone { .. }) => return Err(error),
+            Err(error) => {
+                if matches!(self.plan.marks, Marks::Set { .. }) {
+                    decision.unset(self.live);
+                }
+                return Err(error);
             }
-            written?;
+            Ok(()) => {}
         }
         Ok(InPause {
             not_safe: decision.not_safe,

@@ -31,7 +31,7 @@ pub fn roll_back(
         commit.restore_sites(writer)?;
         return Ok(false);
     }
-    match Ending::of(commit.written()?, redirects, has_run) {
+    match commit.ending(redirects, has_run)? {
         Ending::Undo => {
             restore(memory, writer, &journal.atomic)?;
             // The next vmpatch finds marks by the registry.
@@ -93,6 +93,14 @@ impl<'a> CutOff<'a> {
             Written::Data
         } else {
             Written::SomeCode
+        })
+    }
+
+    /// What is done with it. The jumps of a transition's end lead to the same code as those that they replace: it is finished.
+    fn ending(&self, redirects: bool, has_run: bool) -> Result<Ending, ChangeError> {
+        Ok(match Ending::of(self.written()?, redirects, has_run) {
+            Ending::RestoreSites if self.journal.ends_transition() => Ending::Finish,
+            ending => ending,
         })
     }
 

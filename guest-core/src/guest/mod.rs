@@ -175,6 +175,12 @@ impl<V: Vmm> Guest<V> {
     ///
     /// [`PatchError::guest_state`] tells what the guest is like.
     pub fn apply(&mut self, file: PatchFile<'_>, options: &PatchOptions) -> Result<Changed, PatchError<V::Error>> {
+        if self.is_in_transition(file.bytes) {
+            // The same again: what it waited for is waited for.
+            if let Some(finished) = self.finish(options.timeout)? {
+                return Ok(finished);
+            }
+        }
         self.finish_other()?;
         match options.model {
             Model::Hybrid => self.apply_hybrid(file, options),
@@ -210,7 +216,6 @@ impl<V: Vmm> Guest<V> {
     ///
     /// [`PatchError::guest_state`] tells what the guest is like.
     pub fn revert(&mut self, id: &str, options: &PatchOptions) -> Result<Changed, PatchError<V::Error>> {
-        self.finish_other()?;
         let chosen = commit_options(Model::CleanCut, options.timeout);
         let reverted = self.change(Operation::Revert, id, chosen, |guest| guest.plan_revert(id))?;
         self.recover().map_err(PatchError::afterwards)?;

@@ -159,13 +159,14 @@ fn later<'r>(
     function: &PatchedFunction,
     memory: &dyn PhysMemory,
 ) -> Option<&'r Record> {
-    let entries = registry.entries.iter().filter(|entry| entry.state == State::Applied);
+    let is_in_force = |entry: &&Entry| matches!(entry.state, State::Applied | State::Transition);
+    let entries = registry.entries.iter().filter(is_in_force);
     let later = entries
         .filter_map(Entry::record)
         .filter(|other| other.order > record.order);
     let of = |other: &'r Record| Some((other, other.functions.iter().find(|one| one.old == function.old)?));
     let (last, own) = later.filter_map(of).max_by_key(|(other, _)| other.order)?;
-    (in_site(last, own, memory) == Runs::Patch).then_some(last)
+    matches!(in_site(last, own, memory), Runs::Patch | Runs::ByTask).then_some(last)
 }
 
 /// What the place of the jump holds.

@@ -1,7 +1,7 @@
 //! Applies a patch task by task where it can't go in at one instant, and ends a transition.
 
 use super::change;
-use super::{Changed, Guest, PatchError, PatchFile, PatchOptions, Vmm, commit_options};
+use super::{Changed, Guest, GuestState, PatchError, PatchFile, PatchOptions, Vmm, commit_options};
 use crate::addr::Gva;
 use crate::commit::{CommitError, Model};
 use crate::kernel::patch_state::UNDEFINED;
@@ -67,9 +67,13 @@ impl<V: Vmm> Guest<V> {
         };
         let id = record.id.clone();
         let finished = change::finish(self, &id, commit_options(Model::Hybrid, timeout));
-        let finished = finished.map_err(|source| PatchError::InTransition {
-            id,
-            source: Box::new(source),
+        let finished = finished.map_err(|source| match source.guest_state() {
+            GuestState::AsBefore => PatchError::InTransition {
+                id,
+                source: Box::new(source),
+            },
+            // It says what the guest is like.
+            _ => source,
         })?;
         Ok(finished.map(|(record, committed)| Changed {
             record,
@@ -77,6 +81,12 @@ impl<V: Vmm> Guest<V> {
             by_task: true,
             left: None,
         }))
+    }
+
+    /// True where it is this module that is in transition.
+    pub(super) fn is_in_transition(&self, file: &[u8]) -> bool {
+        let record = plan::in_transition(&self.registry).map(|(_, record)| record);
+        record.is_some_and(|record| record.digest == plan::digest(file))
     }
 
     /// Ends another patch's transition, if that is so soon.
@@ -138,7 +148,7 @@ impl<V: Vmm> Guest<V> {
         let old = plan
             .must_be_quiescent
             .into_iter()
-            .filter(|function| function.name != plan::FORK);
+            .filter(|function| !function.name.starts_with(plan::FORK));
         let snapshot = finder.snapshot(&live, OldCode::new(old.collect()), plan.patch_code)?;
         let state = |task: &Gva| live.read_u32(task.wrapping_add(fields.state));
         let is_marked = |task: &Gva| state(task).is_ok_and(|state| state != UNDEFINED);

@@ -8,6 +8,7 @@ use super::{
     Marks, Plan, Refusal, compatibility, from_reads, guard, partial, reapply, registration, targets, this_module,
 };
 use crate::addr::Gva;
+use crate::change::Change;
 use crate::guest_module::{self, Description, PreparedModule};
 use crate::kernel::patch_state::{self, NoPatchState};
 use crate::kernel::resolve::GuestSymbols;
@@ -42,6 +43,11 @@ pub fn apply(live: &Live<'_>, registry: &Registry, file: &[u8], options: &ApplyO
     from_reads::plan(live, |live| plan(live, registry, file, options))
 }
 
+/// The digest by which a record names the module: its SHA-256, in hex.
+pub(crate) fn digest(file: &[u8]) -> String {
+    crate::change::hex::encode(&Sha256::digest(file))
+}
+
 fn plan(live: &Live<'_>, registry: &Registry, file: &[u8], options: &ApplyOptions) -> Result<Plan, Refusal> {
     let module = PatchModule::parse(file)?;
     compatibility::check(live, &module)?;
@@ -51,7 +57,7 @@ fn plan(live: &Live<'_>, registry: &Registry, file: &[u8], options: &ApplyOption
     }
     let mut patch = module.patch(&livepatch::layout(live)?)?;
     let alternatives = alternatives::layout(live)?;
-    let digest = crate::change::hex::encode(&Sha256::digest(file));
+    let digest = digest(file);
     let symbols = GuestSymbols::new(live);
     let parts = partial::split(live, &symbols, registry, &digest, &mut patch)?;
     let id = parts.id(registry, &module, &patch, &alternatives)?;
@@ -221,10 +227,7 @@ impl Part<'_> {
             let owner = module_at;
             marks = Marks::Set { fields, owner };
             after = State::Transition;
-            changes = changes
-                .iter()
-                .map(|change| change.by_way().unwrap_or_else(|| change.clone()))
-                .collect();
+            changes = changes.iter().map(via_trampoline).collect();
         }
         must_be_quiescent.extend(self.replaced.replacements(live)?);
         let Released { jumps, flags } = self.replaced.released(live, &functions)?;
@@ -295,9 +298,12 @@ impl Part<'_> {
         transition::give_trampolines(means, start, redirects, |at, code| {
             let offset = usize::try_from(at.0.wrapping_sub(text.0)).unwrap_or(usize::MAX);
             let space = linked.text.get_mut(offset..offset.saturating_add(code.len()));
-            if let Some(space) = space {
-                space.copy_from_slice(code);
-            }
+            space.map(|space| space.copy_from_slice(code)).is_some()
         })
     }
+}
+
+/// The change that leads a function to its trampoline; that of its ftrace record as it is.
+fn via_trampoline(change: &Change) -> Change {
+    change.by_way().unwrap_or_else(|| change.clone())
 }

@@ -151,9 +151,6 @@ fn check_sizes(live: &Live<'_>, module: &PatchModule<'_>) -> Result<(), Refusal>
     Ok(())
 }
 
-/// Requires that module and kernel have the same digest of the ORC format, where both have one. With another format, stacks would be
-/// unwound wrongly through new functions.
-///
 /// Requires that the module's ORC entries have the length of the kernel's, which reads them.
 pub(super) fn check_orc_entry(live: &Live<'_>, orc: &OrcTables) -> Result<(), Refusal> {
     let guest = live
@@ -171,6 +168,9 @@ pub(super) fn check_orc_entry(live: &Live<'_>, orc: &OrcTables) -> Result<(), Re
     }
 }
 
+/// Requires that module and kernel have the same digest of the ORC format, where both have one. With another format, stacks would be
+/// unwound wrongly through new functions.
+///
 /// `.orc_header` (arch/x86/include/asm/orc_header.h, since 6.4) is a SHA-1 of the text that describes the format
 /// (scripts/orc_hash.sh), in the kernel image as in each module.
 fn check_orc_header(live: &Live<'_>, module: &PatchModule<'_>) -> Result<(), Refusal> {

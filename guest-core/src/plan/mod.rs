@@ -21,6 +21,7 @@ mod this_module;
 mod transition;
 mod verify_code;
 
+pub(crate) use apply::digest;
 pub use apply::{ApplyOptions, apply};
 pub use cleanup::{RecoveryError, cleanup, discard, recovery, rest};
 pub use compatibility::{Checksums, checksums};

@@ -4,11 +4,11 @@ use super::stack::{Holder, Holders};
 use super::{Refusal, removal, targets, verify_code};
 use crate::addr::Gva;
 use crate::change::Change;
+use crate::kernel::Live;
 use crate::kernel::livepatch::{self, Held};
 use crate::kernel::resolve::GuestSymbols;
-use crate::kernel::{Live, ftrace};
 use crate::module::{LinkedFunction, Note};
-use crate::redirect::{JUMP_BYTES, redirect, require_no_livepatch};
+use crate::redirect::{redirect, require_no_livepatch};
 use crate::registry::{PatchedFunction, Redirect, Registry};
 use crate::unwind::OldFunction;
 
@@ -23,9 +23,8 @@ pub(super) struct Redirects {
     pub recorded: Vec<Change>,
     /// The old functions and their split parts; of a function that other patches hold, theirs too.
     pub must_be_quiescent: Vec<OldFunction>,
-    /// Where each function goes on in its old code: behind its site, or in the code of the patch that holds it. Of a function that is redirected
-    /// behind its site, its entry.
-    pub old_code: Vec<Gva>,
+    /// The code of the patch that holds each function, which runs until now; `None` where the kernel's own does.
+    pub covered: Vec<Option<Gva>>,
 }
 
 /// What a patch does to functions that other patches hold.
@@ -80,11 +79,7 @@ pub(super) fn plan(
             jump,
             trampoline: None,
         });
-        redirects.old_code.push(match (holders, ftrace::record(live, at)?) {
-            ([.., top], _) => Gva(top.function.new),
-            ([], Some(record)) => record.site.wrapping_add(JUMP_BYTES),
-            ([], None) => at,
-        });
+        redirects.covered.push(holders.last().map(|top| Gva(top.function.new)));
     }
     Ok(redirects)
 }

@@ -119,9 +119,9 @@ fn plan(live: &Live<'_>, registry: &Registry, id: &str) -> Result<Plan, RevertEr
     }
     // It is recorded before the pause that the patch is on its way out.
     let mut staged = Vec::new();
-    if entry.state == State::Applied {
+    if entry.state != State::Reverting {
         staged.extend(registry.upgrade());
-        staged.push(registry.state_change(entry.slot, State::Applied, State::Reverting));
+        staged.push(registry.state_change(entry.slot, entry.state, State::Reverting));
     }
     let removal = Removal {
         live,
@@ -129,11 +129,6 @@ fn plan(live: &Live<'_>, registry: &Registry, id: &str) -> Result<Plan, RevertEr
         entry,
         record,
     };
-    // In a transition, a site may hold old bytes or a jump at any time.
-    let from = match entry.state {
-        State::Transition => State::Transition,
-        _ => State::Reverting,
-    };
-    let plan = removal.plan(from, Keep::IfHandedOut)?;
+    let plan = removal.plan(State::Reverting, Keep::IfHandedOut)?;
     Ok(Plan { staged, ..plan })
 }

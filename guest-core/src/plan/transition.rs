@@ -12,6 +12,7 @@ use crate::change::{Change, ChangeError};
 use crate::kernel::patch_state::{self, NoPatchState, PatchState};
 use crate::kernel::{KernelError, Live, modules};
 use crate::reads::Preconditions;
+use crate::redirect::{JUMP_BYTES, RedirectError, jump_bytes};
 use crate::registry::{Entry, PatchedFunction, Record, Redirect, Registry, State};
 use crate::task;
 use crate::trampoline::{TRAMPOLINE_BYTES, TaskAccess, trampoline};
@@ -54,6 +55,11 @@ pub enum TransitionError {
     /// The guest's kernel cannot be read.
     #[error("reading the guest's kernel")]
     Kernel(#[from] KernelError),
+    /// Something else than the patch keeps the guest's own livepatches out, although the patch is in transition.
+    #[error(
+        "klp_transition_patch is not the patch's any more: a livepatch of the guest's own is in transition; revert the patch"
+    )]
+    NotOwner,
     /// The guest's tasks cannot be read.
     #[error("finding the guest's tasks")]
     Tasks(#[from] SetupError),
@@ -87,7 +93,7 @@ impl Means {
     }
 }
 
-/// Gives each of the functions its trampoline, the first one at `start`: writes their code, and notes in the record that the jumps may lead there.
+/// Gives each of the functions its trampoline, the first one at `start`: has `write` write their code, which tells whether it has space, and notes in the record that the jumps may lead there.
 ///
 /// # Errors
 ///
@@ -96,7 +102,7 @@ pub(super) fn give_trampolines(
     means: &Means,
     start: Gva,
     redirects: &mut Redirects,
-    mut write: impl FnMut(Gva, &[u8]),
+    mut write: impl FnMut(Gva, &[u8]) -> bool,
 ) -> Result<Result<(), NoTransition>, Refusal> {
     let behind = redirects
         .functions
@@ -107,58 +113,73 @@ pub(super) fn give_trampolines(
         return Ok(Err(NoTransition::NoSite { function }));
     }
     let places = (0..).map(|index| start.wrapping_add(index * TRAMPOLINE_BYTES));
-    let both = redirects.functions.iter_mut().zip(&redirects.old_code).zip(places);
-    let mut jumps = Vec::new();
-    for ((function, &old), at) in both {
+    let both = redirects.functions.iter_mut().zip(&redirects.covered).zip(places);
+    for ((function, covered), at) in both {
+        let jump = Jump::of(&redirects.changes, function)?;
+        let old = covered.unwrap_or(jump.from.wrapping_add(JUMP_BYTES));
         let code = trampoline(&function.name, at, means.access, (old, Gva(function.new)))?;
-        write(at, &code);
+        if !write(at, &code) {
+            return Ok(Err(NoTransition::NoOrc));
+        }
         function.trampoline = Some(at.0);
-        jumps.push((function.jump, Gva(function.new), at));
-    }
-    for (jump, new, at) in jumps {
-        lead_via(&mut redirects.changes, jump, (new, at))?;
-        lead_via(&mut redirects.recorded, jump, (new, at))?;
+        jump.lead_via(&mut redirects.changes, function, at)?;
+        Jump::of(&redirects.recorded, function)?.lead_via(&mut redirects.recorded, function, at)?;
     }
     Ok(Ok(()))
 }
 
-/// Notes in the fragments of the jump to `new` whose first byte is at `jump` that it may lead to `via` instead.
-fn lead_via(changes: &mut [Change], jump: u64, (new, via): (Gva, Gva)) -> Result<(), Refusal> {
-    let Some(first) = changes.iter().position(|change| change.gpa().0 == jump) else {
-        return Ok(());
-    };
-    let further = via.0.wrapping_sub(new.0);
-    let fragments = || changes.iter().skip(first).take_while(|change| !change.is_of_bits());
-    let mut bytes: Vec<u8> = Vec::with_capacity(5);
-    let mut count = 0;
-    for fragment in fragments() {
-        if bytes.len() >= 5 {
-            break;
+/// The jump of a function to its new code.
+struct Jump {
+    /// Guest-virtual address of the jump.
+    from: Gva,
+    /// Its fragments, by index in the changes: two where it crosses a page boundary.
+    fragments: Range<usize>,
+}
+
+impl Jump {
+    /// Finds it among `changes`.
+    fn of(changes: &[Change], function: &PatchedFunction) -> Result<Self, RedirectError> {
+        let first = changes.iter().position(|change| change.gpa().0 == function.jump);
+        let first = first.unwrap_or(changes.len());
+        let mut bytes: Vec<u8> = Vec::new();
+        let mut end = first;
+        for fragment in changes.iter().skip(first).take_while(|change| !change.is_of_bits()) {
+            if bytes.len() as u64 >= JUMP_BYTES {
+                break;
+            }
+            bytes.extend(fragment.new_bytes());
+            end += 1;
         }
-        bytes.extend(fragment.new_bytes());
-        count += 1;
+        let &[0xe9, a, b, c, d] = bytes.as_slice() else {
+            return Err(no_jump(function, &bytes));
+        };
+        let distance = i64::from(i32::from_le_bytes([a, b, c, d])).cast_unsigned();
+        Ok(Self {
+            from: Gva(function.new.wrapping_sub(distance).wrapping_sub(JUMP_BYTES)),
+            fragments: first..end,
+        })
     }
-    let &[opcode, a, b, c, d] = bytes.as_slice() else {
-        return Ok(());
-    };
-    // Both places are in the arena, 2 MiB: the distance stays in its 32 bits, or the jump could not be planned.
-    let distance = i64::from(i32::from_le_bytes([a, b, c, d])).wrapping_add(further.cast_signed());
-    let Ok(distance) = i32::try_from(distance) else {
-        return Err(Refusal::Redirect(crate::redirect::RedirectError::Distance {
-            name: "a trampoline".to_owned(),
-            from: new,
-            to: via,
-        }));
-    };
-    let [a, b, c, d] = distance.to_le_bytes();
-    let all = [opcode, a, b, c, d];
-    let mut rest = all.as_slice();
-    for fragment in changes.iter_mut().skip(first).take(count) {
-        let (own, behind) = rest.split_at_checked(fragment.len()).unwrap_or((rest, &[]));
-        rest = behind;
-        *fragment = fragment.clone().or_via(own.to_vec());
+
+    /// Notes in its fragments that it may lead to `via` instead.
+    fn lead_via(&self, changes: &mut [Change], function: &PatchedFunction, via: Gva) -> Result<(), RedirectError> {
+        let all = jump_bytes(&function.name, self.from, via)?;
+        let mut rest = all.as_slice();
+        for fragment in changes.get_mut(self.fragments.clone()).unwrap_or_default() {
+            let cut = rest.split_at_checked(fragment.len());
+            let (front, behind) = cut.ok_or_else(|| no_jump(function, fragment.new_bytes()))?;
+            rest = behind;
+            *fragment = fragment.clone().or_via(front.to_vec());
+        }
+        Ok(())
     }
-    Ok(())
+}
+
+fn no_jump(function: &PatchedFunction, found: &[u8]) -> RedirectError {
+    RedirectError::NoJump {
+        name: function.name.clone(),
+        id: "the patch".to_owned(),
+        found: crate::change::hex::encode(found),
+    }
 }
 
 /// The patch that is in transition, with its entry.
@@ -186,20 +207,18 @@ pub fn finish(live: &Live<'_>, registry: &Registry) -> Result<Option<Plan>, Tran
         for flag in record.changes.iter().filter(|change| change.is_of_bits()) {
             atomic.extend(flag.completion(live).map_err(unreadable)?);
         }
-        atomic.extend(release(live, registry, &fields)?);
+        let Some(release) = release(live, registry, &fields)? else {
+            if !atomic.is_empty() {
+                return Err(TransitionError::NotOwner);
+            }
+            // All was done but the last word.
+            atomic.push(registry.state_change(entry.slot, State::Transition, State::Applied));
+            return Ok(ending(registry, record, atomic, Vec::new(), Marks::Leave));
+        };
+        atomic.push(release);
         atomic.push(registry.state_change(entry.slot, State::Transition, State::Applied));
-        Ok::<_, TransitionError>(Plan {
-            staged: Vec::new(),
-            atomic,
-            // Where some of the jumps lead to the new functions and some to trampolines, and nobody is marked, all is new.
-            sites: Vec::new(),
-            requires: Preconditions::default(),
-            must_be_quiescent: must_be_left(live, registry, record)?,
-            unreferenced: Gva(0)..Gva(0),
-            patch_code: registry.patch_code(),
-            marks: Marks::Clear { fields },
-            record: record.clone(),
-        })
+        let must_be_left = must_be_left(live, registry, record)?;
+        Ok::<_, TransitionError>(ending(registry, record, atomic, must_be_left, Marks::Clear { fields }))
     });
     plan.map(Some)
 }
@@ -221,22 +240,37 @@ pub fn unmark(live: &Live<'_>, registry: &Registry) -> Result<Option<Plan>, Tran
         return Ok(None);
     }
     let plan = from_reads::plan(live, |live| {
-        Ok::<_, TransitionError>(Plan {
-            staged: Vec::new(),
-            atomic: release(live, registry, &fields)?.into_iter().collect(),
-            sites: Vec::new(),
-            requires: Preconditions::default(),
-            must_be_quiescent: forks(live),
-            unreferenced: Gva(0)..Gva(0),
-            patch_code: registry.patch_code(),
-            marks: Marks::Clear { fields },
-            record: Record {
-                registration: None,
-                ..record.clone()
-            },
-        })
+        let atomic = release(live, registry, &fields)?.into_iter().collect();
+        let marks = Marks::Clear { fields };
+        let record = Record {
+            registration: None,
+            ..record.clone()
+        };
+        Ok::<_, TransitionError>(ending(registry, &record, atomic, Vec::new(), marks))
     });
     plan.map(Some)
+}
+
+/// The plan of an end.
+fn ending(
+    registry: &Registry,
+    record: &Record,
+    atomic: Vec<Change>,
+    must_be_quiescent: Vec<OldFunction>,
+    marks: Marks,
+) -> Plan {
+    Plan {
+        staged: Vec::new(),
+        atomic,
+        // Where some of the jumps lead to the new functions and some to trampolines, and nobody is marked, all is new.
+        sites: Vec::new(),
+        requires: Preconditions::default(),
+        must_be_quiescent,
+        unreferenced: Gva(0)..Gva(0),
+        patch_code: registry.patch_code(),
+        marks,
+        record: record.clone(),
+    }
 }
 
 /// The change that lets the guest's own livepatches transit again; `None` where vmpatch does not keep them from it.
@@ -285,13 +319,15 @@ fn old_parts(live: &Live<'_>, function: &PatchedFunction) -> Result<Vec<OldFunct
 }
 
 fn forks(live: &Live<'_>) -> Vec<OldFunction> {
-    let range = |at: Gva| -> Option<Range<Gva>> {
-        let (_, end) = live.kernel.symbols.containing(at)?;
-        Some(at..end)
+    let Some(at) = live.kernel.symbols.unique(FORK) else {
+        return Vec::new();
     };
-    let code = live.kernel.symbols.unique(FORK).and_then(range);
-    let name = FORK.to_owned();
-    code.map(|code| OldFunction { name, code }).into_iter().collect()
+    let len = live
+        .kernel
+        .symbols
+        .containing(at)
+        .map_or(0, |(_, end)| end.0.saturating_sub(at.0));
+    targets::image_parts(live, FORK, at, len)
 }
 
 fn unreadable(source: ChangeError) -> KernelError {

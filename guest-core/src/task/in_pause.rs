@@ -43,6 +43,12 @@ impl Snapshot<'_> {
             return Ok(None);
         }
         self.check_unlisted(view, &running, &mut verdict)?;
+        // A task that sleeps may have been switched to since it was checked, which its counts do not tell.
+        for task in &mut self.tasks {
+            if running.binary_search(&task.at).is_ok() {
+                task.state = State::Running;
+            }
+        }
         for task in self
             .tasks
             .iter()

@@ -12,6 +12,11 @@ impl Snapshot<'_> {
         self.tasks.iter().map(|task| task.at)
     }
 
+    /// The same, each with its start time.
+    pub fn births(&self) -> impl Iterator<Item = (Gva, u64)> {
+        self.tasks.iter().map(|task| (task.at, task.start_time))
+    }
+
     /// Who a task is.
     pub fn identify(&self, view: &dyn KernelView, at: Gva) -> TaskId {
         TaskId::read(view, &self.finder.layout, at)

@@ -62,7 +62,7 @@ impl Transient for TransitionError {
     fn transient(&self) -> Option<String> {
         match self {
             Self::Kernel(error) => error.transient(),
-            Self::NoFields(_) | Self::Tasks(_) => None,
+            Self::NoFields(_) | Self::NotOwner | Self::Tasks(_) => None,
         }
     }
 }
