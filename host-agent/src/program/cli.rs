@@ -79,7 +79,7 @@ Exit codes:
   3  refused: the patch or the guest does not fit
   4  not safe within the time given
   5  no such domain, or it cannot be reached
-  6  the guest is not as before; read the message
+  6  the guest is not as before, or a patch is still in transition; read the message
 
 With 3, 4 and 5 the patch that the message names is not applied, or not reverted. What a command has done
 to other patches before is in its report.";
@@ -99,13 +99,13 @@ pub struct Options {
     /// One JSON document on standard output in place of text
     #[arg(long, global = true)]
     pub json: bool,
-    /// How long to wait for a safe moment
+    /// How long to wait for a safe moment; with --model hybrid and finish, for the end of the transition
     #[arg(long, value_name = "SECONDS", default_value_t = 10.0, value_parser = seconds, global = true)]
     pub timeout: f64,
-    /// When it is safe to switch functions; revert always waits for clean-cut
+    /// When it is safe to switch functions; revert always waits until no task is in the new code
     #[arg(long, value_enum, default_value_t = ModelName::CleanCut, global = true)]
     pub model: ModelName,
-    /// With --model hybrid, how long an instant is waited for at which all tasks are clear
+    /// With --model hybrid: how long to try clean-cut before a transition begins (at most --timeout)
     #[arg(long, value_name = "MILLISECONDS", default_value_t = 100, global = true)]
     pub grace: u64,
     /// How the guest's vCPUs are paused

@@ -89,7 +89,7 @@ fn carry_out(cli: &Cli, progress: &Progress) -> Result<(), Ended> {
         }
         Some(Command::Finish) => {
             let (report, failure) = commands::finish(options)?;
-            show(report, failure, true)
+            printer.conclude(&report, report.changed(), failure, true, text::finished)
         }
         Some(Command::Status) => show(commands::status(options)?, None, true),
         Some(Command::Inspect) => printer.print(&commands::inspect(options)?, text::inspection),

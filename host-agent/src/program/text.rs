@@ -3,6 +3,18 @@
 use super::report::{DomainLine, Guest, Inspection, Patch, Patches, Upgrade, Verified};
 use std::fmt::Write;
 
+/// `finish`: as [`patches`], but where no patch is in transition.
+pub fn finished(report: &Patches) -> String {
+    match report.patches.as_slice() {
+        [] => format!(
+            "{}: kernel {}: no patch is in transition\n",
+            shown(&report.guest),
+            report.guest.release
+        ),
+        _ => patches(report),
+    }
+}
+
 /// `apply`, `check`, `revert`, `status` and the bare command: a line for each patch and function, and a closing one.
 pub fn patches(report: &Patches) -> String {
     let guest = shown(&report.guest);
@@ -90,8 +102,8 @@ pub fn upgrade(report: &Upgrade) -> String {
             old.qemu,
             new.qemu,
             match method.as_str() {
-                "precopy" => "it will stand for some ten milliseconds, longer where it writes much",
-                _ => "it will stand for some ten milliseconds",
+                "precopy" => "it will be paused for some ten milliseconds, longer where it writes much",
+                _ => "it will be paused for some ten milliseconds",
             }
         ),
     };

@@ -6,7 +6,7 @@ use super::steps::APPLY;
 use super::target::open;
 use crate::program::cli::Options;
 use crate::program::failure::Failure;
-use crate::program::report::{Guest, Patches, Pause};
+use crate::program::report::{Guest, Patch, Patches, Pause};
 use host_agent::session::{Access, Changed};
 
 /// Waits until no task runs the old code of the patch that is in transition. Where none is, there is nothing to do.
@@ -16,11 +16,7 @@ pub fn finish(options: &Options) -> Result<(Patches, Option<Failure>), Failure> 
     let finished = session.finish(options.patching().timeout);
     let (patches, failure) = match finished {
         Ok(None) => (Vec::new(), None),
-        Ok(Some(Changed { record, committed, .. })) => {
-            let mut patch = describe(&record, None, APPLY.done, "patched");
-            patch.pause = Some(Pause::from(&committed));
-            (vec![patch], None)
-        }
+        Ok(Some(finished)) => (vec![applied(&finished)], None),
         Err(failure) => (status::patches_in_transition(&session), Some(failure.into())),
     };
     let report = Patches {
@@ -29,4 +25,12 @@ pub fn finish(options: &Options) -> Result<(Patches, Option<Failure>), Failure> 
         upgrade_due: None,
     };
     Ok((report, failure))
+}
+
+/// A patch whose transition has ended.
+pub(super) fn applied(finished: &Changed) -> Patch {
+    Patch {
+        pause: Some(Pause::from(&finished.committed)),
+        ..describe(&finished.record, None, APPLY.done, "patched")
+    }
 }

@@ -1,6 +1,8 @@
 //! The bare command: brings a guest up to date from the patch directory.
 
 use super::apply::{ALREADY, apply_one, not_done, pending, refused, say_who_runs_old_code};
+use super::finish::applied;
+use super::status;
 use super::steps::{APPLY, so_far};
 use super::target::target;
 use crate::program::cli::Options;
@@ -32,8 +34,8 @@ pub fn update(options: &Options) -> Result<(Patches, Option<Failure>), Failure> 
     let sandbox = options.sandbox.sandbox();
     let (mut session, upgrade_due) = Session::open_divided(&target, Access::Change, sandbox, upgrade_due)?;
     session.recover()?;
-    session.finish(options.patching().timeout)?;
     let mut batch = Batch::default();
+    batch.finish(&mut session, options);
     batch.apply_all(&mut session, options, files);
     let Batch {
         mut patches,
@@ -87,6 +89,18 @@ struct Batch {
 }
 
 impl Batch {
+    /// Waits for the end of a transition. Where it does not come, no other patch can be applied.
+    fn finish(&mut self, session: &mut Session, options: &Options) {
+        match session.finish(options.patching().timeout) {
+            Ok(None) => {}
+            Ok(Some(finished)) => self.patches.push(applied(&finished)),
+            Err(failure) => {
+                self.patches = status::patches_in_transition(session);
+                self.stopped = Some(failure.into());
+            }
+        }
+    }
+
     /// Applies the modules, oldest first. Where the newest one that replaces all others is in force, there is no place for those before it; where it
     /// is not, the one before it is tried.
     fn apply_all(&mut self, session: &mut Session, options: &Options, files: Vec<Read>) {

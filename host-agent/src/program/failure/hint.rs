@@ -74,13 +74,14 @@ fn of_commit(operation: Operation, error: &CommitError) -> Option<&'static str> 
             why: NotSafe::Stacks(_),
             ..
         } if operation == Operation::Apply => Some(
-            "try again later or with a longer --timeout; --model none does not wait, for changes that may be mixed with the old code",
+            "try again later or with a longer --timeout; --model hybrid lets tasks that are inside finish in the old code, and moves all others over at once; \
+             --model none mixes old and new code",
         ),
         // What else is in the way is so under every model.
         CommitError::NotSafe { .. } => Some("try again later or with a longer --timeout"),
         error if ReachError::meaning_in(error) == Some(Meaning::Busy) => Some(WAIT),
         CommitError::HalfDone { .. } => Some(
-            "the guest may be half patched: run the command again, which takes back what is left, or of a revert does the rest; where it says this again, plan a reboot of the guest",
+            "the guest may be half patched: run the command again, which rolls back what is left, or of a revert does the rest; where it says this again, plan a reboot of the guest",
         ),
         _ => None,
     }
