@@ -1,20 +1,29 @@
 //! Patches that are applied task by task, where a task sleeps inside an old function.
 
+use std::time::{Duration, Instant};
+
 use e2e::bed::{self, Lent, assert_healthy};
+use e2e::cut::{Call, Side, run_to};
 use e2e::ftrace::Ftrace;
 use e2e::kit::{self, Modules};
+use e2e::monitor::Monitor;
+use e2e::moving::{INSTALLED, Keeper};
 use e2e::own_livepatch::{OwnLivepatch, insert};
 use e2e::probe::{Seen, see};
+use e2e::processes;
 use e2e::report::states;
 use e2e::sleeper::Sleeper;
 use e2e::vmpatch::{Answer, Vmpatch};
 use images::build::hand_written::Applied;
 use images::guest::Guest;
 use images::kernel::Kernel;
+use nix::sys::signal::Signal;
 use serde_json::Value;
 
 const APPLY: [&str; 6] = ["--json", "--model", "hybrid", "--timeout", "1", "apply"];
 const FINISH: [&str; 4] = ["--json", "--timeout", "30", "finish"];
+/// How long a program in the guest may take to get somewhere; the host may be busy with other guests.
+const DAEMON_LIMIT: Duration = Duration::from_secs(60);
 
 fn guest(kernel: Kernel) -> (Lent, Modules) {
     let modules = Modules::of(&kernel);
@@ -103,6 +112,143 @@ fn the_guests_own_livepatch_waits(guest: &Guest, modules: &Modules) {
     OwnLivepatch::load(guest, &own, "test_printk").unload();
     vmpatch.revert_all();
     OwnLivepatch::load(guest, &own, "test_printk").unload();
+}
+
+/// A task that sleeps in the old function, and writes what it saw into a file: no channel of the host is in its way.
+struct Daemon(String);
+
+impl Daemon {
+    const SAYS: &str = "/tmp/daemon";
+
+    #[track_caller]
+    fn start(guest: &Guest) -> Self {
+        let script = format!("/opt/pause sleep > {} 2>&1 < /dev/null & echo $!", Self::SAYS);
+        let pid = guest.text(&["sh", "-c", &script]).unwrap().trim().to_owned();
+        let start = Instant::now();
+        let call = format!("/proc/{pid}/syscall");
+        while !guest.text(&["cat", &call]).is_ok_and(|line| line.starts_with("34 ")) {
+            assert!(start.elapsed() < DAEMON_LIMIT, "it never sleeps");
+        }
+        Self(pid)
+    }
+
+    /// Wakes it, and gives what it says.
+    #[track_caller]
+    fn wake(self, guest: &Guest) -> String {
+        guest.text(&["kill", "-USR1", &self.0]).unwrap();
+        let start = Instant::now();
+        loop {
+            let said = guest.text(&["cat", Self::SAYS]).unwrap();
+            if said.contains("pause()") {
+                return said;
+            }
+            assert!(start.elapsed() < DAEMON_LIMIT, "{said}");
+        }
+    }
+}
+
+const STEPS: [(Call, Side); 6] = [
+    (Call::Watch, Side::Behind),
+    (Call::Pause, Side::Behind),
+    (Call::WriteMemory, Side::Before),
+    (Call::WriteMemory, Side::Behind),
+    (Call::Resume, Side::Before),
+    (Call::Resume, Side::Behind),
+];
+
+/// Starts vmpatch, and kills it at that step.
+fn killed(vmpatch: &Vmpatch, args: &[&str], (call, side): (Call, Side)) {
+    let child = vmpatch.start(args);
+    run_to(&child, call, 1, side);
+    processes::kill(child.id(), Signal::SIGKILL);
+    let killed = vmpatch.finish(args, child);
+    assert_eq!(killed.code, None, "{killed}");
+}
+
+/// Killed where a transition begins, vmpatch leaves all old or a whole transition; the same command goes on.
+#[test]
+fn a_begin_that_is_killed_leaves_all_old_or_a_whole_transition() {
+    let (guest, modules) = guest(Kernel::CLOUD_6_1);
+    let vmpatch = Vmpatch::on(&guest);
+    let mut monitor = Monitor::second(&guest);
+    let module = modules.applied(Applied::Pause);
+    let apply = [&APPLY[..], &["--grace", "0", &module]].concat();
+    for step in STEPS {
+        let sleeper = Sleeper::start(&guest);
+        killed(&vmpatch, &apply, step);
+        // The next command waits for the supervisor.
+        let status = vmpatch.status();
+        assert_eq!(monitor.run_state(), "running");
+        let sees = see(&guest, "pause");
+        println!("killed at {step:?}: then {:?}, {sees:?}", names(&status));
+        let is_begun = names(&status) == [("test_pause", "in transition")];
+        assert_eq!(sees == Seen::Fixed, is_begun, "{status}");
+        in_transition(vmpatch.run(&apply));
+        assert_eq!(see(&guest, "pause"), Seen::Fixed);
+        assert_eq!(sleeper.wake(&guest), Seen::Flawed);
+        vmpatch.run(&FINISH).expect(0);
+        vmpatch.revert_all();
+        assert_eq!(see(&guest, "pause"), Seen::Flawed);
+    }
+    OwnLivepatch::load(&guest, &modules.applied(Applied::Printk), "test_printk").unload();
+    assert_healthy(&guest);
+}
+
+/// Killed where a transition ends, vmpatch leaves one that can end.
+#[test]
+fn an_end_that_is_killed_leaves_a_transition_that_can_end() {
+    let (guest, modules) = guest(Kernel::CLOUD_6_1);
+    let vmpatch = Vmpatch::on(&guest);
+    let mut monitor = Monitor::second(&guest);
+    let module = modules.applied(Applied::Pause);
+    for step in STEPS {
+        let sleeper = Sleeper::start(&guest);
+        in_transition(vmpatch.run(&[&APPLY[..], &[&module]].concat()));
+        assert_eq!(sleeper.wake(&guest), Seen::Flawed);
+        killed(&vmpatch, &FINISH, step);
+        let status = vmpatch.status();
+        println!("killed at {step:?}: then {:?}", names(&status));
+        assert_eq!(monitor.run_state(), "running");
+        assert_eq!(see(&guest, "pause"), Seen::Fixed);
+        vmpatch.run(&FINISH).expect(0);
+        assert_eq!(names(&vmpatch.status()), [("test_pause", "applied")]);
+        vmpatch.revert_all();
+        assert_eq!(see(&guest, "pause"), Seen::Flawed);
+    }
+    OwnLivepatch::load(&guest, &modules.applied(Applied::Printk), "test_printk").unload();
+    assert_healthy(&guest);
+}
+
+/// A guest moves into another QEMU in the middle of a transition, which goes on and ends there.
+#[test]
+fn a_transition_moves_with_the_guest() {
+    let mut config = kit::guest(Kernel::CLOUD_6_1);
+    config.machine = "q35,aux-ram-share=on".to_owned();
+    let mut guest = Guest::boot(config).unwrap_or_else(|error| panic!("{error}"));
+    let _keeper = Keeper::of(&guest);
+    let vmpatch = Vmpatch::on(&guest);
+    let module = Modules::of(&Kernel::CLOUD_6_1).applied(Applied::Pause);
+    let daemon = Daemon::start(&guest);
+    in_transition(vmpatch.run(&[&APPLY[..], &[&module]].concat()));
+    let report = vmpatch
+        .run(&["upgrade", "--qemu", INSTALLED, "--json"])
+        .expect(0)
+        .json();
+    let new = report["new"]["pid"].as_u64().and_then(|pid| u32::try_from(pid).ok());
+    guest.follow(new.unwrap()).unwrap();
+    let said = old_tasks(&vmpatch);
+    assert!(
+        said.contains("1 of ") && said.contains(&format!("pid {}", daemon.0)),
+        "{said}"
+    );
+    assert_eq!(see(&guest, "pause"), Seen::Fixed);
+    let said = daemon.wake(&guest);
+    assert!(said.contains("flawed"), "{said}");
+    vmpatch.run(&FINISH).expect(0);
+    assert_eq!(names(&vmpatch.status()), [("test_pause", "applied")]);
+    vmpatch.revert_all();
+    assert_eq!(see(&guest, "pause"), Seen::Flawed);
+    assert_healthy(&guest);
 }
 
 fn all(kernel: Kernel) {
