@@ -99,7 +99,7 @@ pub struct Options {
     /// One JSON document on standard output in place of text
     #[arg(long, global = true)]
     pub json: bool,
-    /// How long to wait for a safe moment; with --model hybrid and finish, for the end of the transition
+    /// How long to wait for a safe moment, and for the end of a transition
     #[arg(long, value_name = "SECONDS", default_value_t = 10.0, value_parser = seconds, global = true)]
     pub timeout: f64,
     /// When it is safe to switch functions; revert always waits until no task is in the new code
