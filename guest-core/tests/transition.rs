@@ -152,7 +152,7 @@ fn only_the_task_inside_is_marked_and_the_transition_ends_when_it_has_left() {
     let told = open(&guest).in_transition().unwrap().unwrap();
     assert_eq!((told.id.as_str(), told.tasks, told.marked.len()), ("fix", 6, 1));
     assert_eq!(told.inside[0].function, PATCHED[0]);
-    // Whoever comes next leaves it as it is.
+    // The next vmpatch leaves it as it is.
     open(&guest).recover().unwrap();
     assert_eq!(marked(&guest), [process(1).pid]);
 

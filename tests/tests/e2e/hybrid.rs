@@ -74,7 +74,7 @@ fn a_sleeper_keeps_the_old_code_and_all_others_get_the_new(guest: &Guest, module
     assert_eq!(vmpatch.inspect()["registry"], Value::Null);
 }
 
-/// A patch in transition can be reverted, whoever sleeps in the old code.
+/// A patch in transition can be reverted, also where tasks sleep in the old code.
 fn a_transition_is_reverted(guest: &Guest, modules: &Modules) {
     let vmpatch = Vmpatch::on(guest);
     let sleeper = Sleeper::start(guest);
