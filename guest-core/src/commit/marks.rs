@@ -182,9 +182,9 @@ impl Marking {
         let marked: BTreeSet<Gva> = marked.filter(|task| self.is_marked(live, *task)).collect();
         let is_end = verdict.unsure.is_empty() && self.blockers(&verdict.inside, &marked).next().is_none();
         let (mut changes, mut unnamed) = (Vec::new(), Vec::new());
-        let is_inside = |task: &Gva| verdict.inside.iter().any(|(inside, _)| inside == task);
+        let inside: BTreeSet<Gva> = verdict.inside.iter().map(|(task, _)| *task).collect();
         for task in marked {
-            if !is_end && (is_inside(&task) || !snapshot.is_clear(task)) {
+            if !is_end && (inside.contains(&task) || !snapshot.is_clear(task)) {
                 continue;
             }
             match self.journaled.get(&task) {

@@ -44,8 +44,9 @@ impl Snapshot<'_> {
         }
         self.check_unlisted(view, &running, &mut verdict)?;
         // A task that sleeps may have been switched to since it was checked, which its counts do not tell.
-        for task in &mut self.tasks {
-            if running.binary_search(&task.at).is_ok() {
+        for at in &running {
+            let found = self.tasks.binary_search_by_key(at, |task| task.at);
+            if let Some(task) = found.ok().and_then(|index| self.tasks.get_mut(index)) {
                 task.state = State::Running;
             }
         }
