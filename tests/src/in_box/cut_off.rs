@@ -9,7 +9,12 @@ use serde_json::{Value, json};
 use std::io::Read;
 use std::path::Path;
 use std::process::{Command, Stdio};
-use std::time::Instant;
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+/// How long all of it may take: longer than a vmpatch takes that tries for a minute.
+const LIMIT: Duration = Duration::from_secs(150);
 
 /// Who is killed, and where.
 #[derive(Clone, Copy, Debug)]
@@ -29,8 +34,35 @@ pub struct Cut {
 ///
 /// # Errors
 ///
-/// It can't be started.
+/// It can't be started, or does not end in time: then what each thread of it was at, and it is killed.
 pub fn run(program: &Path, args: &[String], cut: Cut, pid: u32) -> Result<Value> {
+    let (done, is_done) = mpsc::channel::<()>();
+    thread::scope(|scope| {
+        let watch = scope.spawn(move || match is_done.recv_timeout(LIMIT) {
+            Err(RecvTimeoutError::Timeout) => Some(end_all_of(program)),
+            _ => None,
+        });
+        let told = run_to_the_end(program, args, cut, pid);
+        drop(done);
+        match watch.join() {
+            Ok(None) => told,
+            Ok(Some(hung)) => Err(format!("it did not end within {LIMIT:?}: {hung:#?}; {told:?}").into()),
+            Err(_) => Err("the watch over it panicked".into()),
+        }
+    })
+}
+
+/// Kills all processes of a program, and tells what each of their threads was at.
+fn end_all_of(program: &Path) -> Vec<String> {
+    let mut told = Vec::new();
+    for pid in processes::of_program(program) {
+        told.extend(processes::threads_at(pid));
+        processes::kill(pid, Signal::SIGKILL);
+    }
+    told
+}
+
+fn run_to_the_end(program: &Path, args: &[String], cut: Cut, pid: u32) -> Result<Value> {
     let mut child = Command::new(program)
         .args(args)
         .stdin(Stdio::null())
