@@ -3,6 +3,7 @@
 use crate::domains::{Domain, DomainError, MonitorPlace};
 use crate::hypervisor::{PauseMethod, Route};
 use std::path::PathBuf;
+use std::time::Duration;
 
 /// Which guest is meant.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -47,6 +48,13 @@ impl Target {
     #[must_use]
     pub fn paused_by(self, method: PauseMethod) -> Self {
         let route = self.route.paused_by(method);
+        Self { route, ..self }
+    }
+
+    /// The same guest, whose QEMU may take that long for each answer.
+    #[must_use]
+    pub fn answered_within(self, within: Duration) -> Self {
+        let route = self.route.answered_within(within);
         Self { route, ..self }
     }
 }

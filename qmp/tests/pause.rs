@@ -11,6 +11,8 @@ use std::os::unix::fs::{FileExt, MetadataExt};
 use std::os::unix::net::UnixListener;
 use std::time::Duration;
 
+/// How long a QEMU that goes silent is waited for. One on a busy host must answer QMP commands within it.
+const REPLY_TIMEOUT: Duration = Duration::from_secs(1);
 const MEMFD: [&str; 4] = [
     "-M",
     "q35,memory-backend=m0",
@@ -257,7 +259,7 @@ fn a_guest_under_migration_is_refused() {
 fn a_qemu_that_goes_silent_in_the_pause_runs_its_guest_when_it_is_back() {
     let qemu = Qemu::start(&["-M", "q35"]);
     let mut machine = attach(&qemu);
-    machine.set_reply_timeout(Duration::from_millis(300));
+    machine.set_reply_timeout(REPLY_TIMEOUT);
     let mut paused = machine.pause().unwrap();
     qemu.signal("STOP");
     assert!(matches!(
@@ -266,7 +268,7 @@ fn a_qemu_that_goes_silent_in_the_pause_runs_its_guest_when_it_is_back() {
     ));
     std::thread::scope(|scope| {
         scope.spawn(|| {
-            std::thread::sleep(Duration::from_secs(1));
+            std::thread::sleep(2 * REPLY_TIMEOUT);
             qemu.signal("CONT");
         });
         drop(paused);
@@ -297,7 +299,7 @@ fn after_a_write_that_failed_nothing_is_on_its_way_and_the_guest_still_stopped()
 
 /// Pauses the guest and has a write fail by QEMU's silence, which is over then.
 fn fail_to_write<'a>(qemu: &Qemu, machine: &'a mut Machine) -> Paused<'a> {
-    machine.set_reply_timeout(Duration::from_millis(300));
+    machine.set_reply_timeout(REPLY_TIMEOUT);
     let mut paused = machine.pause().unwrap();
     qemu.signal("STOP");
     let failed = paused.write(&[(Gpa(0x20_0000), b"new")]);

@@ -10,6 +10,7 @@ use std::ffi::OsString;
 use std::fmt;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 /// How a VM is reached. Each kind leads to one implementation of [`Hypervisor`].
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -23,6 +24,9 @@ pub enum Route {
         /// How its vCPUs are paused.
         #[serde(default, skip_serializing_if = "PauseMethod::is_auto")]
         pause: PauseMethod,
+        /// How long QEMU may take for each answer, if not as long as by default.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        reply_timeout: Option<Duration>,
     },
     /// QEMU, by the monitor that libvirt holds.
     Libvirt {
@@ -33,6 +37,9 @@ pub enum Route {
         /// How its vCPUs are paused.
         #[serde(default, skip_serializing_if = "PauseMethod::is_auto")]
         pause: PauseMethod,
+        /// How long QEMU may take for each answer, if not as long as by default.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        reply_timeout: Option<Duration>,
     },
     /// Any program that runs it under KVM, without asking that program.
     Process {
@@ -83,14 +90,21 @@ pub struct RouteError {
 impl Route {
     /// To a QEMU by its QMP socket. The guest is paused by what fits.
     pub fn qmp(socket: PathBuf) -> Self {
-        let pause = PauseMethod::Auto;
-        Self::Qmp { socket, pause }
+        Self::Qmp {
+            socket,
+            pause: PauseMethod::Auto,
+            reply_timeout: None,
+        }
     }
 
     /// To a QEMU of libvirt's, by libvirt. The guest is paused by what fits.
     pub fn libvirt(uuid: Uuid, pid: i32) -> Self {
-        let pause = PauseMethod::Auto;
-        Self::Libvirt { uuid, pid, pause }
+        Self::Libvirt {
+            uuid,
+            pid,
+            pause: PauseMethod::Auto,
+            reply_timeout: None,
+        }
     }
 
     /// To a guest by the process that runs it alone. It is paused by its vCPUs' threads.
@@ -101,11 +115,28 @@ impl Route {
 
     /// To the same guest, which is paused by that method.
     #[must_use]
-    pub fn paused_by(self, pause: PauseMethod) -> Self {
+    pub fn paused_by(mut self, method: PauseMethod) -> Self {
+        match &mut self {
+            Self::Qmp { pause, .. } | Self::Libvirt { pause, .. } | Self::Process { pause, .. } => *pause = method,
+        }
+        self
+    }
+
+    /// To the same guest, whose QEMU may take that long for each answer. Nothing is asked on the way to a process alone.
+    #[must_use]
+    pub fn answered_within(mut self, within: Duration) -> Self {
+        match &mut self {
+            Self::Qmp { reply_timeout, .. } | Self::Libvirt { reply_timeout, .. } => *reply_timeout = Some(within),
+            Self::Process { .. } => {}
+        }
+        self
+    }
+
+    /// How long QEMU may take for each answer, if not as long as by default.
+    pub(super) fn reply_timeout(&self) -> Option<Duration> {
         match self {
-            Self::Qmp { socket, .. } => Self::Qmp { socket, pause },
-            Self::Libvirt { uuid, pid, .. } => Self::Libvirt { uuid, pid, pause },
-            Self::Process { pid, start_time, .. } => Self::Process { pid, start_time, pause },
+            Self::Qmp { reply_timeout, .. } | Self::Libvirt { reply_timeout, .. } => *reply_timeout,
+            Self::Process { .. } => None,
         }
     }
 
@@ -210,6 +241,9 @@ mod tests {
         let route = Route::qmp("/q".into()).paused_by(PauseMethod::Ptrace);
         assert_eq!(route.to_argument(), r#"{"qmp":{"socket":"/q","pause":"ptrace"}}"#);
         assert_eq!(Route::from_argument(&route.to_argument()).unwrap(), route);
+        let slow = Route::qmp("/q".into()).answered_within(Duration::from_secs(60));
+        assert_eq!(Route::from_argument(&slow.to_argument()).unwrap(), slow);
+        assert_ne!(slow, Route::qmp("/q".into()));
         let route = Route::libvirt(Uuid([0x5a; 16]), 42);
         let argument = r#"{"libvirt":{"uuid":"5a5a5a5a-5a5a-5a5a-5a5a-5a5a5a5a5a5a","pid":42}}"#;
         assert_eq!(route.to_argument(), argument);
@@ -217,6 +251,7 @@ mod tests {
         let route = Route::process(42, 7);
         assert_eq!(route.to_argument(), r#"{"process":{"pid":42,"start_time":7}}"#);
         assert_eq!(Route::from_argument(&route.to_argument()).unwrap(), route);
+        assert_eq!(route.clone().answered_within(Duration::from_secs(60)), route);
         for text in ["", "/run/a.sock", r#"{"ssh":{}}"#, r#"{"qmp":{"socket":1}}"#] {
             assert!(Route::from_argument(text).is_err(), "{text}");
         }

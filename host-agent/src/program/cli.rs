@@ -111,6 +111,9 @@ pub struct Options {
     /// How the guest's vCPUs are paused
     #[arg(long, value_enum, default_value_t = PauseName::Auto, global = true)]
     pub pause: PauseName,
+    /// How long QEMU may take for each answer, also in the pause [default: 10]
+    #[arg(long, value_name = "SECONDS", value_parser = reply_seconds, global = true, hide = true)]
+    pub reply_timeout: Option<f64>,
     /// Whether the process that reads the guest gives up its rights
     #[arg(long, value_enum, default_value_t = SandboxName::Auto, global = true)]
     pub sandbox: SandboxName,
@@ -338,12 +341,22 @@ impl MethodName {
 /// The longest time-out: a day.
 const TIMEOUT_SECONDS_MAX: f64 = 86_400.0;
 
+/// The shortest time for an answer of QEMU's, which takes that long to be scheduled on a busy host.
+const REPLY_SECONDS_MIN: f64 = 0.1;
+
 fn seconds(text: &str) -> Result<f64, String> {
     let seconds: f64 = text.parse().map_err(|_| "not a number of seconds".to_owned())?;
     if (0.0..=TIMEOUT_SECONDS_MAX).contains(&seconds) {
         Ok(seconds)
     } else {
         Err(format!("not between 0 and {TIMEOUT_SECONDS_MAX} seconds"))
+    }
+}
+
+fn reply_seconds(text: &str) -> Result<f64, String> {
+    match seconds(text)? {
+        seconds if seconds >= REPLY_SECONDS_MIN => Ok(seconds),
+        _ => Err(format!("less than {REPLY_SECONDS_MIN} seconds")),
     }
 }
 
@@ -468,5 +481,14 @@ mod tests {
         assert!(Cli::try_parse_from(["vmpatch", "--timeout", "-1", "status"]).is_err());
         assert!(Cli::try_parse_from(["vmpatch", "--timeout", "inf", "status"]).is_err());
         assert!(Cli::try_parse_from(["vmpatch", "--timeout", "0.5", "status"]).is_ok());
+    }
+
+    #[test]
+    fn a_time_for_answers_is_neither_nothing_nor_the_default() {
+        let parsed = |seconds: &str| Cli::try_parse_from(["vmpatch", "apply", "a.ko", "--reply-timeout", seconds]);
+        assert_eq!(parsed("2").unwrap().options.reply_timeout, Some(2.0));
+        assert!(parsed("0").is_err() && parsed("soon").is_err());
+        let usual = Cli::try_parse_from(["vmpatch", "apply", "a.ko"]).unwrap();
+        assert_eq!(usual.options.reply_timeout, None);
     }
 }

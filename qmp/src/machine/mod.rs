@@ -159,9 +159,11 @@ impl Machine {
         Ok(info_registers::parse(&text)?)
     }
 
-    /// Sets the longest time for the replies to one exchange within a pause. After it, the pause is given up and the guest resumed.
+    /// Sets the longest time for the reply to a QMP command, and for those to one exchange within a pause. After it, a pause is given up and
+    /// the guest resumed.
     pub fn set_reply_timeout(&mut self, within: Duration) {
         self.reply_timeout = within;
+        self.client.set_command_timeout(within);
     }
 
     /// Sets a callback for each time that QEMU did not answer in a pause and is tried again, which may take more than a minute. It gets the length of the

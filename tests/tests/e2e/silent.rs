@@ -19,14 +19,17 @@ use nix::sys::signal::Signal;
 static MODULE: LazyLock<String> = LazyLock::new(|| Modules::of(&Kernel::CLOUD_6_1).applied(Applied::Pair));
 /// The program in the guest that tells old, new, and mixed.
 const PROGRAM: &str = "pair";
-/// Longer than vmpatch waits for the answers to its writes, 10 s; it then tries to connect anew, three times for 10 s.
-const BACK_FOR_TAKING_BACK: Duration = Duration::from_secs(12);
+/// How long vmpatch waits for each answer here, in seconds, so that the test need not wait for the default.
+const REPLY_TIMEOUT_S: &str = "2";
+/// Longer than vmpatch waits for the answers to its writes; it then tries to connect anew, three times, for as long.
+const BACK_FOR_ROLLBACK: Duration = Duration::from_secs(3);
 /// So long that the writes can't be rolled back in the pause.
-const BACK_LATER: Duration = Duration::from_secs(44);
+const BACK_LATER: Duration = Duration::from_secs(11);
 
 /// Runs vmpatch with a QEMU that is silent for that long from when it is to write code.
 fn run_silenced(guest: &Guest, args: &[&str], silence: Duration) -> Answer {
     let vmpatch = Vmpatch::on(guest);
+    let args = &[args, &["--reply-timeout", REPLY_TIMEOUT_S]].concat();
     let child = vmpatch.start(args);
     run_to(&child, Call::WriteMemory, 1, Side::Before);
     let start = Instant::now();
@@ -76,7 +79,7 @@ fn a_qemu_that_falls_silent_in_the_commit_has_its_guest_wholly_old_or_wholly_new
         assert_eq!(vmpatch.status()["patches"].as_array().unwrap().len(), patches);
     };
     let apply = ["apply", MODULE.as_str()];
-    for silence in [BACK_FOR_TAKING_BACK, BACK_LATER] {
+    for silence in [BACK_FOR_ROLLBACK, BACK_LATER] {
         let answer = run_silenced(&guest, &apply, silence).expect(1);
         let is_later = answer.to_string().contains("what had been written was taken back");
         assert_eq!(is_later, silence == BACK_LATER, "{answer}");

@@ -65,6 +65,9 @@ impl Qemu {
             }
         };
         let mut machine = monitor.connect()?;
+        if let Some(within) = route.reply_timeout() {
+            machine.set_reply_timeout(within);
+        }
         let pid = machine.pid().ok_or_else(|| AttachError::NoPeer {
             route: route.to_string(),
         })?;

@@ -5,10 +5,15 @@ use crate::program::failure::Failure;
 use host_agent::find::find;
 use host_agent::session::{Access, Session};
 use host_agent::target::{Selector, Target};
+use std::time::Duration;
 
 /// The guest that the options name, in the process where it is.
 pub(super) fn target(options: &Options) -> Result<Target, Failure> {
-    Ok(find(&selector(options)?)?.paused_by(options.pause.method()))
+    let target = find(&selector(options)?)?.paused_by(options.pause.method());
+    Ok(match options.reply_timeout {
+        Some(seconds) => target.answered_within(Duration::from_secs_f64(seconds)),
+        None => target,
+    })
 }
 
 /// Opens it. From here on this process can open nothing more: see [`Session::open_divided`].
