@@ -95,9 +95,10 @@ impl Journal {
         changes.any(|change| change.permits(memory, at, bytes))
     }
 
-    /// True where the commit leads the guest into new code: it ends with a patch in force, or in transition.
+    /// True where the commit leads the guest elsewhere than to the kernel's own code: it ends with a patch in force, or in transition.
     pub(crate) fn redirects(&self) -> bool {
-        self.goes_to(State::Transition) || self.goes_to(State::Applied) && !self.ends_transition()
+        let is_begin = self.goes_to(State::Transition) || self.goes_to(State::Unpatching);
+        is_begin || self.goes_to(State::Applied) && !self.ends_transition()
     }
 
     /// True where the commit ends a transition: it writes jumps over jumps to the same code.

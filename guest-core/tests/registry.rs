@@ -338,12 +338,14 @@ fn two_registries_are_refused() {
 fn slots_that_lie_about_state_pages_or_record_are_refused() {
     let len = record("fix").to_bytes().unwrap().len() as u64;
     for (state, numbers, says) in [
-        (10, [2, 1, 0, len, 0], "unknown state"),
+        (12, [2, 1, 0, len, 0], "unknown state"),
         (5, [2, 1, 0, len, 0], "checksum"),
         (6, [2, 1, 0, len, 0], "checksum"),
         (7, [2, 1, 0, len, 0], "checksum"),
         (8, [2, 1, 0, len, 0], "checksum"),
         (9, [2, 1, 0, len, 0], "checksum"),
+        (10, [2, 1, 0, len, 0], "checksum"),
+        (11, [2, 1, 0, len, 0], "checksum"),
         (u64::MAX, [2, 1, 0, len, 0], "unknown state"),
         (3, [0, 1, 0, len, 0], "outside of the arena"),
         (3, [1, 1, 0, len, 0], "outside of the arena"),

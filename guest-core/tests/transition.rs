@@ -10,9 +10,10 @@ use common::ram::{Fault, Ram};
 use common::tasks::{PATCH_STATE, STACK, START, Task, idle, process, write};
 use guest_core::commit::{CommitError, CommitOptions, Model, commit, journal, roll_back};
 use guest_core::guest::{Embedded, Guest as Opened, GuestState, PatchError, PatchFile, PatchOptions};
+use guest_core::kernel::patch_state::Mark;
 use guest_core::plan::{self, ApplyOptions, Plan};
 use guest_core::registry::State;
-use guest_core::{Gpa, Kernel};
+use guest_core::{Gpa, Kernel, PhysMemory};
 use std::time::Duration;
 
 const OPTIONS: PatchOptions = PatchOptions {
@@ -402,4 +403,161 @@ fn a_death_at_any_write_of_an_end_leaves_a_transition_that_can_end() {
         0
     });
     assert!(counts[0] > 3 && counts[1] > 0, "{counts:?}");
+}
+
+/// Has a process sleep in the new code of the first function, or not any more.
+fn sleep_in_new(guest: &Guest, kernel: &Kernel, is_inside: bool) {
+    let registry = registry(guest, kernel);
+    let record = registry.entries[0].record().unwrap();
+    let function = record.functions.iter().find(|one| one.name == PATCHED[0]).unwrap();
+    let returns = [FUNCTIONS + 16, function.new + 5, START + 1];
+    write_marked(guest, process(1), if is_inside { &returns } else { &returns[2..] });
+}
+
+/// A guest in which the patch is in force, and a process sleeps in its code.
+fn applied_with_sleeper() -> (Guest, Kernel) {
+    let (mut guest, kernel) = with_sleeper();
+    sleep_inside(&guest, false);
+    let bytes = module();
+    let file = PatchFile {
+        name: "fix",
+        bytes: &bytes,
+    };
+    open(&guest).apply(file, &OPTIONS).unwrap();
+    sleep_in_new(&guest, &kernel, true);
+    guest.ram.take_baseline();
+    (guest, kernel)
+}
+
+#[track_caller]
+fn begin_revert(guest: &Guest) {
+    let failure = open(guest).revert("fix", &OPTIONS).unwrap_err();
+    assert!(
+        matches!(failure, PatchError::InTransition { mark: Mark::New, .. }),
+        "{failure}"
+    );
+    assert_eq!(failure.guest_state(), GuestState::InTransition);
+}
+
+/// The mark of the process that sleeps in the new code, and which numbers the trampolines compare marks with.
+fn marks_of_revert(guest: &Guest, kernel: &Kernel) -> (u8, [u8; 2]) {
+    let registry = registry(guest, kernel);
+    let record = registry.entries[0].record().unwrap();
+    let pages = registry.entries[0].pages.first;
+    let at = |index: usize| {
+        let at = record.functions[index].trampoline.unwrap() - registry.mapped(pages).0 + registry.page(pages).0;
+        let mut code = [0; 17];
+        guest.ram.read(Gpa(at), &mut code).unwrap();
+        code[16]
+    };
+    (guest.bytes_at(process(1).at + PATCH_STATE, 1)[0], [at(0), at(1)])
+}
+
+#[test]
+fn a_task_in_the_new_code_stays_in_it_while_all_others_get_the_old() {
+    let (guest, kernel) = applied_with_sleeper();
+    begin_revert(&guest);
+    assert_eq!(states(&guest, &kernel), [State::Unpatching]);
+    assert_eq!(leads(&guest, &kernel), [Leads::Trampoline; 2]);
+    assert_eq!(marked(&guest), [process(1).pid]);
+    assert_eq!(marks_of_revert(&guest, &kernel), (1, [1; 2]));
+    assert_ne!(owner(&guest), 0);
+    let told = open(&guest).in_transition().unwrap().unwrap();
+    assert_eq!((told.mark, told.tasks, told.marked.len()), (Mark::New, 6, 1));
+    assert_eq!(told.inside.len(), 1);
+    // The next vmpatch leaves it as it is, and the same revert goes on with it.
+    assert_eq!(open(&guest).recover().unwrap().len(), 0);
+    begin_revert(&guest);
+    // It is not applied again meanwhile.
+    let bytes = module();
+    let file = PatchFile {
+        name: "fix",
+        bytes: &bytes,
+    };
+    let refused = open(&guest).apply(file, &OPTIONS).unwrap_err();
+    assert!(refused.to_string().contains("does not fit"), "{refused}");
+    assert_eq!(states(&guest, &kernel), [State::Unpatching]);
+
+    sleep_in_new(&guest, &kernel, false);
+    let finished = open(&guest).finish(Duration::ZERO).unwrap().unwrap();
+    assert!(finished.by_task && finished.reverted);
+    assert!(states(&guest, &kernel).is_empty());
+    assert_eq!(leads_old(&guest), [true; 2]);
+    assert_eq!((marked(&guest), owner(&guest)), (vec![], 0));
+}
+
+/// Nobody is inside: a revert goes at one instant.
+#[test]
+fn a_revert_of_a_patch_that_nobody_is_in_needs_no_transition() {
+    let (guest, kernel) = applied_with_sleeper();
+    sleep_in_new(&guest, &kernel, false);
+    let reverted = open(&guest).revert("fix", &OPTIONS).unwrap();
+    assert!(!reverted.by_task && reverted.reverted);
+    assert!(states(&guest, &kernel).is_empty());
+}
+
+/// What is not a trampoline that vmpatch has written is not turned around.
+#[test]
+fn a_trampoline_that_holds_other_code_keeps_a_revert_from_a_transition() {
+    let (guest, kernel) = applied_with_sleeper();
+    let registry = registry(&guest, &kernel);
+    let entry = &registry.entries[0];
+    let trampoline = entry.record().unwrap().functions[0].trampoline.unwrap();
+    let at = trampoline - registry.mapped(entry.pages.first).0 + registry.page(entry.pages.first).0;
+    guest.ram.write(Gpa(at + 20), &[0x90]).unwrap();
+    let failure = open(&guest).revert("fix", &OPTIONS).unwrap_err();
+    let said = failure.to_string();
+    assert!(said.contains("holds other code"), "{said}");
+    assert_eq!(failure.guest_state(), GuestState::AsBefore);
+    assert_eq!(states(&guest, &kernel), [State::Applied]);
+    assert_eq!((marked(&guest), owner(&guest)), (vec![], 0));
+}
+
+#[test]
+fn a_death_at_any_write_of_a_revert_s_begin_leaves_all_new_or_a_whole_transition() {
+    let (guest, kernel) = applied_with_sleeper();
+    let plan = plan::begin_revert(&kernel.live(&guest.ram), &registry(&guest, &kernel), "fix").unwrap();
+    let counts = deaths(&guest, &kernel, &plan, true, |guest, at| {
+        let states = states(guest, &kernel);
+        if states == [State::Applied] {
+            assert_eq!(leads(guest, &kernel), [Leads::New; 2], "{at}");
+            assert_eq!((marked(guest), owner(guest)), (vec![], 0), "{at}");
+            // Trampolines that are turned around already do not keep the next revert from beginning.
+            begin_revert(guest);
+            return 0;
+        }
+        assert_eq!(states, [State::Unpatching], "{at}");
+        assert_eq!(leads(guest, &kernel), [Leads::Trampoline; 2], "{at}");
+        assert_eq!(marked(guest), [process(1).pid], "{at}");
+        assert_eq!(marks_of_revert(guest, &kernel), (1, [1; 2]), "{at}");
+        sleep_in_new(guest, &kernel, false);
+        open(guest).finish(Duration::ZERO).unwrap().unwrap();
+        assert_eq!(leads_old(guest), [true; 2], "{at}");
+        1
+    });
+    assert!(counts.iter().all(|count| *count > 3), "{counts:?}");
+}
+
+#[test]
+fn a_death_at_any_write_of_a_revert_s_end_leaves_a_transition_that_can_end() {
+    let (mut guest, kernel) = applied_with_sleeper();
+    begin_revert(&guest);
+    sleep_in_new(&guest, &kernel, false);
+    guest.ram.take_baseline();
+    let plan = finishing(&guest, &kernel);
+    // A word of the guest's lists is one store.
+    let counts = deaths(&guest, &kernel, &plan, false, |guest, at| {
+        let left = states(guest, &kernel);
+        if left == [State::Unpatching] {
+            // Where a jump was changed, nobody is marked: all is old.
+            assert!(leads_old(guest) == [false; 2] || marked(guest).is_empty(), "{at}");
+            open(guest).finish(Duration::ZERO).unwrap().unwrap();
+        }
+        let left = (left, states(guest, &kernel));
+        assert!(left.1.is_empty(), "{at}: {left:?}");
+        assert_eq!((marked(guest), owner(guest)), (vec![], 0), "{at}");
+        assert_eq!(leads_old(guest), [true; 2], "{at}");
+        usize::from(left.0.is_empty())
+    });
+    assert!(counts.iter().all(|count| *count > 3), "{counts:?}");
 }

@@ -8,7 +8,7 @@
 use super::{CommitError, NotSafe};
 use crate::addr::{Gpa, Gva};
 use crate::change::{Change, ChangeError};
-use crate::kernel::patch_state::{MARKED, PatchState, UNDEFINED};
+use crate::kernel::patch_state::{Mark, PatchState, UNDEFINED};
 use crate::kernel::{KernelError, Live};
 use crate::memory::VirtMemory;
 use crate::plan::{FORK, Marks};
@@ -21,7 +21,7 @@ pub(super) struct Marking {
     fields: PatchState,
     kind: Kind,
     /// The tasks whose marks the commit may change, as the journal names them.
-    journaled: BTreeMap<Gva, Mark>,
+    journaled: BTreeMap<Gva, TaskMark>,
     /// True where the journal was given without some of them.
     is_journal_old: bool,
     /// The tasks of the last look, each with its start time, which tells it from a later one at that address.
@@ -32,14 +32,14 @@ pub(super) struct Marking {
 
 #[derive(Debug)]
 enum Kind {
-    /// The change of `klp_transition_patch` that begins the transition.
-    Set(Change),
+    /// The change of `klp_transition_patch` that begins the transition, and the mark of the tasks inside.
+    Set(Change, Mark),
     Clear,
 }
 
 /// The changes that mark one task.
 #[derive(Debug, Clone)]
-struct Mark {
+struct TaskMark {
     state: Change,
     flag: Change,
 }
@@ -57,9 +57,9 @@ impl Marking {
         let (fields, kind) = match *marks {
             Marks::Leave => return Ok(None),
             Marks::Clear { fields } => (fields, Kind::Clear),
-            Marks::Set { fields, owner } => {
+            Marks::Set { fields, owner, mark } => {
                 let change = Change::word("klp_transition_patch", physical(live, fields.owner)?, 0, owner.0);
-                (fields, Kind::Set(change.of_data()))
+                (fields, Kind::Set(change.of_data(), mark))
             }
         };
         Ok(Some(Self {
@@ -75,7 +75,7 @@ impl Marking {
     /// What the journal names of marks, by address.
     pub fn journal(&self) -> Vec<Change> {
         let owner = match &self.kind {
-            Kind::Set(owner) => Some(owner.clone()),
+            Kind::Set(owner, _) => Some(owner.clone()),
             Kind::Clear => None,
         };
         let marks = self
@@ -96,11 +96,11 @@ impl Marking {
     pub fn look(&mut self, live: &Live<'_>, snapshot: &Snapshot<'_>, verdict: &Verdict) -> Result<bool, CommitError> {
         self.known = snapshot.births().collect();
         self.marked = match self.kind {
-            Kind::Set(_) => BTreeSet::new(),
+            Kind::Set(..) => BTreeSet::new(),
             Kind::Clear => snapshot.tasks().filter(|task| self.is_marked(live, *task)).collect(),
         };
         match self.kind {
-            Kind::Set(_) => {
+            Kind::Set(..) => {
                 let may_be_inside: Vec<_> = snapshot.may_be_inside().collect();
                 self.add(live, may_be_inside)?;
                 Ok(true)
@@ -142,7 +142,7 @@ impl Marking {
         verdict: Verdict,
     ) -> Result<Decision, CommitError> {
         match self.kind {
-            Kind::Set(_) => self.decide_set(live, snapshot, verdict),
+            Kind::Set(..) => self.decide_set(live, snapshot, verdict),
             Kind::Clear => self.decide_clear(live, snapshot, verdict),
         }
     }
@@ -153,7 +153,7 @@ impl Marking {
         snapshot: &Snapshot<'_>,
         verdict: Verdict,
     ) -> Result<Decision, CommitError> {
-        let Kind::Set(owner) = &self.kind else {
+        let Kind::Set(owner, _) = &self.kind else {
             return Ok(Decision::default());
         };
         let mut changes = vec![owner.clone()];
@@ -209,21 +209,26 @@ impl Marking {
         state.is_ok_and(|state| state != UNDEFINED)
     }
 
-    fn mark(&self, live: &Live<'_>, task: Gva) -> Result<Mark, CommitError> {
+    fn mark(&self, live: &Live<'_>, task: Gva) -> Result<TaskMark, CommitError> {
         let (state, flag) = (
             physical(live, task.wrapping_add(self.fields.state))?,
             physical(live, task.wrapping_add(self.fields.pending))?,
         );
+        let mark = match self.kind {
+            Kind::Set(_, mark) => mark,
+            // What is there is read in the pause.
+            Kind::Clear => Mark::Old,
+        };
         let bytes = |word: u32| word.to_le_bytes().to_vec();
-        let state = Change::replace("patch_state of a task", state, bytes(UNDEFINED), bytes(MARKED));
-        Ok(Mark {
+        let state = Change::replace("patch_state of a task", state, bytes(UNDEFINED), bytes(mark as u32));
+        Ok(TaskMark {
             state: state.of_data(),
             flag: Change::set_bits("the thread flags of a task", flag, self.fields.pending_mask).of_data(),
         })
     }
 }
 
-impl Mark {
+impl TaskMark {
     /// The change of the state as it is now to that of a task in no transition.
     fn cleared(&self, live: &Live<'_>) -> Result<Change, ChangeError> {
         let now = self.state.current(live.memory)?;

@@ -72,6 +72,8 @@ pub(super) fn recover<V: Vmm>(
     // Each patch once: a guest that writes the registry meanwhile does not keep vmpatch here.
     for _ in 0..SLOTS {
         match commit_some(guest, Operation::Recover, CUT_OFF, options, plan)? {
+            // The begin of a revert was completed.
+            Some((record, _)) if guest.is_being_reverted(&record.id) => {}
             Some((record, _)) => removed.push(record),
             None => break,
         }
@@ -257,7 +259,7 @@ fn left_of(id: &str, entries: &[Entry]) -> LeftInGuest {
     let is_it = |entry: &&Entry| !entry.state.is_off() && entry.record().is_some_and(|record| record.id == id);
     match entries.iter().find(is_it).map(|entry| entry.state) {
         None => LeftInGuest::Nothing,
-        Some(State::Applied | State::Reverting | State::Transition) => LeftInGuest::Patch,
+        Some(state) if state.is_in_force() || state == State::Reverting => LeftInGuest::Patch,
         Some(_) => LeftInGuest::Unknown,
     }
 }

@@ -3,6 +3,7 @@
 use crate::commit::{CommitError, Effect};
 use crate::kernel::KernelError;
 use crate::kernel::guard::Armed;
+use crate::kernel::patch_state::Mark;
 use crate::plan::{NoTransition, RecoveryError, Refusal, RevertError, TransitionError};
 use crate::registry::RegistryError;
 use crate::transaction::{Classify, FailureKind, Operation, Transient};
@@ -85,20 +86,22 @@ pub enum PatchError<E: 'static> {
         /// Why.
         source: TransitionError,
     },
-    /// The patch is in transition: tasks still run the old code, all others the new.
-    #[error("{id} is in transition: some tasks still run the old code")]
+    /// The patch is in transition: marked tasks still run the code that they were in, all others the other one.
+    #[error("{id} is in transition: some tasks still run the {mark} code")]
     InTransition {
         /// The patch.
         id: String,
+        /// What they run: the old code in an apply, the new code in a revert.
+        mark: Mark,
         /// Why it has not ended.
         source: Box<Self>,
     },
-    /// The patch was not applied, and could only be at one instant.
-    #[error("the patch can only be applied at one instant ({why})")]
+    /// The patch was not applied or reverted, and could only be at one instant.
+    #[error("this can only be done at one instant ({why})")]
     OnlyAtOnce {
         /// Why it can't be in transition.
         why: NoTransition,
-        /// Why it was not applied.
+        /// Why it was not done.
         source: Box<Self>,
     },
     /// A patch whose commit was cut off can't be taken out of force.

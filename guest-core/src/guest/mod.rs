@@ -40,7 +40,7 @@ const FIND_WAIT: Duration = Duration::from_millis(2);
 /// How a patch is applied or reverted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct PatchOptions {
-    /// When it is safe to switch functions. A revert always waits for a clean cut.
+    /// When it is safe to switch functions. A revert under [`Model::None`] waits for a clean cut, as its code is wiped.
     pub model: Model,
     /// How long a safe moment is waited for.
     pub timeout: Duration,
@@ -66,6 +66,8 @@ pub struct Changed {
     pub committed: Committed,
     /// True where it was made in a transition: tasks moved over one by one.
     pub by_task: bool,
+    /// True where the patch was reverted.
+    pub reverted: bool,
     /// Why the code of a patch that this one has replaced is still in the guest, where no function leads to it any more. The next
     /// [`Guest::recover`] tries to remove it again.
     pub left: Option<String>,
@@ -210,16 +212,29 @@ impl<V: Vmm> Guest<V> {
         })
     }
 
-    /// Reverts the patch `id`, and wipes what is left of it. Always waits for a clean cut: no task may be in the new code, which is wiped.
+    /// Reverts the patch `id`, and wipes what is left of it. Its code is wiped when no task is in it any more.
     ///
     /// # Errors
     ///
     /// [`PatchError::guest_state`] tells what the guest is like.
     pub fn revert(&mut self, id: &str, options: &PatchOptions) -> Result<Changed, PatchError<V::Error>> {
-        let chosen = commit_options(Model::CleanCut, options.timeout);
-        let reverted = self.change(Operation::Revert, id, chosen, |guest| guest.plan_revert(id))?;
+        if self.is_being_reverted(id)
+            && let Some(finished) = self.finish(options.timeout)?
+        {
+            return Ok(finished);
+        }
+        let reverted = match options.model {
+            Model::Hybrid => self.revert_hybrid(id, options)?,
+            Model::CleanCut | Model::None => self.revert_at_once(id, options.timeout)?,
+        };
         self.recover().map_err(PatchError::afterwards)?;
         Ok(reverted)
+    }
+
+    /// Reverts the patch `id` at one instant.
+    fn revert_at_once(&mut self, id: &str, timeout: Duration) -> Result<Changed, PatchError<V::Error>> {
+        let chosen = commit_options(Model::CleanCut, timeout);
+        self.change(Operation::Revert, id, chosen, |guest| guest.plan_revert(id))
     }
 
     /// Recovers what a process that was killed has left in guest and VMM: takes out patches whose commit was cut off, and wipes what is not in
@@ -314,6 +329,7 @@ impl<V: Vmm> Guest<V> {
                 record: plan.record,
                 committed,
                 by_task: false,
+                reverted: operation == Operation::Revert,
                 left: None,
             })
         };

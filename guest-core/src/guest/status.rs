@@ -159,8 +159,7 @@ fn later<'r>(
     function: &PatchedFunction,
     memory: &dyn PhysMemory,
 ) -> Option<&'r Record> {
-    let is_in_force = |entry: &&Entry| matches!(entry.state, State::Applied | State::Transition);
-    let entries = registry.entries.iter().filter(is_in_force);
+    let entries = registry.entries.iter().filter(|entry| entry.state.is_in_force());
     let later = entries
         .filter_map(Entry::record)
         .filter(|other| other.order > record.order);

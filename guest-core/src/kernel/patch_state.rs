@@ -4,7 +4,7 @@
 //! A task whose flag is set gets `klp_target_state` as its `patch_state` when it returns to user mode, and its flag is cleared
 //! (`klp_update_patch_state`, called from the exit to user mode and from the idle loop). Its children inherit both (`klp_copy_process`).
 //! While no transition of the guest's own is under way, `klp_target_state` is `KLP_UNDEFINED`, and so is each task's `patch_state`. A transition of
-//! vmpatch uses these two fields, and no others: a task is *marked* where its `patch_state` is `KLP_UNPATCHED` and its flag is set. So the guest
+//! vmpatch uses these two fields, and no others: a task is *marked* where its `patch_state` is a [`Mark`] and its flag is set. So the guest
 //! itself takes the mark away from a task that returns to user mode.
 //!
 //! `klp_transition_patch` that is not null keeps the guest's own transitions out: `__klp_enable_patch` and `__klp_disable_patch` give EBUSY.
@@ -18,16 +18,35 @@ use super::{INT, KernelError, Live};
 use crate::addr::Gva;
 use crate::memory::VirtMemory;
 use iced_x86::{Code, Decoder, DecoderOptions, FlowControl, Instruction, OpKind, Register};
+use std::fmt;
 
 /// `KLP_UNDEFINED`, or `KLP_TRANSITION_IDLE` since 6.13: the task is in no transition.
 pub(crate) const UNDEFINED: u32 = u32::MAX;
-/// `KLP_UNPATCHED`: the mark.
-pub(crate) const MARKED: u32 = 0;
 /// Most bytes of `klp_update_patch_state` that are read.
 const CODE_BYTES_MAX: u64 = 128;
 /// `WORK_STRUCT_PENDING_BIT` (include/linux/workqueue.h).
 const WORK_PENDING: u64 = 1;
 const UPDATE: &str = "klp_update_patch_state";
+
+/// The code that a marked task runs while a patch is in transition; unmarked tasks run the other one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u32)]
+pub enum Mark {
+    /// `KLP_UNPATCHED`: the old code. The patch is being applied.
+    Old = 0,
+    /// `KLP_PATCHED`: the new code. The patch is being reverted.
+    New = 1,
+}
+
+impl fmt::Display for Mark {
+    /// "old" or "new", as in "the old code".
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Old => "old",
+            Self::New => "new",
+        })
+    }
+}
 
 /// Where this kernel keeps these fields. Offsets are of `struct task_struct`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -10,7 +10,7 @@ use super::{
 use crate::addr::Gva;
 use crate::change::Change;
 use crate::guest_module::{self, Description, PreparedModule};
-use crate::kernel::patch_state::{self, NoPatchState};
+use crate::kernel::patch_state::{self, Mark, NoPatchState};
 use crate::kernel::resolve::GuestSymbols;
 use crate::kernel::{Live, alternatives, livepatch};
 use crate::module::{Bases, GuestContext, Image, JumpLayout, Linked, Note, Patch, PatchModule};
@@ -225,7 +225,8 @@ impl Part<'_> {
             transition?;
             let fields = patch_state::find_unused(live)?.map_err(NoTransition::from)?;
             let owner = module_at;
-            marks = Marks::Set { fields, owner };
+            let mark = Mark::Old;
+            marks = Marks::Set { fields, owner, mark };
             after = State::Transition;
             changes = changes.iter().map(via_trampoline).collect();
         }

@@ -1,7 +1,7 @@
 //! Plans what the next vmpatch does first: recovers a commit that was cut off, and wipes what is not in force.
 
 use super::removal::Removal;
-use super::{Plan, RevertError, from_reads};
+use super::{Plan, RevertError, from_reads, unpatch};
 use crate::addr::Gpa;
 use crate::change::Change;
 use crate::kernel::{KernelError, Live};
@@ -17,7 +17,9 @@ use std::ops::Range;
 /// Its sites cannot be read.
 pub fn rest(live: &Live<'_>, registry: &Registry, entry: &Entry) -> Result<Rest, KernelError> {
     let sites = match (&entry.record, entry.state) {
-        (Some(record), State::Applying | State::Reverting) => removal(live, registry, entry, record).sites()?,
+        (Some(record), State::Applying | State::Reverting | State::StartUnpatching) => {
+            removal(live, registry, entry, record).sites()?
+        }
         // They do not count.
         _ => Sites::Old,
     };
@@ -49,7 +51,7 @@ pub fn cleanup(live: &Live<'_>, registry: &Registry) -> Result<Vec<Change>, Kern
                 is_empty = false;
                 changes.push(registry.state_change(entry.slot, entry.state, State::Applied));
             }
-            Rest::Nothing | Rest::Remove(_) | Rest::Discard => is_empty = false,
+            Rest::Nothing | Rest::Remove(_) | Rest::Complete | Rest::Discard => is_empty = false,
         }
     }
     if is_empty {
@@ -73,7 +75,7 @@ fn wipe_entry(live: &Live<'_>, registry: &Registry, entry: &Entry) -> Result<Vec
     Ok(changes)
 }
 
-/// Why a patch whose commit was cut off cannot be taken out of force. Nothing was changed.
+/// Why a patch whose commit was cut off cannot be recovered. Nothing was changed.
 #[derive(Debug, thiserror::Error)]
 #[error("{id}, whose commit was cut off, can't be taken out")]
 pub struct RecoveryError {
@@ -83,8 +85,8 @@ pub struct RecoveryError {
     pub source: RevertError,
 }
 
-/// Plans the recovery of the first patch whose commit was cut off, where that [must be taken out of force](Rest::Remove). `None` where there is
-/// no such patch.
+/// Plans the recovery of the first patch whose commit was cut off, where that [must be taken out of force](Rest::Remove) or the begin of its
+/// revert [be completed](Rest::Complete). `None` where there is no such patch.
 ///
 /// # Errors
 ///
@@ -95,6 +97,9 @@ pub fn recovery(live: &Live<'_>, registry: &Registry) -> Result<Option<Plan>, Re
         let plan = match rest(live, registry, entry) {
             Ok(Rest::Remove(keep)) => from_reads::plan(live, |live: &Live<'_>| {
                 removal(live, registry, entry, record).plan(entry.state, keep)
+            }),
+            Ok(Rest::Complete) => from_reads::plan(live, |live: &Live<'_>| {
+                Ok(unpatch::complete(live, registry, entry, record)?)
             }),
             Ok(_) => continue,
             Err(error) => Err(error.into()),

@@ -19,6 +19,7 @@ mod stack;
 mod targets;
 mod this_module;
 mod transition;
+mod unpatch;
 mod verify_code;
 
 pub(crate) use apply::digest;
@@ -29,10 +30,11 @@ pub use refusal::Refusal;
 pub use revert::{RevertError, revert};
 pub(crate) use transition::FORK;
 pub use transition::{NoTransition, TransitionError, finish, in_transition, unmark};
+pub use unpatch::begin_revert;
 
 use crate::addr::Gva;
 use crate::change::Change;
-use crate::kernel::patch_state::PatchState;
+use crate::kernel::patch_state::{Mark, PatchState};
 use crate::reads::Preconditions;
 use crate::registry::Record;
 use crate::unwind::{OldFunction, PatchCode};
@@ -62,7 +64,7 @@ pub struct Plan {
     pub record: Record,
 }
 
-/// What becomes of the marks of tasks, which [run the old code](crate::kernel::patch_state) while a patch is in transition.
+/// What becomes of the [marks](crate::kernel::patch_state) of tasks, by which they run the one or the other code while a patch is in transition.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Marks {
     /// Nothing. The plan's functions must be quiescent.
@@ -73,6 +75,8 @@ pub enum Marks {
         fields: PatchState,
         /// What `klp_transition_patch` gets.
         owner: Gva,
+        /// The mark.
+        mark: Mark,
     },
     /// The mark of each task that is clear of the plan's functions is taken away. Where all are clear, the plan is committed.
     Clear {

@@ -77,7 +77,10 @@ impl Removal<'_> {
         let keeps = self.keeps(keep)?;
         let (code, mut must_be_quiescent, unreferenced) = match keeps {
             true => self.keep()?,
-            false => self.wipe(in_force || matches!(entry.state, State::Replaced | State::Transition))?,
+            false => self.wipe(matches!(
+                entry.state,
+                State::Applied | State::Replaced | State::Transition
+            ))?,
         };
         must_be_quiescent.extend(original);
         atomic.extend(code);

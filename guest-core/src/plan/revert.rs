@@ -1,11 +1,11 @@
 //! Plans the revert of a patch.
 
 use super::removal::Removal;
-use super::{Plan, from_reads, stack};
+use super::{NoTransition, Plan, from_reads, stack};
 use crate::addr::Gva;
 use crate::kernel::guard::Armed;
 use crate::kernel::{KernelError, Live};
-use crate::registry::{Entry, Registry, State};
+use crate::registry::{Entry, Record, Registry, State};
 use crate::transaction::recovery::Keep;
 
 /// Why a patch cannot be reverted. Nothing was changed.
@@ -80,6 +80,9 @@ pub enum RevertError {
         /// Guest-virtual address of the kprobe.
         at: Gva,
     },
+    /// The patch can't be in transition: it can only be reverted at one instant.
+    #[error("it can only be reverted at one instant: {0}")]
+    NoTransition(#[from] NoTransition),
     /// The guest's integrity guard would or may stop the guest.
     #[error(transparent)]
     Guard(#[from] Armed),
@@ -99,9 +102,10 @@ pub fn revert(live: &Live<'_>, registry: &Registry, id: &str) -> Result<Plan, Re
     from_reads::plan(live, |live| plan(live, registry, id))
 }
 
-fn plan(live: &Live<'_>, registry: &Registry, id: &str) -> Result<Plan, RevertError> {
+/// The patch `id`, which is in force or half reverted, and which no later patch covers.
+pub(super) fn find<'r>(registry: &'r Registry, id: &str) -> Result<(&'r Entry, &'r Record), RevertError> {
     let with_record = |entry| Option::zip(Some(entry), Entry::record(entry));
-    let is_in_force = |entry: &&Entry| matches!(entry.state, State::Applied | State::Reverting | State::Transition);
+    let is_in_force = |entry: &&Entry| entry.state.is_in_force() || entry.state == State::Reverting;
     let mut patches = registry.entries.iter().filter(is_in_force).filter_map(with_record);
     let Some((entry, record)) = patches.find(|(_, record)| record.id == id) else {
         let applied = registry.records().map(|record| record.id.clone()).collect();
@@ -117,6 +121,11 @@ fn plan(live: &Live<'_>, registry: &Registry, id: &str) -> Result<Plan, RevertEr
             by: by.to_owned(),
         });
     }
+    Ok((entry, record))
+}
+
+fn plan(live: &Live<'_>, registry: &Registry, id: &str) -> Result<Plan, RevertError> {
+    let (entry, record) = find(registry, id)?;
     // It is recorded before the pause that the patch is on its way out.
     let mut staged = Vec::new();
     if entry.state != State::Reverting {

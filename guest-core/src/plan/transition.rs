@@ -1,4 +1,5 @@
-//! Plans transitions, in which each task runs either the old or the new code of all functions of a patch: how one begins, and how it ends.
+//! Plans transitions, in which each task runs either the old or the new code of all functions of a patch: how that of an apply begins, and how one
+//! ends. [`super::unpatch`] has that of a revert.
 //!
 //! An apply that can't go in at one instant leads its functions to [trampolines](crate::trampoline), and marks the tasks inside an old function in
 //! the same pause. They go on in the old code, all others in the new. When nobody is inside an old function any more, the jumps lead to the new
@@ -6,10 +7,10 @@
 
 use super::redirects::Redirects;
 use super::stack::Holders;
-use super::{Marks, Plan, Refusal, from_reads, removal, targets};
+use super::{Marks, Plan, Refusal, RevertError, from_reads, removal, targets, unpatch};
 use crate::addr::Gva;
 use crate::change::{Change, ChangeError};
-use crate::kernel::patch_state::{self, NoPatchState, PatchState};
+use crate::kernel::patch_state::{self, Mark, NoPatchState, PatchState};
 use crate::kernel::{KernelError, Live, modules};
 use crate::reads::Preconditions;
 use crate::redirect::{JUMP_BYTES, RedirectError, jump_bytes};
@@ -23,7 +24,7 @@ use std::ops::Range;
 /// sees yet.
 pub(crate) const FORK: &str = "copy_process";
 
-/// Why a patch can't be in transition: it can only be applied at one instant.
+/// Why a patch can't be in transition: it can only be applied or reverted at one instant.
 #[derive(Debug, thiserror::Error)]
 pub enum NoTransition {
     /// The guest's kernel has no fields for it.
@@ -44,6 +45,30 @@ pub enum NoTransition {
     /// The code of an earlier apply is used again.
     #[error("its code was kept from an earlier apply")]
     Kept,
+    /// A transition is under way.
+    #[error("{id} is in transition")]
+    UnderWay {
+        /// The patch.
+        id: String,
+    },
+    /// The function has no trampoline: an older vmpatch has applied it, or the patch could not be in transition then.
+    #[error("{function} has no trampoline")]
+    NoTrampoline {
+        /// The function.
+        function: String,
+    },
+    /// Something else than vmpatch has written to the trampoline.
+    #[error("the trampoline of {function} holds other code")]
+    OtherCode {
+        /// The function.
+        function: String,
+    },
+    /// The patch is not registered as a module of the guest: an older vmpatch has applied it.
+    #[error("it is not registered as a module of the guest")]
+    NotRegistered,
+    /// A revert was cut off.
+    #[error("its revert was cut off")]
+    CutOff,
 }
 
 /// Why a transition can't end, or a mark can't be taken away. Nothing was changed.
@@ -60,6 +85,9 @@ pub enum TransitionError {
         "klp_transition_patch is not the patch's any more: a livepatch of the guest's own is in transition; revert the patch"
     )]
     NotOwner,
+    /// The patch can't be taken out.
+    #[error("taking the patch out")]
+    Revert(#[source] Box<RevertError>),
     /// The guest's tasks cannot be read.
     #[error("finding the guest's tasks")]
     Tasks(#[from] SetupError),
@@ -68,7 +96,7 @@ pub enum TransitionError {
 /// What a kernel must have for transitions.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Means {
-    access: TaskAccess,
+    pub access: TaskAccess,
 }
 
 impl Means {
@@ -117,7 +145,7 @@ pub(super) fn give_trampolines(
     for ((function, covered), at) in both {
         let jump = Jump::of(&redirects.changes, function)?;
         let old = covered.unwrap_or(jump.from.wrapping_add(JUMP_BYTES));
-        let code = trampoline(&function.name, at, means.access, (old, Gva(function.new)))?;
+        let code = trampoline(&function.name, at, means.access, Mark::Old, (old, Gva(function.new)))?;
         if !write(at, &code) {
             return Ok(Err(NoTransition::NoOrc));
         }
@@ -129,16 +157,16 @@ pub(super) fn give_trampolines(
 }
 
 /// The jump of a function to its new code.
-struct Jump {
+pub(super) struct Jump {
     /// Guest-virtual address of the jump.
-    from: Gva,
+    pub from: Gva,
     /// Its fragments, by index in the changes: two where it crosses a page boundary.
     fragments: Range<usize>,
 }
 
 impl Jump {
     /// Finds it among `changes`.
-    fn of(changes: &[Change], function: &PatchedFunction) -> Result<Self, RedirectError> {
+    pub fn of(changes: &[Change], function: &PatchedFunction) -> Result<Self, RedirectError> {
         let first = changes.iter().position(|change| change.gpa().0 == function.jump);
         let first = first.unwrap_or(changes.len());
         let mut bytes: Vec<u8> = Vec::new();
@@ -182,9 +210,10 @@ fn no_jump(function: &PatchedFunction, found: &[u8]) -> RedirectError {
     }
 }
 
-/// The patch that is in transition, with its entry.
+/// The patch that is in transition, by its apply or its revert, with its entry.
 pub fn in_transition(registry: &Registry) -> Option<(&Entry, &Record)> {
-    let mut those = registry.entries.iter().filter(|entry| entry.state == State::Transition);
+    let is_it = |entry: &&Entry| matches!(entry.state, State::Transition | State::Unpatching);
+    let mut those = registry.entries.iter().filter(is_it);
     those.find_map(|entry| Some((entry, entry.record()?)))
 }
 
@@ -197,6 +226,9 @@ pub fn finish(live: &Live<'_>, registry: &Registry) -> Result<Option<Plan>, Tran
     let Some((entry, record)) = in_transition(registry) else {
         return Ok(None);
     };
+    if entry.state == State::Unpatching {
+        return unpatch::finish(live, registry, entry, record).map(Some);
+    }
     let plan = from_reads::plan(live, |live| {
         let fields = patch_state::find(live)??;
         let mut atomic = Vec::new();
@@ -252,7 +284,7 @@ pub fn unmark(live: &Live<'_>, registry: &Registry) -> Result<Option<Plan>, Tran
 }
 
 /// The plan of an end.
-fn ending(
+pub(super) fn ending(
     registry: &Registry,
     record: &Record,
     atomic: Vec<Change>,
@@ -274,7 +306,11 @@ fn ending(
 }
 
 /// The change that lets the guest's own livepatches transit again; `None` where vmpatch does not keep them from it.
-fn release(live: &Live<'_>, registry: &Registry, fields: &PatchState) -> Result<Option<Change>, KernelError> {
+pub(super) fn release(
+    live: &Live<'_>,
+    registry: &Registry,
+    fields: &PatchState,
+) -> Result<Option<Change>, KernelError> {
     let (what, at) = ("klp_transition_patch", fields.owner);
     let live = &live.that_changes_when("applying a livepatch of its own");
     let physical = live.physical(at);
@@ -318,7 +354,8 @@ fn old_parts(live: &Live<'_>, function: &PatchedFunction) -> Result<Vec<OldFunct
     Ok(targets::module_parts(&symbols, &function.name, at, function.old_len))
 }
 
-fn forks(live: &Live<'_>) -> Vec<OldFunction> {
+/// The code in which a marked task may be making another one.
+pub(super) fn forks(live: &Live<'_>) -> Vec<OldFunction> {
     let Some(at) = live.kernel.symbols.unique(FORK) else {
         return Vec::new();
     };

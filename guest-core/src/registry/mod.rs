@@ -142,11 +142,23 @@ pub enum State {
     Reverting = 7,
     /// Another patch has replaced it: no function leads to its code, which must still be wiped or kept.
     Replaced = 8,
-    /// It is in transition: its functions lead to trampolines, and marked tasks run the old code.
+    /// It is being applied in a transition: its functions lead to trampolines, and marked tasks run the old code.
     Transition = 9,
+    /// It is being reverted in a transition: its functions lead to trampolines, and marked tasks run the new code.
+    Unpatching = 10,
+    /// Such a transition is beginning: functions may lead to the patch's code or to trampolines.
+    StartUnpatching = 11,
 }
 
 impl State {
+    /// True where tasks run the patch's code: all, or some in a transition.
+    pub fn is_in_force(self) -> bool {
+        matches!(
+            self,
+            Self::Applied | Self::Transition | Self::Unpatching | Self::StartUnpatching
+        )
+    }
+
     /// True where no function leads to the patch's code, and none is about to.
     pub fn is_off(self) -> bool {
         matches!(self, Self::Kept | Self::Replaced)
@@ -163,6 +175,8 @@ impl State {
             Self::Reverting,
             Self::Replaced,
             Self::Transition,
+            Self::Unpatching,
+            Self::StartUnpatching,
         ];
         all.into_iter().find(|state| *state as u64 == word)
     }

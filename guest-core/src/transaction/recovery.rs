@@ -6,12 +6,14 @@
 //! | state | sites | rest |
 //! |---|---|---|
 //! | `Staging`, `Reverted` | – | wipe: the guest can't reach the patch |
-//! | `Applied`, `Kept`, `Transition` | – | nothing |
+//! | `Applied`, `Kept`, `Transition`, `Unpatching` | – | nothing |
 //! | `Applying` | all old | remove |
 //! | `Applying` | a jump | remove; keep code that the guest may use |
 //! | `Reapplying` | – | remove; keep the code |
 //! | `Reverting` | all jumps | in force again: the pause had not begun |
 //! | `Reverting` | else | remove; keep code that has handed out its addresses |
+//! | `StartUnpatching` | all jumps, to the new code | in force again: the pause had not begun |
+//! | `StartUnpatching` | else | complete: all jumps to trampolines. The marks were set before |
 //! | `Replaced` | – | remove, if the guest does not use it; keep code that has handed out its addresses |
 //!
 //! *Remove* is a commit of its own, with all its checks: old bytes into the sites, and then either another name for the module, or the module
@@ -63,6 +65,8 @@ pub enum Rest {
     Reinstate,
     /// It takes the patch out of force.
     Remove(Keep),
+    /// It completes the begin of a transition that reverts the patch.
+    Complete,
     /// It removes the patch, to which nothing leads any more, if it can.
     Discard,
 }
@@ -85,12 +89,13 @@ impl Rest {
     pub const fn of(state: State, sites: Sites) -> Self {
         match (state, sites) {
             (State::Staging | State::Reverted, _) => Self::Wipe,
-            (State::Applied | State::Kept | State::Transition, _) => Self::Nothing,
+            (State::Applied | State::Kept | State::Transition | State::Unpatching, _) => Self::Nothing,
             (State::Replaced, _) => Self::Discard,
             (State::Applying, Sites::Old) => Self::Remove(Keep::Never),
             (State::Applying, _) => Self::Remove(Keep::IfUsed),
             (State::Reapplying, _) => Self::Remove(Keep::Always),
-            (State::Reverting, Sites::New) => Self::Reinstate,
+            (State::Reverting | State::StartUnpatching, Sites::New) => Self::Reinstate,
+            (State::StartUnpatching, _) => Self::Complete,
             (State::Reverting, _) => Self::Remove(Keep::IfHandedOut),
         }
     }
@@ -139,7 +144,7 @@ mod tests {
     use super::*;
     use Ending::{Finish, RestoreSites, Undo, UndoData};
     use Keep::{Always, IfHandedOut, IfUsed, Never};
-    use Rest::{Discard, Nothing, Reinstate, Remove, Wipe};
+    use Rest::{Complete, Discard, Nothing, Reinstate, Remove, Wipe};
 
     #[test]
     fn the_next_vmpatch_goes_by_state_and_sites() {
@@ -151,6 +156,8 @@ mod tests {
             (State::Reverted, Wipe, Wipe, Wipe),
             (State::Kept, Nothing, Nothing, Nothing),
             (State::Transition, Nothing, Nothing, Nothing),
+            (State::Unpatching, Nothing, Nothing, Nothing),
+            (State::StartUnpatching, Complete, Complete, Reinstate),
             (State::Replaced, Discard, Discard, Discard),
             (State::Reapplying, Remove(Always), Remove(Always), Remove(Always)),
         ] {

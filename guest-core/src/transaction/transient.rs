@@ -62,6 +62,7 @@ impl Transient for TransitionError {
     fn transient(&self) -> Option<String> {
         match self {
             Self::Kernel(error) => error.transient(),
+            Self::Revert(error) => error.transient(),
             Self::NoFields(_) | Self::NotOwner | Self::Tasks(_) => None,
         }
     }

@@ -195,7 +195,7 @@ impl SandboxName {
 pub enum ModelName {
     /// every task's stack is clear of the old functions at one instant
     CleanCut,
-    /// the same, if that is so within --grace; else task by task: those inside an old function run the old code until they have left it
+    /// the same, if that is so within --grace; else task by task: those inside stay in the code that they are in until they have left it
     Hybrid,
     /// at once, whatever runs: only for changes that may be mixed with the old code
     None,
@@ -241,7 +241,7 @@ pub enum Command {
         #[arg(long)]
         all: bool,
     },
-    /// Go on with a patch that is in transition, until no task runs the old code
+    /// Go on with a patch that is in transition, until all tasks have moved over
     Finish,
     /// Move the running guest into another QEMU of this host, its patches intact
     Upgrade(UpgradeOptions),

@@ -86,12 +86,7 @@ impl Identity {
             wanted.push(("the registry of patches".to_owned(), registry.page(0), page));
         }
         let there = registry.entries.iter();
-        let is_there = |state| {
-            matches!(
-                state,
-                State::Applied | State::Transition | State::Kept | State::Replaced
-            )
-        };
+        let is_there = |state: State| state.is_in_force() || matches!(state, State::Kept | State::Replaced);
         let there = there.filter(|entry| is_there(entry.state));
         let records: Vec<_> = there.filter_map(|entry| entry.record.as_ref()).collect();
         for record in &records {

@@ -1,4 +1,4 @@
-//! Patches that are applied task by task, where a task sleeps inside an old function.
+//! Patches that are applied and reverted task by task, where a task sleeps inside a function.
 
 use std::time::{Duration, Instant};
 
@@ -21,6 +21,7 @@ use nix::sys::signal::Signal;
 use serde_json::Value;
 
 const APPLY: [&str; 6] = ["--json", "--model", "hybrid", "--timeout", "1", "apply"];
+const REVERT: [&str; 7] = ["--json", "--model", "hybrid", "--timeout", "1", "revert", "--all"];
 const FINISH: [&str; 4] = ["--json", "--timeout", "30", "finish"];
 /// How long a program in the guest may take to get somewhere; the host may be busy with other guests.
 const DAEMON_LIMIT: Duration = Duration::from_secs(60);
@@ -34,7 +35,7 @@ fn names(report: &Value) -> Vec<(&str, &str)> {
     states(report).into_iter().map(|(id, state, _)| (id, state)).collect()
 }
 
-/// The answer to an apply that ends in a transition.
+/// The answer to an apply or a revert that ends in a transition.
 #[track_caller]
 fn in_transition(answer: Answer) {
     let answer = answer.expect(6);
@@ -43,8 +44,8 @@ fn in_transition(answer: Answer) {
     assert_eq!(names(&report), [("test_pause", "in transition")]);
 }
 
-/// What `status` says of the tasks that run the old code.
-fn old_tasks(vmpatch: &Vmpatch) -> String {
+/// What `status` says of the tasks that have not moved over.
+fn marked_tasks(vmpatch: &Vmpatch) -> String {
     let status = vmpatch.status();
     assert_eq!(names(&status), [("test_pause", "in transition")]);
     status["patches"][0]["warnings"].to_string()
@@ -57,7 +58,7 @@ fn a_sleeper_keeps_the_old_code_and_all_others_get_the_new(guest: &Guest, module
     let sleeper = Sleeper::start(guest);
     in_transition(vmpatch.run(&[&APPLY[..], &[&module]].concat()));
     assert_eq!(see(guest, "pause"), Seen::Fixed);
-    let said = old_tasks(&vmpatch);
+    let said = marked_tasks(&vmpatch);
     let inside = format!("pause (pid {}) runs the old code inside __x64_sys_pause", sleeper.pid());
     assert!(said.contains("1 of ") && said.contains(&inside), "{said}");
     // It still does, and says so.
@@ -70,6 +71,33 @@ fn a_sleeper_keeps_the_old_code_and_all_others_get_the_new(guest: &Guest, module
     assert_eq!(see(guest, "pause"), Seen::Fixed);
     assert_eq!(names(&vmpatch.run(&FINISH).expect(0).json()), []);
     vmpatch.revert_all();
+    assert_eq!(see(guest, "pause"), Seen::Flawed);
+    assert_eq!(vmpatch.inspect()["registry"], Value::Null);
+}
+
+/// A task that sleeps in the new function for ever: a revert leaves it there, everybody else runs the old one, and the code goes when it has left.
+fn a_sleeper_in_the_new_code_stays_there_and_all_others_get_the_old(guest: &Guest, modules: &Modules) {
+    let vmpatch = Vmpatch::on(guest);
+    vmpatch.apply(&modules.applied(Applied::Pause));
+    let sleeper = Sleeper::start(guest);
+    let blocked = vmpatch.run(&["--model", "clean-cut", "--timeout", "1", "revert", "--all"]);
+    blocked.expect(4);
+    in_transition(vmpatch.run(&REVERT));
+    assert_eq!(see(guest, "pause"), Seen::Flawed);
+    let said = marked_tasks(&vmpatch);
+    let inside = format!("pause (pid {}) runs the new code inside", sleeper.pid());
+    assert!(said.contains("1 of ") && said.contains(&inside), "{said}");
+    // It is not applied meanwhile, and the same revert goes on with it.
+    let refused = vmpatch.run(&["apply", &modules.applied(Applied::Pause)]).expect(3);
+    let complaint = refused.complaint();
+    assert!(complaint.contains("test_pause is in transition"), "{complaint}");
+    in_transition(vmpatch.run(&REVERT));
+    let refused = insert(guest, &modules.applied(Applied::Printk)).unwrap_err();
+    assert!(refused.contains("resource busy"), "{refused}");
+    assert_eq!(sleeper.wake(guest), Seen::Fixed);
+    let finished = vmpatch.run(&FINISH).expect(0).json();
+    assert_eq!(names(&finished), [("test_pause", "reverted")]);
+    assert_eq!(names(&vmpatch.status()), []);
     assert_eq!(see(guest, "pause"), Seen::Flawed);
     assert_eq!(vmpatch.inspect()["registry"], Value::Null);
 }
@@ -219,6 +247,41 @@ fn an_end_that_is_killed_leaves_a_transition_that_can_end() {
     assert_healthy(&guest);
 }
 
+/// Killed where the transition of a revert begins, vmpatch leaves all new or a whole transition; killed where it ends, one that can end.
+#[test]
+fn a_revert_that_is_killed_leaves_all_new_or_a_transition_that_can_end() {
+    let (guest, modules) = guest(Kernel::CLOUD_6_1);
+    let vmpatch = Vmpatch::on(&guest);
+    let mut monitor = Monitor::second(&guest);
+    let module = modules.applied(Applied::Pause);
+    let revert = [&["--grace", "0"], &REVERT[..]].concat();
+    for step in STEPS {
+        vmpatch.apply(&module);
+        let sleeper = Sleeper::start(&guest);
+        killed(&vmpatch, &revert, step);
+        let status = vmpatch.status();
+        assert_eq!(monitor.run_state(), "running");
+        let sees = see(&guest, "pause");
+        println!("begin killed at {step:?}: then {:?}, {sees:?}", names(&status));
+        let is_begun = names(&status) == [("test_pause", "in transition")];
+        assert_eq!(sees == Seen::Flawed, is_begun, "{status}");
+        in_transition(vmpatch.run(&revert));
+        assert_eq!(see(&guest, "pause"), Seen::Flawed);
+        assert_eq!(sleeper.wake(&guest), Seen::Fixed);
+        killed(&vmpatch, &FINISH, step);
+        let status = vmpatch.status();
+        println!("end killed at {step:?}: then {:?}", names(&status));
+        assert_eq!(monitor.run_state(), "running");
+        assert_eq!(see(&guest, "pause"), Seen::Flawed);
+        vmpatch.run(&FINISH).expect(0);
+        vmpatch.run(&["revert", "--all"]).expect(0);
+        assert_eq!(vmpatch.inspect()["registry"], Value::Null);
+        assert_eq!(see(&guest, "pause"), Seen::Flawed);
+    }
+    OwnLivepatch::load(&guest, &modules.applied(Applied::Printk), "test_printk").unload();
+    assert_healthy(&guest);
+}
+
 /// A guest moves into another QEMU in the middle of a transition, which goes on and ends there.
 #[test]
 fn a_transition_moves_with_the_guest() {
@@ -236,7 +299,7 @@ fn a_transition_moves_with_the_guest() {
         .json();
     let new = report["new"]["pid"].as_u64().and_then(|pid| u32::try_from(pid).ok());
     guest.follow(new.unwrap()).unwrap();
-    let said = old_tasks(&vmpatch);
+    let said = marked_tasks(&vmpatch);
     assert!(
         said.contains("1 of ") && said.contains(&format!("pid {}", daemon.0)),
         "{said}"
@@ -256,6 +319,7 @@ fn all(kernel: Kernel) {
     a_free_function_is_patched_at_one_instant(&guest, &modules);
     a_sleeper_keeps_the_old_code_and_all_others_get_the_new(&guest, &modules);
     a_transition_is_reverted(&guest, &modules);
+    a_sleeper_in_the_new_code_stays_there_and_all_others_get_the_old(&guest, &modules);
     the_guests_own_livepatch_waits(&guest, &modules);
     Ftrace::of(&guest).assert_alive();
     assert_healthy(&guest);

@@ -1,6 +1,6 @@
 //! `finish`: goes on with a patch that is in transition.
 
-use super::describe::describe;
+use super::describe::{describe, describe_reverted};
 use super::status;
 use super::steps::APPLY;
 use super::target::open;
@@ -9,14 +9,14 @@ use crate::program::failure::Failure;
 use crate::program::report::{Guest, Patch, Patches, Pause};
 use host_agent::session::{Access, Changed};
 
-/// Waits until no task runs the old code of the patch that is in transition. Where none is, there is nothing to do.
+/// Waits until all tasks have moved over from the code that the transition leads away from. Where none is under way, there is nothing to do.
 pub fn finish(options: &Options) -> Result<(Patches, Option<Failure>), Failure> {
     let mut session = open(options, Access::Change)?;
     session.recover()?;
     let finished = session.finish(options.patching().timeout);
     let (patches, failure) = match finished {
         Ok(None) => (Vec::new(), None),
-        Ok(Some(finished)) => (vec![applied(&finished)], None),
+        Ok(Some(finished)) => (vec![ended(&finished)], None),
         Err(failure) => (status::patches_in_transition(&session), Some(failure.into())),
     };
     let report = Patches {
@@ -28,9 +28,13 @@ pub fn finish(options: &Options) -> Result<(Patches, Option<Failure>), Failure> 
 }
 
 /// A patch whose transition has ended.
-pub(super) fn applied(finished: &Changed) -> Patch {
+pub(super) fn ended(finished: &Changed) -> Patch {
+    let patch = match finished.reverted {
+        true => describe_reverted(&finished.record),
+        false => describe(&finished.record, None, APPLY.done, "patched"),
+    };
     Patch {
         pause: Some(Pause::from(&finished.committed)),
-        ..describe(&finished.record, None, APPLY.done, "patched")
+        ..patch
     }
 }

@@ -9,7 +9,7 @@ use crate::program::failure::Failure;
 use crate::program::report::{Guest, Patch, Patches, Pause};
 use guest_core::guest;
 use guest_core::plan::RevertError;
-use guest_core::registry::{Record, State};
+use guest_core::registry::Record;
 use host_agent::session::{Access, Changed, PatchError, Session};
 
 /// Takes out the patches `ids`, in the order given; without any, all of them, the last applied first. The first that fails ends it;
@@ -73,7 +73,7 @@ fn revert_one(session: &mut Session, options: &Options, id: &str) -> Result<Patc
     if options.model == ModelName::None {
         patch
             .warnings
-            .push("--model none is not for revert: it waits until no task is in the new functions".to_owned());
+            .push("--model none is not for revert, whose code is wiped: it waits until no task is in it".to_owned());
     }
     Ok(patch)
 }
@@ -83,7 +83,7 @@ fn all(session: &Session) -> Vec<String> {
         .registry()
         .entries
         .iter()
-        .filter(|entry| matches!(entry.state, State::Applied | State::Transition))
+        .filter(|entry| entry.state.is_in_force())
         .filter_map(|entry| entry.record.as_ref())
         .collect();
     records.sort_by_key(|record| std::cmp::Reverse(record.order));

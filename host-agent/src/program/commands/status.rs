@@ -16,8 +16,8 @@ use guest_core::transaction::recovery::Rest;
 use host_agent::chain::chain;
 use host_agent::session::{Access, Session};
 
-/// Most tasks that are named which run the old code.
-const OLD_TASKS_MAX: usize = 16;
+/// Most tasks that are named which have not moved over.
+const MARKED_TASKS_MAX: usize = 16;
 /// Most frames that are shown of each of them.
 const FRAMES_MAX: usize = 8;
 /// Another patch has replaced the patch.
@@ -38,8 +38,8 @@ pub(in crate::program) fn patches(session: &Session) -> Vec<Patch> {
     let status = session.status();
     let shown = |patch: &PatchStatus<'_>| {
         let mut report = shown(&status, patch);
-        if patch.state == State::Transition {
-            report.warnings.extend(old_tasks(session));
+        if matches!(patch.state, State::Transition | State::Unpatching) {
+            report.warnings.extend(marked_tasks(session));
         }
         report
     };
@@ -53,27 +53,27 @@ pub(super) fn patches_in_transition(session: &Session) -> Vec<Patch> {
     patches
 }
 
-/// How many tasks run the old code of a patch in transition, and who they are.
-fn old_tasks(session: &Session) -> Vec<String> {
+/// How many tasks run the code that a transition leads away from, and who they are.
+fn marked_tasks(session: &Session) -> Vec<String> {
     let transition = match session.in_transition() {
         Ok(Some(transition)) => transition,
         Ok(None) => return Vec::new(),
-        Err(error) => return vec![format!("the tasks that run the old code can't be read: {error}")],
+        Err(error) => return vec![format!("the tasks that have not moved over can't be read: {error}")],
     };
-    let (tasks, marked) = (transition.tasks, &transition.marked);
+    let (tasks, marked, mark) = (transition.tasks, &transition.marked, transition.mark);
     let mut said = vec![format!(
-        "in transition: {} of {tasks} tasks still run the old code; vmpatch finish waits for them",
+        "in transition: {} of {tasks} tasks still run the {mark} code; vmpatch finish waits for them",
         marked.len()
     )];
-    let named = marked.iter().take(OLD_TASKS_MAX);
-    said.extend(named.map(|task| format!("{task} runs the old code{}", place(session, &transition, task))));
-    if marked.len() > OLD_TASKS_MAX {
-        said.push(format!("and {} tasks more", marked.len() - OLD_TASKS_MAX));
+    let named = marked.iter().take(MARKED_TASKS_MAX);
+    said.extend(named.map(|task| format!("{task} runs the {mark} code{}", place(session, &transition, task))));
+    if marked.len() > MARKED_TASKS_MAX {
+        said.push(format!("and {} tasks more", marked.len() - MARKED_TASKS_MAX));
     }
     said
 }
 
-/// Where a task is that runs the old code.
+/// Where a task is that has not moved over.
 fn place(session: &Session, transition: &InTransition, task: &TaskId) -> String {
     let is_it = |other: &TaskId| other.at == task.at;
     if let Some(blocker) = transition.inside.iter().find(|blocker| is_it(&blocker.task)) {
@@ -152,6 +152,7 @@ fn left_to_do(rest: &Result<Rest, KernelError>) -> Option<String> {
         Ok(Rest::Wipe) => "wipes what is left",
         Ok(Rest::Reinstate) => "records that the patch is in force, and not reverted",
         Ok(Rest::Remove(_)) => "takes the patch out",
+        Ok(Rest::Complete) => "goes on with the revert, task by task",
         Err(error) => return Some(format!("what vmpatch has left can't be read: {error}")),
     };
     Some(format!("vmpatch was killed here; the next apply or revert {what}"))
@@ -210,12 +211,12 @@ fn state_name(status: &PatchStatus<'_>) -> &'static str {
     match (status.state, &status.rest) {
         (State::Staging, _) => "staging",
         (State::Applying | State::Reapplying, _) => "half applied",
-        (State::Applied, _) | (State::Reverting, Ok(Rest::Reinstate)) => "applied",
+        (State::Applied, _) | (State::Reverting | State::StartUnpatching, Ok(Rest::Reinstate)) => "applied",
         (State::Reverting, _) => "half reverted",
         (State::Reverted, _) => "reverted",
         (State::Kept, _) => CODE_KEPT,
         (State::Replaced, _) => REPLACED,
-        (State::Transition, _) => IN_TRANSITION,
+        (State::Transition | State::Unpatching | State::StartUnpatching, _) => IN_TRANSITION,
     }
 }
 

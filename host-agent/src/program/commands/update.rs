@@ -1,7 +1,7 @@
 //! The bare command: brings a guest up to date from the patch directory.
 
 use super::apply::{ALREADY, apply_one, not_done, pending, refused, say_who_runs_old_code};
-use super::finish::applied;
+use super::finish::ended;
 use super::status;
 use super::steps::{APPLY, so_far};
 use super::target::target;
@@ -93,7 +93,7 @@ impl Batch {
     fn finish(&mut self, session: &mut Session, options: &Options) {
         match session.finish(options.patching().timeout) {
             Ok(None) => {}
-            Ok(Some(finished)) => self.patches.push(applied(&finished)),
+            Ok(Some(finished)) => self.patches.push(ended(&finished)),
             Err(failure) => {
                 self.patches = status::patches_in_transition(session);
                 self.stopped = Some(failure.into());

@@ -31,7 +31,7 @@ pub fn sentence(state: GuestState) -> Option<String> {
         GuestState::InForce => "the change is in force".to_owned(),
         GuestState::PartlyDone => "what is reported as done is in force, and nothing else".to_owned(),
         GuestState::InTransition => {
-            "it runs, and is valid: each task runs either the old code or the new; wait longer with vmpatch finish, or revert the patch".to_owned()
+            "it runs, and is valid: each task runs either the old code or the new; vmpatch status names the tasks, vmpatch finish waits longer".to_owned()
         }
         GuestState::HalfPatched => "it may be half patched".to_owned(),
         GuestState::Paused { change } => format!("paused, and not known to run again; the change is {change}"),

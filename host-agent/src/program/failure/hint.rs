@@ -77,6 +77,12 @@ fn of_commit(operation: Operation, error: &CommitError) -> Option<&'static str> 
             "try again later or with a longer --timeout; --model hybrid lets tasks that are inside finish in the old code, and moves all others over at once; \
              --model none mixes old and new code",
         ),
+        CommitError::NotSafe {
+            why: NotSafe::Stacks(_),
+            ..
+        } if operation == Operation::Revert => Some(
+            "try again later or with a longer --timeout; --model hybrid lets tasks that are inside finish in the new code, and moves all others over at once",
+        ),
         // What else is in the way is so under every model.
         CommitError::NotSafe { .. } => Some("try again later or with a longer --timeout"),
         error if ReachError::meaning_in(error) == Some(Meaning::Busy) => Some(WAIT),

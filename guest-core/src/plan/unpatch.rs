@@ -1,0 +1,183 @@
+//! Plans the transition of a revert: tasks inside a patch's new code stay in it until they leave, all others run the old code.
+//!
+//! It uses the trampolines that the apply has written. Nobody is inside one of them while the patch is in force, so that the pause of the begin can
+//! turn them around: a marked task then goes on in the new code, any other one in the old. When nobody is inside the new code any more, the patch is
+//! taken out as it is at one instant.
+
+use super::removal::Removal;
+use super::stack::Holders;
+use super::transition::{self, Jump, Means, NoTransition, TransitionError};
+use super::{Marks, Plan, RevertError, from_reads, revert};
+use crate::addr::Gva;
+use crate::change::Change;
+use crate::kernel::patch_state::{self, Mark};
+use crate::kernel::{KernelError, Live};
+use crate::redirect::JUMP_BYTES;
+use crate::registry::{Entry, PatchedFunction, Record, Registry, State};
+use crate::trampoline::{TRAMPOLINE_BYTES, trampoline};
+use crate::transaction::recovery::Keep;
+
+/// Plans the begin of a transition that reverts the patch `id`.
+///
+/// # Errors
+///
+/// [`RevertError::NoTransition`] where it can only be reverted at one instant; else as [`revert`](super::revert).
+pub fn begin_revert(live: &Live<'_>, registry: &Registry, id: &str) -> Result<Plan, RevertError> {
+    from_reads::plan(live, |live| begin(live, registry, id))
+}
+
+fn begin(live: &Live<'_>, registry: &Registry, id: &str) -> Result<Plan, RevertError> {
+    let (entry, record) = revert::find(registry, id)?;
+    if let Some((_, other)) = transition::in_transition(registry) {
+        let id = other.id.clone();
+        return Err(NoTransition::UnderWay { id }.into());
+    }
+    if entry.state != State::Applied {
+        return Err(NoTransition::CutOff.into());
+    }
+    let means = Means::find(live)?.map_err(NoTransition::from)?;
+    let fields = patch_state::find_unused(live)?.map_err(NoTransition::from)?;
+    let registration = record.registration.as_ref().ok_or(NoTransition::NotRegistered)?;
+    let patch = Patch {
+        live,
+        registry,
+        entry,
+        record,
+    };
+    let mut atomic = Vec::new();
+    for function in &record.functions {
+        atomic.extend(patch.turned(&means, function)?);
+    }
+    let jumps: Vec<_> = record.changes.iter().filter_map(to_trampoline).collect();
+    atomic.extend(jumps.iter().cloned());
+    atomic.push(registry.state_change(entry.slot, State::StartUnpatching, State::Unpatching));
+    // What keeps a patch from being taken out does so now, and not when tasks have moved over.
+    let removal = patch.removal().plan(State::Reverting, Keep::IfHandedOut)?;
+    let staged = registry.upgrade().into_iter();
+    let marks = Marks::Set {
+        fields,
+        owner: Gva(registration.module),
+        mark: Mark::New,
+    };
+    Ok(Plan {
+        staged: staged
+            .chain([registry.state_change(entry.slot, State::Applied, State::StartUnpatching)])
+            .collect(),
+        atomic,
+        sites: jumps,
+        unreferenced: Gva(0)..Gva(0),
+        marks,
+        ..removal
+    })
+}
+
+/// Plans to complete a begin that was cut off between its first jump and its last word. Tasks were marked before the first jump.
+pub(super) fn complete(
+    live: &Live<'_>,
+    registry: &Registry,
+    entry: &Entry,
+    record: &Record,
+) -> Result<Plan, KernelError> {
+    let mut atomic = Vec::new();
+    for via in record.changes.iter().filter_map(Change::by_way) {
+        let led = via.completion(live);
+        atomic.extend(led.map_err(|source| KernelError::Restore {
+            what: "a site of a patch in transition",
+            source,
+        })?);
+    }
+    atomic.push(registry.state_change(entry.slot, State::StartUnpatching, State::Unpatching));
+    Ok(transition::ending(registry, record, atomic, Vec::new(), Marks::Leave))
+}
+
+/// Plans the end of a transition that reverts a patch.
+///
+/// # Errors
+///
+/// The guest uses the patch, or cannot be read.
+pub(super) fn finish(
+    live: &Live<'_>,
+    registry: &Registry,
+    entry: &Entry,
+    record: &Record,
+) -> Result<Plan, TransitionError> {
+    from_reads::plan(live, |live| {
+        let fields = patch_state::find(live)??;
+        let patch = Patch {
+            live,
+            registry,
+            entry,
+            record,
+        };
+        // What a killed vmpatch has done of it is left as it is, so that nothing need be recorded before.
+        let removal = patch.removal().plan(State::Unpatching, Keep::IfHandedOut);
+        let mut plan = removal.map_err(|error| TransitionError::Revert(Box::new(error)))?;
+        // Where something else has taken the fields, the marks in them are not vmpatch's.
+        if let Some(release) = transition::release(live, registry, &fields)? {
+            plan.atomic.insert(plan.atomic.len().saturating_sub(1), release);
+            plan.must_be_quiescent.extend(transition::forks(live));
+            plan.marks = Marks::Clear { fields };
+        }
+        Ok(plan)
+    })
+}
+
+/// The change of the jump that `change` has made to one that leads to the trampoline.
+fn to_trampoline(change: &Change) -> Option<Change> {
+    let via = change.by_way()?;
+    Some(change.followed_by(via.new_bytes().to_vec()))
+}
+
+#[derive(Clone, Copy)]
+struct Patch<'a> {
+    live: &'a Live<'a>,
+    registry: &'a Registry,
+    entry: &'a Entry,
+    record: &'a Record,
+}
+
+impl<'a> Patch<'a> {
+    fn removal(self) -> Removal<'a> {
+        Removal {
+            live: self.live,
+            registry: self.registry,
+            entry: self.entry,
+            record: self.record,
+        }
+    }
+
+    /// The change that turns the trampoline of a function around; `None` where an earlier revert has, which did not begin.
+    fn turned(&self, means: &Means, function: &PatchedFunction) -> Result<Option<Change>, RevertError> {
+        let name = &function.name;
+        let missing = || NoTransition::NoTrampoline { function: name.clone() };
+        let at = Gva(function.trampoline.ok_or_else(missing)?);
+        let text = self.registry.mapped(self.entry.pages.first);
+        let offset = at.0.checked_sub(text.0).filter(|offset| {
+            let end = offset.checked_add(TRAMPOLINE_BYTES);
+            end.is_some_and(|end| end <= self.record.text.len.min(self.entry.pages.len()))
+        });
+        let gpa = self
+            .registry
+            .page(self.entry.pages.first)
+            .wrapping_add(offset.ok_or_else(missing)?);
+        let mut now = vec![0; TRAMPOLINE_BYTES as usize];
+        let what = "a trampoline";
+        let read = self.live.read_physical(gpa, &mut now);
+        read.map_err(|source| KernelError::Unreadable { what, at, source })?;
+        let jump = Jump::of(&self.record.changes, function).map_err(|_| missing())?;
+        let earlier = self.registry.records().filter(|other| other.order < self.record.order);
+        let holders = Holders::of(earlier);
+        let below = holders.at(function.old).last();
+        let old = below.map_or(jump.from.wrapping_add(JUMP_BYTES), |below| Gva(below.function.new));
+        let code = |mark| trampoline(name, at, means.access, mark, (old, Gva(function.new))).map_err(|_| missing());
+        let (for_apply, for_revert) = (code(Mark::Old)?, code(Mark::New)?);
+        if now == for_revert {
+            return Ok(None);
+        }
+        if now != for_apply {
+            return Err(NoTransition::OtherCode { function: name.clone() }.into());
+        }
+        let what = format!("the trampoline of {name}");
+        Ok(Some(Change::replace(what, gpa, for_apply, for_revert)))
+    }
+}
