@@ -38,6 +38,7 @@ pub mod headers;
 mod kept;
 pub mod kernel_files;
 mod lcs;
+mod objtool;
 pub mod packages;
 pub mod pair;
 mod parallel;

@@ -11,7 +11,7 @@ use crate::facts::Config;
 use crate::kept::{Kept, Parts};
 use crate::target::Target;
 use crate::toolchain::{self, Toolchain};
-use crate::{command, digest, seal};
+use crate::{command, digest, objtool, seal};
 
 /// What the kernel's own flags are extended with: a section for every function and object, so that they can be compared
 /// and taken one by one.
@@ -27,9 +27,6 @@ const OF_THE_TOOLS: [&str; 7] = [
     "RUST",
     "HAVE_RUST",
 ];
-/// Has objtool run on each object as it is made, and not on those that the build excepts (`OBJECT_FILES_NON_STANDARD`): of the 32-bit
-/// vDSO's objects it reads none (scripts/Makefile.build of 6.12).
-const OBJTOOL_AT_ONCE: &str = "objtool-enabled=$(is-standard-object)";
 /// The folder with the assembler that keeps names.
 const ASSEMBLER: &str = "vmpatch-assembler";
 /// Where a tree notes what `vermagic=` of its modules is.
@@ -110,12 +107,11 @@ impl Tree {
         let compiler = toolchain.program();
         let io = |action| cache::Error::io(action, &target.config);
         let config = fs::read_to_string(&target.config).map_err(io("read"))?;
-        // With IBT, objtool would wait for the whole kernel to be linked (scripts/Makefile.lib, delay-objtool).
-        let objtool = Config::parse(&config)
-            .enabled("X86_KERNEL_IBT")
-            .then_some(OBJTOOL_AT_ONCE);
+        let makefile = target.source.folder.join("scripts/Makefile.build");
+        let makefile = fs::read_to_string(&makefile).map_err(cache::Error::io("read", &makefile))?;
+        let objtool = objtool::variables(&Config::parse(&config), &makefile);
         let mut made_of = vec![&*target.source.id, &config, toolchain.version(), assembler::SCRIPT];
-        made_of.extend(objtool);
+        made_of.extend(&objtool);
         let id = digest(&made_of);
         let lock = cache.lock_or_wait(&format!("builds/{}_{id}", target.release), || {
             progress(&format!("waiting for another build for {}", target.release));
@@ -137,7 +133,7 @@ impl Tree {
         {
             make.push("RUSTC=false".to_owned());
         }
-        make.extend(objtool.map(str::to_owned));
+        make.extend(objtool.iter().map(|variable| (*variable).to_owned()));
         // As make spells it, where the cache is behind a link: commands that make notes down are changed by it later.
         let source = &target.source.folder;
         let source = fs::canonicalize(source).map_err(cache::Error::io("find", source))?;
@@ -353,7 +349,7 @@ impl Tree {
         assembler::write(&self.folder.join(ASSEMBLER))?;
         self.make(&self.search_path, &["olddefconfig"])?;
         self.compare_settings(config)?;
-        if self.make.iter().any(|word| word == OBJTOOL_AT_ONCE) {
+        if self.make.iter().any(|word| word == objtool::AT_ONCE) {
             // Objects that are made on the way to `modules_prepare` do not wait for it.
             self.make(&self.search_path, &["tools/objtool"])?;
         }

@@ -42,6 +42,12 @@ pub enum CompareError {
         "the object file does not say which variables and functions its references mean: was it assembled by GNU as, and is awk there?"
     )]
     Nameless,
+    /// Only one of the two object files is whole.
+    #[error("only one of the two object files says how to unwind its code: objtool was not run on the {half} one")]
+    Half {
+        /// Which one is not: `old` or `new`.
+        half: &'static str,
+    },
     /// Debug information is damaged.
     #[error(transparent)]
     Debug(#[from] DebugError),
@@ -82,6 +88,7 @@ impl Comparison {
     pub fn of(before: &[u8], after: &[u8]) -> Result<Self, CompareError> {
         let (before, old_lines, old_rows, old_types) = read(before)?;
         let (after, new_lines, new_rows, new_types) = read(after)?;
+        check_both_are_whole(&before, &after)?;
         let lines = Lines::new((old_lines.lines(), old_rows), (new_lines.lines(), new_rows));
         let mut pairs = Pairs::by_key(&before, &after);
         pairs.pair_renamed(&before, &after, |pairs, b, a| {
@@ -163,6 +170,21 @@ impl Comparison {
 /// What to say of a variable whose type became another one of the same size.
 fn retyped(before: &str, after: &str) -> Option<Difference> {
     (before != after).then(|| format!("its type was {before}, and is {after}"))
+}
+
+/// objtool finds what the kernel has to know of the code (return sites, calls of other kinds, how to unwind) and leaves a row for each
+/// function, but where the build excepts the whole file.
+fn check_both_are_whole(before: &Unit, after: &Unit) -> Result<(), CompareError> {
+    let has_code = |unit: &Unit| unit.items.iter().any(|item| item.is_function && item.size > 0);
+    let has_rows = |unit: &Unit| unit.object.section_named(tables::ORC).is_some();
+    if !has_code(before) || !has_code(after) {
+        return Ok(());
+    }
+    match (has_rows(before), has_rows(after)) {
+        (true, false) => Err(CompareError::Half { half: "new" }),
+        (false, true) => Err(CompareError::Half { half: "old" }),
+        _ => Ok(()),
+    }
 }
 
 fn read(bytes: &[u8]) -> Result<(Unit, Statics, Rows, Layouts), CompareError> {

@@ -1,7 +1,7 @@
 //! Changes of literal C, one for each rule of comparing.
 
-use super::Verdict;
-use crate::testing::compared;
+use super::{CompareError, Comparison, Verdict};
+use crate::testing::{compared, compiled};
 
 /// Names of the functions and variables that are not as they were, with the words for it.
 fn changes(test: &str, before: &str, after: &str) -> Vec<String> {
@@ -341,4 +341,21 @@ fn a_number_that_grows_as_its_function_moves_is_no_line_where_no_code_of_the_fun
     let before = far.replace("(0, 1)", &format!("(0, {of_f})"));
     let after = format!("\n{}", far.replace("(0, 1)", &format!("(0, {})", of_f + 1)));
     assert_eq!(changes("number-of-other", &before, &after), ["g changed"]);
+}
+
+#[test]
+fn files_of_which_objtool_has_read_only_one_are_not_compared() {
+    let rows = "asm(\".pushsection .orc_unwind_ip,\\\"a\\\"\\n.long f - .\\n.popsection\\n.pushsection .orc_unwind,\\\"a\\\"\\n.fill 6\\n.popsection\");\n";
+    let [with, without, data] = [
+        ("half-with", format!("{F}{rows}")),
+        ("half-without", F.to_owned()),
+        ("half-data", "int a = 3;\n".to_owned()),
+    ]
+    .map(|(test, text)| compiled(test, &text, true));
+    let half = |before: &[u8], after: &[u8]| Comparison::of(before, after).map(drop);
+    assert_eq!(half(&with, &without), Err(CompareError::Half { half: "new" }));
+    assert_eq!(half(&without, &with), Err(CompareError::Half { half: "old" }));
+    for (before, after) in [(&with, &with), (&without, &without), (&data, &with), (&with, &data)] {
+        assert_eq!(half(before, after), Ok(()));
+    }
 }
