@@ -24,6 +24,11 @@ pub const KERNEL_6_1: Target = Target {
     package: fixes::KERNEL,
     source: fixes::FROM,
 };
+/// One of an older compiler, which is taken out of its package.
+pub const KERNEL_5_10: Target = Target {
+    package: "linux-image-5.10.0-46-cloud-amd64=5.10.262-1",
+    source: "linux-source-5.10=5.10.262-1",
+};
 /// One of a newer compiler, which is taken out of its package.
 pub const KERNEL_7_2: Target = Target {
     package: "linux-image-7.2.13+deb14-cloud-amd64=7.2.13-1",

@@ -4,7 +4,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use e2e::own_livepatch::OwnLivepatch;
-use e2e::rules::{self, Edit, KERNEL_6_1, KERNEL_7_2};
+use e2e::rules::{self, Edit, KERNEL_5_10, KERNEL_6_1, KERNEL_7_2};
 use e2e::vmpatch::Vmpatch;
 use e2e::{bed, kit};
 use images::guest::Guest;
@@ -246,6 +246,34 @@ fn a_kernel_of_a_newer_compiler_is_built_for_and_its_code_is_verified() {
     own.unload();
     assert!(!is_changed());
     guest.discard_after_complaints(rules::ALIGNED_LOOP_WARNS);
+    fs::remove_dir_all(&folder).unwrap();
+}
+
+#[test]
+fn a_kernel_of_an_older_compiler_is_built_for_and_its_code_is_verified() {
+    let folder = folder("older");
+    let module = folder.join("livepatch-older.ko");
+    let diff = rules::write_diff(KERNEL_5_10, rules::USED_BY_TWO_FILES, &folder);
+    rules::build(KERNEL_5_10, &diff, &module, &[]).expect(0);
+    let module = module.display().to_string();
+    let guest = bed::lend(kit::guest(Kernel::CLOUD_5_10));
+    let see = || shell(&guest, "cat /proc/version; cat /proc/loadavg");
+    let is_as_it_was = || !see().contains("mark");
+    let is_changed = || {
+        let seen = see();
+        seen.contains("mark 4\n") && seen.contains("mark 25\nmarks 5\n")
+    };
+    assert!(is_as_it_was(), "{}", see());
+    let vmpatch = Vmpatch::on(&guest);
+    let report = vmpatch.apply(&module);
+    assert!(is_changed(), "{}", see());
+    assert_eq!(report["patches"][0]["verified"], "all", "{report}");
+    vmpatch.revert_all();
+    assert!(is_as_it_was(), "{}", see());
+    let own = OwnLivepatch::load(&guest, &module, "livepatch-older");
+    assert!(is_changed(), "{}", see());
+    own.unload();
+    assert!(is_as_it_was(), "{}", see());
     fs::remove_dir_all(&folder).unwrap();
 }
 
