@@ -111,6 +111,11 @@ impl Journal {
         self.atomic.last().is_some_and(|last| last.sets_word(state as u64))
     }
 
+    /// True where the commit begins a transition that reverts a patch.
+    pub(crate) fn begins_revert(&self) -> bool {
+        self.goes_to(State::Unpatching)
+    }
+
     /// For a first apply: the change of its state to [`State::Reverting`].
     pub(crate) fn applying_to_reverting(&self) -> Option<Change> {
         let state = self.atomic.last().filter(|_| self.redirects())?;

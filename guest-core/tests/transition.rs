@@ -561,3 +561,60 @@ fn a_death_at_any_write_of_a_revert_s_end_leaves_a_transition_that_can_end() {
     });
     assert!(counts.iter().all(|count| *count > 3), "{counts:?}");
 }
+
+/// Under KVM the guest runs as soon as vmpatch is dead: tasks go into the old code before the supervisor comes, and the guest may hold any lock.
+#[test]
+fn a_revert_s_begin_that_has_led_tasks_to_the_old_code_is_not_turned_into_an_apply() {
+    let (start, kernel) = applied_with_sleeper();
+    let plan = plan::begin_revert(&kernel.live(&start.ram), &registry(&start, &kernel), "fix").unwrap();
+    let journal = journal(&kernel.live(&start.ram), &plan).unwrap();
+    let mut begun = 0;
+    for write in 0.. {
+        let guest = start.clone();
+        if commit_faulty(&guest, &kernel, &plan, Fault::Death(write)).is_ok() {
+            break;
+        }
+        if !leads(&guest, &kernel).contains(&Leads::Trampoline) {
+            continue;
+        }
+        begun += 1;
+        for has_supervisor in [true, false] {
+            let guest = guest.clone();
+            write_marked(&guest, process(2), &[guest.symbol(PATCHED[1]) + 0x20, START + 1]);
+            if has_supervisor {
+                guest.put_u64(guest.symbol("text_mutex"), process(3).at);
+                assert!(roll_back(&guest.ram, &mut Stopped::new(&guest), &journal, true).unwrap());
+                guest.put_u64(guest.symbol("text_mutex"), 0);
+            } else {
+                // It has returned to user mode, and has come again.
+                guest.put(process(1).at + PATCH_STATE, &[0xff; 4]);
+                guest.put(process(1).at + FLAG.0, &[0]);
+            }
+            open(&guest).recover().unwrap();
+            assert_eq!(states(&guest, &kernel), [State::Unpatching], "write {write}");
+            assert_eq!(leads(&guest, &kernel), [Leads::Trampoline; 2], "write {write}");
+            assert_eq!(marked(&guest), [process(1).pid], "write {write}");
+        }
+    }
+    assert!(begun > 0);
+}
+
+/// A write of a trampoline that was cut off in the middle is completed by the next revert.
+#[test]
+fn a_trampoline_that_was_half_written_is_turned_around() {
+    let (guest, kernel) = applied_with_sleeper();
+    let plan = plan::begin_revert(&kernel.live(&guest.ram), &registry(&guest, &kernel), "fix").unwrap();
+    let trampoline = plan
+        .atomic
+        .iter()
+        .find(|change| change.what().contains("trampoline"))
+        .unwrap();
+    for written in [17, 20, 28] {
+        let guest = guest.clone();
+        let mut bytes = trampoline.current(&guest.ram).unwrap();
+        bytes[..written].copy_from_slice(&trampoline.prepare(&guest.ram).unwrap()[..written]);
+        guest.ram.write(trampoline.gpa(), &bytes).unwrap();
+        begin_revert(&guest);
+        assert_eq!(marks_of_revert(&guest, &kernel), (1, [1; 2]));
+    }
+}

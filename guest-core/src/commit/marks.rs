@@ -156,12 +156,19 @@ impl Marking {
         let Kind::Set(owner, _) = &self.kind else {
             return Ok(Decision::default());
         };
-        let mut changes = vec![owner.clone()];
+        let mut wanted = vec![owner.clone()];
         let mut unnamed = Vec::new();
         for (task, _) in &verdict.inside {
             match self.journaled.get(task) {
-                Some(mark) if snapshot.is_alive(live, *task) => changes.extend([mark.state.clone(), mark.flag.clone()]),
+                Some(mark) if snapshot.is_alive(live, *task) => wanted.extend([mark.state.clone(), mark.flag.clone()]),
                 _ => unnamed.push(*task),
+            }
+        }
+        // A begin that was cut off has made some.
+        let mut changes = Vec::new();
+        for change in wanted {
+            if !change.is_made(live.memory)? {
+                changes.push(change);
             }
         }
         if !verdict.unsure.is_empty() || !unnamed.is_empty() {

@@ -50,6 +50,7 @@ pub fn roll_back(
             }
             Ok(false)
         }
+        _ if journal.begins_revert() => commit.complete_begin(writer),
         ending => {
             if ending == Ending::Finish && commit.finish(writer)? {
                 return Ok(true);
@@ -138,6 +139,17 @@ impl<'a> CutOff<'a> {
             complete(self.memory, writer, left)?;
         }
         Ok(is_free)
+    }
+
+    /// Makes what is left of the begin of a revert: code and a state alone, which no lock of the guest's is for. Gives false, and changes nothing,
+    /// where the guest has written there since.
+    fn complete_begin(&self, writer: &mut dyn WriteCode) -> Result<bool, CommitError> {
+        let all_changes = &self.journal.atomic;
+        let is_own = all(all_changes, |change| change.is_ours(self.memory))?;
+        if is_own {
+            complete(self.memory, writer, all_changes)?;
+        }
+        Ok(is_own)
     }
 
     /// Writes the old bytes into the sites. The code of a first apply may have run then: the registry says so before, and that the patches are

@@ -243,7 +243,8 @@ impl<V: Vmm, P, D> Driver for Changing<'_, V, P, D> {
         });
         // The plan of a revert makes what is left of it.
         let recovered = self.guest.reread().and_then(|()| match self.operation {
-            Operation::Revert => self.guest.ready(),
+            // But where it is the begin of a transition, the recovery does.
+            Operation::Revert if !self.guest.is_revert_cut_off() => self.guest.ready(),
             _ => self.guest.recover().map(|_| ()),
         });
         match recovered {

@@ -34,6 +34,9 @@ impl<V: Vmm> Guest<V> {
 
     /// Reverts the patch `id` in the same way.
     pub(super) fn revert_hybrid(&mut self, id: &str, options: &PatchOptions) -> Result<Changed, PatchError<V::Error>> {
+        if plan::in_transition(&self.registry).is_some_and(|(_, record)| record.id != id) {
+            self.finish_other()?;
+        }
         let at_once = |guest: &mut Self, timeout| guest.revert_at_once(id, timeout);
         let begin = |guest: &mut Self, chosen| {
             guest.change(Operation::Revert, id, chosen, |guest| {
@@ -118,6 +121,12 @@ impl<V: Vmm> Guest<V> {
             .is_some_and(|(entry, record)| entry.state == State::Transition && record.digest == plan::digest(file))
     }
 
+    /// True where the begin of such a revert was cut off.
+    pub(super) fn is_revert_cut_off(&self) -> bool {
+        let mut entries = self.registry.entries.iter();
+        entries.any(|entry| entry.state == State::StartUnpatching)
+    }
+
     /// True where the patch `id` is being reverted in a transition.
     pub(super) fn is_being_reverted(&self, id: &str) -> bool {
         let under_way = plan::in_transition(&self.registry);
@@ -127,7 +136,8 @@ impl<V: Vmm> Guest<V> {
     /// Ends another patch's transition, if that is so soon.
     pub(super) fn finish_other(&mut self) -> Result<(), PatchError<V::Error>> {
         match self.finish(OTHER_TIME_MAX) {
-            Err(PatchError::InTransition { source, .. }) if source.is_not_safe() => Ok(()),
+            // What is to be done then says what is in the way.
+            Err(PatchError::InTransition { .. }) => Ok(()),
             finished => finished.map(drop),
         }
     }

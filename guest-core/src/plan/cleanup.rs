@@ -17,9 +17,8 @@ use std::ops::Range;
 /// Its sites cannot be read.
 pub fn rest(live: &Live<'_>, registry: &Registry, entry: &Entry) -> Result<Rest, KernelError> {
     let sites = match (&entry.record, entry.state) {
-        (Some(record), State::Applying | State::Reverting | State::StartUnpatching) => {
-            removal(live, registry, entry, record).sites()?
-        }
+        (Some(record), State::StartUnpatching) => unpatch::sites(live, record)?,
+        (Some(record), State::Applying | State::Reverting) => removal(live, registry, entry, record).sites()?,
         // They do not count.
         _ => Sites::Old,
     };
@@ -98,9 +97,9 @@ pub fn recovery(live: &Live<'_>, registry: &Registry) -> Result<Option<Plan>, Re
             Ok(Rest::Remove(keep)) => from_reads::plan(live, |live: &Live<'_>| {
                 removal(live, registry, entry, record).plan(entry.state, keep)
             }),
-            Ok(Rest::Complete) => from_reads::plan(live, |live: &Live<'_>| {
-                Ok(unpatch::complete(live, registry, entry, record)?)
-            }),
+            Ok(Rest::Complete) => {
+                from_reads::plan(live, |live: &Live<'_>| unpatch::begin(live, registry, entry, record))
+            }
             Ok(_) => continue,
             Err(error) => Err(error.into()),
         };

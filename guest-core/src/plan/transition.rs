@@ -7,9 +7,10 @@
 
 use super::redirects::Redirects;
 use super::stack::Holders;
-use super::{Marks, Plan, Refusal, RevertError, from_reads, removal, targets, unpatch};
+use super::{Marks, Plan, Refusal, RevertError, from_reads, guard, removal, targets, unpatch};
 use crate::addr::Gva;
 use crate::change::{Change, ChangeError};
+use crate::kernel::guard::Armed;
 use crate::kernel::patch_state::{self, Mark, NoPatchState, PatchState};
 use crate::kernel::{KernelError, Live, modules};
 use crate::reads::Preconditions;
@@ -85,6 +86,9 @@ pub enum TransitionError {
         "klp_transition_patch is not the patch's any more: a livepatch of the guest's own is in transition; revert the patch"
     )]
     NotOwner,
+    /// The guest's integrity guard would or may stop the guest.
+    #[error(transparent)]
+    Guard(#[from] Armed),
     /// The patch can't be taken out.
     #[error("taking the patch out")]
     Revert(#[source] Box<RevertError>),
@@ -230,6 +234,7 @@ pub fn finish(live: &Live<'_>, registry: &Registry) -> Result<Option<Plan>, Tran
         return unpatch::finish(live, registry, entry, record).map(Some);
     }
     let plan = from_reads::plan(live, |live| {
+        guard::require_survival::<TransitionError>(live)?;
         let fields = patch_state::find(live)??;
         let mut atomic = Vec::new();
         for jump in record.changes.iter().filter(|change| !change.is_of_bits()) {
@@ -284,7 +289,7 @@ pub fn unmark(live: &Live<'_>, registry: &Registry) -> Result<Option<Plan>, Tran
 }
 
 /// The plan of an end.
-pub(super) fn ending(
+fn ending(
     registry: &Registry,
     record: &Record,
     atomic: Vec<Change>,

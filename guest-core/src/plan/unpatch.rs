@@ -10,12 +10,12 @@ use super::transition::{self, Jump, Means, NoTransition, TransitionError};
 use super::{Marks, Plan, RevertError, from_reads, revert};
 use crate::addr::Gva;
 use crate::change::Change;
-use crate::kernel::patch_state::{self, Mark};
+use crate::kernel::patch_state::{self, Mark, NoPatchState, PatchState};
 use crate::kernel::{KernelError, Live};
 use crate::redirect::JUMP_BYTES;
 use crate::registry::{Entry, PatchedFunction, Record, Registry, State};
 use crate::trampoline::{TRAMPOLINE_BYTES, trampoline};
-use crate::transaction::recovery::Keep;
+use crate::transaction::recovery::{Keep, Sites};
 
 /// Plans the begin of a transition that reverts the patch `id`.
 ///
@@ -23,46 +23,59 @@ use crate::transaction::recovery::Keep;
 ///
 /// [`RevertError::NoTransition`] where it can only be reverted at one instant; else as [`revert`](super::revert).
 pub fn begin_revert(live: &Live<'_>, registry: &Registry, id: &str) -> Result<Plan, RevertError> {
-    from_reads::plan(live, |live| begin(live, registry, id))
+    from_reads::plan(live, |live| {
+        let (entry, record) = revert::find(registry, id)?;
+        if let Some((_, other)) = transition::in_transition(registry) {
+            let id = other.id.clone();
+            return Err(NoTransition::UnderWay { id }.into());
+        }
+        begin(live, registry, entry, record)
+    })
 }
 
-fn begin(live: &Live<'_>, registry: &Registry, id: &str) -> Result<Plan, RevertError> {
-    let (entry, record) = revert::find(registry, id)?;
-    if let Some((_, other)) = transition::in_transition(registry) {
-        let id = other.id.clone();
-        return Err(NoTransition::UnderWay { id }.into());
-    }
-    if entry.state != State::Applied {
-        return Err(NoTransition::CutOff.into());
-    }
-    let means = Means::find(live)?.map_err(NoTransition::from)?;
-    let fields = patch_state::find_unused(live)?.map_err(NoTransition::from)?;
-    let registration = record.registration.as_ref().ok_or(NoTransition::NotRegistered)?;
+/// The same for a patch in force, and for one of which a begin was cut off: then what is left of it, with marks for the tasks that are inside now.
+pub(super) fn begin(live: &Live<'_>, registry: &Registry, entry: &Entry, record: &Record) -> Result<Plan, RevertError> {
     let patch = Patch {
         live,
         registry,
         entry,
         record,
     };
+    let mut staged = Vec::new();
+    match entry.state {
+        State::Applied => {
+            staged.extend(registry.upgrade());
+            staged.push(registry.state_change(entry.slot, State::Applied, State::StartUnpatching));
+        }
+        State::StartUnpatching => {}
+        _ => return Err(NoTransition::CutOff.into()),
+    }
+    let means = Means::find(live)?.map_err(NoTransition::from)?;
+    let fields = patch.fields()?;
+    let registration = record.registration.as_ref().ok_or(NoTransition::NotRegistered)?;
     let mut atomic = Vec::new();
     for function in &record.functions {
         atomic.extend(patch.turned(&means, function)?);
     }
-    let jumps: Vec<_> = record.changes.iter().filter_map(to_trampoline).collect();
+    let mut jumps = Vec::new();
+    for jump in jumps_of(record) {
+        match Leads::of(live, jump)? {
+            Leads::New => jumps.extend(to_trampoline(jump)),
+            Leads::Trampoline => {}
+            Leads::Elsewhere => return Err(NoTransition::CutOff.into()),
+        }
+    }
     atomic.extend(jumps.iter().cloned());
     atomic.push(registry.state_change(entry.slot, State::StartUnpatching, State::Unpatching));
     // What keeps a patch from being taken out does so now, and not when tasks have moved over.
     let removal = patch.removal().plan(State::Reverting, Keep::IfHandedOut)?;
-    let staged = registry.upgrade().into_iter();
     let marks = Marks::Set {
         fields,
         owner: Gva(registration.module),
         mark: Mark::New,
     };
     Ok(Plan {
-        staged: staged
-            .chain([registry.state_change(entry.slot, State::Applied, State::StartUnpatching)])
-            .collect(),
+        staged,
         atomic,
         sites: jumps,
         unreferenced: Gva(0)..Gva(0),
@@ -71,23 +84,46 @@ fn begin(live: &Live<'_>, registry: &Registry, id: &str) -> Result<Plan, RevertE
     })
 }
 
-/// Plans to complete a begin that was cut off between its first jump and its last word. Tasks were marked before the first jump.
-pub(super) fn complete(
-    live: &Live<'_>,
-    registry: &Registry,
-    entry: &Entry,
-    record: &Record,
-) -> Result<Plan, KernelError> {
-    let mut atomic = Vec::new();
-    for via in record.changes.iter().filter_map(Change::by_way) {
-        let led = via.completion(live);
-        atomic.extend(led.map_err(|source| KernelError::Restore {
-            what: "a site of a patch in transition",
-            source,
-        })?);
+/// What the sites of a patch hold of which a begin may have been cut off: all jumps to the new code, some to trampolines, or anything else.
+pub(super) fn sites(live: &Live<'_>, record: &Record) -> Result<Sites, KernelError> {
+    let mut sites = Sites::New;
+    for jump in jumps_of(record) {
+        match Leads::of(live, jump)? {
+            Leads::New => {}
+            Leads::Trampoline => sites = Sites::Mixed,
+            Leads::Elsewhere => return Ok(Sites::Old),
+        }
     }
-    atomic.push(registry.state_change(entry.slot, State::StartUnpatching, State::Unpatching));
-    Ok(transition::ending(registry, record, atomic, Vec::new(), Marks::Leave))
+    Ok(sites)
+}
+
+/// Where a jump leads.
+enum Leads {
+    New,
+    Trampoline,
+    Elsewhere,
+}
+
+impl Leads {
+    fn of(live: &Live<'_>, jump: &Change) -> Result<Self, KernelError> {
+        let is_made = |change: &Change| {
+            change.is_made_now(live).map_err(|source| KernelError::Restore {
+                what: "a site of a patch in transition",
+                source,
+            })
+        };
+        if is_made(jump)? {
+            return Ok(Self::New);
+        }
+        match jump.by_way() {
+            Some(via) if is_made(&via)? => Ok(Self::Trampoline),
+            _ => Ok(Self::Elsewhere),
+        }
+    }
+}
+
+fn jumps_of(record: &Record) -> impl Iterator<Item = &Change> {
+    record.changes.iter().filter(|change| !change.is_of_bits())
 }
 
 /// Plans the end of a transition that reverts a patch.
@@ -146,7 +182,22 @@ impl<'a> Patch<'a> {
         }
     }
 
-    /// The change that turns the trampoline of a function around; `None` where an earlier revert has, which did not begin.
+    /// Where marks are. No transition of the guest's own is under way; one of this patch may have begun.
+    fn fields(self) -> Result<PatchState, RevertError> {
+        let unused = patch_state::find_unused(self.live)?;
+        let found = match unused {
+            Err(NoPatchState::OwnTransition) if self.entry.state == State::StartUnpatching => {
+                let fields = patch_state::find(self.live)?.map_err(NoTransition::from)?;
+                let is_own = transition::release(self.live, self.registry, &fields)?.is_some();
+                is_own.then_some(fields).ok_or(NoPatchState::OwnTransition)
+            }
+            found => found,
+        };
+        Ok(found.map_err(NoTransition::from)?)
+    }
+
+    /// The change that turns the trampoline of a function around; `None` where an earlier revert has, which did not begin. One that was cut off may
+    /// have left some of its bytes: nobody is inside a trampoline of a patch in force.
     fn turned(&self, means: &Means, function: &PatchedFunction) -> Result<Option<Change>, RevertError> {
         let name = &function.name;
         let missing = || NoTransition::NoTrampoline { function: name.clone() };
@@ -174,10 +225,11 @@ impl<'a> Patch<'a> {
         if now == for_revert {
             return Ok(None);
         }
-        if now != for_apply {
+        let mut bytes = now.iter().zip(for_apply.iter().zip(&for_revert));
+        if !bytes.all(|(now, (before, after))| now == before || now == after) {
             return Err(NoTransition::OtherCode { function: name.clone() }.into());
         }
         let what = format!("the trampoline of {name}");
-        Ok(Some(Change::replace(what, gpa, for_apply, for_revert)))
+        Ok(Some(Change::replace(what, gpa, now, for_revert)))
     }
 }

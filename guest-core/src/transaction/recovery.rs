@@ -12,8 +12,9 @@
 //! | `Reapplying` | – | remove; keep the code |
 //! | `Reverting` | all jumps | in force again: the pause had not begun |
 //! | `Reverting` | else | remove; keep code that has handed out its addresses |
-//! | `StartUnpatching` | all jumps, to the new code | in force again: the pause had not begun |
-//! | `StartUnpatching` | else | complete: all jumps to trampolines. The marks were set before |
+//! | `StartUnpatching` | all jumps lead to the new code | in force again: the pause had not begun |
+//! | `StartUnpatching` | some lead to trampolines, the others to the new code | complete: the pause of the begin again, with marks for the tasks that are inside now |
+//! | `StartUnpatching` | else | remove; keep code that has handed out its addresses |
 //! | `Replaced` | – | remove, if the guest does not use it; keep code that has handed out its addresses |
 //!
 //! *Remove* is a commit of its own, with all its checks: old bytes into the sites, and then either another name for the module, or the module
@@ -29,6 +30,9 @@
 //! | some code | old bytes into the sites, state `Reverting` | old bytes into the sites |
 //! | all code | finish | finish |
 //! | the last word | complete | complete |
+//!
+//! Where a transition begins that reverts a patch, any code that was written is a reason to finish: the marks were set before it, and direct jumps in its
+//! place would lead tasks to the new code that have gone into the old one since.
 //!
 //! What the supervisor leaves is whole, and the next vmpatch removes it. Why that is safe:
 //!
@@ -95,7 +99,8 @@ impl Rest {
             (State::Applying, _) => Self::Remove(Keep::IfUsed),
             (State::Reapplying, _) => Self::Remove(Keep::Always),
             (State::Reverting | State::StartUnpatching, Sites::New) => Self::Reinstate,
-            (State::StartUnpatching, _) => Self::Complete,
+            (State::StartUnpatching, Sites::Mixed) => Self::Complete,
+            (State::StartUnpatching, Sites::Old) => Self::Remove(Keep::IfHandedOut),
             (State::Reverting, _) => Self::Remove(Keep::IfHandedOut),
         }
     }
@@ -157,7 +162,7 @@ mod tests {
             (State::Kept, Nothing, Nothing, Nothing),
             (State::Transition, Nothing, Nothing, Nothing),
             (State::Unpatching, Nothing, Nothing, Nothing),
-            (State::StartUnpatching, Complete, Complete, Reinstate),
+            (State::StartUnpatching, Remove(IfHandedOut), Complete, Reinstate),
             (State::Replaced, Discard, Discard, Discard),
             (State::Reapplying, Remove(Always), Remove(Always), Remove(Always)),
         ] {

@@ -63,7 +63,7 @@ impl Transient for TransitionError {
         match self {
             Self::Kernel(error) => error.transient(),
             Self::Revert(error) => error.transient(),
-            Self::NoFields(_) | Self::NotOwner | Self::Tasks(_) => None,
+            Self::NoFields(_) | Self::NotOwner | Self::Guard(_) | Self::Tasks(_) => None,
         }
     }
 }

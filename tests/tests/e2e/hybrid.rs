@@ -82,7 +82,10 @@ fn a_sleeper_in_the_new_code_stays_there_and_all_others_get_the_old(guest: &Gues
     let sleeper = Sleeper::start(guest);
     let blocked = vmpatch.run(&["--model", "clean-cut", "--timeout", "1", "revert", "--all"]);
     blocked.expect(4);
-    in_transition(vmpatch.run(&REVERT));
+    let begun = vmpatch.run(&REVERT);
+    let warnings = begun.json()["patches"][0]["warnings"].to_string();
+    assert!(warnings.contains("still run the new code"), "{warnings}");
+    in_transition(begun);
     assert_eq!(see(guest, "pause"), Seen::Flawed);
     let said = marked_tasks(&vmpatch);
     let inside = format!("pause (pid {}) runs the new code inside", sleeper.pid());

@@ -29,7 +29,7 @@ pub fn apply(options: &Options, files: &[PathBuf]) -> Result<(Patches, Option<Fa
             apply_one(&mut session, options, path, &bytes).or_else(|failure| pending(path, &failure).ok_or(failure))
         });
     }
-    say_who_runs_old_code(&mut steps.patches, &session);
+    say_who_has_not_moved_over(&mut steps.patches, &session);
     let report = Patches {
         guest: Guest::of(&session),
         patches: steps.patches,
@@ -39,7 +39,7 @@ pub fn apply(options: &Options, files: &[PathBuf]) -> Result<(Patches, Option<Fa
 }
 
 /// Says of a patch in transition what the guest says of it.
-pub(super) fn say_who_runs_old_code(patches: &mut [Patch], session: &Session) {
+pub(super) fn say_who_has_not_moved_over(patches: &mut [Patch], session: &Session) {
     for patch in patches.iter_mut().filter(|patch| patch.state == IN_TRANSITION) {
         let file = patch.file.take();
         if let Some(shown) = status::patches_in_transition(session).into_iter().next() {

@@ -1,6 +1,6 @@
 //! `revert`.
 
-use super::apply::say_what_began;
+use super::apply::{say_what_began, say_who_has_not_moved_over};
 use super::describe::describe_reverted;
 use super::steps::{REVERT, Steps};
 use super::target::open;
@@ -37,6 +37,7 @@ pub fn revert(options: &Options, ids: &[String]) -> Result<(Patches, Option<Fail
         };
         steps.step(undone, || revert_one(&mut session, options, id));
     }
+    say_who_has_not_moved_over(&mut steps.patches, &session);
     let report = Patches {
         guest: Guest::of(&session),
         patches: steps.patches,

@@ -1,6 +1,6 @@
 //! The bare command: brings a guest up to date from the patch directory.
 
-use super::apply::{ALREADY, apply_one, not_done, pending, refused, say_who_runs_old_code};
+use super::apply::{ALREADY, apply_one, not_done, pending, refused, say_who_has_not_moved_over};
 use super::finish::ended;
 use super::status;
 use super::steps::{APPLY, so_far};
@@ -44,7 +44,7 @@ pub fn update(options: &Options) -> Result<(Patches, Option<Failure>), Failure> 
         failed,
         wanted,
     } = batch;
-    say_who_runs_old_code(&mut patches, &session);
+    say_who_has_not_moved_over(&mut patches, &session);
     let incomplete = first.map(|code| Failure::Incomplete {
         failed,
         all: wanted,
