@@ -618,3 +618,29 @@ fn a_trampoline_that_was_half_written_is_turned_around() {
         assert_eq!(marks_of_revert(&guest, &kernel), (1, [1; 2]));
     }
 }
+
+/// The guest loads an integrity guard meanwhile, which takes the text as it is for right.
+#[test]
+fn a_transition_does_not_end_under_a_guard_that_would_stop_the_guest() {
+    let (guest, kernel) = with_sleeper();
+    begin(&guest);
+    sleep_inside(&guest, false);
+    // The patch's own module gets the guard's name.
+    let registry = registry(&guest, &kernel);
+    let entry = &registry.entries[0];
+    let module = entry.record().unwrap().registration.as_ref().unwrap().module;
+    let start = module - registry.mapped(entry.pages.first).0 + registry.page(entry.pages.first).0;
+    let is_name = |at: &u64| {
+        let mut name = [0; 4];
+        guest.ram.read(Gpa(*at), &mut name).unwrap();
+        name == *b"fix\0"
+    };
+    let at = (start..).find(is_name).unwrap();
+    guest.ram.write(Gpa(at), b"lkrg\0").unwrap();
+    let failure = open(&guest).finish(Duration::ZERO).unwrap_err();
+    let said = format!("{failure:?}");
+    assert!(said.contains("Guard"), "{said}");
+    assert_eq!(failure.guest_state(), GuestState::InTransition);
+    assert_eq!(states(&guest, &kernel), [State::Transition]);
+    assert_eq!(leads(&guest, &kernel), [Leads::Trampoline; 2]);
+}

@@ -76,7 +76,7 @@ fn wipe_entry(live: &Live<'_>, registry: &Registry, entry: &Entry) -> Result<Vec
 
 /// Why a patch whose commit was cut off cannot be recovered. Nothing was changed.
 #[derive(Debug, thiserror::Error)]
-#[error("{id}, whose commit was cut off, can't be taken out")]
+#[error("{id}, whose commit was cut off, can't be recovered")]
 pub struct RecoveryError {
     /// The patch.
     pub id: String,

@@ -53,19 +53,18 @@ pub(super) fn begin(live: &Live<'_>, registry: &Registry, entry: &Entry, record:
     let means = Means::find(live)?.map_err(NoTransition::from)?;
     let fields = patch.fields()?;
     let registration = record.registration.as_ref().ok_or(NoTransition::NotRegistered)?;
+    let below = Holders::of(registry.records().filter(|other| other.order < record.order));
     let mut atomic = Vec::new();
     for function in &record.functions {
-        atomic.extend(patch.turned(&means, function)?);
+        atomic.extend(patch.turned(&means, &below, function)?);
     }
-    let mut jumps = Vec::new();
     for jump in jumps_of(record) {
         match Leads::of(live, jump)? {
-            Leads::New => jumps.extend(to_trampoline(jump)),
+            Leads::New => atomic.extend(to_trampoline(jump)),
             Leads::Trampoline => {}
             Leads::Elsewhere => return Err(NoTransition::CutOff.into()),
         }
     }
-    atomic.extend(jumps.iter().cloned());
     atomic.push(registry.state_change(entry.slot, State::StartUnpatching, State::Unpatching));
     // What keeps a patch from being taken out does so now, and not when tasks have moved over.
     let removal = patch.removal().plan(State::Reverting, Keep::IfHandedOut)?;
@@ -77,7 +76,8 @@ pub(super) fn begin(live: &Live<'_>, registry: &Registry, entry: &Entry, record:
     Ok(Plan {
         staged,
         atomic,
-        sites: jumps,
+        // A supervisor finishes what has begun, and restores none.
+        sites: Vec::new(),
         unreferenced: Gva(0)..Gva(0),
         marks,
         ..removal
@@ -198,7 +198,12 @@ impl<'a> Patch<'a> {
 
     /// The change that turns the trampoline of a function around; `None` where an earlier revert has, which did not begin. One that was cut off may
     /// have left some of its bytes: nobody is inside a trampoline of a patch in force.
-    fn turned(&self, means: &Means, function: &PatchedFunction) -> Result<Option<Change>, RevertError> {
+    fn turned(
+        &self,
+        means: &Means,
+        below: &Holders<'_>,
+        function: &PatchedFunction,
+    ) -> Result<Option<Change>, RevertError> {
         let name = &function.name;
         let missing = || NoTransition::NoTrampoline { function: name.clone() };
         let at = Gva(function.trampoline.ok_or_else(missing)?);
@@ -216,9 +221,7 @@ impl<'a> Patch<'a> {
         let read = self.live.read_physical(gpa, &mut now);
         read.map_err(|source| KernelError::Unreadable { what, at, source })?;
         let jump = Jump::of(&self.record.changes, function).map_err(|_| missing())?;
-        let earlier = self.registry.records().filter(|other| other.order < self.record.order);
-        let holders = Holders::of(earlier);
-        let below = holders.at(function.old).last();
+        let below = below.at(function.old).last();
         let old = below.map_or(jump.from.wrapping_add(JUMP_BYTES), |below| Gva(below.function.new));
         let code = |mark| trampoline(name, at, means.access, mark, (old, Gva(function.new))).map_err(|_| missing());
         let (for_apply, for_revert) = (code(Mark::Old)?, code(Mark::New)?);

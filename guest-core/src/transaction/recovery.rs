@@ -31,8 +31,8 @@
 //! | all code | finish | finish |
 //! | the last word | complete | complete |
 //!
-//! Where a transition begins that reverts a patch, any code that was written is a reason to finish: the marks were set before it, and direct jumps in its
-//! place would lead tasks to the new code that have gone into the old one since.
+//! The begin of a transition that reverts a patch is an exception: where the guest may have run, the supervisor finishes it as soon as any code was
+//! written. All marks were set before that, and tasks may have entered the old code since: direct jumps would lead them to the new one.
 //!
 //! What the supervisor leaves is whole, and the next vmpatch removes it. Why that is safe:
 //!

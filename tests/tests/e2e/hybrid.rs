@@ -277,7 +277,6 @@ fn a_revert_that_is_killed_leaves_all_new_or_a_transition_that_can_end() {
         assert_eq!(monitor.run_state(), "running");
         assert_eq!(see(&guest, "pause"), Seen::Flawed);
         vmpatch.run(&FINISH).expect(0);
-        vmpatch.run(&["revert", "--all"]).expect(0);
         assert_eq!(vmpatch.inspect()["registry"], Value::Null);
         assert_eq!(see(&guest, "pause"), Seen::Flawed);
     }
